@@ -1,0 +1,98 @@
+"""Advantage Weighted Matching: policy gradient on the pretraining loss. (Xue et al. 2025)
+
+With x_t = (1 - t) x_0 + t eps and e(v) = mean over dimensions of (v - (eps - x_0))^2, the surrogate log-likelihood of an
+image at t is l = -w(e, t). The policy-gradient loss is PPO's on rho = exp(l - l_old): on policy rho = 1 and its
+gradient is A times the (weighted) flow-matching gradient. Two proximal terms hold the policy: the squared distance of
+its prediction to the reference (adapters off) and to a lagged copy of itself.
+
+The paper's form is weight "uniform"; the released code's is "ghuber" with power 0.25.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffalign.config import AWMConfig
+
+HUBER_EPSILON = 1e-10
+Metrics = dict[str, Tensor]
+
+
+def matching_error(model_pred: Tensor, target: Tensor) -> Tensor:
+    """e, (B,): mean squared error over all dimensions but the first, in float32."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+
+
+def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float = 0.25) -> Tensor:
+    """Surrogate log-likelihood l (B,) of each sample at its noise level.
+
+    Args:
+        error: (B,) e of `matching_error`.
+        sigmas: (B,) t in 0..1.
+        weight: "uniform" -e; "t" -t e; "t2" -t^2 e; "huber" -t (sqrt(e + d) - sqrt(d)); "ghuber"
+            -(t / p) ((e + d)^p - d^p), with d = 1e-10.
+        power: p of "ghuber".
+    """
+    d = HUBER_EPSILON
+    if weight == "uniform":
+        return -error
+    if weight == "t":
+        return -sigmas * error
+    if weight == "t2":
+        return -sigmas.square() * error
+    if weight == "huber":
+        return -sigmas * ((error + d).sqrt() - d**0.5)
+    if weight == "ghuber":
+        return -sigmas / power * ((error + d).pow(power) - d**power)
+    raise ValueError(f"unknown weight {weight!r}")
+
+
+def awm_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    sigmas: Tensor,
+    advantages: Tensor,
+    *,
+    config: AWMConfig,
+    old_log_likelihood: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped policy-gradient loss, one value a sample.
+
+    Args:
+        model_pred, target: (B, ...), the prediction and eps - x_0 for the same noise.
+        sigmas: (B,) in 0..1.
+        advantages: (B,), already clipped and scaled.
+        old_log_likelihood: (B,) l under the policy that made the images, for the same noise; None when that is the
+            current policy, and then no second forward is needed.
+
+    Returns:
+        (B,) loss max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio`, `clipped`, `error`, each (B,).
+    """
+    error = matching_error(model_pred, target)
+    likelihood = log_likelihood(
+        error, sigmas.float(), weight=config.weight, power=config.ghuber_power
+    )
+    old = likelihood if old_log_likelihood is None else old_log_likelihood
+    ratio = (likelihood - old.detach()).exp()
+    bounded = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+    loss = torch.maximum(-advantages * ratio, -advantages * bounded)
+    metrics = {
+        "ratio": ratio.detach(),
+        "clipped": (ratio.detach() != bounded.detach()).float(),
+        "error": error.detach(),
+    }
+    return loss, metrics
+
+
+def proximal_loss(model_pred: Tensor, other_pred: Tensor) -> Tensor:
+    """(B,) mean squared distance of two predictions for the same input; the other one is held fixed.
+
+    Up to a weight, the KL divergence of the two policies' path measures.
+    """
+    return matching_error(model_pred, other_pred.detach())
+
+
+def lag_decay(update: int, *, ramp: float, maximum: float) -> float:
+    """Decay of the lagged policy after update number `update` (from 1): min(maximum, ramp * update)."""
+    return min(maximum, ramp * update)

@@ -1,0 +1,425 @@
+"""What a run is: dataclasses, and loading them from YAML with overrides. The only user of draccus.
+
+Nothing here imports torch. Every error names the field and, for a misspelt one, the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field."""
+
+
+def _check(condition: bool, path: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path}: {message}")
+
+
+def _one_of(value: str, choices: Sequence[str], path: str) -> None:
+    _check(value in choices, path, f"unknown value {value!r}{nearest(value, choices)}")
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint to append to a message: the closest valid name, or all of them when they are few."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid are {', '.join(sorted(valid))}" if len(valid) <= 20 else ""
+
+
+@dataclass
+class ModelConfig:
+    """The base model."""
+
+    name: str = "shapes-sd3"
+    """A name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    """Of the frozen base: bfloat16, float16 or float32. LoRA weights are always float32."""
+    max_sequence_length: int | None = None
+    """Tokens of T5; None is the model's own default."""
+    attention_backend: str | None = None
+    """A diffusers attention backend, for instance "xformers", "flash" or "native"; None leaves it alone."""
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")
+
+
+@dataclass
+class LoraConfig:
+    """The adapter that is trained."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: list[str] | None = None
+    """Suffixes of linear layers; None is the family's default, its attention projections."""
+
+    def __post_init__(self) -> None:
+        _check(self.rank > 0, "lora.rank", f"must be positive, got {self.rank}")
+        _check(self.alpha > 0, "lora.alpha", f"must be positive, got {self.alpha}")
+
+
+@dataclass
+class AWMConfig:
+    """Advantage Weighted Matching; the defaults are those of its release."""
+
+    type: str = "awm"
+    weight: str = "ghuber"
+    """Weight of the matching error over time: uniform (the paper), t, t2, huber, ghuber (the release)."""
+    ghuber_power: float = 0.25
+    clip_range: float = 1.0
+    advantage_clip: float = 5.0
+    advantage_max: float = 1.0
+    std_scope: str = "global"
+    """Standard deviation that divides the advantages: of all images ("global") or of each group ("group")."""
+    reward_mixing: str = "sum"
+    """Several rewards: "sum" of the scaled rewards, or each one's "advantages" summed (GDPO)."""
+    timesteps_per_image: int = 4
+    timestep_start: float = 0.0
+    timestep_stop: float = 1.0
+    """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
+    kl_beta: float = 0.001
+    """Weight of the distance to the reference model."""
+    ema_kl_beta: float = 1.0
+    """Weight of the distance to the lagged policy."""
+    kl_timesteps: int = 1
+    """Of the timesteps of an image, how many the two distances are evaluated on; the expectation stays the same."""
+    lag_ramp: float = 0.001
+    lag_max: float = 0.3
+    """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
+
+    def __post_init__(self) -> None:
+        _one_of(self.type, ("awm",), "algorithm.type")
+        _one_of(self.weight, WEIGHTS, "algorithm.weight")
+        _one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
+        _one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
+        for name in ("ghuber_power", "clip_range", "advantage_clip", "advantage_max"):
+            _check(getattr(self, name) > 0, f"algorithm.{name}", "must be positive")
+        for name in ("kl_beta", "ema_kl_beta", "lag_ramp"):
+            _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
+        _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+        n = self.timesteps_per_image
+        _check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
+        _check(
+            1 <= self.kl_timesteps <= n,
+            "algorithm.kl_timesteps",
+            f"must lie in 1..timesteps_per_image ({n}), got {self.kl_timesteps}",
+        )
+        _check(
+            0 <= self.timestep_start < self.timestep_stop <= 1,
+            "algorithm.timestep_start",
+            "need 0 <= timestep_start < timestep_stop <= 1",
+        )
+
+
+@dataclass
+class RolloutConfig:
+    """How images are made for training: global numbers, whatever the number of processes."""
+
+    prompts_per_update: int = 12
+    group_size: int = 16
+    """Images of one prompt that compete with each other."""
+    num_inference_steps: int = 10
+    guidance_scale: float | None = None
+    """None: no classifier-free guidance (FLUX: its default guidance embedding)."""
+    height: int | None = None
+    width: int | None = None
+    micro_batch_size: int = 64
+    """Images made at a time by one process; a matter of memory, never of results."""
+
+    def __post_init__(self) -> None:
+        _check(self.group_size >= 2, "rollout.group_size", "a group needs at least 2 images")
+        for name in ("prompts_per_update", "num_inference_steps", "micro_batch_size"):
+            _check(getattr(self, name) >= 1, f"rollout.{name}", "must be at least 1")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW on the LoRA weights."""
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_updates: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon", "max_grad_norm"):
+            _check(getattr(self, name) > 0, f"optimizer.{name}", "must be positive")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    num_updates: int = 100
+    """Rollouts; with updates_per_rollout = 1 also optimizer steps."""
+    updates_per_rollout: int = 1
+    micro_batch_size: int = 64
+    """Images trained on at a time by one process; a matter of memory, never of results."""
+    mixed_precision: str = "bf16"
+    """Autocast of forward passes: "bf16", "fp16" or "no"."""
+    seed: int = 0
+    drop_uninformative: bool = True
+    """Leave out groups whose images all got the same reward."""
+    ema_max: float = 0.99
+    """Largest decay of the averaged weights that are evaluated and saved; 0 evaluates the current ones."""
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    eval_every: int = 20
+    """Updates between evaluations on held-out prompts; 0 evaluates only before and after."""
+    sample_every: int = 20
+    """Updates between sample grids; 0 for none."""
+    max_minutes: float | None = None
+    """Stop after this much time, counting rollouts and updates only."""
+
+    def __post_init__(self) -> None:
+        _one_of(self.mixed_precision, ("bf16", "fp16", "no"), "training.mixed_precision")
+        for name in ("num_updates", "updates_per_rollout", "micro_batch_size", "checkpoint_every"):
+            _check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
+        _check(self.keep_checkpoints >= 1, "training.keep_checkpoints", "must be at least 1")
+        _check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
+
+
+@dataclass
+class EvaluationConfig:
+    """Scoring on held-out prompts, always the same seeds."""
+
+    num_inference_steps: int = 10
+    guidance_scale: float | None = None
+    images_per_prompt: int = 1
+    max_prompts: int | None = None
+    seed: int = 1000
+
+
+@dataclass
+class PromptsConfig:
+    """Where prompts come from: `shapes:train`, `shapes:held_out`, or a .txt / .jsonl file."""
+
+    train: str = "shapes:train"
+    evaluation: str = "shapes:held_out"
+    balance_tasks: bool = True
+    """Draw every task (`tag` of the metadata) equally often, however many prompts it has."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a training run."""
+
+    output_dir: str = "runs/awm"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    algorithm: AWMConfig = field(default_factory=AWMConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rewards: dict[str, float] = field(default_factory=lambda: {"verifier": 1.0})
+    """Reward names of `diffalign list rewards` and their weights."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _check(bool(self.rewards), "rewards", "name at least one reward")
+
+
+# Flags of diffusers' training scripts that mean the same here.
+ALIASES = {
+    "pretrained_model_name_or_path": "model.name",
+    "revision": "model.revision",
+    "max_sequence_length": "model.max_sequence_length",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_layers": "lora.targets",
+    "resolution": ("rollout.height", "rollout.width"),
+    "train_batch_size": "training.micro_batch_size",
+    "max_train_steps": "training.num_updates",
+    "mixed_precision": "training.mixed_precision",
+    "seed": "training.seed",
+    "checkpointing_steps": "training.checkpoint_every",
+    "checkpoints_total_limit": "training.keep_checkpoints",
+    "learning_rate": "optimizer.learning_rate",
+    "lr_warmup_steps": "optimizer.warmup_updates",
+    "adam_weight_decay": "optimizer.weight_decay",
+    "adam_epsilon": "optimizer.epsilon",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "guidance_scale": "rollout.guidance_scale",
+    "num_inference_steps": "rollout.num_inference_steps",
+}
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with the suite."""
+    import diffalign.scripts
+
+    folder = Path(next(iter(diffalign.scripts.__path__))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`."""
+    raw: dict[str, Any] = {}
+    if recipe is not None:
+        raw = _read(_find(str(recipe)))
+    for key, value in _parse_overrides(overrides):
+        if key.split(".")[0] == "rewards" and key == "rewards":
+            raw["rewards"] = value
+            continue
+        _assign(raw, key.split("."), value)
+    return decode(raw)
+
+
+def decode(raw: Mapping[str, Any]) -> RunConfig:
+    """Validate a nested mapping and build the configuration."""
+    import draccus
+    from draccus.utils import DraccusException
+
+    _check_keys(RunConfig, raw, ())
+    try:
+        return draccus.decode(RunConfig, dict(raw))
+    except ConfigError:
+        raise
+    except DraccusException as error:
+        path = ".".join(getattr(error, "key_path", ())) or "configuration"
+        message = getattr(error, "message", str(error)).strip()
+        raise ConfigError(f"{path}: {message}") from error
+    except Exception as error:  # draccus raises bare Exception for lists and mappings
+        cause = error.__cause__ or error
+        raise ConfigError(str(cause)) from error
+
+
+def dump(config: RunConfig) -> str:
+    """YAML that `load` reads back."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(asdict(config))
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Lines "path: a, b" for every leaf in which two nested mappings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [line for k in keys for line in differences(a.get(k), b.get(k), f"{prefix}{k}.")]
+    return [] if a == b else [f"{prefix.rstrip('.')}: {a!r}, {b!r}"]
+
+
+def _find(recipe: str) -> Path:
+    known = recipes()
+    if recipe in known:
+        return known[recipe]
+    if recipe.endswith((".yaml", ".yml")):
+        if Path(recipe).is_file():
+            return Path(recipe)
+        raise ConfigError(f"recipe file {recipe} does not exist")
+    raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(known))}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return raw
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b=1`, `--a.b 1` and bare `--flag` (true), with diffusers' names translated."""
+    result: list[tuple[str, Any]] = []
+    items = list(overrides)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise ConfigError(f"expected --key=value, got {item!r}")
+        key, given, text = item[2:].partition("=")
+        if not given:
+            text = items.pop(0) if items and not items[0].startswith("--") else "true"
+        names = ALIASES.get(key, key)
+        for name in (names,) if isinstance(names, str) else names:
+            result.append((name, _parse_value(text)))
+    return result
+
+
+def _parse_value(text: str) -> Any:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = raw.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(path)}: {key} is not a group of settings")
+        raw = inner
+    raw[path[-1]] = value
+
+
+def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{'.'.join(path)}: expected a group of settings, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in fields(kind)]
+    for key, value in raw.items():
+        full = ".".join((*path, str(key)))
+        if key not in names:
+            every = _all_paths(RunConfig) if not path else [".".join((*path, n)) for n in names]
+            raise ConfigError(f"unknown setting {full!r}{nearest(full, [*every, *ALIASES])}")
+        if is_dataclass(hints[key]):
+            _check_keys(typing.cast(type, hints[key]), value, (*path, str(key)))
+        elif isinstance(value, bool) and hints[key] in (int, float):
+            raise ConfigError(f"{full}: expected a number, got {value}")
+        elif hints[key] is int and isinstance(value, float) and not value.is_integer():
+            raise ConfigError(f"{full}: expected a whole number, got {value}")
+
+
+def _all_paths(kind: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(kind)
+    result = []
+    for f in fields(kind):
+        result.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+    return result
+
+
+def default_of(kind: type, name: str) -> Any:
+    """Default of a dataclass field, for help texts."""
+    for f in fields(kind):
+        if f.name == name:
+            return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    raise KeyError(name)

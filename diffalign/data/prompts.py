@@ -1,0 +1,77 @@
+"""Prompts from the Shapes language or from files, each with the metadata that rewards may need."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and its metadata (GenEval's `tag`, `include`, `exclude`, or anything else)."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        return str(self.metadata.get("tag", "all"))
+
+
+def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
+    """Prompts of `shapes:train`, `shapes:held_out`, a .txt file (one a line) or a .jsonl file (GenEval's format).
+
+    `limit` keeps that many, spread evenly over the file.
+    """
+    if source.startswith("shapes:"):
+        from diffalign.shapes.prompts import prompts
+
+        try:
+            found = [
+                Prompt(entry["prompt"], entry) for entry in prompts(source.removeprefix("shapes:"))
+            ]
+        except ValueError as error:
+            raise PromptError(f"prompts {source!r}: {error}") from error
+    else:
+        found = _read(Path(source))
+    if limit is not None and limit < len(found):
+        found = [found[i * len(found) // limit] for i in range(limit)]
+    return found
+
+
+def _read(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        raise PromptError(
+            f"prompt file {path} does not exist; expected shapes:train, a .txt or a .jsonl file"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"prompt file {path} is not UTF-8 text: {error}") from error
+    if path.suffix not in (".txt", ".jsonl"):
+        raise PromptError(f"prompt file {path} must end in .txt or .jsonl")
+    parse = _parse_json if path.suffix == ".jsonl" else lambda line, place: Prompt(line.strip())
+    found = [parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise PromptError(f"prompt file {path} holds no prompt")
+    return found
+
+
+def _parse_json(line: str, place: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{place} is not valid JSON: {error}") from error
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("prompt"), str)
+        or not entry["prompt"].strip()
+    ):
+        raise PromptError(f'{place} needs a "prompt" with a text')
+    return Prompt(entry["prompt"], entry)

@@ -1,0 +1,88 @@
+"""Score a model on prompts: the same seeds before and after, so that the difference is the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.config import EvaluationConfig
+from diffalign.data.prompts import Prompt
+from diffalign.geneval import summarize
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.seeds import EVALUATION, stream
+from diffalign.types import RewardOutput
+
+Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`tasks`: accuracy of each task and their mean where a reward says what is correct; `means`: mean of the reward
+    and of each detail over the images that have it; `images` (N, 3, H, W) uint8 in the order of `prompts`."""
+
+    prompts: list[Prompt]
+    images: Tensor
+    rewards: np.ndarray
+    means: dict[str, float]
+    tasks: dict[str, float]
+    failed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "images": len(self.prompts),
+            "failed": self.failed,
+            "means": self.means,
+            "tasks": self.tasks,
+        }
+
+
+def evaluate_model(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    score: Score,
+    config: EvaluationConfig,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    micro_batch_size: int = 64,
+    mixed_precision: str = "bf16",
+) -> Evaluation:
+    """Generate `images_per_prompt` images for every prompt and score them."""
+    repeated = [p for p in prompts for _ in range(config.images_per_prompt)]
+    seeds = [stream(EVALUATION, config.seed, i) for i in range(len(repeated))]
+    cache = EmbedCache(model)
+    guided = (config.guidance_scale or 0) > 1 and not model.guidance_is_embedded
+    _, images = generate(
+        model,
+        cache([p.text for p in repeated]),
+        torch.arange(len(repeated)),
+        seeds,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        negative_embeds=cache([""]) if guided else None,
+        height=height,
+        width=width,
+        micro_batch_size=micro_batch_size,
+        mixed_precision=mixed_precision,
+    )
+    output = score(images, [p.text for p in repeated], [p.metadata for p in repeated])
+    return summarize_scores(repeated, images, output)
+
+
+def summarize_scores(prompts: list[Prompt], images: Tensor, output: RewardOutput) -> Evaluation:
+    """Means over images with a reward; GenEval's table where some reward reports `correct`."""
+    mask = output.mask
+    columns = {"reward": output.values, **output.details}
+    means = {k: float(np.nanmean(v)) for k, v in columns.items() if np.isfinite(v).any()}
+    correct = next((v for k, v in output.details.items() if k.endswith("/correct")), None)
+    tasks = {}
+    if correct is not None:
+        kept = [(p.task, c) for p, c in zip(prompts, correct, strict=True) if np.isfinite(c)]
+        tasks = summarize([t for t, _ in kept], [c for _, c in kept])
+    return Evaluation(prompts, images, output.values, means, tasks, int((~mask).sum()))

@@ -1,0 +1,146 @@
+"""All policies of a run are LoRA adapters on one base: current, lagged, averaged; the reference is the base itself.
+
+Nothing is copied but the small adapter matrices, and a policy is a context: whatever happens inside, the current
+adapter is back in place and trainable afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+CURRENT = "default"
+LAGGED = "lagged"
+AVERAGED = "averaged"
+REFERENCE = "reference"
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+
+
+def attach(
+    denoiser: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int = 0,
+    policies: Sequence[str] = (LAGGED, AVERAGED),
+) -> list[nn.Parameter]:
+    """Freeze the base, add a fresh LoRA (Gaussian A, zero B, float32) and the named copies of it.
+
+    Returns the trainable parameters. ValueError where a target matches no layer.
+    """
+    missing = unresolved(denoiser, targets)
+    if missing:
+        raise ValueError(
+            f"LoRA targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}"
+        )
+    denoiser.requires_grad_(False)
+    config = PeftLoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in (CURRENT, *policies):
+            denoiser.add_adapter(config, adapter_name=name)
+    for layer in _layers(denoiser):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+        layer.set_adapter(CURRENT)
+    for name in policies:
+        blend(denoiser, name, decay=0.0)
+    return trainable(denoiser)
+
+
+def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Those targets that are no suffix of any linear layer's name."""
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    return [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+
+
+def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
+    """The current adapter's parameters, in a fixed order."""
+    return [p for _, p in adapter_parameters(denoiser, CURRENT)]
+
+
+def adapter_parameters(denoiser: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of one adapter; names are the same for every adapter."""
+    found = []
+    for layer_name, layer in denoiser.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(layer, part)[name].weight
+                found.append((f"{layer_name}.{part}.weight", weight))
+    return found
+
+
+@torch.no_grad()
+def blend(denoiser: nn.Module, name: str, *, decay: float) -> None:
+    """theta_name <- decay * theta_name + (1 - decay) * theta_current."""
+    target = [p.data for _, p in adapter_parameters(denoiser, name)]
+    source = [p.data for _, p in adapter_parameters(denoiser, CURRENT)]
+    torch._foreach_lerp_(target, source, 1 - decay)
+
+
+@contextmanager
+def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
+    """Forwards inside use this policy: CURRENT, LAGGED, AVERAGED or REFERENCE (the base without adapters)."""
+    layers = _layers(denoiser)
+    if name == CURRENT:
+        yield
+        return
+    try:
+        for layer in layers:
+            if name == REFERENCE:
+                layer.enable_adapters(False)
+            else:
+                layer.set_adapter(name, inference_mode=True)
+        yield
+    finally:
+        for layer in layers:
+            if name == REFERENCE:
+                layer.enable_adapters(True)
+            layer.set_adapter(CURRENT)
+
+
+def export_lora(denoiser: nn.Module, pipeline: Any, folder: Path, *, name: str = CURRENT) -> Path:
+    """Save an adapter so that stock `load_lora_weights(folder)` restores it, rank and alpha included."""
+    state = get_peft_model_state_dict(denoiser, adapter_name=name)
+    state = {key: value.detach().float().contiguous().cpu() for key, value in state.items()}
+    metadata = denoiser.peft_config[name].to_dict()  # type: ignore[operator, union-attr, index]
+    metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save_lora_weights(
+        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
+    )
+    return folder / WEIGHT_NAME
+
+
+def adapter_state(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
+    """Tensors of one adapter for a checkpoint."""
+    return {
+        key: value.detach().clone().contiguous()
+        for key, value in get_peft_model_state_dict(denoiser, adapter_name=name).items()
+    }
+
+
+def load_adapter_state(denoiser: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """The inverse of `adapter_state`; ValueError where the tensors do not fit."""
+    expected = get_peft_model_state_dict(denoiser, adapter_name=name)
+    wrong = set(state) ^ set(expected) or {k for k in state if state[k].shape != expected[k].shape}
+    if wrong:
+        raise ValueError(
+            f"adapter {name!r} does not fit this model, for instance {sorted(wrong)[0]}"
+        )
+    set_peft_model_state_dict(denoiser, state, adapter_name=name)
+
+
+def _layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    return [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]

@@ -1,0 +1,103 @@
+"""Prompts of Shapes in GenEval's six tasks, templates and metadata format, split into train and held-out.
+
+The whole language is small enough to list: every prompt of every task exists once, and a fixed share of each task is
+held out. Nothing that is trained here (base models, text encoders, alignment) ever sees a held-out prompt.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from diffalign.geneval import TASKS
+from diffalign.shapes.world import COLORS, KINDS
+
+COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+HELD_OUT = {
+    "single_object": 1,
+    "two_object": 5,
+    "counting": 4,
+    "colors": 8,
+    "position": 20,
+    "color_attr": 60,
+}
+SPLITS = ("train", "held_out")
+SPLIT_SEED = 43
+
+Metadata = dict[str, Any]
+
+
+def plural(kind: str) -> str:
+    return kind + ("es" if kind.endswith("s") else "s")
+
+
+def _clause(kind: str, count: int = 1, **more: Any) -> Metadata:
+    return {"class": kind, "count": count, **more}
+
+
+def _entry(task: str, include: list[Metadata], prompt: str, **more: Any) -> Metadata:
+    return {"tag": task, "include": include, **more, "prompt": f"a photo of {prompt}"}
+
+
+@cache
+def _all_prompts() -> dict[str, list[Metadata]]:
+    pairs = [(a, b) for a in KINDS for b in KINDS if a != b]
+    shades = [(c, d) for c in COLORS for d in COLORS if c != d]
+    return {
+        "single_object": [_entry("single_object", [_clause(a)], f"a {a}") for a in KINDS],
+        "two_object": [
+            _entry("two_object", [_clause(a), _clause(b)], f"a {a} and a {b}") for a, b in pairs
+        ],
+        "counting": [
+            _entry("counting", [_clause(a, n)], f"{word} {plural(a)}", exclude=[_clause(a, n + 1)])
+            for n, word in COUNT_WORDS.items()
+            for a in KINDS
+        ],
+        "colors": [
+            _entry("colors", [_clause(a, color=c)], f"a {c} {a}") for a in KINDS for c in COLORS
+        ],
+        "position": [
+            _entry("position", [_clause(b), _clause(a, position=[r, 0])], f"a {a} {r} a {b}")
+            for a, b in pairs
+            for r in RELATIONS
+        ],
+        "color_attr": [
+            _entry(
+                "color_attr", [_clause(a, color=c), _clause(b, color=d)], f"a {c} {a} and a {d} {b}"
+            )
+            for a, b in pairs
+            for c, d in shades
+        ],
+    }
+
+
+@cache
+def _split(split: str) -> tuple[Metadata, ...]:
+    rng = np.random.default_rng(SPLIT_SEED)
+    chosen: list[Metadata] = []
+    for task in TASKS:
+        prompts = _all_prompts()[task]
+        order = rng.permutation(len(prompts))
+        part = order[: HELD_OUT[task]] if split == "held_out" else order[HELD_OUT[task] :]
+        chosen += [prompts[i] for i in sorted(part)]
+    return tuple(chosen)
+
+
+def prompts(split: str) -> list[Metadata]:
+    """All prompts of "train" or "held_out" as GenEval metadata, in the order of the tasks."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
+    return list(_split(split))
+
+
+def sample_prompts(rng: np.random.Generator, n: int, *, split: str = "train") -> list[Metadata]:
+    """`n` prompts, each task equally likely, then each of the task's prompts."""
+    by_task: dict[str, list[Metadata]] = {}
+    for entry in prompts(split):
+        by_task.setdefault(entry["tag"], []).append(entry)
+    tasks = list(by_task.values())
+    picks = (tasks[rng.integers(len(tasks))] for _ in range(n))
+    return [pool[rng.integers(len(pool))] for pool in picks]

@@ -1,0 +1,220 @@
+"""Text encoders of Shapes: real CLIP and T5 tokenizers and tiny encoders, pretrained to say what a caption asks for.
+
+CLIP learns from four hundred million captions; here a caption's meaning is known, so the encoders are pretrained on it
+directly: from the pooled embedding and from the tokens, linear heads must name both objects, their colours, counts and
+their relation. The heads are thrown away. Frozen encoders that understand the text let the denoiser learn fast.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from diffalign.shapes.prompts import RELATIONS, prompts, sample_prompts
+from diffalign.shapes.world import COLORS, KINDS
+
+MAX_LENGTH = 16
+"""Tokens of a caption; the longest prompt of Shapes has 12."""
+PADDED_LENGTHS = (*[MAX_LENGTH] * 10, 40, 256)
+"""Lengths to which T5 is trained to be padded: pipelines pad to 256 or 512 and mask nothing."""
+WIDTH = 64
+PREFIXES = ("a photo of ", "a photo of ", "a picture of ", "an image of ", "")
+"""The denoiser is trained on the first only; the encoders map all of them to one meaning."""
+
+# name of the target -> number of classes; index 0 means "not said"
+TARGETS = {
+    "kind_0": len(KINDS) + 1,
+    "kind_1": len(KINDS) + 1,
+    "color_0": len(COLORS) + 1,
+    "color_1": len(COLORS) + 1,
+    "count": 5,
+    "relation": len(RELATIONS) + 1,
+}
+
+
+def _corpus() -> list[str]:
+    texts = {entry["prompt"] for entry in prompts("train")}
+    return sorted(prefix + t.removeprefix(PREFIXES[0]) for t in texts for prefix in PREFIXES)
+
+
+def build_clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-level BPE, merges learned on the captions; all bytes are in it, so any text has tokens."""
+    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = [word for text in _corpus() for word in text.split()]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        min_frequency=1,
+    )
+    backend.train_from_iterator(words, trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocab = sorted(model["vocab"], key=model["vocab"].get)
+    vocab += [c + "</w>" for c in alphabet if c + "</w>" not in model["vocab"]]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in model["merges"]]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        merges=merges,
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def build_t5_tokenizer() -> T5Tokenizer:
+    """A sentencepiece-style unigram model: whole words at their log-frequency, characters as a last resort.
+
+    Unknown characters become <unk>.
+    """
+    words = Counter(f"▁{word}" for text in _corpus() for word in text.split())
+    total = sum(words.values())
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
+    vocab += [(word, math.log(n / total)) for word, n in sorted(words.items())]
+    vocab += [(chr(c), -12.0) for c in range(33, 127)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
+
+
+def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=WIDTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_clip(tokenizer: CLIPTokenizer, *, projection: bool) -> PreTrainedModel:
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(_clip_config(tokenizer))
+
+
+def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=2 * WIDTH,
+            d_kv=32,
+            d_ff=4 * WIDTH,
+            num_layers=3,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=32,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def caption_targets(entry: dict[str, Any]) -> list[int]:
+    """Class indices in the order of TARGETS; objects in the order in which the caption names them."""
+    clauses = entry["include"]
+    relation = 0
+    if entry["tag"] == "position":  # GenEval lists the target first, the caption names it last
+        relation = 1 + RELATIONS.index(clauses[1]["position"][0])
+        clauses = clauses[::-1]
+    kinds = [1 + KINDS.index(c["class"]) for c in clauses]
+    colors = [1 + list(COLORS).index(c["color"]) if "color" in c else 0 for c in clauses]
+    pad = [0] * (2 - len(clauses))
+    return [*kinds, *pad, *colors, *pad, clauses[0]["count"], relation]
+
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def clip_features(model: PreTrainedModel) -> Encode:
+    """What pipelines read from CLIP: token embeddings before the last layer, and the pooled embedding."""
+
+    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = model(ids, output_hidden_states=True)
+        pooled = (
+            out.text_embeds if isinstance(model, CLIPTextModelWithProjection) else out.pooler_output
+        )
+        return out.hidden_states[-2], pooled
+
+    return encode
+
+
+def t5_features(model: T5EncoderModel) -> Encode:
+    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = model(ids).last_hidden_state[:, :MAX_LENGTH]
+        return tokens, tokens.mean(1)
+
+    return encode
+
+
+def train_text_encoder(
+    model: PreTrainedModel,
+    *,
+    encode: Encode,
+    tokenizer: Any,
+    width: int,
+    lengths: tuple[int, ...] = (MAX_LENGTH,),
+    steps: int = 600,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> float:
+    """Train in place; returns the share of captions that the pooled embedding gets wholly right at the end."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    heads = nn.ModuleList(nn.Linear(width, sum(TARGETS.values())) for _ in range(2))
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    right = 0.0
+    bar = tqdm(range(steps), desc=f"text encoder {type(model).__name__}", mininterval=10)
+    for step in bar:
+        entries = sample_prompts(rng, batch_size)
+        texts = [str(rng.choice(PREFIXES)) + e["prompt"].removeprefix(PREFIXES[0]) for e in entries]
+        length = int(rng.choice(lengths))
+        ids = tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        targets = torch.tensor([caption_targets(e) for e in entries])
+        tokens, pooled = encode(ids)
+        loss, exact = _naming_loss(heads[0](pooled), targets)
+        loss = loss + _naming_loss(heads[1](tokens[:, -1]), targets)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step >= steps - 20:
+            right += exact / 20
+        bar.set_postfix(right=f"{exact:.3f}", refresh=False)
+    model.eval()
+    return right
+
+
+def _naming_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    parts = logits.split(list(TARGETS.values()), dim=-1)
+    losses = [nn.functional.cross_entropy(p, targets[:, i]) for i, p in enumerate(parts)]
+    exact = torch.stack([p.argmax(-1) == targets[:, i] for i, p in enumerate(parts)]).all(0)
+    return torch.stack(losses).sum(), exact.float().mean().item()

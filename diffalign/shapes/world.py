@@ -1,0 +1,129 @@
+"""The world of Shapes: what can be drawn, how it is drawn, and how a scene is made that a prompt describes.
+
+An image is one to four flat, anti-aliased shapes on a light ground, so that an exact verifier can exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diffalign.geneval import Detection, judge
+
+IMAGE_SIZE = 64
+KINDS = ("circle", "square", "triangle", "cross", "ring")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "yellow": (245, 205, 30),
+    "green": (40, 165, 70),
+    "blue": (40, 90, 220),
+    "purple": (150, 50, 180),
+    "black": (25, 25, 30),
+}
+BACKGROUND = (244, 243, 238)
+MAX_OBJECTS = 4
+
+# Centres lie on a jittered 3 x 3 grid; with these figures two neighbours keep a gap of at least one pixel.
+GRID = (12.0, 32.0, 52.0)
+JITTER = 1.5
+SIZES = (12.0, 16.0)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape; centre and size (the longer side of its bounding box) in pixels."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+    size: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x1, y1, x2, y2) in pixels."""
+        half_h = self.size / 2 * (TRIANGLE_HEIGHT if self.kind == "triangle" else 1.0)
+        half = self.size / 2
+        return (self.x - half, self.y - half_h, self.x + half, self.y + half_h)
+
+
+Scene = tuple[SceneObject, ...]
+TRIANGLE_HEIGHT = 0.87
+RING_HOLE = 0.5
+CROSS_ARM = 0.34
+
+
+def signed_distance(kind: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+    """Distance to the outline of a centred shape in pixels, negative inside (exact or a close bound)."""
+    half = size / 2
+    if kind == "circle":
+        return np.hypot(x, y) - half
+    if kind == "square":
+        return np.maximum(abs(x), abs(y)) - half
+    if kind == "ring":
+        hole = half * RING_HOLE
+        return np.maximum(np.hypot(x, y) - half, hole - np.hypot(x, y))
+    if kind == "cross":
+        arm = half * CROSS_ARM
+        return np.minimum(
+            np.maximum(abs(x) - half, abs(y) - arm), np.maximum(abs(y) - half, abs(x) - arm)
+        )
+    if kind == "triangle":
+        half_h = half * TRIANGLE_HEIGHT
+        slope = np.hypot(half, 2 * half_h)
+        side = (abs(x) * 2 * half_h - (y + half_h) * half) / slope
+        return np.maximum(side, y - half_h)
+    raise ValueError(f"unknown shape {kind!r}; known are {', '.join(KINDS)}")
+
+
+def render(scene: Scene, *, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Draw a scene: (size, size, 3) uint8. Later objects cover earlier ones."""
+    scale = size / IMAGE_SIZE
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / scale
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUND
+    for item in scene:
+        distance = signed_distance(
+            item.kind, axis[None, :] - item.x, axis[:, None] - item.y, item.size
+        )
+        cover = np.clip(0.5 - distance * scale, 0, 1)[..., None]
+        image = image * (1 - cover) + np.array(COLORS[item.color], np.float32) * cover
+    return np.round(image).astype(np.uint8)
+
+
+def detections(scene: Scene) -> list[Detection]:
+    """The truth about a scene in the verifier's terms."""
+    return [Detection(name=o.kind, box=o.box, color=o.color) for o in scene]
+
+
+def sample_scene(metadata: Mapping[str, Any], rng: np.random.Generator) -> Scene:
+    """A random scene for which GenEval's rules hold: what is not asked for (colour, place, size) is random.
+
+    The objects of one clause share one colour. Nothing is drawn that the prompt does not name.
+    """
+    total = sum(clause["count"] for clause in metadata["include"])
+    if not 1 <= total <= MAX_OBJECTS:
+        raise ValueError(f"a scene holds 1 to {MAX_OBJECTS} objects, the prompt asks for {total}")
+    while True:  # a random layout satisfies a relation about every third time
+        cells = iter(rng.permutation(len(GRID) ** 2)[:total])
+        scene = []
+        for clause in metadata["include"]:
+            color = clause.get("color") or str(rng.choice(list(COLORS)))
+            for _ in range(clause["count"]):
+                row, column = divmod(int(next(cells)), len(GRID))
+                dx, dy = rng.uniform(-JITTER, JITTER, size=2)
+                size = float(rng.uniform(*SIZES))
+                scene.append(
+                    SceneObject(
+                        kind=clause["class"],
+                        color=color,
+                        x=GRID[column] + dx,
+                        y=GRID[row] + dy,
+                        size=size,
+                    )
+                )
+        if judge(detections(tuple(scene)), metadata).correct:
+            return tuple(scene)

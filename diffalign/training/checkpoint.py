@@ -1,0 +1,124 @@
+"""Checkpoints: written aside, verified, renamed; safetensors and JSON, never pickle.
+
+Every random choice of a run is a function of its seed and of counters, so a checkpoint needs no generator states: the
+adapters, the optimizer's moments and the number of the update are all there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read; the message says which file and what to do."""
+
+
+def save(
+    folder: Path,
+    update: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder/000042`; afterwards only the newest `keep` remain. A failure leaves older ones untouched."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{update:06d}"
+    aside = folder / f".writing-{update:06d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        for name, part in tensors.items():
+            save_file(
+                {k: v.contiguous().cpu() for k, v in part.items()}, aside / f"{name}.safetensors"
+            )
+        files = {p.name: _digest(p) for p in sorted(aside.iterdir())}
+        manifest = {"update": update, "state": state, "sha256": files}
+        _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good = latest(folder)
+        raise CheckpointError(
+            f"checkpoint {final} could not be written ({error}); the last good one is {good or 'none'}"
+        ) from error
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(update, tensors by file, state); CheckpointError for anything missing, cut or changed."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = manifest["sha256"]
+        update, state = manifest["update"], manifest["state"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} has no readable {MANIFEST}: {error}{_ADVICE}"
+        ) from error
+    tensors = {}
+    for name, digest in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} lacks {name}{_ADVICE}")
+        if _digest(file) != digest:
+            raise CheckpointError(f"checkpoint file {file} is damaged (cut or changed){_ADVICE}")
+        tensors[file.stem] = load_file(file)
+    return update, tensors, state
+
+
+_ADVICE = "; delete that folder to continue from the one before it"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest finished checkpoint, or None."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as named tensors, "index.name"."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{i}.{name}": torch.as_tensor(v) for i, part in state.items() for name, v in part.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,284 @@
+"""The online loop: rollout -> reward -> advantage -> update, on any model, reward and number of processes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffalign import lora
+from diffalign.algorithms import advantages as adv
+from diffalign.algorithms import awm
+from diffalign.config import RunConfig
+from diffalign.data.prompts import Prompt
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.training import checkpoint
+from diffalign.training.rollout import Plan, make_plan
+from diffalign.training.run_folder import RunFolder
+from diffalign.training.update import PolicyUpdate, TrainingBatch
+from diffalign.types import RewardOutput, Rollout
+
+logger = logging.getLogger(__name__)
+Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says since when and from where it can be resumed."""
+
+
+@dataclass
+class Progress:
+    """What outlives a process: finished updates, optimizer steps, seconds of training."""
+
+    update: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class OnlineTrainer:
+    """One run. `score` maps images, prompts and metadata to rewards; it never sees the model."""
+
+    config: RunConfig
+    model: TextToImageModel
+    score: Score
+    prompts: Sequence[Prompt]
+    accelerator: Accelerator
+    folder: RunFolder
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        targets = c.lora.targets or self.model.lora_targets
+        self.parameters = lora.attach(
+            self.model.denoiser,
+            rank=c.lora.rank,
+            alpha=c.lora.alpha,
+            targets=targets,
+            seed=c.training.seed,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=c.optimizer.learning_rate,
+            betas=c.optimizer.betas,
+            weight_decay=c.optimizer.weight_decay,
+            eps=c.optimizer.epsilon,
+        )
+        height, width = self.model.default_size
+        self.size = (c.rollout.height or height, c.rollout.width or width)
+        self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
+        self.embed = EmbedCache(self.model)
+        grid = self.model.scheduler_at(
+            c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
+        ).timesteps
+        self.policy_update = PolicyUpdate(
+            self.model,
+            c.algorithm,
+            grid=grid,
+            guidance_scale=c.rollout.guidance_scale,
+            micro_batch_size=c.training.micro_batch_size,
+            mixed_precision=c.training.mixed_precision,
+            seed=c.training.seed,
+        )
+
+    @property
+    def off_policy(self) -> bool:
+        """With several updates per rollout the lagged policy makes the images and is the old policy of the ratio."""
+        return self.config.training.updates_per_rollout > 1
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint of the run folder, if there is one."""
+        path = checkpoint.latest(self.folder.checkpoints)
+        if path is None:
+            return False
+        update, tensors, state = checkpoint.load(path)
+        for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED):
+            lora.load_adapter_state(self.model.denoiser, name, tensors[name])
+        checkpoint.restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.progress = Progress(update, state["step"], state["seconds"])
+        if self.accelerator.is_main_process:
+            self.folder.rewind_log(update)
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint (main process only; every process holds the same state)."""
+        if self.accelerator.is_main_process:
+            tensors = {
+                name: lora.adapter_state(self.model.denoiser, name)
+                for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED)
+            }
+            tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer)
+            checkpoint.save(
+                self.folder.checkpoints,
+                self.progress.update,
+                tensors,
+                {"step": self.progress.step, "seconds": self.progress.seconds},
+                keep=self.config.training.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train_update(self) -> dict[str, Any]:
+        """One rollout and the updates on it; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        plan = make_plan(
+            self.prompts,
+            self.config.rollout,
+            seed=self.config.training.seed,
+            update=number,
+            balance_tasks=self.config.prompts.balance_tasks,
+        )
+        rollout = self.rollout(plan)
+        sampled = time.perf_counter()
+        batch, row = self.make_batch(plan, rollout)
+        if batch.kept == 0:
+            logger.warning("update %d: no group has different rewards; nothing to learn", number)
+        else:
+            row |= self.optimize(batch, number)
+        self.progress.update = number
+        finished = time.perf_counter()
+        self.progress.seconds += finished - started
+        return {
+            "update": number,
+            "step": self.progress.step,
+            **row,
+            "seconds": self.progress.seconds,
+            "rollout_seconds": sampled - started,
+            "update_seconds": finished - sampled,
+            "images_per_second": len(plan) / (finished - started),
+        }
+
+    def rollout(self, plan: Plan) -> Rollout:
+        """Make and score this process's images; rewards come back for the whole update."""
+        c = self.config.rollout
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        embeds = self.embed([p.text for p in plan.prompts])
+        index = plan.prompt_index[mine.start : mine.stop]
+        guided = (c.guidance_scale or 0) > 1 and not self.model.guidance_is_embedded
+        with lora.policy(self.model.denoiser, lora.LAGGED if self.off_policy else lora.CURRENT):
+            latents, images = generate(
+                self.model,
+                embeds,
+                index,
+                plan.seeds[mine.start : mine.stop],
+                num_inference_steps=c.num_inference_steps,
+                guidance_scale=c.guidance_scale,
+                negative_embeds=self.embed([""]) if guided else None,
+                height=self.size[0],
+                width=self.size[1],
+                micro_batch_size=c.micro_batch_size,
+                mixed_precision=self.config.training.mixed_precision,
+            )
+        chosen = [plan.prompts[i] for i in index.tolist()]
+        output = self.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
+        details = {k: self._gather(v, plan) for k, v in sorted(output.details.items())}
+        rewards = torch.from_numpy(self._gather(output.values, plan))
+        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details)
+
+    def make_batch(self, plan: Plan, rollout: Rollout) -> tuple[TrainingBatch, dict[str, Any]]:
+        """Advantages over the whole update, then this process's images that carry a signal."""
+        c = self.config.algorithm
+        rewards, group = rollout.rewards, rollout.group
+        if c.reward_mixing == "advantages":
+            parts = {k: torch.from_numpy(rollout.details[k]) for k in self.config.rewards}
+            raw = adv.combined_advantages(parts, self.config.rewards, group, std_scope=c.std_scope)
+        else:
+            raw = adv.group_advantages(rewards, group, std_scope=c.std_scope)
+        advantages = adv.clip_advantages(raw, clip=c.advantage_clip, maximum=c.advantage_max)
+        valid = rewards.isfinite()
+        keep = adv.informative(raw.where(valid, torch.nan), group)
+        if not self.config.training.drop_uninformative:
+            keep = valid
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        local = torch.tensor([i for i in mine if keep[i]], dtype=torch.long)
+        rows = local - mine.start
+        batch = TrainingBatch(
+            latents=rollout.latents[rows.to(rollout.latents.device)],
+            embeds=rollout.embeds,
+            prompt_index=rollout.prompt_index[rows],
+            advantages=advantages[local],
+            image=local.tolist(),
+            total=max(int(valid.sum()), 1),
+            kept=int(keep.sum()),
+        )
+        return batch, _reward_row(rewards, group, keep, rollout.details)
+
+    def optimize(self, batch: TrainingBatch, number: int) -> dict[str, float]:
+        """All optimizer steps on one rollout."""
+        c = self.config
+        rows = []
+        for inner in range(c.training.updates_per_rollout):
+            self.optimizer.zero_grad()
+            means = self.policy_update.accumulate(
+                batch, update=number, inner=inner, off_policy=self.off_policy
+            )
+            norm = self._reduce_gradients()
+            if not math.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient of update {number} is not finite; the run can be resumed from "
+                    f"{checkpoint.latest(self.folder.checkpoints) or 'its start'} with a lower "
+                    "optimizer.learning_rate or a higher algorithm.ema_kl_beta"
+                )
+            warmup = c.optimizer.warmup_updates
+            factor = min(1.0, (self.progress.step + 1) / warmup) if warmup else 1.0
+            self.optimizer.param_groups[0]["lr"] = c.optimizer.learning_rate * factor
+            self.optimizer.step()
+            self.progress.step += 1
+            rows.append({**means, "grad_norm": norm})
+            step = self.progress.step
+            decay = min(c.training.ema_max, (1 + step) / (10 + step))
+            lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
+        decay = awm.lag_decay(number, ramp=c.algorithm.lag_ramp, maximum=c.algorithm.lag_max)
+        lora.blend(self.model.denoiser, lora.LAGGED, decay=decay)
+        self.optimizer.zero_grad()
+        return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
+
+    def _reduce_gradients(self) -> float:
+        """Sum over processes, clip, return the norm before clipping."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # a process without images still takes part
+                parameter.grad = torch.zeros_like(parameter)
+            if self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(parameter.grad)
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm).item()
+
+    def _gather(self, values: np.ndarray, plan: Plan) -> np.ndarray:
+        """Float32 values of all images from every process's share, exactly."""
+        world = self.accelerator.num_processes
+        if world == 1:
+            return np.asarray(values, np.float32)
+        width = max(len(plan.shard(r, world)) for r in range(world))
+        padded = torch.full((width,), torch.nan, device=self.accelerator.device)
+        padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
+        everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
+        return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])
+
+
+def _reward_row(
+    rewards: Tensor, group: Tensor, keep: Tensor, details: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Means for the log; the spread is the mean over groups of the reward's standard deviation."""
+    valid = rewards.isfinite()
+    spread = [
+        float(rewards[valid & (group == g)].std(unbiased=False))
+        for g in group.unique()
+        if (valid & (group == g)).any()
+    ]
+    row = {
+        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+        "reward_group_std": float(np.mean(spread)) if spread else float("nan"),
+        "failed_rewards": int((~valid).sum()),
+        "kept": int(keep.sum()),
+    }
+    return row | {
+        f"reward/{k}": float(np.nanmean(v)) for k, v in details.items() if np.isfinite(v).any()
+    }

@@ -1,0 +1,101 @@
+"""The folder of a run: its configuration, log, checkpoints, grids and results. It belongs to one configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffalign.config import RunConfig, differences, dump, to_dict
+
+# Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
+FREE = {
+    "output_dir",
+    "training.num_updates",
+    "training.max_minutes",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.eval_every",
+    "training.sample_every",
+    "training.micro_batch_size",
+    "rollout.micro_batch_size",
+    "optimizer.warmup_updates",
+}
+CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
+
+
+class RunFolderError(RuntimeError):
+    """A folder that this run must not write to."""
+
+
+class RunFolder:
+    """Paths and files of one run; only the main process may write."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the folder, or check that it belongs to this configuration.
+
+        RunFolderError lists what differs; nothing in the folder is touched then.
+        """
+        file = self.path / CONFIG
+        if file.is_file():
+            try:
+                there = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise RunFolderError(f"{file} is not readable: {error}") from error
+            lines = [
+                d for d in differences(there, to_dict(config)) if d.partition(":")[0] not in FREE
+            ]
+            if lines:
+                raise RunFolderError(
+                    f"{self.path} holds a run with another configuration (there, here):\n  "
+                    + "\n  ".join(lines)
+                    + "\nchoose another --output_dir, or delete that folder"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path} is not empty and no run of diffalign; choose another --output_dir"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write(CONFIG, dump(config))
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file aside and rename it."""
+        file = self.path / name
+        aside = file.with_name(f".{file.name}.writing")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(file)
+        return file
+
+    def append_log(self, row: dict[str, Any]) -> None:
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """All whole rows; a last line cut by a crash is left out."""
+        file = self.path / LOG
+        if not file.is_file():
+            return []
+        rows = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def rewind_log(self, update: int) -> None:
+        """Drop rows of updates after `update`, which a resumed run makes again."""
+        rows = [r for r in self.read_log() if r["update"] <= update]
+        self.write(LOG, "".join(json.dumps(r) + "\n" for r in rows))

@@ -1,0 +1,184 @@
+"""One policy update on a rollout: global loss, any micro-batch.
+
+The loss is a mean over the images of the whole update. Each process adds up the gradients of its own images in
+micro-batches of any size and the sums are reduced over processes, so that neither the micro-batch nor the number of
+processes changes the gradient. Noise and timesteps of an image come from a stream of its own for the same reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign import lora
+from diffalign.algorithms import awm, timesteps
+from diffalign.config import AWMConfig
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.precision import compute
+from diffalign.seeds import TIMESTEPS, stream
+from diffalign.types import PromptEmbeds
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """This process's share of an update, ready for the loss.
+
+    `latents` (B, C, H, W); `prompt_index` (B,) rows of `embeds`; `advantages` (B,); `image` (B,) numbers of the images
+    within the update; `total` images of the whole update that have a reward, `kept` those that are trained on.
+    """
+
+    latents: Tensor
+    embeds: PromptEmbeds
+    prompt_index: Tensor
+    advantages: Tensor
+    image: list[int]
+    total: int
+    kept: int
+
+
+class Sums:
+    """Weighted sums of metrics, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.values[name] = (
+            self.values.get(name, torch.zeros((), device=values.device)) + values.sum()
+        )
+        self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        return {k: float(v) / max(self.counts[k], 1) for k, v in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random choices for N images: `grid_index` (N, T), `noise` (N, T, C, H, W), `kl_pick` (N, K) of the T."""
+
+    grid_index: Tensor
+    noise: Tensor
+    kl_pick: Tensor
+
+
+def draw(
+    batch: TrainingBatch,
+    rows: range,
+    parts: list[range],
+    *,
+    kl_timesteps: int,
+    key: tuple[int, ...],
+) -> Draws:
+    """Timesteps, noise and the subset for the distances, image by image."""
+    index, noise, pick = [], [], []
+    for row in rows:
+        generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, batch.image[row]))
+        index.append(timesteps.draw(parts, generator=generator))
+        noise.append(torch.randn(len(parts), *batch.latents.shape[1:], generator=generator))
+        pick.append(torch.randperm(len(parts), generator=generator)[:kl_timesteps])
+    return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
+
+
+class PolicyUpdate:
+    """Accumulates the gradient of AWM's loss over a batch; the caller owns the optimizer."""
+
+    def __init__(
+        self,
+        model: TextToImageModel,
+        config: AWMConfig,
+        *,
+        grid: Tensor,
+        guidance_scale: float | None,
+        micro_batch_size: int,
+        mixed_precision: str,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.grid = grid.float().cpu()
+        self.parts = timesteps.strata(
+            len(grid),
+            config.timesteps_per_image,
+            start=config.timestep_start,
+            stop=config.timestep_stop,
+        )
+        # Guidance that costs a second forward belongs to inference; an embedded one is part of the policy's input.
+        self.guidance_scale = guidance_scale if model.guidance_is_embedded else None
+        self.micro_batch_size = micro_batch_size
+        self.mixed_precision = mixed_precision
+        self.seed = seed
+
+    def accumulate(
+        self, batch: TrainingBatch, *, update: int, inner: int = 0, off_policy: bool = False
+    ) -> dict[str, float]:
+        """Add this process's part of the gradient to the parameters' `.grad`; returns local metric means.
+
+        `off_policy`: the images were made by the lagged policy, whose likelihoods are then computed, too.
+        """
+        sums = Sums()
+        for start in range(0, len(batch.image), self.micro_batch_size):
+            rows = range(start, min(start + self.micro_batch_size, len(batch.image)))
+            draws = draw(
+                batch,
+                rows,
+                self.parts,
+                kl_timesteps=self.config.kl_timesteps,
+                key=(self.seed, update, inner),
+            )
+            loss = self._micro_batch(batch, rows, draws, off_policy, sums)
+            loss.backward()
+        return sums.means()
+
+    def _micro_batch(
+        self, batch: TrainingBatch, rows: range, draws: Draws, off_policy: bool, sums: Sums
+    ) -> Tensor:
+        model, config = self.model, self.config
+        steps = config.timesteps_per_image
+        device = batch.latents.device
+        latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
+        noise = draws.noise.flatten(0, 1).to(device)
+        times = self.grid[draws.grid_index].flatten().to(device)
+        embeds = batch.embeds[
+            batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
+        ]
+        advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
+        noisy = model.noise.add_noise(latents, noise, times)
+        target = model.noise.target(latents, noise)
+        sigmas = model.noise.sigmas(times)
+
+        old = None
+        if off_policy:
+            with torch.no_grad(), lora.policy(model.denoiser, lora.LAGGED):
+                old_error = awm.matching_error(self._predict(noisy, times, embeds), target)
+            old = awm.log_likelihood(
+                old_error, sigmas, weight=config.weight, power=config.ghuber_power
+            )
+        pred = self._predict(noisy, times, embeds)
+        loss, metrics = awm.awm_loss(
+            pred, target, sigmas, advantages, config=config, old_log_likelihood=old
+        )
+        for name, values in metrics.items():
+            sums.add(name, values)
+        total = loss.sum() / (batch.total * steps)
+        offset = torch.arange(len(rows)).unsqueeze(1) * steps
+        picked = (draws.kl_pick + offset).flatten().to(device)
+        for name, weight, policy in (
+            ("kl", config.kl_beta, lora.REFERENCE),
+            ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
+        ):
+            if weight == 0:
+                continue
+            with torch.no_grad(), lora.policy(model.denoiser, policy):
+                other = self._predict(noisy[picked], times[picked], embeds[picked])
+            distance = awm.proximal_loss(pred[picked], other)
+            sums.add(name, distance.detach())
+            # a mean over the picked timesteps has the expectation of the mean over all of them
+            total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)
+        return total
+
+    def _predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+        with compute(noisy.device, self.mixed_precision):
+            return self.model.predict(noisy, times, embeds, guidance_scale=self.guidance_scale)

@@ -1,0 +1,79 @@
+"""The small records that travel between the rooms. Shapes stand in the docstrings; B is a batch of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What a text encoder says of B prompts, in the form that one model family understands.
+
+    `prompt_embeds` (B, S, D), `pooled_prompt_embeds` (B, P) or None for families without it.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.prompt_embeds.shape[0]
+
+    def __getitem__(self, index: Any) -> PromptEmbeds:
+        """Rows by slice, mask or (N,) index tensor."""
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeds(self.prompt_embeds[index], None if pooled is None else pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
+        """As `Tensor.to`, on every part."""
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeds(
+            self.prompt_embeds.to(*args, **kwargs),
+            None if pooled is None else pooled.to(*args, **kwargs),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        import torch
+
+        pooled = [p.pooled_prompt_embeds for p in parts if p.pooled_prompt_embeds is not None]
+        return PromptEmbeds(
+            torch.cat([p.prompt_embeds for p in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of B images. `values` (B,) float32, NaN where a reward could not be computed; `details` holds further
+    (B,) arrays, such as `correct` or the parts of a composition."""
+
+    values: np.ndarray
+    details: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(B,) bool: where the reward is usable."""
+        return np.isfinite(self.values)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a forward-process algorithm keeps of B generated images: the clean latents, never the trajectory.
+
+    `latents` (B, C, H, W); `prompt_index` (B,) long, row of each image's prompt in `embeds`; `group` (B,) long, the
+    images with the same number compete with each other; `rewards` (B,) float32 with NaN for failures.
+    """
+
+    latents: Tensor
+    embeds: PromptEmbeds
+    prompt_index: torch.Tensor
+    group: torch.Tensor
+    rewards: torch.Tensor
+    details: dict[str, np.ndarray] = field(default_factory=dict)

@@ -1,0 +1,153 @@
+"""`TextToImageModel`: one diffusers pipeline as an algorithm sees it.
+
+An algorithm knows prompts, latents, timesteps and model predictions. Everything else that differs between families
+(packed latents, pooled embeddings, guidance embeddings, schedules that depend on the resolution) stays behind this
+class. A new family is one file that fills in the abstract methods, and one line in `registry.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from diffalign.noise import RectifiedFlow
+from diffalign.types import PromptEmbeds
+
+
+class TextToImageModel(ABC):
+    """A stock pipeline, its trainable denoiser, and how to talk to it."""
+
+    family: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Suffixes of the linear layers that carry a LoRA by default."""
+    max_sequence_length: int
+    """Tokens of the long text encoder (T5), where the family has one."""
+
+    guidance_is_embedded: ClassVar[bool] = False
+    """Guidance is an input of the denoiser (FLUX) and not a second forward."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        max_sequence_length: int | None = None,
+        default_size: tuple[int, int] | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self._default_size = default_size
+        self.noise = RectifiedFlow(pipeline.scheduler.config.num_train_timesteps)
+        if max_sequence_length is not None:
+            self.max_sequence_length = max_sequence_length
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The trainable module."""
+        return self.pipeline.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.vae.dtype
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels when none is given: the stock pipeline's, unless the model is known better."""
+        if self._default_size is not None:
+            return self._default_size
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embed B prompts exactly as the stock pipeline does."""
+
+    @abstractmethod
+    def predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        guidance_scale: float | None = None,
+        negative_embeds: PromptEmbeds | None = None,
+    ) -> Tensor:
+        """Model prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) of the scheduler's scale."""
+
+    @abstractmethod
+    def image_seq_len(self, height: int, width: int) -> int:
+        """Image tokens that the denoiser sees at this resolution."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int: ...
+
+    @property
+    def granularity(self) -> int:
+        """Pixels of which height and width must be multiples."""
+        return self.pipeline.vae_scale_factor * 2
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of one image; ValueError where the model cannot make that size."""
+        step, scale = self.granularity, self.pipeline.vae_scale_factor
+        if height <= 0 or width <= 0 or height % step or width % step:
+            near = tuple(max(step, round(side / step) * step) for side in (height, width))
+            raise ValueError(
+                f"{self.family} makes images whose height and width are multiples of {step} pixels, not "
+                f"{height}x{width}; the nearest is {near[0]}x{near[1]}"
+            )
+        return self.latent_channels, height // scale, width // scale
+
+    def scheduler_at(self, num_inference_steps: int, *, height: int, width: int) -> Any:
+        """A fresh copy of the pipeline's scheduler with its timesteps set as the stock pipeline sets them."""
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
+        if scheduler.config.get("use_dynamic_shifting"):
+            kwargs["mu"] = dynamic_shift(scheduler.config, self.image_seq_len(height, width))
+        if "sigmas" in kwargs:
+            scheduler.set_timesteps(device=self.device, **kwargs)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=self.device, **kwargs)
+        return scheduler
+
+    def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
+        """What the stock pipeline passes to `set_timesteps` besides the number of steps."""
+        return {}
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+        return (pixels * 255).round().to(torch.uint8)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 to latents (B, C, H, W): the mode of the posterior, scaled and shifted."""
+        vae = self.pipeline.vae
+        pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def to(self, device: torch.device | str) -> TextToImageModel:
+        self.pipeline.to(device)
+        return self
+
+
+def dynamic_shift(config: Any, image_seq_len: int) -> float:
+    """`mu` of FLUX's resolution-dependent schedule: linear in the number of image tokens."""
+    x0, x1 = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    y0, y1 = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return y0 + (y1 - y0) / (x1 - x0) * (image_seq_len - x0)

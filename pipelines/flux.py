@@ -1,0 +1,104 @@
+"""FLUX.1: packed latents, rotary position ids, guidance as an embedding, T5 tokens with a pooled CLIP vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.types import PromptEmbeds
+
+DEFAULT_GUIDANCE = 3.5
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """(B, C, H, W) to tokens (B, H/2 * W/2, 4 C): each 2 x 2 patch becomes one token."""
+    b, c, h, w = latents.shape
+    patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack_latents(tokens: Tensor, h: int, w: int) -> Tensor:
+    """The inverse of `pack_latents`; `h` and `w` are the size of the latents."""
+    b, _, c = tokens.shape
+    patches = tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(b, c // 4, h, w)
+
+
+def image_ids(h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(H/2 * W/2, 3) position ids (0, row, column) of the packed latents."""
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
+    return ids.reshape(-1, 3).to(device=device, dtype=dtype)
+
+
+class FluxModel(TextToImageModel):
+    """`FluxPipeline` behind the common interface; latents are unpacked outside of it."""
+
+    family = "flux"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    max_sequence_length = 512
+    guidance_is_embedded = True
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return PromptEmbeds(embeds, pooled)
+
+    def predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        guidance_scale: float | None = None,
+        negative_embeds: PromptEmbeds | None = None,
+    ) -> Tensor:
+        """`guidance_scale` is embedded (default 3.5, as in the pipeline) and costs no second forward."""
+        del negative_embeds  # guidance is distilled into the model
+        b, _, h, w = noisy_latents.shape
+        device, dtype = noisy_latents.device, embeds.prompt_embeds.dtype
+        guidance = None
+        if self.denoiser.config.guidance_embeds:
+            scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+            guidance = torch.full((b,), scale, device=device, dtype=torch.float32)
+        tokens = self.denoiser(
+            hidden_states=pack_latents(noisy_latents),
+            # the pipeline rounds time to the dtype of the latents before it scales it
+            timestep=timesteps.to(noisy_latents.dtype) / self.noise.num_train_timesteps,
+            guidance=guidance,
+            pooled_projections=embeds.pooled_prompt_embeds,
+            encoder_hidden_states=embeds.prompt_embeds,
+            txt_ids=torch.zeros(embeds.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
+            img_ids=image_ids(h, w, device, dtype),
+            return_dict=False,
+        )[0]
+        return unpack_latents(tokens, h, w)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels // 4
+
+    def image_seq_len(self, height: int, width: int) -> int:
+        step = self.granularity
+        return (height // step) * (width // step)
+
+    def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            return {}
+        return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}

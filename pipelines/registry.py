@@ -1,0 +1,126 @@
+"""Models by name, families by pipeline class. Strings until one is used: listing loads neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffalign.pipelines.base import TextToImageModel
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
+    "FluxPipeline": "diffalign.pipelines.flux:FluxModel",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A named model: where it is, and what its pipeline does not know about itself."""
+
+    source: str
+    description: str
+    max_sequence_length: int | None = None
+    size: tuple[int, int] | None = None
+
+
+MODELS = {
+    "shapes-sd3": ModelSpec(
+        "package:shapes-sd3",
+        "8 M parameters, SD3.5's layout, 64 px Shapes; ships with diffalign",
+        16,
+    ),
+    "shapes-flux": ModelSpec(
+        "package:shapes-flux",
+        "FLUX.1's layout, 64 px Shapes; ships with diffalign",
+        16,
+        (64, 64),
+    ),
+    "sd3.5-medium": ModelSpec(
+        "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5 medium, 2.5 B"
+    ),
+    "sd3.5-large": ModelSpec(
+        "stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3.5 large, 8 B"
+    ),
+    "flux.1-dev": ModelSpec("black-forest-labs/FLUX.1-dev", "FLUX.1 [dev], 12 B"),
+    "flux.1-schnell": ModelSpec("black-forest-labs/FLUX.1-schnell", "FLUX.1 [schnell], 12 B", 256),
+}
+
+
+class UnknownModel(ValueError):
+    """Neither a known name, nor a pipeline folder, nor a hub id, or of a family that is not supported."""
+
+
+def available() -> dict[str, ModelSpec]:
+    """Named models; those that ship with the suite only where their files are there."""
+    return {
+        n: s for n, s in MODELS.items() if not s.source.startswith("package:") or _path(s).is_dir()
+    }
+
+
+def resolve(name: str) -> ModelSpec:
+    """The specification of a name, a folder or a hub id."""
+    known = available()
+    if name in known:
+        return known[name]
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise UnknownModel(
+                f"model.name: {name} has no model_index.json; expected a pipeline in diffusers' layout"
+            )
+        return ModelSpec(name, "local folder")
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return ModelSpec(name, "hub id")
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    raise UnknownModel(
+        f"model.name: no model {name!r}; {hint} A folder or a hub id (owner/name) works, too"
+    )
+
+
+def family_of(pipeline_class: str) -> type[TextToImageModel]:
+    """The family that drives a diffusers pipeline class."""
+    if pipeline_class not in FAMILIES:
+        raise UnknownModel(
+            f"pipeline class {pipeline_class} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    module, _, attribute = FAMILIES[pipeline_class].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    max_sequence_length: int | None = None,
+    device: Any = "cpu",
+) -> TextToImageModel:
+    """Load a stock pipeline by name, folder or hub id, and wrap it in its family. `dtype` defaults to bfloat16."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    spec = resolve(name)
+    source = str(_path(spec)) if spec.source.startswith("package:") else spec.source
+    index = Path(source) / "model_index.json"
+    if index.is_file():  # refuse an unsupported pipeline before its weights are read
+        family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    pipeline = DiffusionPipeline.from_pretrained(
+        source, torch_dtype=dtype or torch.bfloat16, revision=revision
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    family = family_of(type(pipeline).__name__)
+    length = max_sequence_length or spec.max_sequence_length
+    model = family(pipeline, max_sequence_length=length, default_size=spec.size)
+    return model.to(device)
+
+
+def _path(spec: ModelSpec) -> Path:
+    import diffalign.shapes
+
+    folder = Path(next(iter(diffalign.shapes.__path__)))
+    return folder / "checkpoints" / spec.source.removeprefix("package:")

@@ -1,0 +1,130 @@
+"""From prompts to images with a family's own scheduler: what the stock pipeline does, in batches, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.precision import compute
+from diffalign.types import PromptEmbeds
+
+
+def initial_latents(
+    model: TextToImageModel,
+    n: int,
+    *,
+    height: int,
+    width: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(n, C, H, W) standard normal noise, drawn as the stock pipeline draws it (one generator, or one an image)."""
+    shape = (n, *model.latent_shape(height, width))
+    generators = list(generator) if isinstance(generator, Sequence) else generator
+    return randn_tensor(shape, generator=generators, device=model.device, dtype=dtype)
+
+
+@torch.no_grad()
+def sample(
+    model: TextToImageModel,
+    embeds: PromptEmbeds,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    negative_embeds: PromptEmbeds | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: Tensor | None = None,
+) -> Tensor:
+    """Clean latents (B, C, H, W) for B prompts. With the same generator, the stock pipeline's image for image.
+
+    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding).
+    """
+    height, width = height or model.default_size[0], width or model.default_size[1]
+    if latents is None:
+        latents = initial_latents(
+            model,
+            len(embeds),
+            height=height,
+            width=width,
+            generator=generator,
+            dtype=embeds.prompt_embeds.dtype,
+        )
+    scheduler = model.scheduler_at(num_inference_steps, height=height, width=width)
+    for t in scheduler.timesteps:
+        model_pred = model.predict(
+            latents,
+            t.expand(len(embeds)),
+            embeds,
+            guidance_scale=guidance_scale,
+            negative_embeds=negative_embeds,
+        )
+        latents = scheduler.step(model_pred, t, latents, return_dict=False)[0]
+    return latents
+
+
+class EmbedCache:
+    """Prompt embeddings, each prompt encoded once as long as it stays among the `size` most recent."""
+
+    def __init__(self, model: TextToImageModel, *, size: int = 4096) -> None:
+        self.model = model
+        self.size = size
+        self._store: dict[str, PromptEmbeds] = {}
+
+    def __call__(self, texts: Sequence[str], *, batch_size: int = 64) -> PromptEmbeds:
+        new = [t for t in dict.fromkeys(texts) if t not in self._store]
+        for start in range(0, len(new), batch_size):
+            part = new[start : start + batch_size]
+            embeds = self.model.encode_prompt(part)
+            self._store |= {text: embeds[i : i + 1] for i, text in enumerate(part)}
+        rows = []
+        for text in texts:
+            self._store[text] = self._store.pop(text)  # most recent last
+            rows.append(self._store[text])
+        while len(self._store) > max(self.size, len(texts)):
+            del self._store[next(iter(self._store))]
+        return PromptEmbeds.cat(rows)
+
+
+def generate(
+    model: TextToImageModel,
+    embeds: PromptEmbeds,
+    prompt_index: Tensor,
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    negative_embeds: PromptEmbeds | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    micro_batch_size: int = 64,
+    mixed_precision: str = "bf16",
+) -> tuple[Tensor, Tensor]:
+    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone."""
+    latents, images = [], []
+    for start in range(0, len(seeds), micro_batch_size):
+        part = slice(start, start + micro_batch_size)
+        generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
+        rows = prompt_index[part].to(embeds.prompt_embeds.device)
+        negative = None
+        if negative_embeds is not None:
+            negative = negative_embeds[torch.zeros_like(rows)]
+        with compute(model.device, mixed_precision):
+            clean = sample(
+                model,
+                embeds[rows],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_embeds=negative,
+                height=height,
+                width=width,
+                generator=generators,
+            )
+            images.append(model.decode(clean).cpu())
+        latents.append(clean)
+    return torch.cat(latents), torch.cat(images)

@@ -1,0 +1,79 @@
+"""Stable Diffusion 3 and 3.5: MM-DiT, classifier-free guidance by a second forward, T5 optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.types import PromptEmbeds
+
+
+class SD3Model(TextToImageModel):
+    """`StableDiffusion3Pipeline` behind the common interface."""
+
+    family = "sd3"
+    # The eight attention projections of the joint blocks: the released AWM and Flow-GRPO train these.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    max_sequence_length = 256
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return PromptEmbeds(embeds, pooled)
+
+    def predict(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        guidance_scale: float | None = None,
+        negative_embeds: PromptEmbeds | None = None,
+    ) -> Tensor:
+        guided = guidance_scale is not None and guidance_scale > 1
+        if guided:
+            if negative_embeds is None:
+                raise ValueError(
+                    "classifier-free guidance needs `negative_embeds`, for instance encode_prompt([''])"
+                )
+            embeds = PromptEmbeds.cat([negative_embeds, embeds])
+            noisy_latents = torch.cat([noisy_latents] * 2)
+            timesteps = torch.cat([timesteps] * 2)
+        model_pred = self.denoiser(
+            hidden_states=noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=embeds.prompt_embeds,
+            pooled_projections=embeds.pooled_prompt_embeds,
+            return_dict=False,
+        )[0]
+        if not guided:
+            return model_pred
+        uncond, cond = model_pred.chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    def image_seq_len(self, height: int, width: int) -> int:
+        patch = self.denoiser.config.patch_size * self.pipeline.vae_scale_factor
+        return (height // patch) * (width // patch)

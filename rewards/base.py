@@ -1,0 +1,69 @@
+"""What a reward is: a score of images for prompts, and an account of where the score comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from diffalign.types import RewardOutput
+
+Metadata = Mapping[str, Any]
+
+
+class RewardError(RuntimeError):
+    """No image at all could be scored, or a reward cannot work with these prompts."""
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """The account: a run records it beside its numbers."""
+
+    name: str
+    description: str
+    model_id: str | None = None
+    """Hub id of the weights; None for a reward without weights."""
+    revision: str | None = None
+    input_size: int | None = None
+    """Pixels per side that the model sees; None for the image's own size."""
+    raw_range: tuple[float, float] = (0.0, 1.0)
+    scale: float = 1.0
+    offset: float = 0.0
+    """Normalised reward = (raw - offset) * scale, about 0..1 for ordinary images."""
+    license: str = "Apache-2.0"
+
+
+class Reward(ABC):
+    """Subclass, set `card`, implement `score`; see CONTRIBUTING."""
+
+    card: ClassVar[RewardCard]
+    required_metadata: ClassVar[tuple[str, ...]] = ()
+    """Keys that every prompt's metadata must have."""
+
+    @abstractmethod
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        """Raw scores of B images.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            prompts, metadata: B each.
+        """
+
+    def normalize(self, raw: Any) -> Any:
+        """Raw scale to the common one of about 0..1."""
+        return (raw - self.card.offset) * self.card.scale
+
+    def check_metadata(self, metadata: Sequence[Metadata]) -> None:
+        """RewardError naming the first prompt that lacks what this reward needs."""
+        for row, entry in enumerate(metadata):
+            missing = [key for key in self.required_metadata if key not in entry]
+            if missing:
+                raise RewardError(
+                    f"reward {self.card.name!r} needs {', '.join(missing)} in every prompt's metadata; prompt "
+                    f"{row + 1} ({entry.get('prompt', '')!r}) has none. Use a .jsonl prompt file in GenEval's format"
+                )

@@ -1,0 +1,49 @@
+"""Rewards by name. Strings until one is used: listing them imports neither torch nor a model."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffalign.rewards.base import Reward
+
+ENTRY_POINT_GROUP = "diffalign.rewards"
+BUILT_IN = {
+    "verifier": "diffalign.rewards.verifier:VerifierReward",
+    "jpeg": "diffalign.rewards.jpeg:JpegReward",
+}
+SUMMARIES = {
+    "verifier": "GenEval score of a Shapes image by the exact verifier",
+    "jpeg": "compressibility: how few bytes the image takes as JPEG",
+}
+
+
+class UnknownReward(ValueError):
+    """No reward has this name."""
+
+
+def available() -> dict[str, str]:
+    """Name -> "module:Class" of the built-in rewards and those of installed packages."""
+    found = dict(BUILT_IN)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def check_name(name: str) -> None:
+    """UnknownReward with the nearest valid name."""
+    known = available()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+        raise UnknownReward(f"rewards: unknown reward {name!r}; {hint}")
+
+
+def create(name: str) -> Reward:
+    """An instance of the named reward; its weights load now or at its first score."""
+    check_name(name)
+    module, _, attribute = available()[name].partition(":")
+    return getattr(import_module(module), attribute)()

@@ -1,0 +1,82 @@
+"""Make the Shapes checkpoints from nothing: autoencoder, text encoders, denoiser, pipeline folder. Resumable.
+
+    python -m diffalign.scripts.train_shapes sd3 --work runs/shapes --out diffalign/shapes/checkpoints/shapes-sd3
+
+About two hours on two CPU cores with AMX. Each stage is kept in --work and skipped when it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd3 import SD3Model
+from diffalign.shapes.autoencoder import train_autoencoder
+from diffalign.shapes.build import build_flux_pipeline, build_sd3_pipeline, save_pipeline
+from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
+from diffalign.shapes.text import MAX_LENGTH
+
+FAMILIES = {
+    "sd3": (build_sd3_pipeline, SD3Model),
+    "flux": (build_flux_pipeline, FluxModel),
+}
+
+
+def load_autoencoder(work: Path) -> AutoencoderKL:
+    folder = work / "vae"
+    if not (folder / "config.json").exists():
+        train_autoencoder(folder)
+    vae = AutoencoderKL.from_pretrained(folder)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def load_model(family: str, work: Path) -> TextToImageModel:
+    """The pipeline with trained autoencoder and text encoders, and a fresh denoiser."""
+    build, kind = FAMILIES[family]
+    folder = work / family / "start"
+    if not (folder / "model_index.json").exists():
+        torch.manual_seed(0)
+        build(load_autoencoder(work)).save_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    return kind(pipeline, max_sequence_length=MAX_LENGTH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
+    parser.add_argument("--images", type=int, default=PretrainConfig.images)
+    parser.add_argument("--stop-after-minutes", type=float, default=None)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+
+    model = load_model(args.family, args.work)
+    folder = args.work / args.family
+    cache = folder / f"data-{args.images}.pt"
+    if not cache.exists():
+        torch.save(make_dataset(model, args.images, seed=0), cache)
+    data = torch.load(cache, weights_only=False)
+    minutes = args.stop_after_minutes
+    config = PretrainConfig(
+        steps=args.steps,
+        images=args.images,
+        compile=not args.no_compile,
+        stop_after_seconds=None if minutes is None else 60 * minutes,
+    )
+    run = Pretraining(model, config, folder)
+    run.resume()
+    run.run(data)
+    with run.averaged():
+        save_pipeline(model.pipeline, args.out)
+
+
+if __name__ == "__main__":
+    main()
