@@ -267,6 +267,15 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def describe_recipes() -> dict[str, str]:
+    """Name -> first comment line of every recipe."""
+    found = {}
+    for name, path in recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        found[name] = first.lstrip("# ")
+    return found
+
+
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`."""
     raw: dict[str, Any] = {}
@@ -283,20 +292,19 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run
 def decode(raw: Mapping[str, Any]) -> RunConfig:
     """Validate a nested mapping and build the configuration."""
     import draccus
-    from draccus.utils import DraccusException
 
     _check_keys(RunConfig, raw, ())
     try:
         return draccus.decode(RunConfig, dict(raw))
-    except ConfigError:
-        raise
-    except DraccusException as error:
-        path = ".".join(getattr(error, "key_path", ())) or "configuration"
-        message = getattr(error, "message", str(error)).strip()
-        raise ConfigError(f"{path}: {message}") from error
-    except Exception as error:  # draccus raises bare Exception for lists and mappings
-        cause = error.__cause__ or error
-        raise ConfigError(str(cause)) from error
+    except Exception as error:  # draccus wraps what a check raises, and raises bare Exception for lists
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        path = ".".join(getattr(error, "key_path", ()))
+        message = str(getattr(error, "message", error)).strip()
+        raise ConfigError(f"{path}: {message}" if path else message) from error
 
 
 def dump(config: RunConfig) -> str:

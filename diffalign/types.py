@@ -63,6 +63,11 @@ class RewardOutput:
         return np.isfinite(self.values)
 
 
+def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
+    """The score of those who only want images."""
+    return RewardOutput(np.zeros(len(prompts), np.float32))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What a forward-process algorithm keeps of B generated images: the clean latents, never the trajectory.

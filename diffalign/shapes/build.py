@@ -76,7 +76,7 @@ def build_sd3_pipeline(
         text_encoder=encoders[0],
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
-        tokenizer_2=build_clip_tokenizer(),
+        tokenizer_2=tokenizer,
         text_encoder_3=pretrained_t5(tokenizer_3, steps=2 * text_steps),
         tokenizer_3=tokenizer_3,
     )

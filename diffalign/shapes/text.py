@@ -7,7 +7,7 @@ their relation. The heads are thrown away. Frozen encoders that understand the t
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -56,30 +56,39 @@ def _corpus() -> list[str]:
     return sorted(prefix + t.removeprefix(PREFIXES[0]) for t in texts for prefix in PREFIXES)
 
 
+def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token; ties go by the alphabet.
+
+    The trainer of the tokenizers library breaks ties by chance, and two encoders of one pipeline would then be given
+    two vocabularies.
+    """
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, parts in pieces.items():
+            for pair in itertools.pairwise(parts):
+                counts[pair] += words[word]
+        if not counts:
+            return merges
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for parts in pieces.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+                i += 1
+
+
 def build_clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE, merges learned on the captions; all bytes are in it, so any text has tokens."""
-    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [word for text in _corpus() for word in text.split()]
+    merges = _learn_merges(Counter(word for text in _corpus() for word in text.split()))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-        min_frequency=1,
-    )
-    backend.train_from_iterator(words, trainer)
-    model = json.loads(backend.to_str())["model"]
-    vocab = sorted(model["vocab"], key=model["vocab"].get)
-    vocab += [c + "</w>" for c in alphabet if c + "</w>" not in model["vocab"]]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in model["merges"]]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)},
-        merges=merges,
-        model_max_length=MAX_LENGTH,
-    )
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
 def build_t5_tokenizer() -> T5Tokenizer:

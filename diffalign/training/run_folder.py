@@ -77,6 +77,7 @@ class RunFolder:
         return file
 
     def append_log(self, row: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

@@ -1,0 +1,146 @@
+"""The command line. torch and friends are imported inside the verb that needs them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffalign import __version__
+
+EPILOG = """examples:
+  diffalign demo
+  diffalign train awm-shapes-sd3 --optimizer.learning_rate=1e-3 --output_dir runs/mine
+  diffalign generate "a photo of a red circle" --model shapes-sd3 --lora runs/demo/lora
+  diffalign evaluate --model shapes-sd3 --lora runs/demo/lora --rewards verifier
+  diffalign list recipes
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign",
+        description="Align text-to-image diffusion models, make them fast, and prove both.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    demo = verbs.add_parser("demo", help="watch a small model learn to follow prompts, on a laptop")
+    demo.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
+
+    train = verbs.add_parser(
+        "train",
+        help="train a recipe",
+        description="Train a recipe of `diffalign list recipes`, or a YAML file. Every setting can be overridden: "
+        "--key.sub=value. Flags of diffusers' training scripts work where they mean the same.",
+    )
+    train.add_argument("recipe", help="name or YAML file")
+    train.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+
+    generate = verbs.add_parser("generate", help="make images with a model and a LoRA")
+    generate.add_argument("prompts", nargs="+", help="texts, or files ending in .txt or .jsonl")
+    generate.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
+    generate.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
+
+    evaluate = verbs.add_parser("evaluate", help="score a model, with or without a LoRA")
+    evaluate.add_argument("--prompts", default="shapes:held_out", help="default: %(default)s")
+    evaluate.add_argument(
+        "--rewards", default="verifier", help="comma-separated; default: %(default)s"
+    )
+    evaluate.add_argument(
+        "--max_prompts", type=int, default=None, help="score only so many prompts"
+    )
+    evaluate.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    evaluate.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
+    for verb in (generate, evaluate):
+        _model_flags(verb)
+
+    listing = verbs.add_parser("list", help="what there is by name")
+    listing.add_argument("what", choices=("recipes", "rewards", "models"))
+    return parser
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
+    )
+    parser.add_argument("--lora", default=None, help="folder or file for load_lora_weights")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="default: none")
+    parser.add_argument("--height", type=int, default=None, help="pixels; default: the model's")
+    parser.add_argument("--width", type=int, default=None, help="pixels; default: the model's")
+    parser.add_argument("--seed", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images at a time; default: %(default)s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: returns the exit status; a user's error is one line, not a traceback."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.verb != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if args.verb == "list":
+            return _list(args.what)
+        if args.verb == "train":
+            return _train(args.recipe, rest, dry_run=args.dry_run)
+        from diffalign import commands
+
+        return int(getattr(commands, args.verb)(args) or 0)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from diffalign.errors import is_user_error
+
+        if not is_user_error(error):
+            raise
+        print(f"diffalign: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(recipe: str, overrides: Sequence[str], *, dry_run: bool) -> int:
+    from diffalign import config as configuration
+    from diffalign.pipelines import registry as models
+    from diffalign.rewards import registry as rewards
+
+    config = configuration.load(recipe, overrides)
+    for name in config.rewards:
+        rewards.check_name(name)
+    models.resolve(config.model.name)
+    if dry_run:
+        print(configuration.dump(config), end="")
+        return 0
+    from diffalign.commands import train
+
+    return train(config)
+
+
+def _list(what: str) -> int:
+    if what == "recipes":
+        from diffalign.config import describe_recipes
+
+        rows = describe_recipes()
+    elif what == "rewards":
+        from diffalign.rewards.registry import SUMMARIES, available
+
+        rows = {name: SUMMARIES.get(name, target) for name, target in available().items()}
+    else:
+        from diffalign.pipelines.registry import available as models
+
+        rows = {name: spec.description for name, spec in models().items()}
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

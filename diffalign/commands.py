@@ -1,0 +1,145 @@
+"""The verbs that need torch: train, demo, generate, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diffalign.config import EvaluationConfig, RunConfig, load
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.errors import UsageError
+from diffalign.evaluation.report import image_grid
+from diffalign.evaluation.score import evaluate_model
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
+from diffalign.rewards.composition import CompositeReward
+from diffalign.training.run import run
+from diffalign.training.run_folder import SUMMARY
+from diffalign.types import no_reward
+from diffalign.versions import versions
+
+
+def train(config: RunConfig) -> int:
+    """Run a configuration and print what came of it."""
+    summary = run(config)
+    print_summary(summary)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """The recipe `demo`. A finished demo is kept aside, an interrupted one goes on."""
+    folder = Path(args.output_dir)
+    if (folder / SUMMARY).is_file():
+        number = 1
+        while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(kept)
+        print(f"kept the previous demo as {kept}")
+    return train(load("demo", [f"--output_dir={folder}"]))
+
+
+def print_summary(summary: dict) -> None:
+    """A table of both evaluations."""
+    table = Table(title=f"held-out prompts, {summary['updates']} updates on {summary['device']}")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for part in ("tasks", "means"):
+        after, before = summary["after"][part], summary["before"][part]
+        for name in after:
+            if name in before:
+                table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+        table.add_section()
+    Console().print(table)
+    print(f"training {summary['training_seconds']:.0f} s, in all {summary['seconds']:.0f} s")
+
+
+def _load(args: argparse.Namespace) -> TextToImageModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.model, dtype=getattr(torch, args.dtype), device=device)
+    if args.lora is not None:
+        if not Path(args.lora).exists() and args.lora.count("/") != 1:
+            raise UsageError(f"--lora: {args.lora} does not exist")
+        model.pipeline.load_lora_weights(args.lora)
+    return model
+
+
+def _evaluation(args: argparse.Namespace) -> EvaluationConfig:
+    return EvaluationConfig(
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        images_per_prompt=args.images_per_prompt,
+        seed=args.seed,
+    )
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Write every image as PNG, and a grid."""
+    prompts: list[Prompt] = []
+    for text in args.prompts:
+        prompts += load_prompts(text) if text.endswith((".txt", ".jsonl")) else [Prompt(text)]
+    model = _load(args)
+    try:
+        found = evaluate_model(
+            model,
+            prompts,
+            no_reward,
+            _evaluation(args),
+            height=args.height,
+            width=args.width,
+            micro_batch_size=args.batch_size,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (prompt, image) in enumerate(zip(found.prompts, found.images, strict=True)):
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
+        image_grid(image[None], columns=1, gap=0).save(folder / f"{i:04d}-{name}.png")
+    image_grid(found.images, columns=args.images_per_prompt).save(folder / "grid.png")
+    print(f"{len(found.prompts)} images in {folder}, all of them in {folder / 'grid.png'}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a model on prompts; the last line of the output is JSON."""
+    prompts = load_prompts(args.prompts, limit=args.max_prompts)
+    reward = CompositeReward.from_config({name: 1.0 for name in args.rewards.split(",") if name})
+    reward.check_metadata([p.metadata for p in prompts])
+    model = _load(args)
+    found = evaluate_model(
+        model,
+        prompts,
+        reward.score,
+        _evaluation(args),
+        height=args.height,
+        width=args.width,
+        micro_batch_size=args.batch_size,
+    )
+    result = {
+        "model": args.model,
+        "lora": args.lora,
+        "prompts": args.prompts,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
+        **found.to_dict(),
+        "versions": versions(),
+    }
+    table = Table(title=f"{args.model}{' + ' + args.lora if args.lora else ''}")
+    table.add_column("")
+    table.add_column("score", justify="right")
+    for name, value in {**found.tasks, **found.means}.items():
+        table.add_row(name, f"{value:.3f}")
+    Console().print(table)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    print(json.dumps(result))
+    return 0

@@ -1,0 +1,218 @@
+"""A whole run from a configuration: load, score, align, score again, and leave a folder that explains itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from diffalign import lora
+from diffalign.config import ConfigError, RunConfig, to_dict
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.report import image_grid, write_report
+from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
+from diffalign.rewards.composition import CompositeReward
+from diffalign.training.online import OnlineTrainer
+from diffalign.training.run_folder import SUMMARY, RunFolder
+from diffalign.types import no_reward
+from diffalign.versions import versions
+
+logger = logging.getLogger(__name__)
+GRID_IMAGES = 12
+
+
+def prepare_model(config: RunConfig, device: torch.device) -> TextToImageModel:
+    """Load the base model in its frozen dtype with the attention and memory settings of the configuration."""
+    c = config.model
+    model = load_model(
+        c.name,
+        dtype=getattr(torch, c.dtype),
+        revision=c.revision,
+        max_sequence_length=c.max_sequence_length,
+        device=device,
+    )
+    for part in model.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    if c.attention_backend is not None:
+        try:
+            model.denoiser.set_attention_backend(c.attention_backend)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"model.attention_backend: {error}") from error
+    if c.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    return model
+
+
+@dataclass
+class Run:
+    """The parts of one run, ready to start."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    model: TextToImageModel
+    reward: CompositeReward
+    train_prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    trainer: OnlineTrainer
+
+    @classmethod
+    def prepare(cls, config: RunConfig) -> Run:
+        """Everything that can fail for a user's reason fails here, before the first image."""
+        train = load_prompts(config.prompts.train)
+        held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
+        reward = CompositeReward.from_config(config.rewards)
+        reward.check_metadata([p.metadata for p in train])
+        reward.check_metadata([p.metadata for p in held_out])
+        accelerator = Accelerator()
+        folder = RunFolder(config.output_dir)
+        if accelerator.is_main_process:
+            folder.claim(config)
+        accelerator.wait_for_everyone()
+        model = prepare_model(config, accelerator.device)
+        trainer = OnlineTrainer(config, model, reward.score, train, accelerator, folder)
+        return cls(config, accelerator, model, reward, train, held_out, trainer)
+
+    def execute(self) -> dict[str, Any]:
+        """Train to the end and return what `summary.json` holds."""
+        started = time.perf_counter()
+        before = self._before()
+        if self.trainer.resume():
+            self._say(f"resumed after update {self.trainer.progress.update}")
+        self._train()
+        after = self._evaluate(lora.AVERAGED if self.config.training.ema_max else lora.CURRENT)
+        summary = self._summary(before, after, time.perf_counter() - started)
+        if self.accelerator.is_main_process:
+            self._export()
+            self.trainer.folder.write(SUMMARY, json.dumps(summary, indent=2))
+            write_report(
+                self.trainer.folder.path,
+                config=self.config,
+                summary=summary,
+                log=self.trainer.folder.read_log(),
+                prompts=self.eval_prompts,
+                before=before,
+                after=after,
+            )
+            self._say(f"report: {self.trainer.folder.path / 'report.html'}")
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _train(self) -> None:
+        c = self.config.training
+        progress = self.trainer.progress
+        bar = tqdm(
+            total=c.num_updates,
+            initial=progress.update,
+            desc=self.config.algorithm.type,
+            unit="update",
+            disable=not self.accelerator.is_main_process,
+        )
+        while progress.update < c.num_updates and not self._out_of_time():
+            row = self.trainer.train_update()
+            progress = self.trainer.progress
+            last = progress.update == c.num_updates or self._out_of_time()
+            if c.eval_every and progress.update % c.eval_every == 0 and not last:
+                row["evaluation"] = self._evaluate(lora.CURRENT).to_dict()
+            if self.accelerator.is_main_process:
+                self.trainer.folder.append_log(row)
+                if c.sample_every and progress.update % c.sample_every == 0:
+                    self._save_grid(progress.update)
+            if progress.update % c.checkpoint_every == 0 or last:
+                self.trainer.save()
+            bar.set_postfix(
+                reward=f"{row['reward']:.3f}",
+                kl=f"{row.get('kl', 0):.4f}",
+                images_per_s=f"{row['images_per_second']:.1f}",
+            )
+            bar.update()
+        bar.close()
+        for name, count in self.reward.failures.items():
+            if count:
+                self._say(f"reward {name} could not score {count} images; they were left out")
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.training.max_minutes
+        return limit is not None and self.trainer.progress.seconds > 60 * limit
+
+    def _evaluate(self, policy: str) -> Evaluation:
+        """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
+        with lora.policy(self.model.denoiser, policy):
+            return evaluate_model(
+                self.model,
+                self.eval_prompts,
+                self.reward.score,
+                self.config.evaluation,
+                height=self.trainer.size[0],
+                width=self.trainer.size[1],
+                micro_batch_size=self.config.rollout.micro_batch_size,
+                mixed_precision=self.config.training.mixed_precision,
+            )
+
+    def _before(self) -> Evaluation:
+        self._say(f"scoring {self.config.model.name} before training")
+        return self._evaluate(lora.REFERENCE)
+
+    def _save_grid(self, update: int) -> None:
+        prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
+        with lora.policy(self.model.denoiser, lora.CURRENT):
+            found = evaluate_model(
+                self.model,
+                prompts,
+                no_reward,
+                self.config.evaluation,
+                height=self.trainer.size[0],
+                width=self.trainer.size[1],
+                mixed_precision=self.config.training.mixed_precision,
+            )
+        folder = self.trainer.folder.path / "samples"
+        folder.mkdir(exist_ok=True)
+        image_grid(found.images, columns=6).save(folder / f"{update:06d}.png")
+
+    def _export(self) -> None:
+        name = lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
+        lora.export_lora(
+            self.model.denoiser, self.model.pipeline, self.trainer.folder.path / "lora", name=name
+        )
+
+    def _summary(self, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        summary = {
+            "before": before.to_dict(),
+            "after": after.to_dict(),
+            "updates": self.trainer.progress.update,
+            "training_seconds": round(self.trainer.progress.seconds, 1),
+            "seconds": round(seconds, 1),
+            "device": name,
+            "processes": self.accelerator.num_processes,
+            "failed_rewards": self.reward.failures,
+            "rewards": {n: vars(r.card) for n, r in self.reward.rewards.items()},
+            "versions": versions(),
+            "config": to_dict(self.config),
+        }
+        if after.tasks:
+            summary = {
+                "geneval_before": round(before.tasks["overall"], 4),
+                "geneval_after": round(after.tasks["overall"], 4),
+                **summary,
+            }
+        return summary
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Prepare and execute a run."""
+    return Run.prepare(config).execute()

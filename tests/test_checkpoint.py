@@ -1,0 +1,116 @@
+"""Checkpoints survive what happens to files; run folders belong to one configuration."""
+
+import shutil
+
+import pytest
+import torch
+
+from diffalign.config import load
+from diffalign.training import checkpoint
+from diffalign.training.checkpoint import CheckpointError
+from diffalign.training.run_folder import RunFolder, RunFolderError
+
+TENSORS = {"default": {"a.weight": torch.arange(6.0).view(2, 3)}, "optimizer": {"0.step": torch.tensor(3.0)}}
+
+
+def save(folder, update, keep=2):
+    return checkpoint.save(folder, update, TENSORS, {"step": update}, keep=keep)
+
+
+def test_round_trip_and_only_the_newest_are_kept(tmp_path):
+    for update in (1, 2, 10):
+        save(tmp_path, update)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["000002", "000010"]
+    update, tensors, state = checkpoint.load(checkpoint.latest(tmp_path))
+    assert (update, state) == (10, {"step": 10})
+    torch.testing.assert_close(tensors["default"]["a.weight"], TENSORS["default"]["a.weight"])
+
+
+@pytest.mark.parametrize("name", ["default.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "delete", "flip"])
+def test_damage_is_an_error_that_says_what_to_do(tmp_path, name, damage):
+    path = save(tmp_path, 5) / name
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "delete":
+        path.unlink()
+    elif name == "manifest.json":
+        path.write_bytes(data.replace(b'"update"', b'"uqdate"'))
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="000005.*delete that folder to continue"):
+        checkpoint.load(tmp_path / "000005")
+
+
+def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left.*last good one is .*000001"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["000001"]
+    checkpoint.load(tmp_path / "000001")
+
+
+def test_leftovers_of_a_killed_write_are_ignored(tmp_path):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "000001", tmp_path / ".writing-000002")
+    assert checkpoint.latest(tmp_path).name == "000001"
+    save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path).name == "000002"
+
+
+def test_optimizer_state_goes_back_exactly():
+    def build():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
+
+    def step(layer, optimizer, seed):
+        torch.manual_seed(seed)
+        layer(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, optimizer = build()
+    step(first, optimizer, 1)
+    second, other = build()
+    second.load_state_dict(first.state_dict())
+    checkpoint.restore_optimizer(other, checkpoint.optimizer_tensors(optimizer))
+    for layer, opt in ((first, optimizer), (second, other)):
+        step(layer, opt, 2)
+    assert torch.equal(first.weight, second.weight)
+
+
+class TestRunFolder:
+    def test_the_same_configuration_may_return(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(load("demo"))
+        folder.claim(load("demo", ["--training.num_updates=500", "--training.max_minutes=1"]))
+
+    def test_another_configuration_is_refused_and_nothing_lost(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(load("demo"))
+        before = (folder.path / "config.yaml").read_text()
+        with pytest.raises(RunFolderError, match="learning_rate: 0.001, 0.5"):
+            folder.claim(load("demo", ["--learning_rate=0.5"]))
+        assert (folder.path / "config.yaml").read_text() == before
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("dear to me")
+        with pytest.raises(RunFolderError, match="not empty and no run of diffalign"):
+            RunFolder(tmp_path).claim(load("demo"))
+
+    def test_log_survives_a_cut_line_and_is_rewound(self, tmp_path):
+        folder = RunFolder(tmp_path)
+        for update in (1, 2, 3):
+            folder.append_log({"update": update})
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"update": 4, "rew')
+        assert [r["update"] for r in folder.read_log()] == [1, 2, 3]
+        folder.rewind_log(2)
+        assert [r["update"] for r in folder.read_log()] == [1, 2]

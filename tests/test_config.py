@@ -1,0 +1,106 @@
+"""Configurations: recipes, overrides, and errors that name the field and the nearest valid name."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffalign import config
+from diffalign.config import ConfigError, RunConfig, load
+
+
+def test_every_recipe_loads_and_is_dumped_and_read_back(tmp_path):
+    assert "demo" in config.recipes()
+    for name in config.recipes():
+        loaded = load(name)
+        (tmp_path / "copy.yaml").write_text(config.dump(loaded))
+        assert load(tmp_path / "copy.yaml") == loaded
+        assert config.describe_recipes()[name]
+
+
+def test_overrides_by_path_and_by_diffusers_names():
+    loaded = load(
+        "demo",
+        [
+            "--optimizer.learning_rate=3e-4",
+            "--rank",
+            "8",
+            "--resolution=128",
+            "--seed=7",
+            "--model.gradient_checkpointing",
+            "--rewards.jpeg=0.5",
+            "--lora.targets=[attn.to_q]",
+            "--training.max_minutes=null",
+        ],
+    )
+    assert loaded.optimizer.learning_rate == 3e-4
+    assert (loaded.lora.rank, loaded.lora.targets) == (8, ["attn.to_q"])
+    assert (loaded.rollout.height, loaded.rollout.width) == (128, 128)
+    assert loaded.training.seed == 7
+    assert loaded.model.gradient_checkpointing is True
+    assert loaded.rewards == {"verifier": 1.0, "jpeg": 0.5}
+    assert loaded.training.max_minutes is None
+
+
+def test_rewards_as_a_whole_replace_those_of_the_recipe():
+    assert load("demo", ["--rewards={jpeg: 2}"]).rewards == {"jpeg": 2.0}
+
+
+def test_every_alias_leads_to_a_setting():
+    paths = config._all_paths(RunConfig)
+    for target in config.ALIASES.values():
+        for path in (target,) if isinstance(target, str) else target:
+            assert path in paths
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--optimizer.learing_rate=1"], "'optimizer.learing_rate'; did you mean 'optimizer.learning_rate'"),
+        (["--optimiser.learning_rate=1"], "did you mean 'optimizer"),
+        (["--learnin_rate=1"], "did you mean 'learning_rate'"),
+        (["--optimizer.learning_rate=fast"], "optimizer.learning_rate: .*fast"),
+        (["--optimizer.learning_rate=-1"], "optimizer.learning_rate: must be positive"),
+        (["--training.num_updates=2.5"], "training.num_updates: expected a whole number"),
+        (["--training.num_updates=true"], "training.num_updates: expected a number"),
+        (["--training.num_updates=many"], "training.num_updates"),
+        (["--rollout.group_size=1"], "rollout.group_size: a group needs at least 2"),
+        (["--algorithm.weight=ghubr"], "algorithm.weight: unknown value 'ghubr'; did you mean 'ghuber'"),
+        (["--algorithm.type=grpo"], "algorithm.type"),
+        (["--algorithm.kl_timesteps=9"], "algorithm.kl_timesteps: must lie in"),
+        (["--model=shapes-sd3"], "model: expected a group of settings"),
+        (["--rewards={}"], "rewards: name at least one"),
+        (["--rewards=verifier"], "rewards"),
+        (["--model.dtype=int8"], "model.dtype"),
+        (["learning_rate=1"], "expected --key=value"),
+    ],
+)
+def test_errors_name_the_field(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load("demo", overrides)
+
+
+def test_unknown_recipes_and_files(tmp_path):
+    with pytest.raises(ConfigError, match="unknown recipe 'demmo'; did you mean 'demo'"):
+        load("demmo")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load("nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load(tmp_path / "list.yaml")
+
+
+def test_differences_are_listed_by_path():
+    a, b = (config.to_dict(load("demo", o)) for o in ([], ["--lora.rank=4", "--rewards.jpeg=1"]))
+    assert config.differences(a, b) == ["lora.rank: 32, 4", "rewards.jpeg: None, 1.0"]
+
+
+@pytest.mark.parametrize(
+    "module", ["diffalign.config", "diffalign.cli", "diffalign.rewards.registry", "diffalign.pipelines.registry"]
+)
+def test_light_modules_do_not_import_torch(module):
+    code = f"import sys, {module} as m; m and sys.exit(any(n in sys.modules for n in ('torch', 'diffusers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,145 @@
+"""Policies as adapters, and LoRA files that load with nothing of ours."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+import tiny
+from diffalign import lora
+
+RANK, ALPHA = 4, 12.0
+
+
+def attach(model, **kwargs):
+    return lora.attach(
+        model.denoiser, rank=RANK, alpha=ALPHA, targets=model.lora_targets, **kwargs
+    )
+
+
+def predict(model, name=lora.CURRENT):
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    embeds = model.encode_prompt(["a photo of a circle", "a photo of a ring"])
+    with lora.policy(model.denoiser, name):
+        return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
+
+
+def perturb(parameters, scale=0.3):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def test_fresh_lora_is_the_base_exactly(model):
+    with torch.no_grad():
+        before = predict_base(model)
+        attach(model)
+        for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED, lora.REFERENCE):
+            torch.testing.assert_close(predict(model, name), before, rtol=0, atol=0)
+
+
+def predict_base(model):
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    embeds = model.encode_prompt(["a photo of a circle", "a photo of a ring"])
+    return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
+
+
+def test_policies_differ_after_training_and_the_reference_does_not_move(model):
+    with torch.no_grad():
+        before = predict_base(model)
+        parameters = attach(model)
+        perturb(parameters)
+        assert (predict(model) - before).abs().max() > 1e-3
+        for name in (lora.LAGGED, lora.AVERAGED, lora.REFERENCE):
+            torch.testing.assert_close(predict(model, name), before, rtol=0, atol=0)
+        lora.blend(model.denoiser, lora.LAGGED, decay=0.0)
+        torch.testing.assert_close(predict(model, lora.LAGGED), predict(model), rtol=0, atol=0)
+
+
+def test_blend_is_the_moving_average(model):
+    parameters = attach(model)
+    start = [p.detach().clone() for _, p in lora.adapter_parameters(model.denoiser, lora.LAGGED)]
+    perturb(parameters)
+    lora.blend(model.denoiser, lora.LAGGED, decay=0.9)
+    after = [p for _, p in lora.adapter_parameters(model.denoiser, lora.LAGGED)]
+    for a, b, current in zip(after, start, parameters, strict=True):
+        torch.testing.assert_close(a.detach(), 0.9 * b + 0.1 * current.detach())
+
+
+def test_only_the_current_adapter_is_trainable_and_float32(model):
+    model.pipeline.to(torch.bfloat16)
+    parameters = attach(model)
+    trainable = [p for p in model.denoiser.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in parameters}
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", [lora.LAGGED, lora.REFERENCE])
+def test_the_current_policy_is_back_after_an_exception(model, name):
+    parameters = attach(model)
+    perturb(parameters)
+    with torch.no_grad():
+        expected = predict(model)
+    with pytest.raises(RuntimeError, match="inside"), lora.policy(model.denoiser, name):
+        raise RuntimeError("inside")
+    assert all(p.requires_grad for p in parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model), expected, rtol=0, atol=0)
+
+
+def test_a_policy_inside_training_does_not_disturb_the_gradient(model):
+    parameters = attach(model)
+    perturb(parameters)
+    predict(model).square().mean().backward()
+    expected = [p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    pred = predict(model)
+    with torch.no_grad():
+        predict(model, lora.REFERENCE)
+        predict(model, lora.LAGGED)
+    pred.square().mean().backward()
+    for p, grad in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_targets_that_do_not_exist_are_named(model):
+    with pytest.raises(ValueError, match="match no layer of .*: attn.to_x"):
+        lora.attach(model.denoiser, rank=2, alpha=2, targets=["attn.to_q", "attn.to_x"])
+
+
+def test_exported_lora_loads_into_the_stock_pipeline(model, tmp_path):
+    parameters = attach(model)
+    perturb(parameters)
+    file = lora.export_lora(model.denoiser, model.pipeline, tmp_path / "lora")
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert header["transformer.lora_alpha"] == ALPHA
+    assert header["transformer.r"] == RANK
+
+    stock = tiny.MODELS[model.family]()  # the same base, nothing attached
+    stock.pipeline.save_pretrained(tmp_path / "base")
+    fresh = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    fresh.load_lora_weights(tmp_path / "lora")
+    (config,) = fresh.transformer.peft_config.values()
+    assert (config.r, config.lora_alpha) == (RANK, ALPHA)
+    stock.pipeline = fresh
+    with torch.no_grad():
+        torch.testing.assert_close(predict_base(stock), predict(model), rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_state_goes_back_and_a_foreign_one_is_refused(model):
+    parameters = attach(model)
+    perturb(parameters)
+    state = lora.adapter_state(model.denoiser, lora.CURRENT)
+    lora.load_adapter_state(model.denoiser, lora.AVERAGED, state)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, lora.AVERAGED), predict(model), rtol=0, atol=0)
+    state.pop(next(iter(state)))
+    with pytest.raises(ValueError, match="does not fit"):
+        lora.load_adapter_state(model.denoiser, lora.CURRENT, state)

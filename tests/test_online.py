@@ -1,0 +1,256 @@
+"""The loop on tiny models: it learns, resumes bit for bit, and does not depend on micro-batches or processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tiny
+from diffalign import lora
+from diffalign.config import decode
+from diffalign.data.prompts import load_prompts
+from diffalign.training import checkpoint
+from diffalign.training.online import OnlineTrainer, TrainingError
+from diffalign.training.rollout import make_plan
+from diffalign.training.run_folder import RunFolder
+from diffalign.types import RewardOutput
+
+
+def settings(folder, **groups):
+    base = {
+        "output_dir": str(folder),
+        "lora": {"rank": 4, "alpha": 8},
+        "rewards": {"jpeg": 1.0},
+        "rollout": {
+            "prompts_per_update": 3,
+            "group_size": 4,
+            "num_inference_steps": 3,
+            "micro_batch_size": 12,
+        },
+        "algorithm": {"timesteps_per_image": 2, "kl_timesteps": 1},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"mixed_precision": "no", "micro_batch_size": 12},
+    }
+    for group, values in groups.items():
+        base.setdefault(group, {}).update(values)
+    return decode(base)
+
+
+def redness(images, prompts, metadata):
+    """More red, less blue: a reward that any model can learn."""
+    values = (images[:, 0].float() - images[:, 2].float()).mean((1, 2)) / 255
+    return RewardOutput(values.numpy().astype(np.float32))
+
+
+def trainer(folder, score=redness, family="sd3", **groups):
+    return OnlineTrainer(
+        settings(folder, **groups),
+        tiny.MODELS[family](),
+        score,
+        load_prompts("shapes:train"),
+        Accelerator(cpu=True),
+        RunFolder(folder),
+    )
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.parameters])
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_reward_rises(tmp_path, family):
+    run = trainer(
+        tmp_path,
+        family=family,
+        rollout={"group_size": 8},
+        optimizer={"learning_rate": 0.03},
+        algorithm={"ema_kl_beta": 0.1},
+    )
+    rows = [run.train_update() for _ in range(10)]
+    first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:2], rows[-2:]))
+    assert last > first + rows[0]["reward_group_std"]
+    assert rows[0]["ratio"] == 1.0
+    assert rows[0]["kl"] == 0.0 < rows[-1]["kl"]
+    assert {"grad_norm", "images_per_second", "reward_group_std", "kept"} <= set(rows[0])
+
+
+def test_resumed_run_is_bit_identical(tmp_path):
+    whole = trainer(tmp_path / "a")
+    for _ in range(4):
+        whole.train_update()
+
+    first = trainer(tmp_path / "b")
+    for _ in range(2):
+        first.folder.append_log(first.train_update())
+    first.save()
+    first.folder.append_log(first.train_update())  # lost: it comes after the checkpoint
+
+    second = trainer(tmp_path / "b")
+    assert second.resume()
+    assert second.progress.update == 2
+    assert [r["update"] for r in second.folder.read_log()] == [1, 2]
+    for _ in range(2):
+        second.train_update()
+    assert torch.equal(weights(second), weights(whole))
+    for name in (lora.LAGGED, lora.AVERAGED):
+        states = [lora.adapter_state(r.model.denoiser, name) for r in (second, whole)]
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_nothing_to_resume(tmp_path):
+    assert not trainer(tmp_path).resume()
+
+
+def test_a_checkpoint_cut_in_half_is_an_error(tmp_path):
+    run = trainer(tmp_path)
+    run.train_update()
+    run.save()
+    file = checkpoint.latest(run.folder.checkpoints) / "default.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        trainer(tmp_path).resume()
+
+
+@pytest.mark.parametrize("updates_per_rollout", [1, 2])
+def test_micro_batches_change_nothing(tmp_path, updates_per_rollout):
+    runs = [
+        trainer(
+            tmp_path / str(size),
+            rollout={"micro_batch_size": size},
+            training={"micro_batch_size": size, "updates_per_rollout": updates_per_rollout},
+        )
+        for size in (12, 5)
+    ]
+    rows = [[run.train_update() for _ in range(2)] for run in runs]
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=1e-3, atol=1e-4)
+    assert rows[0][0]["reward"] == pytest.approx(rows[1][0]["reward"], abs=1e-3)
+
+
+def test_several_updates_per_rollout_use_the_lagged_policy(tmp_path):
+    run = trainer(tmp_path, training={"updates_per_rollout": 3})
+    row = run.train_update()
+    assert run.off_policy
+    assert run.progress.step == 3
+    assert row["ratio"] != 1.0  # the second and third step are off policy
+    assert trainer(tmp_path / "b").train_update()["ratio"] == 1.0
+
+
+def test_groups_without_a_signal_are_dropped(tmp_path):
+    def flat_for_squares(images, prompts, metadata):
+        output = redness(images, prompts, metadata)
+        return RewardOutput(np.where([i < 4 for i in range(len(prompts))], 0.5, output.values).astype(np.float32))
+
+    run = trainer(tmp_path, flat_for_squares)
+    assert run.train_update()["kept"] == 8
+    keep = trainer(tmp_path / "b", flat_for_squares, training={"drop_uninformative": False})
+    assert keep.train_update()["kept"] == 12
+
+
+def test_constant_rewards_change_nothing_and_do_not_crash(tmp_path, caplog):
+    run = trainer(tmp_path, lambda images, p, m: RewardOutput(np.ones(len(p), np.float32)))
+    before = weights(run)
+    row = run.train_update()
+    assert row["kept"] == 0
+    assert torch.equal(weights(run), before)
+    assert "nothing to learn" in caplog.text
+
+
+def test_failed_rewards_are_counted_and_left_out(tmp_path):
+    def sometimes(images, prompts, metadata):
+        values = redness(images, prompts, metadata).values.copy()
+        values[[0, 5]] = np.nan
+        return RewardOutput(values)
+
+    row = trainer(tmp_path, sometimes).train_update()
+    assert row["failed_rewards"] == 2
+    assert row["kept"] == 10
+    assert np.isfinite(row["reward"])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    run = trainer(tmp_path)
+    run.train_update()
+    run.save()
+    before = weights(run)
+    with torch.no_grad():
+        next(iter(run.model.pipeline.transformer.pos_embed.parameters())).fill_(torch.nan)
+    run.score = lambda images, p, m: RewardOutput(np.arange(len(p), dtype=np.float32))
+    with pytest.raises(TrainingError, match="gradient of update 2 is not finite.*000001"):
+        run.train_update()
+    assert torch.equal(weights(run), before)
+
+
+def test_impossible_resolution_is_refused_before_the_first_rollout(tmp_path):
+    with pytest.raises(ValueError, match="multiples of 4 pixels"):
+        trainer(tmp_path, rollout={"height": 18, "width": 16})
+
+
+class TestPlan:
+    def plan(self, update=1, **kwargs):
+        config = settings("x").rollout
+        return make_plan(
+            load_prompts("shapes:train"), config, seed=0, update=update, **{"balance_tasks": True, **kwargs}
+        )
+
+    def test_prompts_are_distinct_and_tasks_balanced(self):
+        tasks = []
+        for update in range(200):
+            plan = self.plan(update)
+            assert len({p.text for p in plan.prompts}) == 3
+            tasks += [p.task for p in plan.prompts]
+        assert all(abs(tasks.count(t) / len(tasks) - 1 / 6) < 0.06 for t in set(tasks))
+        assert len(set(tasks)) == 6
+
+    def test_unbalanced_plans_follow_the_file(self):
+        tasks = [p.task for u in range(100) for p in self.plan(u, balance_tasks=False).prompts]
+        assert tasks.count("color_attr") > 200
+
+    def test_is_a_function_of_seed_and_update(self):
+        assert self.plan(3).seeds == self.plan(3).seeds
+        assert self.plan(3).seeds != self.plan(4).seeds
+        assert len(set(self.plan(3).seeds)) == 12
+
+    @pytest.mark.parametrize("world", [1, 2, 5, 13])
+    def test_shares_cover_every_image_once(self, world):
+        plan = self.plan()
+        assert [i for r in range(world) for i in plan.shard(r, world)] == list(range(12))
+
+
+PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_online as t
+run = t.trainer(sys.argv[1])
+rows = [run.train_update() for _ in range(2)]
+if run.accelerator.is_main_process:
+    torch.save((t.weights(run), rows), sys.argv[1] + "/result.pt")
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    results = []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        script = folder / "script.py"
+        script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
+        command += [f"--num_processes={world}", "--mixed_precision=no", "--dynamo_backend=no"]
+        command += ["--main_process_port=0"] if world > 1 else []
+        done = subprocess.run(
+            [*command, str(script), str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(folder / "result.pt", weights_only=False))
+    (one, rows), (two, others) = results
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    assert [json.dumps(r["reward"])[:7] for r in rows][0] == json.dumps(others[0]["reward"])[:7]

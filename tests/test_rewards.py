@@ -1,0 +1,137 @@
+"""Rewards: registry, normalisation, composition, failures."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.rewards import registry
+from diffalign.rewards.base import Reward, RewardCard, RewardError
+from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.registry import UnknownReward
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.world import render, sample_scene
+from diffalign.types import RewardOutput
+
+
+def scenes(n=12):
+    rng = np.random.default_rng(0)
+    entries = prompts("train")[:: len(prompts("train")) // n][:n]
+    pixels = np.stack([render(sample_scene(e, rng)) for e in entries])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), entries
+
+
+class Fake(Reward):
+    """Mean of the red channel; raises or gives NaN where told."""
+
+    card = RewardCard(name="fake", description="", raw_range=(0, 255), scale=1 / 255, offset=0)
+
+    def __init__(self, *, broken=(), nan=(), shape=None):
+        self.broken, self.nan, self.shape = set(broken), set(nan), shape
+
+    def score(self, images, prompts, metadata):
+        if self.broken & set(prompts):
+            raise RuntimeError("cannot look at this")
+        values = images[:, 0].float().mean((1, 2)).numpy()
+        values[[p in self.nan for p in prompts]] = np.nan
+        return RewardOutput(values if self.shape is None else np.zeros(self.shape, np.float32))
+
+
+def composite(weights=None, **kwargs):
+    return CompositeReward({"fake": Fake(**kwargs)}, weights or {"fake": 1.0})
+
+
+def test_built_in_rewards_exist_and_declare_themselves():
+    for name in registry.BUILT_IN:
+        reward = registry.create(name)
+        assert reward.card.name == name
+        assert reward.card.license
+        assert name in registry.SUMMARIES
+
+
+def test_unknown_reward_names_the_nearest():
+    with pytest.raises(UnknownReward, match="unknown reward 'verifer'; did you mean 'verifier'"):
+        registry.create("verifer")
+
+
+def test_third_parties_add_rewards_by_entry_point(monkeypatch):
+    class Point:
+        name, value = "theirs", "test_rewards:Fake"
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Point] if group == "diffalign.rewards" else [])
+    assert type(registry.create("theirs")).__name__ == "Fake"
+
+
+def test_verifier_gives_one_to_right_images_and_less_to_shuffled_ones():
+    images, entries = scenes()
+    reward = registry.create("verifier")
+    texts = [e["prompt"] for e in entries]
+    right = reward.score(images, texts, entries)
+    assert right.values.tolist() == [1.0] * 12
+    wrong = reward.score(images.roll(1, 0), texts, entries)
+    assert wrong.values.mean() < 0.7
+    assert set(wrong.details) == {"score", "correct", "strict"}
+
+
+def test_verifier_refuses_prompts_that_it_cannot_judge():
+    reward = registry.create("verifier")
+    with pytest.raises(RewardError, match=r"'verifier' needs include .* prompt 2 \('x'\)"):
+        reward.check_metadata([prompts("train")[0], {"prompt": "x"}])
+    with pytest.raises(RewardError, match="cannot judge prompt 1 .*bench"):
+        reward.check_metadata([{"prompt": "a bench", "include": [{"class": "bench", "count": 1}]}])
+
+
+def test_jpeg_is_the_size_of_the_file():
+    images, entries = scenes(3)
+    values = registry.create("jpeg").score(images, [""] * 3, entries).values
+    buffer = io.BytesIO()
+    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
+    assert values[0] == pytest.approx(-len(buffer.getvalue()) / 1000)
+    noise = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    assert registry.create("jpeg").score(noise, [""], [{}]).values[0] < values.min()
+
+
+def test_composition_is_the_weighted_sum_of_normalised_rewards():
+    images, entries = scenes(4)
+    both = CompositeReward(
+        {"fake": Fake(), "jpeg": registry.create("jpeg")}, {"fake": 2.0, "jpeg": 10.0}
+    )
+    texts = [e["prompt"] for e in entries]
+    output = both.score(images, texts, entries)
+    red = images[:, 0].float().mean((1, 2)).numpy() / 255
+    jpeg = registry.create("jpeg").score(images, texts, entries).values / 500
+    np.testing.assert_allclose(output.values, 2 * red + 10 * jpeg, rtol=1e-5)
+    np.testing.assert_allclose(output.details["fake"], red, rtol=1e-6)
+
+
+def test_nan_is_masked_and_counted():
+    images, entries = scenes(4)
+    reward = composite(nan=["b"])
+    output = reward.score(images, ["a", "b", "c", "d"], entries)
+    assert output.mask.tolist() == [True, False, True, True]
+    assert reward.failures == {"fake": 1}
+
+
+def test_a_reward_that_raises_for_one_image_loses_only_that_one(caplog):
+    images, entries = scenes(4)
+    reward = composite(broken=["c"])
+    output = reward.score(images, ["a", "b", "c", "d"], entries)
+    expected = composite().score(images, ["a", "b", "c", "d"], entries)
+    assert output.mask.tolist() == [True, True, False, True]
+    np.testing.assert_allclose(output.values[output.mask], expected.values[output.mask])
+    assert reward.failures == {"fake": 1}
+    assert "failed on 1 of 4 images" in caplog.text
+
+
+def test_a_reward_that_fails_on_every_image_stops_the_run():
+    images, entries = scenes(2)
+    with pytest.raises(RewardError, match="'fake' fails on every image: cannot look at this"):
+        composite(broken=["a", "b"]).score(images, ["a", "b"], entries)
+
+
+def test_a_reward_of_the_wrong_shape_is_refused():
+    images, entries = scenes(2)
+    with pytest.raises(RewardError, match=r"returned shape \(2, 2\) for 2 images"):
+        composite(shape=(2, 2)).score(images, ["a", "b"], entries)

@@ -1,0 +1,209 @@
+"""The policy update: closed forms on real denoisers, any micro-batch, distances that start at zero."""
+
+import pytest
+import torch
+
+from diffalign import lora
+from diffalign.algorithms import awm
+from diffalign.config import AWMConfig
+from diffalign.training.update import PolicyUpdate, TrainingBatch
+
+N = 6
+
+
+def make_batch(model, n=N):
+    generator = torch.Generator().manual_seed(0)
+    return TrainingBatch(
+        latents=torch.randn(n, 4, 8, 8, generator=generator),
+        embeds=model.encode_prompt(["a photo of a circle", "a photo of a ring"]),
+        prompt_index=torch.arange(n) % 2,
+        advantages=torch.randn(n, generator=generator).clamp(-1, 1),
+        image=list(range(n)),
+        total=n,
+        kept=n,
+    )
+
+
+def make_update(model, *, micro_batch_size=64, mixed_precision="no", **config):
+    grid = model.scheduler_at(8, height=16, width=16).timesteps
+    settings = {"timesteps_per_image": 3, "kl_timesteps": 3, **config}
+    return PolicyUpdate(
+        model,
+        AWMConfig(**settings),
+        grid=grid,
+        guidance_scale=None,
+        micro_batch_size=micro_batch_size,
+        mixed_precision=mixed_precision,
+        seed=0,
+    )
+
+
+@pytest.fixture
+def policy(model):
+    parameters = lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
+    return model, parameters
+
+
+def perturb(parameters):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn_like(p) * 0.2)
+
+
+def gradient(policy, batch=None, *, off_policy=False, **config):
+    model, parameters = policy
+    for p in parameters:
+        p.grad = None
+    metrics = make_update(model, **config).accumulate(
+        batch or make_batch(model), update=1, off_policy=off_policy
+    )
+    return torch.cat([p.grad.flatten() for p in parameters]), metrics
+
+
+def test_ratio_is_exactly_one_before_an_update(policy):
+    for off_policy in (False, True):
+        _, metrics = gradient(policy, off_policy=off_policy)
+        assert metrics["ratio"] == 1.0
+        assert metrics["clipped"] == 0.0
+
+
+def test_ratio_moves_when_the_policy_has_moved(policy):
+    perturb(policy[1])
+    _, metrics = gradient(policy, off_policy=True)
+    assert metrics["ratio"] != 1.0
+
+
+def test_fresh_lora_has_zero_distances_with_zero_gradient(policy):
+    with_terms, metrics = gradient(policy, kl_beta=5.0, ema_kl_beta=5.0)
+    without, _ = gradient(policy, kl_beta=0.0, ema_kl_beta=0.0)
+    assert metrics["kl"] == metrics["kl_lagged"] == 0.0
+    assert without.abs().max() > 0
+    torch.testing.assert_close(with_terms, without, rtol=0, atol=0)
+
+
+def test_perturbed_lora_has_distances_with_a_gradient(policy):
+    perturb(policy[1])
+    batch = make_batch(policy[0])
+    still = TrainingBatch(**{**vars(batch), "advantages": torch.zeros(N)})
+    for terms in ({"kl_beta": 1.0, "ema_kl_beta": 0.0}, {"kl_beta": 0.0, "ema_kl_beta": 1.0}):
+        grad, metrics = gradient(policy, still, **terms)
+        assert metrics["kl" if terms["kl_beta"] else "kl_lagged"] > 0
+        assert grad.abs().max() > 0
+    grad, metrics = gradient(policy, still, kl_beta=0.0, ema_kl_beta=0.0)
+    assert grad.abs().max() == 0
+    assert "kl" not in metrics
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])
+def test_any_micro_batch_gives_the_same_gradient(policy, micro_batch_size):
+    perturb(policy[1])
+    whole, first = gradient(policy, kl_beta=0.1)
+    parts, second = gradient(policy, kl_beta=0.1, micro_batch_size=micro_batch_size)
+    torch.testing.assert_close(parts, whole, rtol=2e-4, atol=1e-6)
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_two_shares_sum_to_the_whole(policy):
+    """What two processes add up: each has half of the images, and the totals are global."""
+    perturb(policy[1])
+    batch = make_batch(policy[0])
+    whole, _ = gradient(policy, batch, kl_beta=0.1)
+    total = 0
+    for rows in (slice(0, 2), slice(2, N)):
+        share = TrainingBatch(
+            latents=batch.latents[rows],
+            embeds=batch.embeds,
+            prompt_index=batch.prompt_index[rows],
+            advantages=batch.advantages[rows],
+            image=batch.image[rows],
+            total=N,
+            kept=N,
+        )
+        total = total + gradient(policy, share, kl_beta=0.1)[0]
+    torch.testing.assert_close(total, whole, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["uniform", "ghuber"])
+def test_gradient_is_the_advantage_weighted_flow_matching_gradient(policy, weight):
+    """Against a loss written out by hand, without ratio, clip or exponent."""
+    model, parameters = policy
+    perturb(parameters)
+    ours, _ = gradient(policy, kl_beta=0.0, ema_kl_beta=0.0, weight=weight)
+    update = make_update(model, weight=weight)
+    batch = make_batch(model)
+    from diffalign.training.update import draw
+
+    draws = draw(batch, range(N), update.parts, kl_timesteps=1, key=(0, 1, 0))
+    for p in parameters:
+        p.grad = None
+    loss = 0
+    for i in range(N):
+        for j in range(3):
+            t = update.grid[draws.grid_index[i, j]].view(1)
+            x0, eps = batch.latents[i : i + 1], draws.noise[i, j].unsqueeze(0)
+            noisy = (1 - t / 1000) * x0 + t / 1000 * eps
+            v = model.predict(noisy, t, batch.embeds[batch.prompt_index[i : i + 1]])
+            e = (v - (eps - x0)).square().mean()
+            k = 1.0 if weight == "uniform" else (t / 1000) * e.detach() ** -0.75
+            loss = loss + batch.advantages[i] * k * e
+    (loss / (3 * N)).backward()
+    expected = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(ours, expected, rtol=5e-4, atol=1e-6)
+
+
+def test_distances_on_a_subset_of_the_timesteps_have_the_same_expectation(policy):
+    model, parameters = policy
+    perturb(parameters)
+    full, _ = gradient(policy, kl_beta=1.0, ema_kl_beta=0.0)
+    none, _ = gradient(policy, kl_beta=0.0, ema_kl_beta=0.0)
+    batch = make_batch(model)
+    update = make_update(model, kl_beta=1.0, ema_kl_beta=0.0, kl_timesteps=1)
+    # every choice of one timestep, equally often: the mean must be the full term exactly
+    from diffalign.training import update as module
+
+    original, total = module.draw, 0
+    for chosen in range(3):
+
+        def fixed(*args, chosen=chosen, **kwargs):
+            draws = original(*args, **kwargs)
+            pick = torch.full((len(draws.grid_index), 1), chosen)
+            return module.Draws(draws.grid_index, draws.noise, pick)
+
+        module.draw = fixed
+        try:
+            for p in parameters:
+                p.grad = None
+            update.accumulate(batch, update=1)
+        finally:
+            module.draw = original
+        total = total + torch.cat([p.grad.flatten() for p in parameters]) - none
+    torch.testing.assert_close(total / 3, full - none, rtol=1e-3, atol=1e-6)
+
+
+def test_guidance_that_costs_a_forward_is_not_trained_with(policy):
+    model, _ = policy
+    update = make_update(model)
+    assert update.guidance_scale is None
+    guided = PolicyUpdate(
+        model,
+        AWMConfig(timesteps_per_image=2),
+        grid=update.grid,
+        guidance_scale=4.0,
+        micro_batch_size=4,
+        mixed_precision="no",
+        seed=0,
+    )
+    assert guided.guidance_scale == (4.0 if model.guidance_is_embedded else None)
+
+
+def test_bfloat16_base_and_autocast_keep_ratio_one(policy):
+    model, _ = policy
+    model.pipeline.to(torch.bfloat16)
+    for _, p in lora.adapter_parameters(model.denoiser, lora.CURRENT):
+        p.data = p.data.float()
+    grad, metrics = gradient(policy, mixed_precision="bf16")
+    assert metrics["ratio"] == 1.0
+    assert grad.dtype == torch.float32
+    assert grad.isfinite().all()
+    assert awm.HUBER_EPSILON == 1e-10

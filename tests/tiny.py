@@ -1,0 +1,115 @@
+"""Tiny random pipelines, built in code: real classes, real tokenizers, milliseconds a forward."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+
+from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd3 import SD3Model
+from diffalign.shapes import text
+
+SIZE = 16
+
+
+def _autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.3,
+        shift_factor=0.1,
+    ).eval()
+
+
+def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed)
+    clip, t5 = text.build_clip_tokenizer(), text.build_t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * text.WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * text.WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    _spread(transformer)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_autoencoder(),
+        text_encoder=text.build_clip(clip, projection=True).eval(),
+        tokenizer=clip,
+        text_encoder_2=text.build_clip(clip, projection=True).eval(),
+        tokenizer_2=clip,
+        text_encoder_3=text.build_t5(t5).eval(),
+        tokenizer_3=t5,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def flux_pipeline(seed: int = 0) -> FluxPipeline:
+    torch.manual_seed(seed)
+    clip, t5 = text.build_clip_tokenizer(), text.build_t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * text.WIDTH,
+        pooled_projection_dim=text.WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    _spread(transformer)
+    pipeline = FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=_autoencoder(),
+        text_encoder=text.build_clip(clip, projection=False).eval(),
+        tokenizer=clip,
+        text_encoder_2=text.build_t5(t5).eval(),
+        tokenizer_2=t5,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _spread(module: torch.nn.Module) -> None:
+    """Random biases and modulations, so that no path of a fresh transformer is silent."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1 or float(parameter.detach().abs().max()) == 0:
+            torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.5, 0.2)
+
+
+def sd3_model(seed: int = 0) -> SD3Model:
+    return SD3Model(sd3_pipeline(seed), max_sequence_length=16)
+
+
+def flux_model(seed: int = 0) -> FluxModel:
+    return FluxModel(flux_pipeline(seed), max_sequence_length=16, default_size=(SIZE, SIZE))
+
+
+MODELS = {"sd3": sd3_model, "flux": flux_model}
