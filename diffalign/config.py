@@ -296,7 +296,9 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
     _check_keys(RunConfig, raw, ())
     try:
         return draccus.decode(RunConfig, dict(raw))
-    except Exception as error:  # draccus wraps what a check raises, and raises bare Exception for lists
+    except (
+        Exception
+    ) as error:  # draccus wraps what a check raises, and raises bare Exception for lists
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ConfigError):

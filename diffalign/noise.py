@@ -19,9 +19,9 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """x_t = (1 - t) x_0 + t eps; the model predicts the velocity eps - x_0. (Liu et al. 2022; Esser et al. 2024, eq. 13)
+    """x_t = (1 - t) x_0 + t eps; the model predicts the velocity eps - x_0.
 
-    The path of SD3, FLUX and SANA.
+    The path of SD3, FLUX and SANA. (Liu et al. 2022; Esser et al. 2024, eq. 13)
     """
 
     num_train_timesteps: int = 1000

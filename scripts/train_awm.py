@@ -1,4 +1,4 @@
-"""Launcher for several processes: `accelerate launch scripts/train_awm.py --config awm-shapes-sd3 [--key=value ...]`."""
+"""Launcher for several processes: `accelerate launch scripts/train_awm.py --config RECIPE [--key=value ...]`."""
 
 from __future__ import annotations
 

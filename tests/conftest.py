@@ -4,9 +4,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 

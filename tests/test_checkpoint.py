@@ -10,7 +10,10 @@ from diffalign.training import checkpoint
 from diffalign.training.checkpoint import CheckpointError
 from diffalign.training.run_folder import RunFolder, RunFolderError
 
-TENSORS = {"default": {"a.weight": torch.arange(6.0).view(2, 3)}, "optimizer": {"0.step": torch.tensor(3.0)}}
+TENSORS = {
+    "default": {"a.weight": torch.arange(6.0).view(2, 3)},
+    "optimizer": {"0.step": torch.tensor(3.0)},
+}
 
 
 def save(folder, update, keep=2):

@@ -56,7 +56,10 @@ def test_every_alias_leads_to_a_setting():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--optimizer.learing_rate=1"], "'optimizer.learing_rate'; did you mean 'optimizer.learning_rate'"),
+        (
+            ["--optimizer.learing_rate=1"],
+            "'optimizer.learing_rate'; did you mean 'optimizer.learning_rate'",
+        ),
         (["--optimiser.learning_rate=1"], "did you mean 'optimizer"),
         (["--learnin_rate=1"], "did you mean 'learning_rate'"),
         (["--optimizer.learning_rate=fast"], "optimizer.learning_rate: .*fast"),
@@ -65,7 +68,10 @@ def test_every_alias_leads_to_a_setting():
         (["--training.num_updates=true"], "training.num_updates: expected a number"),
         (["--training.num_updates=many"], "training.num_updates"),
         (["--rollout.group_size=1"], "rollout.group_size: a group needs at least 2"),
-        (["--algorithm.weight=ghubr"], "algorithm.weight: unknown value 'ghubr'; did you mean 'ghuber'"),
+        (
+            ["--algorithm.weight=ghubr"],
+            "algorithm.weight: unknown value 'ghubr'; did you mean 'ghuber'",
+        ),
         (["--algorithm.type=grpo"], "algorithm.type"),
         (["--algorithm.kl_timesteps=9"], "algorithm.kl_timesteps: must lie in"),
         (["--model=shapes-sd3"], "model: expected a group of settings"),
@@ -99,7 +105,13 @@ def test_differences_are_listed_by_path():
 
 
 @pytest.mark.parametrize(
-    "module", ["diffalign.config", "diffalign.cli", "diffalign.rewards.registry", "diffalign.pipelines.registry"]
+    "module",
+    [
+        "diffalign.config",
+        "diffalign.cli",
+        "diffalign.rewards.registry",
+        "diffalign.pipelines.registry",
+    ],
 )
 def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module} as m; m and sys.exit(any(n in sys.modules for n in ('torch', 'diffusers')))"

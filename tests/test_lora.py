@@ -3,20 +3,18 @@
 import json
 
 import pytest
+import tiny
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-import tiny
 from diffalign import lora
 
 RANK, ALPHA = 4, 12.0
 
 
 def attach(model, **kwargs):
-    return lora.attach(
-        model.denoiser, rank=RANK, alpha=ALPHA, targets=model.lora_targets, **kwargs
-    )
+    return lora.attach(model.denoiser, rank=RANK, alpha=ALPHA, targets=model.lora_targets, **kwargs)
 
 
 def predict(model, name=lora.CURRENT):

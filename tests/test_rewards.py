@@ -60,7 +60,9 @@ def test_third_parties_add_rewards_by_entry_point(monkeypatch):
     class Point:
         name, value = "theirs", "test_rewards:Fake"
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point] if group == "diffalign.rewards" else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [Point] if group == "diffalign.rewards" else []
+    )
     assert type(registry.create("theirs")).__name__ == "Fake"
 
 

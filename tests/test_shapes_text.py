@@ -7,7 +7,14 @@ from diffalign.geneval import TASKS
 from diffalign.shapes import text
 from diffalign.shapes.prompts import plural, prompts
 
-STRANGE = ["", " ", "Ünknown 漢字 🙂", "a" * 500, "A PHOTO of A Red CIRCLE!!", "\x00\t<|endoftext|>"]
+STRANGE = [
+    "",
+    " ",
+    "Ünknown 漢字 🙂",
+    "a" * 500,
+    "A PHOTO of A Red CIRCLE!!",
+    "\x00\t<|endoftext|>",
+]
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,23 @@ def test_splits_are_disjoint_complete_and_fixed():
     train, held_out = ({p["prompt"] for p in prompts(s)} for s in ("train", "held_out"))
     assert not train & held_out
     assert len(train) + len(held_out) == 750
-    assert {p["tag"] for p in prompts("train")} == {p["tag"] for p in prompts("held_out")} == set(TASKS)
+    assert (
+        {p["tag"] for p in prompts("train")}
+        == {p["tag"] for p in prompts("held_out")}
+        == set(TASKS)
+    )
     first = [next(p["prompt"] for p in prompts("held_out") if p["tag"] == t) for t in TASKS]
     assert first == HELD_OUT_FIRST
 
 
-HELD_OUT_FIRST = ['a photo of a ring', 'a photo of a circle and a triangle', 'a photo of two circles', 'a photo of a blue circle', 'a photo of a circle left of a square', 'a photo of a red circle and a yellow triangle']
+HELD_OUT_FIRST = [
+    "a photo of a ring",
+    "a photo of a circle and a triangle",
+    "a photo of two circles",
+    "a photo of a blue circle",
+    "a photo of a circle left of a square",
+    "a photo of a red circle and a yellow triangle",
+]
 
 
 def test_prompts_have_genevals_form():

@@ -1,7 +1,7 @@
 """Advantage Weighted Matching: policy gradient on the pretraining loss. (Xue et al. 2025)
 
-With x_t = (1 - t) x_0 + t eps and e(v) = mean over dimensions of (v - (eps - x_0))^2, the surrogate log-likelihood of an
-image at t is l = -w(e, t). The policy-gradient loss is PPO's on rho = exp(l - l_old): on policy rho = 1 and its
+With x_t = (1 - t) x_0 + t eps and e(v) = mean over dimensions of (v - (eps - x_0))^2, the surrogate log-likelihood of
+an image at t is l = -w(e, t). The policy-gradient loss is PPO's on rho = exp(l - l_old): on policy rho = 1 and its
 gradient is A times the (weighted) flow-matching gradient. Two proximal terms hold the policy: the squared distance of
 its prediction to the reference (adapters off) and to a lagged copy of itself.
 

@@ -6,6 +6,7 @@ lower variance.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def strata(num_grid: int, num_strata: int, *, start: float = 0.0, stop: float = 
             "use fewer, or more rollout steps"
         )
     cuts = [first + round(i * (last - first) / num_strata) for i in range(num_strata + 1)]
-    return [range(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def draw(parts: Sequence[range], *, generator: torch.Generator | None = None) -> Tensor:

@@ -69,6 +69,8 @@ def build_flux_transformer() -> FluxTransformer2DModel:
 
 @dataclass
 class PretrainConfig:
+    """How a denoiser is pretrained."""
+
     steps: int = 12000
     batch_size: int = 96
     images: int = 60000

@@ -31,6 +31,7 @@ Metadata = dict[str, Any]
 
 
 def plural(kind: str) -> str:
+    """English plural of a shape."""
     return kind + ("es" if kind.endswith("s") else "s")
 
 

@@ -121,11 +121,13 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def build_clip(tokenizer: CLIPTokenizer, *, projection: bool) -> PreTrainedModel:
+    """A fresh CLIP text encoder, with SD3's projection or without (FLUX)."""
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return kind(_clip_config(tokenizer))
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """A fresh T5 encoder."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -173,6 +175,8 @@ def clip_features(model: PreTrainedModel) -> Encode:
 
 
 def t5_features(model: T5EncoderModel) -> Encode:
+    """What pipelines read from T5: its tokens; for the heads, the mean of those that hold the caption."""
+
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
         tokens = model(ids).last_hidden_state[:, :MAX_LENGTH]
         return tokens, tokens.mean(1)

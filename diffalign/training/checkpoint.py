@@ -95,7 +95,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer as named tensors, "index.name"."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{i}.{name}": torch.as_tensor(v).clone() for i, part in state.items() for name, v in part.items()
+        f"{i}.{name}": torch.as_tensor(v).clone()
+        for i, part in state.items()
+        for name, v in part.items()
     }
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import FluxPipeline
 
-import tiny
 from diffalign.pipelines import flux
 from diffalign.pipelines.sampling import EmbedCache, generate, sample
 
@@ -44,9 +44,7 @@ def test_rollout_equals_stock_pipeline(model, guidance_scale):
     expected = stock(
         model, generator=torch.Generator().manual_seed(3), guidance_scale=guidance_scale
     )
-    actual = ours(
-        model, generator=torch.Generator().manual_seed(3), guidance_scale=guidance_scale
-    )
+    actual = ours(model, generator=torch.Generator().manual_seed(3), guidance_scale=guidance_scale)
     assert expected.std() > 5  # not a flat image that would equal anything
     np.testing.assert_array_equal(actual, expected)
 
@@ -92,7 +90,9 @@ def test_embed_cache_returns_what_the_encoder_returns_and_encodes_once(model):
     cache([PROMPTS[1]])
     assert calls == [PROMPTS[:2]]
     torch.testing.assert_close(embeds.prompt_embeds[0], embeds.prompt_embeds[2], rtol=0, atol=0)
-    torch.testing.assert_close(embeds.prompt_embeds, encode([*PROMPTS[:2], PROMPTS[0]]).prompt_embeds)
+    torch.testing.assert_close(
+        embeds.prompt_embeds, encode([*PROMPTS[:2], PROMPTS[0]]).prompt_embeds
+    )
 
 
 def test_embed_cache_forgets_the_oldest(model):
@@ -107,7 +107,9 @@ def test_packing_and_ids_equal_flux_pipeline(shape):
     b, c, h, w = shape
     latents = torch.randn(shape)
     packed = flux.pack_latents(latents)
-    torch.testing.assert_close(packed, FluxPipeline._pack_latents(latents, b, c, h, w), rtol=0, atol=0)
+    torch.testing.assert_close(
+        packed, FluxPipeline._pack_latents(latents, b, c, h, w), rtol=0, atol=0
+    )
     torch.testing.assert_close(flux.unpack_latents(packed, h, w), latents, rtol=0, atol=0)
     ids = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32)
     torch.testing.assert_close(flux.image_ids(h, w, "cpu", torch.float32), ids, rtol=0, atol=0)
@@ -154,5 +156,6 @@ def test_decode_and_encode_are_scaled_like_the_pipeline(model):
     decoded = model.pipeline.vae.decode(latents / 1.3 + 0.1).sample
     stock_image = model.pipeline.image_processor.postprocess(decoded.detach(), output_type="np")
     np.testing.assert_array_equal(
-        model.decode(latents).permute(0, 2, 3, 1).numpy(), (stock_image * 255).round().astype("uint8")
+        model.decode(latents).permute(0, 2, 3, 1).numpy(),
+        (stock_image * 255).round().astype("uint8"),
     )

@@ -1,0 +1,47 @@
+# A fresh machine with Python 3.11 - 3.13 needs nothing else: every target makes .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint typecheck shapes clean
+
+install: $(STAMP)
+
+# torch first and alone: otherwise the resolver may bring gigabytes of CUDA packages to a machine without a GPU
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/diffalign demo
+
+test: install
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Static types are checked on the wheel: the rooms at the root are mapped into the package only when it is built.
+typecheck: install
+	rm -rf build dist .types
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/pip install --quiet --no-deps --target .types dist/*.whl
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml --python-executable ../$(BIN)/python -p diffalign
+
+# The shipped checkpoints from nothing: about 90 minutes each on two cores.
+shapes: install
+	$(BIN)/python -m diffalign.scripts.train_shapes sd3 --out diffalign/shapes/checkpoints/shapes-sd3
+	$(BIN)/python -m diffalign.scripts.train_shapes flux --out diffalign/shapes/checkpoints/shapes-flux
+
+clean:
+	rm -rf $(VENV) .types build dist *.egg-info

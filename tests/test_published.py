@@ -1,0 +1,153 @@
+"""The published configurations of SD3.5-medium and FLUX.1-dev on the meta device: sizes, LoRA targets, shapes."""
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
+
+from diffalign import lora
+from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd3 import SD3Model
+from diffalign.types import PromptEmbeds
+
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+class Pipeline:
+    """What a family reads of a pipeline, without text encoders."""
+
+    def __init__(self, transformer, scheduler):
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.vae_scale_factor = 8
+        self.default_sample_size = 128
+
+
+class OnCpu:
+    """Schedules hold numbers, so they are made on a real device."""
+
+    device = torch.device("cpu")
+
+
+class SD3OnCpu(OnCpu, SD3Model):
+    pass
+
+
+class FluxOnCpu(OnCpu, FluxModel):
+    pass
+
+
+def build(family):
+    with torch.device("meta"):
+        if family == "sd3":
+            transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+        else:
+            transformer = FluxTransformer2DModel(**FLUX_DEV)
+    transformer.to(torch.bfloat16)
+    if family == "sd3":
+        return SD3OnCpu(Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    return FluxOnCpu(Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC)))
+
+
+# FLUX.1-dev's denoiser is published with 11,901,408,320 parameters. SD3.5-medium's "2.5 billion" count the position
+# table, a buffer in diffusers: with the autoencoder's 84 million they fill the published file of 4.76 GiB in float16.
+@pytest.mark.parametrize(
+    ("family", "parameters", "billions"),
+    [("sd3", 2_243_171_520, 2.5), ("flux", 11_901_408_320, 11.9)],
+)
+def test_parameter_counts_match_the_published_ones(family, parameters, billions):
+    denoiser = build(family).denoiser
+    count = sum(p.numel() for p in denoiser.parameters())
+    total = count + sum(b.numel() for b in denoiser.buffers())
+    assert count == parameters
+    assert round(total / 1e9, 1) == billions
+    if family == "sd3":
+        assert round((total + 84e6) * 2 / 2**30, 2) == 4.76
+
+
+# matrices that carry a LoRA: SD3.5-medium has 24 joint blocks with 8 targets, the last without add_q and to_add_out,
+# and 13 blocks with a second attention of 4 (attn2.* is not a target); FLUX.1-dev has 19 double and 38 single blocks,
+# whose q, k, v are targets, too
+@pytest.mark.parametrize(("family", "matrices"), [("sd3", 24 * 8 - 1), ("flux", 19 * 8 + 38 * 3)])
+def test_every_lora_target_resolves(family, matrices):
+    model = build(family)
+    assert lora.unresolved(model.denoiser, model.lora_targets) == []
+    with torch.device("meta"):
+        parameters = lora.attach(
+            model.denoiser, rank=32, alpha=64, targets=model.lora_targets, policies=(lora.LAGGED,)
+        )
+    assert len(parameters) == 2 * matrices
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("sd3", 333), ("flux", 512)])
+def test_a_forward_has_the_right_shape(family, tokens):
+    model = build(family)
+    shape = model.latent_shape(512, 768)
+    assert shape == (16, 64, 96)
+    pooled = {"sd3": 2048, "flux": 768}[family]
+    with torch.device("meta"):
+        embeds = PromptEmbeds(
+            torch.zeros(2, tokens, 4096, dtype=torch.bfloat16),
+            torch.zeros(2, pooled, dtype=torch.bfloat16),
+        )
+        pred = model.predict(torch.zeros(2, *shape, dtype=torch.bfloat16), torch.zeros(2), embeds)
+    assert pred.shape == (2, *shape)
+
+
+def test_schedules_follow_the_resolution():
+    sd3 = build("sd3").scheduler_at(28, height=1024, width=1024)
+    flux = build("flux")
+    small, large = (flux.scheduler_at(28, height=s, width=s).sigmas[14] for s in (512, 1024))
+    assert len(sd3.timesteps) == 28
+    # mu = 0.5 + 0.65 / 3840 * (4096 - 256) = 1.15 at 1024 px, where sigma(1/2) = e^mu / (e^mu + 1)
+    assert large.item() == pytest.approx(1 / (1 + 2.718281828**-1.15), abs=1e-4)
+    assert small < large
+
+
+def test_the_published_autoencoders_have_the_channels_that_the_denoisers_expect():
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            latent_channels=16,
+            layers_per_block=2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    assert (
+        vae.config.latent_channels == build("sd3").latent_channels == build("flux").latent_channels
+    )
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 84
