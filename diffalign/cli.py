@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign import __version__
+from diffalign.errors import UserError
 
 EPILOG = """examples:
   diffalign demo
@@ -97,11 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
-    except Exception as error:
-        from diffalign.errors import is_user_error
-
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         print(f"diffalign: error: {error}", file=sys.stderr)
         return 2
 

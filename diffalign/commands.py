@@ -6,8 +6,10 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +30,8 @@ from diffalign.versions import versions
 def train(config: RunConfig) -> int:
     """Run a configuration and print what came of it."""
     summary = run(config)
-    print_summary(summary)
+    if PartialState().is_main_process:
+        print_summary(summary)
     return 0
 
 
@@ -78,24 +81,22 @@ def _evaluation(args: argparse.Namespace) -> EvaluationConfig:
     )
 
 
+def _batching(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "height": args.height,
+        "width": args.width,
+        "micro_batch_size": args.batch_size,
+        "mixed_precision": "bf16" if args.dtype == "bfloat16" else "no",
+    }
+
+
 def generate(args: argparse.Namespace) -> int:
     """Write every image as PNG, and a grid."""
     prompts: list[Prompt] = []
     for text in args.prompts:
         prompts += load_prompts(text) if text.endswith((".txt", ".jsonl")) else [Prompt(text)]
     model = _load(args)
-    try:
-        found = evaluate_model(
-            model,
-            prompts,
-            no_reward,
-            _evaluation(args),
-            height=args.height,
-            width=args.width,
-            micro_batch_size=args.batch_size,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    found = evaluate_model(model, prompts, no_reward, _evaluation(args), **_batching(args))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(found.prompts, found.images, strict=True)):
@@ -112,15 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
     reward = CompositeReward.from_config({name: 1.0 for name in args.rewards.split(",") if name})
     reward.check_metadata([p.metadata for p in prompts])
     model = _load(args)
-    found = evaluate_model(
-        model,
-        prompts,
-        reward.score,
-        _evaluation(args),
-        height=args.height,
-        width=args.width,
-        micro_batch_size=args.batch_size,
-    )
+    found = evaluate_model(model, prompts, reward.score, _evaluation(args), **_batching(args))
     result = {
         "model": args.model,
         "lora": args.lora,

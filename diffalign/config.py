@@ -6,16 +6,19 @@ Nothing here imports torch. Every error names the field and, for a misspelt one,
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import UserError
+
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the field."""
 
 
@@ -157,6 +160,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"optimizer.{name}", "must be positive")
+        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
 
 
 @dataclass
@@ -169,7 +173,7 @@ class TrainingConfig:
     micro_batch_size: int = 64
     """Images trained on at a time by one process; a matter of memory, never of results."""
     mixed_precision: str = "bf16"
-    """Autocast of forward passes: "bf16", "fp16" or "no"."""
+    """Autocast of forward passes: "bf16" or "no". (The loss of a large update underflows in fp16.)"""
     seed: int = 0
     drop_uninformative: bool = True
     """Leave out groups whose images all got the same reward."""
@@ -185,7 +189,7 @@ class TrainingConfig:
     """Stop after this much time, counting rollouts and updates only."""
 
     def __post_init__(self) -> None:
-        _one_of(self.mixed_precision, ("bf16", "fp16", "no"), "training.mixed_precision")
+        _one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
         for name in ("num_updates", "updates_per_rollout", "micro_batch_size", "checkpoint_every"):
             _check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
         _check(self.keep_checkpoints >= 1, "training.keep_checkpoints", "must be at least 1")
@@ -201,6 +205,18 @@ class EvaluationConfig:
     images_per_prompt: int = 1
     max_prompts: int | None = None
     seed: int = 1000
+
+    def __post_init__(self) -> None:
+        _check(
+            self.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1"
+        )
+        _check(self.images_per_prompt >= 1, "evaluation.images_per_prompt", "must be at least 1")
+        _check(
+            self.max_prompts is None or self.max_prompts >= 1,
+            "evaluation.max_prompts",
+            "must be at least 1",
+        )
+        _check(self.seed >= 0, "evaluation.seed", "must not be negative")
 
 
 @dataclass
@@ -231,6 +247,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.rewards), "rewards", "name at least one reward")
+        for name, weight in self.rewards.items():
+            _check(math.isfinite(weight), f"rewards.{name}", f"needs a finite weight, got {weight}")
+        _check(self.training.seed >= 0, "training.seed", "must not be negative")
+        _check(
+            self.model.attention_backend is None or self.training.mixed_precision == "no",
+            "model.attention_backend",
+            "needs training.mixed_precision=no and a bfloat16 base: under autocast queries are float32, values not",
+        )
 
 
 # Flags of diffusers' training scripts that mean the same here.
@@ -369,24 +393,41 @@ def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
         key, given, text = item[2:].partition("=")
         if not given:
             text = items.pop(0) if items and not items[0].startswith("--") else "true"
+        if key == "enable_xformers_memory_efficient_attention":
+            key, text = "model.attention_backend", "xformers" if text == "true" else "null"
         names = ALIASES.get(key, key)
         for name in (names,) if isinstance(names, str) else names:
-            result.append((name, _parse_value(text)))
+            result.append((name, _parse_value(text, _type_of(name))))
     return result
 
 
-def _parse_value(text: str) -> Any:
+def _type_of(path: str) -> Any:
+    """Type hint of a setting, None for a path that does not exist."""
+    kind: Any = RunConfig
+    for key in path.split("."):
+        kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
+    return kind
+
+
+def _parse_value(text: str, kind: Any) -> Any:
+    """The text of an override as YAML, with what YAML 1.1 gets wrong for this type put right."""
     import yaml
 
+    if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
+        return None if kind is not str and text.lower() in ("null", "none") else text
+    if kind == list[str] | None and not text.startswith("[") and text != "null":
+        return [part.strip() for part in text.split(",")]
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
-            return value
+            return None if value.lower() == "none" else value
+    if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
+        return int(value)
     return value
 
 

@@ -17,6 +17,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from diffalign.errors import UsageError
+
 CURRENT = "default"
 LAGGED = "lagged"
 AVERAGED = "averaged"
@@ -35,12 +37,12 @@ def attach(
 ) -> list[nn.Parameter]:
     """Freeze the base, add a fresh LoRA (Gaussian A, zero B, float32) and the named copies of it.
 
-    Returns the trainable parameters. ValueError where a target matches no layer.
+    Returns the trainable parameters. UsageError where a target matches no layer.
     """
     missing = unresolved(denoiser, targets)
     if missing:
-        raise ValueError(
-            f"LoRA targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}"
+        raise UsageError(
+            f"lora.targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}"
         )
     denoiser.requires_grad_(False)
     config = PeftLoraConfig(

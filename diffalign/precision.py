@@ -8,15 +8,19 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+@contextmanager
+def attention(device: torch.device | str) -> Iterator[None]:
+    """The attention kernel alone: a backward that recomputes (gradient checkpointing) must find the same one."""
+    plain = torch.device(device).type == "cpu"
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        yield
 
 
 @contextmanager
 def compute(device: torch.device | str, mixed_precision: str = "bf16") -> Iterator[None]:
-    """Context of every forward; `mixed_precision` is "bf16", "fp16" or "no"."""
+    """Context of every forward; `mixed_precision` is "bf16" or "no"."""
+    cast = mixed_precision == "bf16"
     kind = torch.device(device).type
-    plain = sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
-    dtype = DTYPES.get(mixed_precision)
-    cast = torch.autocast(kind, dtype) if dtype is not None else nullcontext()
-    with plain, cast:
+    with attention(device), torch.autocast(kind, torch.bfloat16) if cast else nullcontext():
         yield

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffalign.errors import UsageError
 from diffalign.noise import RectifiedFlow
 from diffalign.types import PromptEmbeds
 
@@ -96,11 +97,11 @@ class TextToImageModel(ABC):
         return self.pipeline.vae_scale_factor * 2
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of one image; ValueError where the model cannot make that size."""
+        """(C, H, W) of the latents of one image; UsageError where the model cannot make that size."""
         step, scale = self.granularity, self.pipeline.vae_scale_factor
         if height <= 0 or width <= 0 or height % step or width % step:
             near = tuple(max(step, round(side / step) * step) for side in (height, width))
-            raise ValueError(
+            raise UsageError(
                 f"{self.family} makes images whose height and width are multiples of {step} pixels, not "
                 f"{height}x{width}; the nearest is {near[0]}x{near[1]}"
             )
@@ -109,7 +110,7 @@ class TextToImageModel(ABC):
     def scheduler_at(self, num_inference_steps: int, *, height: int, width: int) -> Any:
         """A fresh copy of the pipeline's scheduler with its timesteps set as the stock pipeline sets them."""
         if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+            raise UsageError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
         if scheduler.config.get("use_dynamic_shifting"):

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffalign.errors import UserError
+
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
 
@@ -51,7 +53,7 @@ MODELS = {
 }
 
 
-class UnknownModel(ValueError):
+class UnknownModel(UserError, ValueError):
     """Neither a known name, nor a pipeline folder, nor a hub id, or of a family that is not supported."""
 
 
@@ -109,9 +111,12 @@ def load_model(
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
         family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    pipeline = DiffusionPipeline.from_pretrained(
-        source, torch_dtype=dtype or torch.bfloat16, revision=revision
-    )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, torch_dtype=dtype or torch.bfloat16, revision=revision
+        )
+    except OSError as error:
+        raise UnknownModel(f"model.name: {name} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     family = family_of(type(pipeline).__name__)
     length = max_sequence_length or spec.max_sequence_length

@@ -69,7 +69,7 @@ def sample(
 
 
 class EmbedCache:
-    """Prompt embeddings, each prompt encoded once as long as it stays among the `size` most recent."""
+    """Prompt embeddings, each prompt encoded once as long as it stays among the `size` most recent; kept on the CPU."""
 
     def __init__(self, model: TextToImageModel, *, size: int = 4096) -> None:
         self.model = model
@@ -80,7 +80,7 @@ class EmbedCache:
         new = [t for t in dict.fromkeys(texts) if t not in self._store]
         for start in range(0, len(new), batch_size):
             part = new[start : start + batch_size]
-            embeds = self.model.encode_prompt(part)
+            embeds = self.model.encode_prompt(part).to("cpu")
             self._store |= {text: embeds[i : i + 1] for i, text in enumerate(part)}
         rows = []
         for text in texts:
@@ -88,7 +88,7 @@ class EmbedCache:
             rows.append(self._store[text])
         while len(self._store) > max(self.size, len(texts)):
             del self._store[next(iter(self._store))]
-        return PromptEmbeds.cat(rows)
+        return PromptEmbeds.cat(rows).to(self.model.device)
 
 
 def generate(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
 
@@ -69,6 +70,16 @@ class SD3Model(TextToImageModel):
             return model_pred
         uncond, cond = model_pred.chunk(2)
         return uncond + guidance_scale * (cond - uncond)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        shape = super().latent_shape(height, width)
+        patch, limit = self.denoiser.config.patch_size, self.denoiser.config.pos_embed_max_size
+        if max(shape[1:]) > patch * limit:
+            largest = patch * limit * self.pipeline.vae_scale_factor
+            raise UsageError(
+                f"{height}x{width} is beyond this model's position table, which ends at {largest} pixels"
+            )
+        return shape
 
     @property
     def latent_channels(self) -> int:

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.types import RewardOutput
 
 Metadata = Mapping[str, Any]
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """No image at all could be scored, or a reward cannot work with these prompts."""
 
 

@@ -26,6 +26,7 @@ class CompositeReward:
         self.rewards = dict(rewards)
         self.weights = dict(weights)
         self.failures: dict[str, int] = dict.fromkeys(rewards, 0)
+        self.last_error: str | None = None
 
     @classmethod
     def from_config(cls, weights: Mapping[str, float]) -> CompositeReward:
@@ -40,11 +41,11 @@ class CompositeReward:
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """(B,) weighted sums; RewardError when a reward fails on every image."""
+        """(B,) weighted sums; NaN wherever a part of them failed."""
         total = np.zeros(len(prompts), np.float32)
         details: dict[str, np.ndarray] = {}
         for name, reward in self.rewards.items():
-            part = self._score_part(name, reward, images, prompts, metadata)
+            part = self._score_part(name, images, prompts, metadata)
             values = np.asarray(reward.normalize(part.values), np.float32)
             details[name] = values
             details |= {f"{name}/{key}": value for key, value in part.details.items()}
@@ -52,21 +53,22 @@ class CompositeReward:
         return RewardOutput(values=total, details=details)
 
     def _score_part(
-        self,
-        name: str,
-        reward: Reward,
-        images: Tensor,
-        prompts: Sequence[str],
-        metadata: Sequence[Metadata],
+        self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
+        reward = self.rewards[name]
         try:
             part = reward.score(images, prompts, metadata)
-        except Exception as error:  # one bad image must not cost the batch
-            if len(prompts) == 1:
-                part = RewardOutput(np.full(1, np.nan, np.float32))
-                logger.warning("reward %s failed: %s: %s", name, type(error).__name__, error)
-            else:
-                part = self._one_by_one(name, reward, images, prompts, metadata, error)
+        except Exception as error:
+            self.last_error = f"{type(error).__name__}: {error}"
+            part = _one_by_one(reward, images, prompts, metadata)
+            failed = int((~part.mask).sum())
+            logger.warning(
+                "reward %s failed on %d of %d images: %s",
+                name,
+                failed,
+                len(prompts),
+                self.last_error,
+            )
         if part.values.shape != (len(prompts),):
             raise RewardError(
                 f"reward {name!r} returned shape {part.values.shape} for {len(prompts)} images"
@@ -74,27 +76,22 @@ class CompositeReward:
         self.failures[name] += int((~part.mask).sum())
         return part
 
-    def _one_by_one(
-        self,
-        name: str,
-        reward: Reward,
-        images: Tensor,
-        prompts: Sequence[str],
-        metadata: Sequence[Metadata],
-        error: Exception,
-    ) -> RewardOutput:
-        values = np.full(len(prompts), np.nan, np.float32)
-        for i in range(len(prompts)):
-            try:
-                values[i] = reward.score(
-                    images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1]
-                ).values[0]
-            except Exception as failure:
-                error = failure
-        failed = int(np.isnan(values).sum())
-        if failed == len(values):
-            raise RewardError(f"reward {name!r} fails on every image: {error}") from error
-        logger.warning(
-            "reward %s failed on %d of %d images, last: %s", name, failed, len(values), error
-        )
-        return RewardOutput(values)
+
+def _one_by_one(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> RewardOutput:
+    """One bad image must not cost the batch: score each alone, NaN for those that fail."""
+    parts: list[RewardOutput | None] = []
+    for i in range(len(prompts)):
+        one = slice(i, i + 1)
+        try:
+            parts.append(reward.score(images[one], prompts[one], metadata[one]))
+        except Exception as error:
+            logger.debug("image %d: %s", i, error)
+            parts.append(None)
+    names = sorted({name for part in parts if part for name in part.details})
+    nan = np.float32(np.nan)
+    return RewardOutput(
+        np.array([part.values[0] if part else nan for part in parts], np.float32),
+        {k: np.array([part.details[k][0] if part else nan for part in parts]) for k in names},
+    )

@@ -21,7 +21,7 @@ class JpegReward(Reward):
     card = RewardCard(
         name="jpeg",
         description="minus kilobytes as JPEG at quality 95; higher is smoother",
-        raw_range=(float("-inf"), 0.0),
+        raw_range=(-500.0, 0.0),
         scale=1 / 500,
         offset=0.0,
     )

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from diffalign.errors import UserError
+
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward
 
@@ -21,7 +23,7 @@ SUMMARIES = {
 }
 
 
-class UnknownReward(ValueError):
+class UnknownReward(UserError, ValueError):
     """No reward has this name."""
 
 

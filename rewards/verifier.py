@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
+from diffalign.shapes.prompts import RELATIONS
 from diffalign.shapes.verifier import verify
-from diffalign.shapes.world import KINDS
+from diffalign.shapes.world import COLORS, KINDS
 from diffalign.types import RewardOutput
 
 
@@ -26,12 +27,11 @@ class VerifierReward(Reward):
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
         super().check_metadata(metadata)
         for row, entry in enumerate(metadata):
-            for clause in [*entry["include"], *entry.get("exclude", ())]:
-                if clause.get("class") not in KINDS or not isinstance(clause.get("count"), int):
-                    raise RewardError(
-                        f"reward 'verifier' cannot judge prompt {row + 1} ({entry.get('prompt', '')!r}): it knows "
-                        f"{', '.join(KINDS)} with a whole count, the metadata asks for {dict(clause)}"
-                    )
+            problem = _problem(entry)
+            if problem:
+                raise RewardError(
+                    f"reward 'verifier' cannot judge prompt {row + 1} ({entry.get('prompt', '')!r}): {problem}"
+                )
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -46,3 +46,23 @@ class VerifierReward(Reward):
             values=(score + correct) / 2,
             details={"score": score, "correct": correct, "strict": strict},
         )
+
+
+def _problem(entry: Metadata) -> str | None:
+    """What keeps the verifier from judging a prompt, or None."""
+    include = entry["include"]
+    if not isinstance(include, list) or not include:
+        return "`include` must be a list of at least one object"
+    for number, clause in enumerate([*include, *entry.get("exclude", ())]):
+        if not isinstance(clause, Mapping) or clause.get("class") not in KINDS:
+            return f"every object needs a class among {', '.join(KINDS)}, got {clause}"
+        count = clause.get("count")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            return f"every object needs a count of at least 1, got {clause}"
+        if clause.get("color", "red") not in COLORS:
+            return f"colours are {', '.join(COLORS)}, got {clause['color']!r}"
+        if "position" in clause:
+            relation, target = clause["position"]
+            if relation not in RELATIONS or target not in range(number):
+                return f"a position is one of {', '.join(RELATIONS)} and the index of an earlier object, got {clause}"
+    return None

@@ -29,12 +29,18 @@ def test_overrides_by_path_and_by_diffusers_names():
             "--seed=7",
             "--model.gradient_checkpointing",
             "--rewards.jpeg=0.5",
-            "--lora.targets=[attn.to_q]",
+            "--lora_layers=attn.to_q,attn.to_k",
+            "--mixed_precision=no",
+            "--revision=1e5",
+            "--max_train_steps=1e2",
+            "--enable_xformers_memory_efficient_attention",
             "--training.max_minutes=null",
         ],
     )
     assert loaded.optimizer.learning_rate == 3e-4
-    assert (loaded.lora.rank, loaded.lora.targets) == (8, ["attn.to_q"])
+    assert (loaded.lora.rank, loaded.lora.targets) == (8, ["attn.to_q", "attn.to_k"])
+    assert (loaded.model.revision, loaded.training.num_updates) == ("1e5", 100)
+    assert (loaded.training.mixed_precision, loaded.model.attention_backend) == ("no", "xformers")
     assert (loaded.rollout.height, loaded.rollout.width) == (128, 128)
     assert loaded.training.seed == 7
     assert loaded.model.gradient_checkpointing is True
@@ -78,6 +84,11 @@ def test_every_alias_leads_to_a_setting():
         (["--rewards={}"], "rewards: name at least one"),
         (["--rewards=verifier"], "rewards"),
         (["--model.dtype=int8"], "model.dtype"),
+        (["--mixed_precision=fp16"], "training.mixed_precision"),
+        (["--model.attention_backend=xformers"], "needs training.mixed_precision=no"),
+        (["--evaluation.images_per_prompt=0"], "evaluation.images_per_prompt"),
+        (["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),
+        (["--rewards.verifier=.nan"], "rewards.verifier: needs a finite weight"),
         (["learning_rate=1"], "expected --key=value"),
     ],
 )

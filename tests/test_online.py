@@ -173,6 +173,32 @@ def test_failed_rewards_are_counted_and_left_out(tmp_path):
     assert np.isfinite(row["reward"])
 
 
+def test_a_rollout_without_any_reward_saves_and_stops(tmp_path):
+    run = trainer(tmp_path)
+    run.train_update()
+    run.score = lambda images, p, m: RewardOutput(np.full(len(p), np.nan, np.float32))
+    with pytest.raises(TrainingError, match="update 2: no image could be scored"):
+        run.train_update()
+    again = trainer(tmp_path)
+    assert again.resume()
+    assert again.progress.update == 1
+    assert torch.equal(weights(again), weights(run))
+
+
+def test_a_bfloat16_base_trains_without_autocast(tmp_path, monkeypatch):
+    build = tiny.MODELS["sd3"]
+
+    def half():
+        model = build()
+        model.pipeline.to(torch.bfloat16)
+        return model
+
+    monkeypatch.setitem(tiny.MODELS, "sd3", half)
+    row = trainer(tmp_path).train_update()
+    assert row["ratio"] == 1.0
+    assert np.isfinite(row["grad_norm"])
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     run = trainer(tmp_path)
     run.train_update()

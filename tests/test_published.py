@@ -70,10 +70,12 @@ class FluxOnCpu(OnCpu, FluxModel):
 
 def build(family):
     with torch.device("meta"):
-        if family == "sd3":
-            transformer = SD3Transformer2DModel(**SD35_MEDIUM)
-        else:
-            transformer = FluxTransformer2DModel(**FLUX_DEV)
+        kinds = {
+            "sd3": (SD3Transformer2DModel, SD35_MEDIUM),
+            "flux": (FluxTransformer2DModel, FLUX_DEV),
+        }
+        kind, published = kinds[family]
+        transformer = kind(**published)
     transformer.to(torch.bfloat16)
     if family == "sd3":
         return SD3OnCpu(Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)))

@@ -81,8 +81,28 @@ def test_verifier_refuses_prompts_that_it_cannot_judge():
     reward = registry.create("verifier")
     with pytest.raises(RewardError, match=r"'verifier' needs include .* prompt 2 \('x'\)"):
         reward.check_metadata([prompts("train")[0], {"prompt": "x"}])
-    with pytest.raises(RewardError, match="cannot judge prompt 1 .*bench"):
-        reward.check_metadata([{"prompt": "a bench", "include": [{"class": "bench", "count": 1}]}])
+
+
+CIRCLE = {"class": "circle", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        ([], "at least one object"),
+        ("circle", "at least one object"),
+        (["circle"], "class among circle"),
+        ([{"class": "bench", "count": 1}], "class among circle"),
+        ([{"class": "circle", "count": 0}], "count of at least 1"),
+        ([{"class": "circle"}], "count of at least 1"),
+        ([{**CIRCLE, "color": "pink"}], "colours are red"),
+        ([{**CIRCLE, "position": ["left of", 0]}], "index of an earlier object"),
+        ([CIRCLE, {**CIRCLE, "position": ["beside", 0]}], "a position is one of left of"),
+    ],
+)
+def test_verifier_names_what_it_cannot_judge(include, message):
+    with pytest.raises(RewardError, match=f"cannot judge prompt 1 .*{message}"):
+        registry.create("verifier").check_metadata([{"prompt": "x", "include": include}])
 
 
 def test_jpeg_is_the_size_of_the_file():
@@ -127,10 +147,23 @@ def test_a_reward_that_raises_for_one_image_loses_only_that_one(caplog):
     assert "failed on 1 of 4 images" in caplog.text
 
 
-def test_a_reward_that_fails_on_every_image_stops_the_run():
+def test_a_reward_that_fails_on_every_image_is_nan_and_says_why(caplog):
     images, entries = scenes(2)
-    with pytest.raises(RewardError, match="'fake' fails on every image: cannot look at this"):
-        composite(broken=["a", "b"]).score(images, ["a", "b"], entries)
+    reward = composite(broken=["a", "b"])
+    assert not reward.score(images, ["a", "b"], entries).mask.any()
+    assert reward.last_error == "RuntimeError: cannot look at this"
+    assert "failed on 2 of 2 images: RuntimeError: cannot look at this" in caplog.text
+
+
+def test_details_survive_a_partial_failure():
+    images, entries = scenes(3)
+    reward = registry.create("verifier")
+    both = CompositeReward({"verifier": reward}, {"verifier": 1.0})
+    broken = [entries[0], {"include": [{}]}, entries[2]]
+    output = both.score(images, ["a", "b", "c"], broken)
+    assert output.mask.tolist() == [True, False, True]
+    assert output.details["verifier/correct"][[0, 2]].tolist() == [1.0, 1.0]
+    assert np.isnan(output.details["verifier/correct"][1])
 
 
 def test_a_reward_of_the_wrong_shape_is_refused():

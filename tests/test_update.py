@@ -55,9 +55,10 @@ def gradient(policy, batch=None, *, off_policy=False, **config):
     model, parameters = policy
     for p in parameters:
         p.grad = None
-    metrics = make_update(model, **config).accumulate(
+    sums = make_update(model, **config).accumulate(
         batch or make_batch(model), update=1, off_policy=off_policy
     )
+    metrics = sums.means()
     return torch.cat([p.grad.flatten() for p in parameters]), metrics
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffalign.errors import UsageError
+
 
 def strata(num_grid: int, num_strata: int, *, start: float = 0.0, stop: float = 1.0) -> list[range]:
     """Cut the indices of a grid into contiguous strata of (nearly) equal size.
@@ -22,11 +24,11 @@ def strata(num_grid: int, num_strata: int, *, start: float = 0.0, stop: float = 
     """
     first, last = round(start * num_grid), round(stop * num_grid)
     if not 0 <= first < last <= num_grid:
-        raise ValueError(
+        raise UsageError(
             f"timestep range {start}..{stop} leaves nothing of a grid of {num_grid} points"
         )
     if not 1 <= num_strata <= last - first:
-        raise ValueError(
+        raise UsageError(
             f"{num_strata} timesteps per image do not fit into {last - first} points of the rollout's grid; "
             "use fewer, or more rollout steps"
         )

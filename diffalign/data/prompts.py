@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffalign.errors import UserError
 
-class PromptError(ValueError):
+
+class PromptError(UserError, ValueError):
     """A prompt file that cannot be used; the message names file and line."""
 
 

@@ -58,10 +58,12 @@ def evaluate_model(
     seeds = [stream(EVALUATION, config.seed, i) for i in range(len(repeated))]
     cache = EmbedCache(model)
     guided = (config.guidance_scale or 0) > 1 and not model.guidance_is_embedded
+    texts = list(dict.fromkeys(p.text for p in repeated))
+    row = {text: i for i, text in enumerate(texts)}
     _, images = generate(
         model,
-        cache([p.text for p in repeated]),
-        torch.arange(len(repeated)),
+        cache(texts),
+        torch.tensor([row[p.text] for p in repeated]),
         seeds,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,

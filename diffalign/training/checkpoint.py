@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.errors import UserError
+
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be read; the message says which file and what to do."""
 
 

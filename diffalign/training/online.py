@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffalign import lora
@@ -19,6 +20,7 @@ from diffalign.algorithms import advantages as adv
 from diffalign.algorithms import awm
 from diffalign.config import RunConfig
 from diffalign.data.prompts import Prompt
+from diffalign.errors import UsageError, UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.training import checkpoint
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message says since when and from where it can be resumed."""
 
 
@@ -75,6 +77,11 @@ class OnlineTrainer:
         )
         height, width = self.model.default_size
         self.size = (c.rollout.height or height, c.rollout.width or width)
+        images = c.rollout.prompts_per_update * c.rollout.group_size
+        if images < self.accelerator.num_processes:
+            raise UsageError(
+                f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
+            )
         self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
         self.embed = EmbedCache(self.model)
         grid = self.model.scheduler_at(
@@ -99,6 +106,8 @@ class OnlineTrainer:
         """Continue from the newest checkpoint of the run folder, if there is one."""
         path = checkpoint.latest(self.folder.checkpoints)
         if path is None:
+            if self.accelerator.is_main_process:
+                self.folder.rewind_log(0)
             return False
         update, tensors, state = checkpoint.load(path)
         for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED):
@@ -138,6 +147,12 @@ class OnlineTrainer:
             balance_tasks=self.config.prompts.balance_tasks,
         )
         rollout = self.rollout(plan)
+        if not rollout.rewards.isfinite().any():
+            self.save()
+            raise TrainingError(
+                f"update {number}: no image could be scored, see the warnings above; everything up to update "
+                f"{self.progress.update} is saved, and the same command resumes from there"
+            )
         sampled = time.perf_counter()
         batch, row = self.make_batch(plan, rollout)
         if batch.kept == 0:
@@ -180,7 +195,9 @@ class OnlineTrainer:
             )
         chosen = [plan.prompts[i] for i in index.tolist()]
         output = self.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
-        details = {k: self._gather(v, plan) for k, v in sorted(output.details.items())}
+        nothing = np.full(len(index), np.nan, np.float32)
+        names = {k for part in gather_object([list(output.details)]) for k in part}
+        details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
         rewards = torch.from_numpy(self._gather(output.values, plan))
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details)
 
@@ -218,10 +235,11 @@ class OnlineTrainer:
         rows = []
         for inner in range(c.training.updates_per_rollout):
             self.optimizer.zero_grad()
-            means = self.policy_update.accumulate(
+            sums = self.policy_update.accumulate(
                 batch, update=number, inner=inner, off_policy=self.off_policy
             )
             norm = self._reduce_gradients()
+            sums.table = self.accelerator.reduce(sums.table, "sum")
             if not math.isfinite(norm):
                 raise TrainingError(
                     f"the gradient of update {number} is not finite; the run can be resumed from "
@@ -233,7 +251,7 @@ class OnlineTrainer:
             self.optimizer.param_groups[0]["lr"] = c.optimizer.learning_rate * factor
             self.optimizer.step()
             self.progress.step += 1
-            rows.append({**means, "grad_norm": norm})
+            rows.append({**sums.means(), "grad_norm": norm})
             step = self.progress.step
             decay = min(c.training.ema_max, (1 + step) / (10 + step))
             lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)

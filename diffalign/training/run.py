@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from diffalign import lora
@@ -20,6 +21,7 @@ from diffalign.evaluation.report import image_grid, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
+from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.run_folder import SUMMARY, RunFolder
@@ -44,13 +46,24 @@ def prepare_model(config: RunConfig, device: torch.device) -> TextToImageModel:
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
     if c.attention_backend is not None:
-        try:
-            model.denoiser.set_attention_backend(c.attention_backend)
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"model.attention_backend: {error}") from error
+        set_attention_backend(model, c.attention_backend)
     if c.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     return model
+
+
+def set_attention_backend(model: TextToImageModel, backend: str) -> None:
+    """ConfigError where the backend is unknown, not installed, or would be ignored by this family."""
+    processors = getattr(model.denoiser, "attn_processors", {}).values()
+    if not any(hasattr(p, "_attention_backend") for p in processors):
+        raise ConfigError(
+            f"model.attention_backend: diffusers' {model.family} attention takes no backend and would ignore "
+            f"{backend!r}"
+        )
+    try:
+        model.denoiser.set_attention_backend(backend)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"model.attention_backend: {error}") from error
 
 
 @dataclass
@@ -68,28 +81,34 @@ class Run:
     @classmethod
     def prepare(cls, config: RunConfig) -> Run:
         """Everything that can fail for a user's reason fails here, before the first image."""
+        accelerator = Accelerator()  # first: it decides on which device rewards are made
         train = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
         reward = CompositeReward.from_config(config.rewards)
         reward.check_metadata([p.metadata for p in train])
         reward.check_metadata([p.metadata for p in held_out])
-        accelerator = Accelerator()
         folder = RunFolder(config.output_dir)
-        if accelerator.is_main_process:
-            folder.claim(config)
-        accelerator.wait_for_everyone()
+        folder.check(config)
         model = prepare_model(config, accelerator.device)
         trainer = OnlineTrainer(config, model, reward.score, train, accelerator, folder)
+        accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
+        if accelerator.is_main_process:
+            folder.claim(config)
         return cls(config, accelerator, model, reward, train, held_out, trainer)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end and return what `summary.json` holds."""
         started = time.perf_counter()
-        before = self._before()
         if self.trainer.resume():
             self._say(f"resumed after update {self.trainer.progress.update}")
+        self._say(f"scoring {self.config.model.name} before training")
+        before = self._evaluate(lora.REFERENCE)
+        if before.failed == len(before.prompts):
+            raise RewardError(
+                f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
+            )
         self._train()
-        after = self._evaluate(lora.AVERAGED if self.config.training.ema_max else lora.CURRENT)
+        after = self._evaluate(self.policy)
         summary = self._summary(before, after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self._export()
@@ -107,6 +126,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         return summary
 
+    @property
+    def policy(self) -> str:
+        """The policy that is evaluated and saved."""
+        return lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
+
     def _train(self) -> None:
         c = self.config.training
         progress = self.trainer.progress
@@ -117,12 +141,13 @@ class Run:
             unit="update",
             disable=not self.accelerator.is_main_process,
         )
-        while progress.update < c.num_updates and not self._out_of_time():
+        last = progress.update >= c.num_updates or self._out_of_time()
+        while not last:
             row = self.trainer.train_update()
             progress = self.trainer.progress
-            last = progress.update == c.num_updates or self._out_of_time()
+            last = progress.update >= c.num_updates or self._out_of_time()
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
-                row["evaluation"] = self._evaluate(lora.CURRENT).to_dict()
+                row["evaluation"] = self._evaluate(self.policy).to_dict()
             if self.accelerator.is_main_process:
                 self.trainer.folder.append_log(row)
                 if c.sample_every and progress.update % c.sample_every == 0:
@@ -141,8 +166,11 @@ class Run:
                 self._say(f"reward {name} could not score {count} images; they were left out")
 
     def _out_of_time(self) -> bool:
+        """One answer for all processes: each has a clock of its own."""
         limit = self.config.training.max_minutes
-        return limit is not None and self.trainer.progress.seconds > 60 * limit
+        if limit is None:
+            return False
+        return broadcast_object_list([self.trainer.progress.seconds > 60 * limit])[0]
 
     def _evaluate(self, policy: str) -> Evaluation:
         """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
@@ -158,13 +186,9 @@ class Run:
                 mixed_precision=self.config.training.mixed_precision,
             )
 
-    def _before(self) -> Evaluation:
-        self._say(f"scoring {self.config.model.name} before training")
-        return self._evaluate(lora.REFERENCE)
-
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with lora.policy(self.model.denoiser, lora.CURRENT):
+        with lora.policy(self.model.denoiser, self.policy):
             found = evaluate_model(
                 self.model,
                 prompts,
@@ -172,6 +196,7 @@ class Run:
                 self.config.evaluation,
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
+                micro_batch_size=self.config.rollout.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
             )
         folder = self.trainer.folder.path / "samples"
@@ -179,10 +204,8 @@ class Run:
         image_grid(found.images, columns=6).save(folder / f"{update:06d}.png")
 
     def _export(self) -> None:
-        name = lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
-        lora.export_lora(
-            self.model.denoiser, self.model.pipeline, self.trainer.folder.path / "lora", name=name
-        )
+        folder = self.trainer.folder.path / "lora"
+        lora.export_lora(self.model.denoiser, self.model.pipeline, folder, name=self.policy)
 
     def _summary(self, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
         device = self.accelerator.device
@@ -200,7 +223,7 @@ class Run:
             "versions": versions(),
             "config": to_dict(self.config),
         }
-        if after.tasks:
+        if before.tasks and after.tasks:
             summary = {
                 "geneval_before": round(before.tasks["overall"], 4),
                 "geneval_after": round(after.tasks["overall"], 4),

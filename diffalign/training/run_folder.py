@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from diffalign.config import RunConfig, differences, dump, to_dict
+from diffalign.errors import UserError
 
 # Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
 FREE = {
@@ -22,12 +23,13 @@ FREE = {
     "training.sample_every",
     "training.micro_batch_size",
     "rollout.micro_batch_size",
-    "optimizer.warmup_updates",
+    "model.gradient_checkpointing",
+    "model.attention_backend",
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(UserError, RuntimeError):
     """A folder that this run must not write to."""
 
 
@@ -41,11 +43,8 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def claim(self, config: RunConfig) -> None:
-        """Create the folder, or check that it belongs to this configuration.
-
-        RunFolderError lists what differs; nothing in the folder is touched then.
-        """
+    def check(self, config: RunConfig) -> None:
+        """RunFolderError where the folder belongs to something else; it lists what differs. Writes nothing."""
         file = self.path / CONFIG
         if file.is_file():
             try:
@@ -65,6 +64,10 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is not empty and no run of diffalign; choose another --output_dir"
             )
+
+    def claim(self, config: RunConfig) -> None:
+        """Check the folder, create it and note down its configuration."""
+        self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(CONFIG, dump(config))
 

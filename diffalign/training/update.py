@@ -7,6 +7,7 @@ processes changes the gradient. Noise and timesteps of an image come from a stre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from diffalign import lora
 from diffalign.algorithms import awm, timesteps
 from diffalign.config import AWMConfig
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.precision import compute
+from diffalign.precision import attention, compute
 from diffalign.seeds import TIMESTEPS, stream
 from diffalign.types import PromptEmbeds
 
@@ -39,20 +40,20 @@ class TrainingBatch:
 
 
 class Sums:
-    """Weighted sums of metrics, kept on the device until they are read."""
+    """Sums and counts of named metrics, kept on the device until they are read."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.counts: dict[str, float] = {}
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.table = torch.zeros(len(names), 2, device=device)
+        self.names = list(names)
 
     def add(self, name: str, values: Tensor) -> None:
-        self.values[name] = (
-            self.values.get(name, torch.zeros((), device=values.device)) + values.sum()
-        )
-        self.counts[name] = self.counts.get(name, 0) + values.numel()
+        row = self.table[self.names.index(name)]
+        row += torch.stack([values.sum(), torch.full_like(values[0], values.numel())])
 
     def means(self) -> dict[str, float]:
-        return {k: float(v) / max(self.counts[k], 1) for k, v in self.values.items()}
+        """Mean of each metric; of all processes, where `table` has been summed over them."""
+        pairs = zip(self.names, self.table.tolist(), strict=True)
+        return {name: total / max(count, 1) for name, (total, count) in pairs}
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,21 @@ class PolicyUpdate:
         self.micro_batch_size = micro_batch_size
         self.mixed_precision = mixed_precision
         self.seed = seed
+        self.distances = (
+            ("kl", config.kl_beta, lora.REFERENCE),
+            ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
+        )
 
     def accumulate(
         self, batch: TrainingBatch, *, update: int, inner: int = 0, off_policy: bool = False
-    ) -> dict[str, float]:
-        """Add this process's part of the gradient to the parameters' `.grad`; returns local metric means.
+    ) -> Sums:
+        """Add this process's part of the gradient to the parameters' `.grad`; returns its sums of metrics.
 
         `off_policy`: the images were made by the lagged policy, whose likelihoods are then computed, too.
         """
-        sums = Sums()
+        names = ["ratio", "clipped", "error"]
+        names += [name for name, weight, _ in self.distances if weight]
+        sums = Sums(names, batch.latents.device)
         for start in range(0, len(batch.image), self.micro_batch_size):
             rows = range(start, min(start + self.micro_batch_size, len(batch.image)))
             draws = draw(
@@ -129,8 +136,9 @@ class PolicyUpdate:
                 key=(self.seed, update, inner),
             )
             loss = self._micro_batch(batch, rows, draws, off_policy, sums)
-            loss.backward()
-        return sums.means()
+            with attention(batch.latents.device):
+                loss.backward()
+        return sums
 
     def _micro_batch(
         self, batch: TrainingBatch, rows: range, draws: Draws, off_policy: bool, sums: Sums
@@ -165,10 +173,7 @@ class PolicyUpdate:
         total = loss.sum() / (batch.total * steps)
         offset = torch.arange(len(rows)).unsqueeze(1) * steps
         picked = (draws.kl_pick + offset).flatten().to(device)
-        for name, weight, policy in (
-            ("kl", config.kl_beta, lora.REFERENCE),
-            ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
-        ):
+        for name, weight, policy in self.distances:
             if weight == 0:
                 continue
             with torch.no_grad(), lora.policy(model.denoiser, policy):
@@ -180,5 +185,7 @@ class PolicyUpdate:
         return total
 
     def _predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+        if self.mixed_precision == "no":  # without autocast inputs must have the dtype of the base
+            noisy = noisy.to(embeds.prompt_embeds.dtype)
         with compute(noisy.device, self.mixed_precision):
             return self.model.predict(noisy, times, embeds, guidance_scale=self.guidance_scale)

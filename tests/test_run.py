@@ -1,0 +1,225 @@
+"""Whole runs on a tiny pipeline from disk: what a user types, what lies in the folder, what a mistake says."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign import cli
+from diffalign.scripts.train_awm import arguments
+
+SETTINGS = [
+    "--model.max_sequence_length=16",
+    "--model.dtype=float32",
+    "--lora.rank=4",
+    "--lora.alpha=8",
+    "--rewards={jpeg: 1}",
+    "--rollout.prompts_per_update=2",
+    "--rollout.group_size=3",
+    "--rollout.num_inference_steps=2",
+    "--algorithm.timesteps_per_image=2",
+    "--training.sample_every=1",
+    "--training.checkpoint_every=1",
+    "--training.max_minutes=null",
+    "--evaluation.num_inference_steps=2",
+    "--evaluation.images_per_prompt=1",
+]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny SD3 pipeline in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\na bird\n")
+    return file
+
+
+def train(base, prompts, folder, *more):
+    return cli.main(
+        [
+            "train",
+            "demo",
+            f"--output_dir={folder}",
+            f"--model.name={base}",
+            f"--prompts.train={prompts}",
+            f"--prompts.evaluation={prompts}",
+            *SETTINGS,
+            *more,
+        ]
+    )
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(base, prompts, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(base, prompts, folder, "--training.num_updates=2", "--training.eval_every=1") == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == 2
+    assert {"before", "after", "seconds", "device", "versions", "config"} <= set(summary)
+    assert "geneval_before" not in summary  # jpeg does not know what is correct
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in rows] == [1, 2]
+    assert rows[0]["evaluation"]["images"] == 3
+    assert {p.name for p in (folder / "samples").iterdir()} == {"000001.png", "000002.png"}
+    page = (folder / "report.html").read_text()
+    assert "a cat" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png;base64,") == 6
+    assert "before" in capsys.readouterr().out
+
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(folder / "lora")
+    (adapter,) = pipeline.transformer.peft_config.values()
+    assert (adapter.r, adapter.lora_alpha) == (4, 8.0)
+
+
+def test_a_longer_run_continues_and_equals_one_in_one_go(base, prompts, tmp_path):
+    for folder, stops in (("whole", [3]), ("parts", [1, 3])):
+        for updates in stops:
+            assert train(base, prompts, tmp_path / folder, f"--training.num_updates={updates}") == 0
+    logs = [
+        [json.loads(line) for line in (tmp_path / f / "log.jsonl").read_text().splitlines()]
+        for f in ("whole", "parts")
+    ]
+    assert [r["reward"] for r in logs[0]] == [r["reward"] for r in logs[1]]
+    files = [
+        (tmp_path / f / "lora" / "pytorch_lora_weights.safetensors") for f in ("whole", "parts")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_folder_of_another_configuration_is_refused(base, prompts, tmp_path, capsys):
+    assert train(base, prompts, tmp_path / "run", "--training.num_updates=1") == 0
+    assert train(base, prompts, tmp_path / "run", "--learning_rate=0.5") == 2
+    assert "optimizer.learning_rate: 0.001, 0.5" in capsys.readouterr().err
+
+
+def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(base, prompts, folder, "--training.num_updates=2") == 0
+    file = folder / "checkpoints" / "000002" / "default.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    assert train(base, prompts, folder, "--training.num_updates=3") == 2
+    assert "000002/default.safetensors is damaged" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
+    assert train(base, prompts, folder, "--training.num_updates=3") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
+        (["--rewards={verifer: 1}"], "did you mean 'verifier'"),
+        (["--model.name=shapes-sd"], "no model 'shapes-sd'"),
+        (["--prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
+        (["--resolution=30"], "multiples of 4 pixels"),
+        (["--algorithm.timesteps_per_image=5"], "do not fit"),
+        (["--lora.targets=[attn.nope]"], "match no layer"),
+        (["--model.attention_backend=xformers", "--mixed_precision=no"], "would ignore 'xformers'"),
+        (["--model.name=runs/nowhere"], "runs/nowhere could not be loaded"),
+    ],
+)
+def test_mistakes_are_one_line(base, prompts, tmp_path, capsys, more, message):
+    assert train(base, prompts, tmp_path / "run", *more) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error[error.rindex("diffalign: error:") :]
+    assert not (tmp_path / "run").exists()  # the corrected command may have the folder
+
+
+def test_generate_and_evaluate(base, prompts, tmp_path, capsys):
+    flags = ["--model", str(base), "--num_inference_steps=2", "--dtype=float32"]
+    folder = tmp_path / "images"
+    assert (
+        cli.main(
+            [
+                "generate",
+                "a cat",
+                str(prompts),
+                *flags,
+                f"--output_dir={folder}",
+                "--images_per_prompt=2",
+            ]
+        )
+        == 0
+    )
+    names = sorted(p.name for p in folder.iterdir())
+    assert len(names) == 9
+    assert names[0] == "0000-a-cat.png"
+    capsys.readouterr()
+    output = tmp_path / "result.json"
+    assert (
+        cli.main(
+            ["evaluate", f"--prompts={prompts}", "--rewards=jpeg", *flags, f"--output={output}"]
+        )
+        == 0
+    )
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last == json.loads(output.read_text())
+    assert last["images"] == 3
+    assert last["rewards"]["jpeg"]["scale"] == 1 / 500
+
+
+def test_generate_explains_mistakes(base, capsys):
+    assert cli.main(["generate", "x", "--model", str(base), "--height=30", "--width=32"]) == 2
+    assert "multiples of 4 pixels" in capsys.readouterr().err
+    assert cli.main(["generate", "x", "--model", str(base), "--lora=nowhere"]) == 2
+    assert "--lora: nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path, capsys):
+    assert cli.main(["generate", "x", "--model", str(tmp_path)]) == 2
+    assert "no model_index.json" in capsys.readouterr().err
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
+    assert cli.main(["generate", "x", "--model", str(tmp_path)]) == 2
+    assert "AudioLDMPipeline is not supported" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_configuration(capsys):
+    assert cli.main(["train", "demo", "--dry-run", "--seed=9"]) == 0
+    assert "seed: 9" in capsys.readouterr().out
+
+
+def test_listings(capsys):
+    for what, name in (("recipes", "demo"), ("rewards", "verifier"), ("models", "flux.1-dev")):
+        assert cli.main(["list", what]) == 0
+        assert name in capsys.readouterr().out
+
+
+def test_launcher_translates_its_arguments():
+    assert arguments(["--config", "demo", "--seed=1"]) == ["train", "demo", "--seed=1"]
+    assert arguments(["--seed=1", "--config=x.yaml"]) == ["train", "x.yaml", "--seed=1"]
+    for argv in ([], ["--config"]):
+        with pytest.raises(SystemExit, match="--config NAME_OR_FILE is missing"):
+            arguments(argv)
+
+
+def test_bfloat16_base_under_autocast_trains(base, prompts, tmp_path):
+    folder = tmp_path / "run"
+    more = ["--model.dtype=bfloat16", "--mixed_precision=bf16", "--training.num_updates=1"]
+    assert train(base, prompts, folder, *more) == 0
+    row = json.loads((folder / "log.jsonl").read_text())
+    assert row["ratio"] == 1.0
+    assert torch.isfinite(torch.tensor(row["grad_norm"]))
+
+
+def test_gradient_checkpointing_gives_the_same_run(base, prompts, tmp_path):
+    rows = []
+    for flag in ("false", "true"):
+        folder = tmp_path / flag
+        more = [
+            f"--gradient_checkpointing={flag}",
+            "--mixed_precision=no",
+            "--training.num_updates=1",
+        ]
+        assert train(base, prompts, folder, *more) == 0, flag
+        rows.append(json.loads((folder / "log.jsonl").read_text())["grad_norm"])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
