@@ -9,7 +9,7 @@ import difflib
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -466,11 +466,3 @@ def _all_paths(kind: type, prefix: str = "") -> list[str]:
         if is_dataclass(hints[f.name]):
             result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
     return result
-
-
-def default_of(kind: type, name: str) -> Any:
-    """Default of a dataclass field, for help texts."""
-    for f in fields(kind):
-        if f.name == name:
-            return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
-    raise KeyError(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,7 +28,7 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 
 
 def attach(
-    denoiser: nn.Module,
+    denoiser: ModelMixin,
     *,
     rank: int,
     alpha: float,
@@ -112,11 +113,11 @@ def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
             layer.set_adapter(CURRENT)
 
 
-def export_lora(denoiser: nn.Module, pipeline: Any, folder: Path, *, name: str = CURRENT) -> Path:
+def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str = CURRENT) -> Path:
     """Save an adapter so that stock `load_lora_weights(folder)` restores it, rank and alpha included."""
     state = get_peft_model_state_dict(denoiser, adapter_name=name)
     state = {key: value.detach().float().contiguous().cpu() for key, value in state.items()}
-    metadata = denoiser.peft_config[name].to_dict()  # type: ignore[operator, union-attr, index]
+    metadata = denoiser.peft_config[name].to_dict()
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.save_lora_weights(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
 
 from diffalign.errors import UsageError
 from diffalign.noise import RectifiedFlow
@@ -47,7 +47,7 @@ class TextToImageModel(ABC):
             self.max_sequence_length = max_sequence_length
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         """The trainable module."""
         return self.pipeline.transformer
 

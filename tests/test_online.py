@@ -66,9 +66,10 @@ def test_the_reward_rises(tmp_path, family):
     run = trainer(
         tmp_path,
         family=family,
-        rollout={"group_size": 8},
+        rollout={"group_size": 8, "prompts_per_update": 4},
         optimizer={"learning_rate": 0.03},
-        algorithm={"ema_kl_beta": 0.1},
+        algorithm={"ema_kl_beta": 0.1, "weight": "uniform"},
+        training={"micro_batch_size": 64},
     )
     rows = [run.train_update() for _ in range(10)]
     first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:2], rows[-2:]))

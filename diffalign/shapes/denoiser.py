@@ -122,7 +122,8 @@ def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the transformer blocks, AdamW on embeddings, modulations, biases and the output."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "blocks." in name and parameter.ndim == 2 and "norm" not in name
         (matrices if inside else rest).append(parameter)
@@ -186,10 +187,10 @@ class Pretraining:
         factor = lr_factor(self.step, self.config, self.progress())
         for optimizer, lr in zip(self.optimizers, self.base_lr, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
-        *tensors, embeds = self.batch(data)
+        latents, noise, timesteps, embeds = self.batch(data)
         short = embeds.prompt_embeds.shape[1] == data.embeds.prompt_embeds.shape[1]
         with compute("cpu"):  # long batches are too rare to be worth a compilation of their own
-            loss = (self.forward if short else self._loss)(*tensors, embeds)
+            loss = (self.forward if short else self._loss)(latents, noise, timesteps, embeds)
         loss.backward()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         for optimizer in self.optimizers:

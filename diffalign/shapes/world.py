@@ -83,8 +83,7 @@ def render(scene: Scene, *, size: int = IMAGE_SIZE) -> np.ndarray:
     """Draw a scene: (size, size, 3) uint8. Later objects cover earlier ones."""
     scale = size / IMAGE_SIZE
     axis = (np.arange(size, dtype=np.float32) + 0.5) / scale
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = BACKGROUND
+    image: np.ndarray = np.full((size, size, 3), BACKGROUND, np.float32)
     for item in scene:
         distance = signed_distance(
             item.kind, axis[None, :] - item.x, axis[:, None] - item.y, item.size

@@ -1,0 +1,108 @@
+"""The shipped checkpoints: stock pipelines load and run them, and they draw."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+
+import diffalign.shapes
+from diffalign import cli
+from diffalign.pipelines.registry import MODELS, available, load_model
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.verifier import detect, verify
+
+FOLDER = Path(diffalign.shapes.__path__[0]) / "checkpoints"
+KINDS = {"shapes-sd3": StableDiffusion3Pipeline, "shapes-flux": FluxPipeline}
+SHIPPED = [name for name in KINDS if (FOLDER / name).is_dir()]
+
+
+def test_sd3_ships():
+    assert "shapes-sd3" in available()
+    assert MODELS["shapes-sd3"].max_sequence_length == 16
+
+
+def test_all_checkpoints_are_safetensors_and_fit():
+    files = [p for p in FOLDER.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".model"}
+    assert sum(p.stat().st_size for p in files) < 48 * 2**20
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def stock(request):
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER / request.param, torch_dtype=torch.float32)
+    assert type(pipeline) is KINDS[request.param]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, texts, **kwargs):
+    if isinstance(pipeline, FluxPipeline):
+        kwargs = {"height": 64, "width": 64, "max_sequence_length": 16, **kwargs}
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(texts, generator=generator, output_type="np", **kwargs).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def test_a_stock_pipeline_draws_what_the_prompt_asks_for(stock):
+    entries = [p for p in prompts("train") if p["tag"] == "colors"][:12]
+    guidance = 3.5 if isinstance(stock, FluxPipeline) else 3.0
+    images = draw(
+        stock, [e["prompt"] for e in entries], num_inference_steps=12, guidance_scale=guidance
+    )
+    assert images.shape == (12, 64, 64, 3)
+    assert np.mean([verify(i, e).correct for i, e in zip(images, entries, strict=True)]) >= 0.6
+
+
+def test_default_arguments_of_the_stock_call_work(stock):
+    """256 T5 tokens, 28 steps and guidance 7 for SD3: nobody has to know our settings."""
+    images = draw(
+        stock, ["a photo of a red square", "a photo of a blue circle"], num_inference_steps=12
+    )
+    found = [detect(i) for i in images]
+    assert all(found)
+
+
+def test_prompts_outside_the_vocabulary_do_not_crash(stock):
+    texts = ["", "Ünknown 漢字 🙂 zebra", "word " * 300]
+    assert draw(stock, texts, num_inference_steps=2).shape == (3, 64, 64, 3)
+
+
+def test_autoencoder_is_good_enough_for_the_verifier(stock):
+    from diffalign.shapes.world import render, sample_scene
+
+    rng = np.random.default_rng(0)
+    entries = prompts("train")[::6]
+    pixels = np.stack([render(sample_scene(e, rng)) for e in entries])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        decoded = stock.vae.decode(stock.vae.encode(x).latent_dist.mode()).sample
+    images = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    right = [
+        verify(np.ascontiguousarray(i), e).correct for i, e in zip(images, entries, strict=True)
+    ]
+    assert np.mean(right) >= 0.97
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_model_is_loaded_by_name(name):
+    model = load_model(name)
+    assert model.default_size == (64, 64)
+    assert model.max_sequence_length == 16
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+
+
+def test_an_image_beyond_the_position_table_is_refused():
+    with pytest.raises(ValueError, match="position table, which ends at 128 pixels"):
+        load_model("shapes-sd3").latent_shape(256, 64)
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", f"--output_dir={folder}"]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["geneval_after"] - summary["geneval_before"] >= 0.15
+    assert summary["seconds"] < 600
