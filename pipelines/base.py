@@ -20,6 +20,18 @@ from diffalign.errors import UsageError
 from diffalign.noise import RectifiedFlow
 from diffalign.types import PromptEmbeds
 
+# The eight attention projections of a joint block: what the released AWM and Flow-GRPO train.
+JOINT_ATTENTION = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 
 class TextToImageModel(ABC):
     """A stock pipeline, its trainable denoiser, and how to talk to it."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
 DEFAULT_GUIDANCE = 3.5
@@ -40,16 +40,7 @@ class FluxModel(TextToImageModel):
     """`FluxPipeline` behind the common interface; latents are unpacked outside of it."""
 
     family = "flux"
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     max_sequence_length = 512
     guidance_is_embedded = True
 

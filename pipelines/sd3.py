@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UsageError
-from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
 
@@ -16,17 +16,7 @@ class SD3Model(TextToImageModel):
     """`StableDiffusion3Pipeline` behind the common interface."""
 
     family = "sd3"
-    # The eight attention projections of the joint blocks: the released AWM and Flow-GRPO train these.
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     max_sequence_length = 256
 
     @torch.no_grad()
