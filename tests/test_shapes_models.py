@@ -26,7 +26,7 @@ def test_sd3_ships():
 
 def test_all_checkpoints_are_safetensors_and_fit():
     files = [p for p in FOLDER.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".model"}
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
     assert sum(p.stat().st_size for p in files) < 48 * 2**20
 
 

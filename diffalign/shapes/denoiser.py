@@ -71,7 +71,7 @@ def build_flux_transformer() -> FluxTransformer2DModel:
 class PretrainConfig:
     """How a denoiser is pretrained."""
 
-    steps: int = 12000
+    steps: int = 5000
     batch_size: int = 96
     images: int = 60000
     lr: float = 2e-3
