@@ -56,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max_prompts", type=int, default=None, help="score only so many prompts"
     )
     evaluate.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    evaluate.add_argument(
+        "--images_per_task", type=int, default=None, help="instead: so many images of every task"
+    )
     evaluate.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
     for verb in (generate, evaluate):
         _model_flags(verb)

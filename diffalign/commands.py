@@ -77,6 +77,7 @@ def _evaluation(args: argparse.Namespace) -> EvaluationConfig:
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         images_per_prompt=args.images_per_prompt,
+        images_per_task=getattr(args, "images_per_task", None),
         seed=args.seed,
     )
 
@@ -120,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "prompts": args.prompts,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        "images_per_task": args.images_per_task,
         "seed": args.seed,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         **found.to_dict(),

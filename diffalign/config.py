@@ -203,12 +203,20 @@ class EvaluationConfig:
     num_inference_steps: int = 10
     guidance_scale: float | None = None
     images_per_prompt: int = 1
+    images_per_task: int | None = None
+    """Instead: so many images of every task, its prompts in turn. The overall score is a plain mean of the tasks, so
+    one task with few images makes all of it uncertain."""
     max_prompts: int | None = None
     seed: int = 1000
 
     def __post_init__(self) -> None:
         _check(
             self.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1"
+        )
+        _check(
+            self.images_per_task is None or self.images_per_task >= 1,
+            "evaluation.images_per_task",
+            "must be at least 1",
         )
         _check(self.images_per_prompt >= 1, "evaluation.images_per_prompt", "must be at least 1")
         _check(

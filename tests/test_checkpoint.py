@@ -99,7 +99,7 @@ class TestRunFolder:
         folder = RunFolder(tmp_path / "run")
         folder.claim(load("demo"))
         before = (folder.path / "config.yaml").read_text()
-        with pytest.raises(RunFolderError, match="learning_rate: 0.001, 0.5"):
+        with pytest.raises(RunFolderError, match=r"learning_rate: [0-9.]+, 0.5"):
             folder.claim(load("demo", ["--learning_rate=0.5"]))
         assert (folder.path / "config.yaml").read_text() == before
 

@@ -21,11 +21,13 @@ SETTINGS = [
     "--rollout.group_size=3",
     "--rollout.num_inference_steps=2",
     "--algorithm.timesteps_per_image=2",
+    "--algorithm.timestep_stop=1.0",
+    "--learning_rate=0.001",
     "--training.sample_every=1",
     "--training.checkpoint_every=1",
     "--training.max_minutes=null",
     "--evaluation.num_inference_steps=2",
-    "--evaluation.images_per_prompt=1",
+    "--evaluation.images_per_task=3",
 ]
 
 
@@ -223,3 +225,15 @@ def test_gradient_checkpointing_gives_the_same_run(base, prompts, tmp_path):
         assert train(base, prompts, folder, *more) == 0, flag
         rows.append(json.loads((folder / "log.jsonl").read_text())["grad_norm"])
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_images_per_task_balances_the_tasks():
+    from diffalign.config import EvaluationConfig
+    from diffalign.data.prompts import load_prompts
+    from diffalign.evaluation.score import repeat_prompts
+
+    found = repeat_prompts(load_prompts("shapes:held_out"), EvaluationConfig(images_per_task=10))
+    tasks = [p.task for p in found]
+    assert {t: tasks.count(t) for t in tasks} == dict.fromkeys(tasks, 10)
+    assert len({p.text for p in found if p.task == "color_attr"}) == 10
+    assert len({p.text for p in found if p.task == "single_object"}) == 1

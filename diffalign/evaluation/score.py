@@ -53,8 +53,8 @@ def evaluate_model(
     micro_batch_size: int = 64,
     mixed_precision: str = "bf16",
 ) -> Evaluation:
-    """Generate `images_per_prompt` images for every prompt and score them."""
-    repeated = [p for p in prompts for _ in range(config.images_per_prompt)]
+    """Generate `images_per_prompt` images for every prompt, or `images_per_task` for every task, and score them."""
+    repeated = repeat_prompts(prompts, config)
     seeds = [stream(EVALUATION, config.seed, i) for i in range(len(repeated))]
     cache = EmbedCache(model)
     guided = (config.guidance_scale or 0) > 1 and not model.guidance_is_embedded
@@ -75,6 +75,16 @@ def evaluate_model(
     )
     output = score(images, [p.text for p in repeated], [p.metadata for p in repeated])
     return summarize_scores(repeated, images, output)
+
+
+def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[Prompt]:
+    """One prompt for every image that is to be made."""
+    if config.images_per_task is None:
+        return [p for p in prompts for _ in range(config.images_per_prompt)]
+    by_task: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task, []).append(prompt)
+    return [pool[i % len(pool)] for pool in by_task.values() for i in range(config.images_per_task)]
 
 
 def summarize_scores(prompts: list[Prompt], images: Tensor, output: RewardOutput) -> Evaluation:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ class Run:
                 self.model,
                 prompts,
                 no_reward,
-                self.config.evaluation,
+                replace(self.config.evaluation, images_per_prompt=1, images_per_task=None),
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
                 micro_batch_size=self.config.rollout.micro_batch_size,
