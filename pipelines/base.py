@@ -67,9 +67,9 @@ class TextToImageModel(ABC):
     def device(self) -> torch.device:
         return self.denoiser.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pipeline.vae.dtype
+    def costs_a_forward(self, guidance_scale: float | None) -> bool:
+        """Whether this guidance needs negative embeddings and a second forward."""
+        return not self.guidance_is_embedded and guidance_scale is not None and guidance_scale > 1
 
     @property
     def default_size(self) -> tuple[int, int]:

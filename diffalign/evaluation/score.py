@@ -57,7 +57,7 @@ def evaluate_model(
     repeated = repeat_prompts(prompts, config)
     seeds = [stream(EVALUATION, config.seed, i) for i in range(len(repeated))]
     cache = EmbedCache(model)
-    guided = (config.guidance_scale or 0) > 1 and not model.guidance_is_embedded
+    guided = model.costs_a_forward(config.guidance_scale)
     texts = list(dict.fromkeys(p.text for p in repeated))
     row = {text: i for i, text in enumerate(texts)}
     _, images = generate(

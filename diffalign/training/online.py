@@ -178,7 +178,7 @@ class OnlineTrainer:
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
         embeds = self.embed([p.text for p in plan.prompts])
         index = plan.prompt_index[mine.start : mine.stop]
-        guided = (c.guidance_scale or 0) > 1 and not self.model.guidance_is_embedded
+        guided = self.model.costs_a_forward(c.guidance_scale)
         with lora.policy(self.model.denoiser, lora.LAGGED if self.off_policy else lora.CURRENT):
             latents, images = generate(
                 self.model,
