@@ -57,17 +57,17 @@ class FluxModel(TextToImageModel):
         timesteps: Tensor,
         embeds: PromptEmbeds,
         *,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Tensor | None = None,
         negative_embeds: PromptEmbeds | None = None,
     ) -> Tensor:
-        """`guidance_scale` is embedded (default 3.5, as in the pipeline) and costs no second forward."""
+        """`guidance_scale`, one number or (B,), is embedded (default 3.5, as in the pipeline): no second forward."""
         del negative_embeds  # guidance is distilled into the model
         b, _, h, w = noisy_latents.shape
         device, dtype = noisy_latents.device, embeds.prompt_embeds.dtype
         guidance = None
         if self.denoiser.config.guidance_embeds:
             scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
-            guidance = torch.full((b,), scale, device=device, dtype=torch.float32)
+            guidance = torch.as_tensor(scale, device=device, dtype=torch.float32).expand(b)
         tokens = self.denoiser(
             hidden_states=pack_latents(noisy_latents),
             # the pipeline rounds time to the dtype of the latents before it scales it

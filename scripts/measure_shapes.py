@@ -15,7 +15,7 @@ from diffalign.shapes.denoiser import evaluate_shapes
 from diffalign.versions import versions
 
 SEEDS = (1, 2, 3)
-GUIDANCE = {"without guidance": None, "guidance 3": 3.0}
+GUIDANCE = {"without guidance": 1.0, "guidance 3": 3.0}
 
 
 def measure(name: str, steps: int) -> dict[str, dict[str, float]]:

@@ -8,6 +8,10 @@ About 75 minutes on two CPU cores with AMX. Each stage is kept in --work and ski
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +23,9 @@ from diffalign.pipelines.sd3 import SD3Model
 from diffalign.shapes.autoencoder import train_autoencoder
 from diffalign.shapes.build import build_flux_pipeline, build_sd3_pipeline, save_pipeline
 from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
+from diffalign.shapes.guidance import GuidanceDistillation
 from diffalign.shapes.text import MAX_LENGTH
+from diffalign.versions import versions
 
 FAMILIES = {
     "sd3": (build_sd3_pipeline, SD3Model),
@@ -74,8 +80,29 @@ def main() -> None:
     run = Pretraining(model, config, folder)
     run.resume()
     run.run(data)
+    history = {"pretraining": run.history}
+    if model.guidance_is_embedded:
+        model.denoiser.load_state_dict(run.ema)
+        run = GuidanceDistillation(model, distillation(config), folder / "guidance")
+        run.resume()
+        run.run(data)
+        history["guidance distillation"] = run.history
     with run.averaged():
         save_pipeline(model.pipeline, args.out)
+    record = {
+        "command": shlex.join(["python", "-m", "diffalign.scripts.train_shapes", *sys.argv[1:]]),
+        "config": dataclasses.asdict(config),
+        "history": history,
+        "versions": versions(),
+    }
+    (folder / "history.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def distillation(config: PretrainConfig) -> PretrainConfig:
+    """A short run at a fifth of the rate: the student starts as its own teacher."""
+    return dataclasses.replace(
+        config, steps=config.steps // 8, lr=config.lr / 5, warmup=20, stop_after_seconds=None
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from diffalign.shapes.world import render, sample_scene
 from diffalign.types import PromptEmbeds
 
 NULL_PROMPT = ""
+NO_GUIDANCE = 1.0
 LONG_PADDING = 256
 LONG_SHARE = 0.03
 """Share of the batches whose T5 tokens are padded to LONG_PADDING, so that a stock call draws well, too."""
@@ -99,6 +100,11 @@ class Captioned:
     embeds: PromptEmbeds
     long_embeds: PromptEmbeds
 
+    def padded_like(self, embeds: PromptEmbeds) -> PromptEmbeds:
+        """All prompts, with as many tokens as `embeds`."""
+        length = self.embeds.prompt_embeds.shape[1]
+        return self.embeds if embeds.prompt_embeds.shape[1] == length else self.long_embeds
+
 
 @torch.no_grad()
 def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
@@ -150,6 +156,7 @@ class Pretraining:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    evaluated_guidance: ClassVar[float] = NO_GUIDANCE
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.config.seed)
@@ -164,7 +171,7 @@ class Pretraining:
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, embeds: PromptEmbeds
     ) -> Tensor:
         noisy = self.model.noise.add_noise(latents, noise, timesteps)
-        pred = self.model.predict(noisy, timesteps, embeds)
+        pred = self.model.predict(noisy, timesteps, embeds, guidance_scale=NO_GUIDANCE)
         return (pred.float() - self.model.noise.target(latents, noise)).square().mean()
 
     def progress(self) -> float:
@@ -172,7 +179,8 @@ class Pretraining:
         done = self.step / self.config.steps
         return max(done, self.seconds / limit) if limit else done
 
-    def batch(self, data: Captioned) -> tuple[Tensor, Tensor, Tensor, PromptEmbeds]:
+    def batch(self, data: Captioned) -> tuple[Any, ...]:
+        """The arguments of the loss."""
         n = self.config.batch_size
         index = torch.randint(len(data.rows), (n,), generator=self.rng)
         latents = data.latents[index].float()
@@ -187,10 +195,10 @@ class Pretraining:
         factor = lr_factor(self.step, self.config, self.progress())
         for optimizer, lr in zip(self.optimizers, self.base_lr, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
-        latents, noise, timesteps, embeds = self.batch(data)
-        short = embeds.prompt_embeds.shape[1] == data.embeds.prompt_embeds.shape[1]
+        batch = self.batch(data)
+        short = data.padded_like(batch[3]) is data.embeds
         with compute("cpu"):  # long batches are too rare to be worth a compilation of their own
-            loss = (self.forward if short else self._loss)(latents, noise, timesteps, embeds)
+            loss = (self.forward if short else self._loss)(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -249,7 +257,9 @@ class Pretraining:
             self.seconds += time.perf_counter() - start
             if self.step % self.config.eval_every == 0 or self.progress() >= 1:
                 with self.averaged():
-                    score = evaluate_shapes(self.model, seed=1)
+                    score = evaluate_shapes(
+                        self.model, seed=1, guidance_scale=self.evaluated_guidance
+                    )
                 row = {"step": self.step, "loss": float(np.mean(losses)), "seconds": self.seconds}
                 self.history.append({**row, **score})
                 losses = []
@@ -265,7 +275,7 @@ def evaluate_shapes(
     *,
     seed: int,
     num_inference_steps: int = 10,
-    guidance_scale: float | None = None,
+    guidance_scale: float = NO_GUIDANCE,
     repeats: int = 2,
     split: str = "held_out",
 ) -> dict[str, float]:
@@ -275,7 +285,8 @@ def evaluate_shapes(
     correct = []
     with compute("cpu"):
         embeds = model.encode_prompt([e["prompt"] for e in entries])
-        negative = model.encode_prompt([NULL_PROMPT] * len(entries)) if guidance_scale else None
+        guided = model.costs_a_forward(guidance_scale)
+        negative = model.encode_prompt([NULL_PROMPT] * len(entries)) if guided else None
         latents = sample(
             model,
             embeds,
