@@ -16,6 +16,7 @@ from typing import Any
 from diffalign.errors import UserError
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 
 class ConfigError(UserError, ValueError):
@@ -156,10 +157,14 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     warmup_updates: int = 0
+    """Optimizer steps over which the rate rises from zero."""
+    lr_scheduler: str = "constant"
+    """After the warm-up: "constant", or "linear" or "cosine" down to zero at the run's last planned step."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "max_grad_norm"):
             _check(getattr(self, name) > 0, f"optimizer.{name}", "must be positive")
+        _one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
 
 
@@ -283,6 +288,7 @@ ALIASES = {
     "checkpoints_total_limit": "training.keep_checkpoints",
     "learning_rate": "optimizer.learning_rate",
     "lr_warmup_steps": "optimizer.warmup_updates",
+    "lr_scheduler": "optimizer.lr_scheduler",
     "adam_weight_decay": "optimizer.weight_decay",
     "adam_epsilon": "optimizer.epsilon",
     "max_grad_norm": "optimizer.max_grad_norm",

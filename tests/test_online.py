@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 
 from diffalign import lora
-from diffalign.config import decode
+from diffalign.config import OptimizerConfig, decode
 from diffalign.data.prompts import load_prompts
 from diffalign.training import checkpoint
-from diffalign.training.online import OnlineTrainer, TrainingError
+from diffalign.training.online import OnlineTrainer, TrainingError, lr_factor
 from diffalign.training.rollout import make_plan
 from diffalign.training.run_folder import RunFolder
 from diffalign.types import RewardOutput
@@ -286,3 +287,17 @@ def test_two_processes_give_what_one_gives(tmp_path):
     (one, rows), (two, others) = results
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
     assert rows[0]["reward"] == pytest.approx(others[0]["reward"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_rate_follows_diffusers_schedules(name):
+    """diffusers starts its warm-up at zero, which wastes a step: ours is theirs one step on, and equal without one."""
+    config = OptimizerConfig(lr_scheduler=name, warmup_updates=0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=7)
+    for step in range(8):
+        assert lr_factor(step, config, total=7) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    warm = OptimizerConfig(lr_scheduler=name, warmup_updates=4)
+    assert [lr_factor(s, warm, total=20) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.algorithms import awm
-from diffalign.config import RunConfig
+from diffalign.config import OptimizerConfig, RunConfig
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
 from diffalign.pipelines.base import TextToImageModel
@@ -246,8 +246,11 @@ class OnlineTrainer:
                     f"{checkpoint.latest(self.folder.checkpoints) or 'its start'} with a lower "
                     "optimizer.learning_rate or a higher algorithm.ema_kl_beta"
                 )
-            warmup = c.optimizer.warmup_updates
-            factor = min(1.0, (self.progress.step + 1) / warmup) if warmup else 1.0
+            factor = lr_factor(
+                self.progress.step,
+                c.optimizer,
+                total=c.training.num_updates * c.training.updates_per_rollout,
+            )
             self.optimizer.param_groups[0]["lr"] = c.optimizer.learning_rate * factor
             self.optimizer.step()
             self.progress.step += 1
@@ -279,6 +282,20 @@ class OnlineTrainer:
         padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
         everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
         return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])
+
+
+def lr_factor(step: int, config: OptimizerConfig, *, total: int) -> float:
+    """Share of the learning rate at optimizer step `step` (from 0) of `total`: a function of nothing else, so that a
+    resumed run needs no state of a scheduler."""
+    warmup = config.warmup_updates
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    if config.lr_scheduler == "linear":
+        return 1 - done
+    if config.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
 
 
 def _reward_row(
