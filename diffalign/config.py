@@ -94,6 +94,9 @@ class AWMConfig:
     """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
     kl_beta: float = 0.001
     """Weight of the distance to the reference model."""
+    reference_guidance_scale: float | None = None
+    """Guidance of the reference. A policy is trained to draw without guidance, and the base draws better with it: near
+    the guided base is where the policy belongs. Distils guidance along the way, at the price of one more forward."""
     ema_kl_beta: float = 1.0
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1
@@ -112,6 +115,12 @@ class AWMConfig:
         for name in ("kl_beta", "ema_kl_beta", "lag_ramp"):
             _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
         _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+        guidance = self.reference_guidance_scale
+        _check(
+            guidance is None or guidance >= 1,
+            "algorithm.reference_guidance_scale",
+            f"must be at least 1 (no guidance), got {guidance}",
+        )
         n = self.timesteps_per_image
         _check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
         _check(

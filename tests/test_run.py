@@ -99,8 +99,9 @@ def test_a_longer_run_continues_and_equals_one_in_one_go(base, prompts, tmp_path
     )
     with safe_open(whole, "pt") as a, safe_open(parts, "pt") as b:
         assert a.metadata() == b.metadata()  # safetensors writes its keys in any order
-        assert list(a.keys()) == list(b.keys())
-        assert all(torch.equal(a.get_tensor(k), b.get_tensor(k)) for k in a.keys())
+        names = list(a.keys())
+        assert names == list(b.keys())
+        assert all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in names)
 
 
 def test_a_folder_of_another_configuration_is_refused(base, prompts, tmp_path, capsys):

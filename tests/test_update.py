@@ -6,7 +6,7 @@ import torch
 from diffalign import lora
 from diffalign.algorithms import awm
 from diffalign.config import AWMConfig
-from diffalign.training.update import PolicyUpdate, TrainingBatch
+from diffalign.training.update import PolicyUpdate, TrainingBatch, draw
 
 N = 6
 
@@ -24,7 +24,9 @@ def make_batch(model, n=N):
     )
 
 
-def make_update(model, *, micro_batch_size=64, mixed_precision="no", **config):
+def make_update(
+    model, *, micro_batch_size=64, mixed_precision="no", negative_embeds=None, **config
+):
     grid = model.scheduler_at(8, height=16, width=16).timesteps
     settings = {"timesteps_per_image": 3, "kl_timesteps": 3, **config}
     return PolicyUpdate(
@@ -35,6 +37,7 @@ def make_update(model, *, micro_batch_size=64, mixed_precision="no", **config):
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
         seed=0,
+        negative_embeds=negative_embeds,
     )
 
 
@@ -133,8 +136,6 @@ def test_gradient_is_the_advantage_weighted_flow_matching_gradient(policy, weigh
     ours, _ = gradient(policy, kl_beta=0.0, ema_kl_beta=0.0, weight=weight)
     update = make_update(model, weight=weight)
     batch = make_batch(model)
-    from diffalign.training.update import draw
-
     draws = draw(batch, range(N), update.parts, kl_timesteps=1, key=(0, 1, 0))
     for p in parameters:
         p.grad = None
@@ -180,6 +181,34 @@ def test_distances_on_a_subset_of_the_timesteps_have_the_same_expectation(policy
             module.draw = original
         total = total + torch.cat([p.grad.flatten() for p in parameters]) - none
     torch.testing.assert_close(total / 3, full - none, rtol=1e-3, atol=1e-6)
+
+
+def test_the_reference_can_be_guided(policy):
+    """The distance is that to the base with guidance, whichever way the family computes it."""
+    model, parameters = policy
+    perturb(parameters)
+    null = model.encode_prompt([""])
+    batch = make_batch(model)
+    update = make_update(model, negative_embeds=null, kl_beta=1.0, reference_guidance_scale=2.5)
+    kl = update.accumulate(batch, update=1).means()["kl"]
+    draws = draw(batch, range(N), update.parts, kl_timesteps=3, key=(0, 1, 0))
+    expected = []
+    for i in range(N):
+        for j in range(3):
+            t = update.grid[draws.grid_index[i, j]].view(1)
+            noisy = model.noise.add_noise(batch.latents[i : i + 1], draws.noise[i, j][None], t)
+            embeds = batch.embeds[batch.prompt_index[i : i + 1]]
+            with torch.no_grad():
+                v = model.predict(noisy, t, embeds)
+                with lora.policy(model.denoiser, lora.REFERENCE):
+                    guided = model.predict(
+                        noisy, t, embeds, guidance_scale=2.5, negative_embeds=null
+                    )
+                    plain = model.predict(noisy, t, embeds)
+            assert not torch.allclose(guided, plain)
+            expected.append((v - guided).square().mean().item())
+    assert kl == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert torch.cat([p.grad.flatten() for p in parameters]).abs().max() > 0
 
 
 def test_guidance_that_costs_a_forward_is_not_trained_with(policy):

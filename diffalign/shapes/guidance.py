@@ -1,6 +1,7 @@
 """Guidance distillation: one forward with a guidance embedding learns what classifier-free guidance makes of two.
 
-How FLUX.1-dev came by its guidance embedding. (Meng et al. 2023, "On Distillation of Guided Diffusion Models", stage one)
+How FLUX.1-dev came by its guidance embedding. (Meng et al. 2023, "On Distillation of Guided Diffusion Models", stage
+one)
 """
 
 from __future__ import annotations

@@ -87,6 +87,7 @@ class OnlineTrainer:
         grid = self.model.scheduler_at(
             c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
         ).timesteps
+        guided = self.model.costs_a_forward(c.algorithm.reference_guidance_scale)
         self.policy_update = PolicyUpdate(
             self.model,
             c.algorithm,
@@ -95,6 +96,7 @@ class OnlineTrainer:
             micro_batch_size=c.training.micro_batch_size,
             mixed_precision=c.training.mixed_precision,
             seed=c.training.seed,
+            negative_embeds=self.embed([""]) if guided else None,
         )
 
     @property

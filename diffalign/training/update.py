@@ -96,8 +96,10 @@ class PolicyUpdate:
         micro_batch_size: int,
         mixed_precision: str,
         seed: int,
+        negative_embeds: PromptEmbeds | None = None,
     ) -> None:
         self.model = model
+        self.negative_embeds = negative_embeds
         self.config = config
         self.grid = grid.float().cpu()
         self.parts = timesteps.strata(
@@ -176,16 +178,27 @@ class PolicyUpdate:
         for name, weight, policy in self.distances:
             if weight == 0:
                 continue
+            guidance = config.reference_guidance_scale if policy == lora.REFERENCE else None
             with torch.no_grad(), lora.policy(model.denoiser, policy):
-                other = self._predict(noisy[picked], times[picked], embeds[picked])
+                other = self._predict(noisy[picked], times[picked], embeds[picked], guidance)
             distance = awm.proximal_loss(pred[picked], other)
             sums.add(name, distance.detach())
             # a mean over the picked timesteps has the expectation of the mean over all of them
             total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)
         return total
 
-    def _predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+    def _predict(
+        self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds, guidance: float | None = None
+    ) -> Tensor:
+        """`guidance` None is the policy's own."""
+        negative = None
+        if guidance is None:
+            guidance = self.guidance_scale
+        elif self.negative_embeds is not None:
+            negative = self.negative_embeds[torch.zeros(len(noisy), dtype=torch.long)]
         if self.mixed_precision == "no":  # without autocast inputs must have the dtype of the base
             noisy = noisy.to(embeds.prompt_embeds.dtype)
         with compute(noisy.device, self.mixed_precision):
-            return self.model.predict(noisy, times, embeds, guidance_scale=self.guidance_scale)
+            return self.model.predict(
+                noisy, times, embeds, guidance_scale=guidance, negative_embeds=negative
+            )
