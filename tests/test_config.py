@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from diffalign import config
-from diffalign.config import ConfigError, RunConfig, load
+from diffalign.config import ConfigError, RunConfig, load, loading
 
 
 def test_every_recipe_loads_and_is_dumped_and_read_back(tmp_path):
@@ -53,8 +53,8 @@ def test_rewards_as_a_whole_replace_those_of_the_recipe():
 
 
 def test_every_alias_leads_to_a_setting():
-    paths = config._all_paths(RunConfig)
-    for target in config.ALIASES.values():
+    paths = loading._all_paths(RunConfig)
+    for target in loading.ALIASES.values():
         for path in (target,) if isinstance(target, str) else target:
             assert path in paths
 

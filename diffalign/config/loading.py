@@ -1,0 +1,222 @@
+"""Recipes: YAML with overrides to a `RunConfig` and back. The only user of draccus."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.config.schema import ConfigError, RunConfig, nearest
+
+# Flags of diffusers' training scripts that mean the same here.
+ALIASES = {
+    "pretrained_model_name_or_path": "model.name",
+    "revision": "model.revision",
+    "max_sequence_length": "model.max_sequence_length",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_layers": "lora.targets",
+    "resolution": ("rollout.height", "rollout.width"),
+    "train_batch_size": "training.micro_batch_size",
+    "max_train_steps": "training.num_updates",
+    "mixed_precision": "training.mixed_precision",
+    "seed": "training.seed",
+    "checkpointing_steps": "training.checkpoint_every",
+    "checkpoints_total_limit": "training.keep_checkpoints",
+    "learning_rate": "optimizer.learning_rate",
+    "lr_warmup_steps": "optimizer.warmup_updates",
+    "lr_scheduler": "optimizer.lr_scheduler",
+    "adam_weight_decay": "optimizer.weight_decay",
+    "adam_epsilon": "optimizer.epsilon",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "guidance_scale": "rollout.guidance_scale",
+    "num_inference_steps": "rollout.num_inference_steps",
+}
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with the suite."""
+    import diffalign.scripts
+
+    folder = Path(next(iter(diffalign.scripts.__path__))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def describe_recipes() -> dict[str, str]:
+    """Name -> first comment line of every recipe."""
+    found = {}
+    for name, path in recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        found[name] = first.lstrip("# ")
+    return found
+
+
+def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`."""
+    raw: dict[str, Any] = {}
+    if recipe is not None:
+        raw = _read(_find(str(recipe)))
+    for key, value in _parse_overrides(overrides):
+        if key.split(".")[0] == "rewards" and key == "rewards":
+            raw["rewards"] = value
+            continue
+        _assign(raw, key.split("."), value)
+    return decode(raw)
+
+
+def decode(raw: Mapping[str, Any]) -> RunConfig:
+    """Validate a nested mapping and build the configuration."""
+    import draccus
+
+    _check_keys(RunConfig, raw, ())
+    try:
+        return draccus.decode(RunConfig, dict(raw))
+    except (
+        Exception
+    ) as error:  # draccus wraps what a check raises, and raises bare Exception for lists
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ConfigError):
+                raise ConfigError(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        path = ".".join(getattr(error, "key_path", ()))
+        message = str(getattr(error, "message", error)).strip()
+        raise ConfigError(f"{path}: {message}" if path else message) from error
+
+
+def dump(config: RunConfig) -> str:
+    """YAML that `load` reads back."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(asdict(config))
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Lines "path: a, b" for every leaf in which two nested mappings differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [line for k in keys for line in differences(a.get(k), b.get(k), f"{prefix}{k}.")]
+    return [] if a == b else [f"{prefix.rstrip('.')}: {a!r}, {b!r}"]
+
+
+def _find(recipe: str) -> Path:
+    known = recipes()
+    if recipe in known:
+        return known[recipe]
+    if recipe.endswith((".yaml", ".yml")):
+        if Path(recipe).is_file():
+            return Path(recipe)
+        raise ConfigError(f"recipe file {recipe} does not exist")
+    raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(known))}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return raw
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--a.b=1`, `--a.b 1` and bare `--flag` (true), with diffusers' names translated."""
+    result: list[tuple[str, Any]] = []
+    items = list(overrides)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--"):
+            raise ConfigError(f"expected --key=value, got {item!r}")
+        key, given, text = item[2:].partition("=")
+        if not given:
+            text = items.pop(0) if items and not items[0].startswith("--") else "true"
+        if key == "enable_xformers_memory_efficient_attention":
+            key, text = "model.attention_backend", "xformers" if text == "true" else "null"
+        names = ALIASES.get(key, key)
+        for name in (names,) if isinstance(names, str) else names:
+            result.append((name, _parse_value(text, _type_of(name))))
+    return result
+
+
+def _type_of(path: str) -> Any:
+    """Type hint of a setting, None for a path that does not exist."""
+    kind: Any = RunConfig
+    for key in path.split("."):
+        kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
+    return kind
+
+
+def _parse_value(text: str, kind: Any) -> Any:
+    """The text of an override as YAML, with what YAML 1.1 gets wrong for this type put right."""
+    import yaml
+
+    if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
+        return None if kind is not str and text.lower() in ("null", "none") else text
+    if kind == list[str] | None and not text.startswith("[") and text != "null":
+        return [part.strip() for part in text.split(",")]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            return None if value.lower() == "none" else value
+    if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
+        return int(value)
+    return value
+
+
+def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = raw.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(path)}: {key} is not a group of settings")
+        raw = inner
+    raw[path[-1]] = value
+
+
+def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{'.'.join(path)}: expected a group of settings, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in fields(kind)]
+    for key, value in raw.items():
+        full = ".".join((*path, str(key)))
+        if key not in names:
+            every = _all_paths(RunConfig) if not path else [".".join((*path, n)) for n in names]
+            raise ConfigError(f"unknown setting {full!r}{nearest(full, [*every, *ALIASES])}")
+        if is_dataclass(hints[key]):
+            _check_keys(typing.cast(type, hints[key]), value, (*path, str(key)))
+        elif isinstance(value, bool) and hints[key] in (int, float):
+            raise ConfigError(f"{full}: expected a number, got {value}")
+        elif hints[key] is int and isinstance(value, float) and not value.is_integer():
+            raise ConfigError(f"{full}: expected a whole number, got {value}")
+
+
+def _all_paths(kind: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(kind)
+    result = []
+    for f in fields(kind):
+        result.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+    return result
