@@ -63,8 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (generate, evaluate):
         _model_flags(verb)
 
+    bench = verbs.add_parser("bench", help="measure one of the suite's claims")
+    bench.add_argument("name", help="a name of `diffalign list benches`")
+    bench.add_argument("--quick", action="store_true", help="minutes, to see that it works")
+    bench.add_argument("--seeds", type=int, default=None, help="default: 3, or 1 with --quick")
+    bench.add_argument(
+        "--work", type=Path, default=Path("runs/bench"), help="runs are kept and resumed here"
+    )
+    bench.add_argument("--output", type=Path, default=None, help="write the whole result as JSON")
+
     listing = verbs.add_parser("list", help="what there is by name")
-    listing.add_argument("what", choices=("recipes", "rewards", "models"))
+    listing.add_argument("what", choices=("recipes", "rewards", "models", "benches"))
     return parser
 
 
@@ -132,6 +141,10 @@ def _list(what: str) -> int:
         from diffalign.rewards.registry import SUMMARIES, available
 
         rows = {name: SUMMARIES.get(name, target) for name, target in available().items()}
+    elif what == "benches":
+        from diffalign.bench import BENCHES
+
+        rows = BENCHES
     else:
         from diffalign.pipelines.registry import available as models
 

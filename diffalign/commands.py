@@ -13,6 +13,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from diffalign.bench.record import BenchOptions, run_bench
 from diffalign.config import EvaluationConfig, RunConfig, load
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
@@ -137,4 +138,15 @@ def evaluate(args: argparse.Namespace) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(json.dumps(result))
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run a benchmark; the last line of the output is JSON."""
+    seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
+    if seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, got {seeds}")
+    work = args.work / (f"{args.name}-quick" if args.quick else args.name)
+    options = BenchOptions(quick=args.quick, work=work, seeds=seeds)
+    print(json.dumps(run_bench(args.name, options, output=args.output)))
     return 0

@@ -17,8 +17,9 @@ ROOMS = {
 FORBIDDEN = {
     "diffalign/algorithms": ("pipelines", "rewards", "training", "evaluation", "shapes", "data"),
     "diffalign/data": ("pipelines", "rewards", "training", "evaluation"),
+    "diffalign/bench": ("cli", "commands"),
     "diffalign/evaluation": ("training", "rewards", "cli", "commands"),
-    "diffalign/training": ("cli", "commands", "shapes"),
+    "diffalign/training": ("cli", "commands", "shapes", "bench"),
     "pipelines": ("rewards", "training", "evaluation", "algorithms", "data", "config"),
     "rewards": ("pipelines", "training", "evaluation", "algorithms", "data", "config", "lora"),
 }

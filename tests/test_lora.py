@@ -47,6 +47,23 @@ def predict_base(model):
     return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
 
 
+@pytest.mark.parametrize("name", [lora.CURRENT, lora.LAGGED, lora.REFERENCE])
+def test_merged_weights_draw_the_same_and_leave_no_trace(model, name):
+    parameters = attach(model)
+    perturb(parameters)
+    lora.blend(model.denoiser, lora.LAGGED, decay=0.5)
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    expected = predict(model, name)
+    with lora.merged(model.denoiser, name), torch.no_grad():
+        torch.testing.assert_close(predict_base(model), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyboardInterrupt), lora.merged(model.denoiser, name):
+        raise KeyboardInterrupt
+    after = model.denoiser.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    predict(model).square().mean().backward()
+    assert all(p.grad is not None for p in parameters)
+
+
 def test_policies_differ_after_training_and_the_reference_does_not_move(model):
     with torch.no_grad():
         before = predict_base(model)

@@ -80,18 +80,29 @@ def test_the_reward_rises(tmp_path, family):
     assert {"grad_norm", "images_per_second", "reward_group_std", "kept"} <= set(rows[0])
 
 
-def test_resumed_run_is_bit_identical(tmp_path):
-    whole = trainer(tmp_path / "a")
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        {
+            "rollout": {"merge_lora": True},
+            "algorithm": {"reference_guidance_scale": 2.0, "kl_beta": 0.1},
+            "optimizer": {"lr_scheduler": "cosine"},
+        },
+    ],
+)
+def test_resumed_run_is_bit_identical(tmp_path, groups):
+    whole = trainer(tmp_path / "a", **groups)
     for _ in range(4):
         whole.train_update()
 
-    first = trainer(tmp_path / "b")
+    first = trainer(tmp_path / "b", **groups)
     for _ in range(2):
         first.folder.append_log(first.train_update())
     first.save()
     first.folder.append_log(first.train_update())  # lost: it comes after the checkpoint
 
-    second = trainer(tmp_path / "b")
+    second = trainer(tmp_path / "b", **groups)
     assert second.resume()
     assert second.progress.update == 2
     assert [r["update"] for r in second.folder.read_log()] == [1, 2]

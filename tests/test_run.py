@@ -110,6 +110,13 @@ def test_a_folder_of_another_configuration_is_refused(base, prompts, tmp_path, c
     assert "optimizer.learning_rate: 0.001, 0.5" in capsys.readouterr().err
 
 
+def test_a_schedule_ends_where_the_run_was_to_end(base, prompts, tmp_path, capsys):
+    more = ["--lr_scheduler=linear", "--training.num_updates=1"]
+    assert train(base, prompts, tmp_path / "run", *more) == 0
+    assert train(base, prompts, tmp_path / "run", more[0], "--training.num_updates=2") == 2
+    assert "training.num_updates: 1, 2" in capsys.readouterr().err
+
+
 def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train(base, prompts, folder, "--training.num_updates=2") == 0

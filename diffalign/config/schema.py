@@ -143,6 +143,9 @@ class RolloutConfig:
     width: int | None = None
     micro_batch_size: int = 64
     """Images made at a time by one process; a matter of memory, never of results."""
+    merge_lora: bool = False
+    """Add the adapter into the base's weights while images are made, for training and evaluation: faster, at the price
+    of memory for a second copy of those weights, and of their rounding."""
 
     def __post_init__(self) -> None:
         _check(self.group_size >= 2, "rollout.group_size", "a group needs at least 2 images")

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,7 +182,7 @@ class OnlineTrainer:
         embeds = self.embed([p.text for p in plan.prompts])
         index = plan.prompt_index[mine.start : mine.stop]
         guided = self.model.costs_a_forward(c.guidance_scale)
-        with lora.policy(self.model.denoiser, lora.LAGGED if self.off_policy else lora.CURRENT):
+        with self.drawing(lora.LAGGED if self.off_policy else lora.CURRENT):
             latents, images = generate(
                 self.model,
                 embeds,
@@ -202,6 +203,11 @@ class OnlineTrainer:
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
         rewards = torch.from_numpy(self._gather(output.values, plan))
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details)
+
+    def drawing(self, policy: str) -> AbstractContextManager[None]:
+        """The context in which images of a policy are made."""
+        context = lora.merged if self.config.rollout.merge_lora else lora.policy
+        return context(self.model.denoiser, policy)
 
     def make_batch(self, plan: Plan, rollout: Rollout) -> tuple[TrainingBatch, dict[str, Any]]:
         """Advantages over the whole update, then this process's images that carry a signal."""

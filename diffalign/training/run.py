@@ -174,7 +174,7 @@ class Run:
 
     def _evaluate(self, policy: str) -> Evaluation:
         """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
-        with lora.policy(self.model.denoiser, policy):
+        with self.trainer.drawing(policy):
             return evaluate_model(
                 self.model,
                 self.eval_prompts,
@@ -188,7 +188,7 @@ class Run:
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with lora.policy(self.model.denoiser, self.policy):
+        with self.trainer.drawing(self.policy):
             found = evaluate_model(
                 self.model,
                 prompts,

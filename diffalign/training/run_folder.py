@@ -51,8 +51,11 @@ class RunFolder:
                 there = yaml.safe_load(file.read_text(encoding="utf-8"))
             except yaml.YAMLError as error:
                 raise RunFolderError(f"{file} is not readable: {error}") from error
+            free = FREE
+            if config.optimizer.lr_scheduler != "constant":
+                free = FREE - {"training.num_updates"}  # the schedule ends where the run does
             lines = [
-                d for d in differences(there, to_dict(config)) if d.partition(":")[0] not in FREE
+                d for d in differences(there, to_dict(config)) if d.partition(":")[0] not in free
             ]
             if lines:
                 raise RunFolderError(

@@ -1,0 +1,74 @@
+"""One form for every benchmark's result: what was run, with what, on what, and the figures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.bench import BENCHES
+from diffalign.config import nearest
+from diffalign.errors import UsageError
+from diffalign.versions import versions
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """`quick`: minutes instead of hours, to see that it works; `work`: where runs are kept and resumed."""
+
+    quick: bool
+    work: Path
+    seeds: int = 3
+
+
+def run_bench(name: str, options: BenchOptions, *, output: Path | None = None) -> dict[str, Any]:
+    """Run a benchmark, write its JSON, and return the headline figures."""
+    if name not in BENCHES:
+        raise UsageError(f"no benchmark {name!r}{nearest(name, list(BENCHES))}")
+    found = importlib.import_module(f"diffalign.bench.{name}").run(options)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record(name, found, quick=options.quick), indent=1)
+        output.write_text(text + "\n", encoding="utf-8")
+    return found["headline"]
+
+
+def record(name: str, found: dict[str, Any], *, quick: bool) -> dict[str, Any]:
+    """The figures with their provenance."""
+    return {
+        "bench": name,
+        "quick": quick,
+        "command": shlex.join(["diffalign", *sys.argv[1:]]),
+        **found,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor and accelerator."""
+    found: dict[str, Any] = {"system": platform.system(), "cpu_cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Median, extremes and the values themselves."""
+    found = [round(float(v), 4) for v in values]
+    return {
+        "median": round(statistics.median(found), 4),
+        "low": min(found),
+        "high": max(found),
+        "values": found,
+    }
