@@ -1,4 +1,4 @@
-"""Benchmarks of the suite's claims: `diffalign bench NAME [--quick]`. Names are strings, modules are imported on use."""
+"""Benchmarks of the suite's claims: `diffalign bench NAME [--quick]`. Modules are imported on use."""
 
 BENCHES = {
     "demo": "the demo over seeds, and where its gain comes from",
