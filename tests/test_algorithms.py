@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffalign.algorithms import advantages as adv
-from diffalign.algorithms import awm, timesteps
-from diffalign.config import WEIGHTS, AWMConfig
+from diffalign.algorithms import awm, diffusion_nft, forward_process, timesteps
+from diffalign.config import WEIGHTS, AWMConfig, DiffusionNFTConfig
 from diffalign.noise import RectifiedFlow, logit_normal_sigmas, shift_sigmas
 
 PATH = RectifiedFlow()
@@ -117,7 +117,7 @@ def test_other_noise_for_the_old_policy_is_noticed_by_the_variance_of_the_ratio(
     def likelihood(noise, delta):
         noisy = PATH.add_noise(latents, noise, PATH.timesteps(sigmas))
         pred = noisy @ (weights + delta)
-        error = awm.matching_error(pred, PATH.target(latents, noise))
+        error = forward_process.matching_error(pred, PATH.target(latents, noise))
         return awm.log_likelihood(error, sigmas, weight="uniform")
 
     noise, other = torch.randn(256, 16), torch.randn(256, 16)
@@ -129,21 +129,98 @@ def test_other_noise_for_the_old_policy_is_noticed_by_the_variance_of_the_ratio(
 
 def test_proximal_loss_is_zero_with_zero_gradient_at_the_other_policy():
     pred = torch.randn(3, 5, requires_grad=True)
-    loss = awm.proximal_loss(pred, pred)
+    loss = forward_process.proximal_loss(pred, pred)
     loss.sum().backward()
     assert loss.abs().max() == 0
     assert pred.grad.abs().max() == 0
-    awm.proximal_loss(pred, pred + 1).sum().backward()
+    forward_process.proximal_loss(pred, pred + 1).sum().backward()
     torch.testing.assert_close(pred.grad, torch.full((3, 5), -2 / 5))
 
 
 def test_lag_decay():
-    assert [awm.lag_decay(s, ramp=0.001, maximum=0.3) for s in (1, 100, 300, 1000)] == [
+    assert [forward_process.lag_decay(s, ramp=0.001, maximum=0.3) for s in (1, 100, 300, 1000)] == [
         0.001,
         0.1,
         0.3,
         0.3,
     ]
+
+
+class TestDiffusionNFT:
+    def case(self, optimality, *, moved=0.0, seed=0):
+        pred, target, sigmas, _ = random_case(seed=seed)
+        generator = torch.Generator().manual_seed(9)
+        latents = torch.randn(pred.shape, generator=generator)
+        noisy = PATH.add_noise(latents, target + latents, PATH.timesteps(sigmas))
+        old = pred.detach() + moved * torch.randn(pred.shape, generator=generator)
+        return pred, old, noisy, latents, sigmas, torch.full((6,), optimality), target
+
+    @pytest.mark.parametrize("mix", [0.1, 1.0, 2.0])
+    def test_gradient_at_the_old_policy_is_advantage_weighted_matching(self, mix):
+        pred, old, noisy, latents, sigmas, optimality, target = self.case(0.8)
+        loss, _ = diffusion_nft.nft_loss(pred, old, noisy, latents, sigmas, optimality, mix=mix)
+        loss.sum().backward()
+        # (r - (1 - r)) t / mean|v - v*| de, and A / c = 2 r - 1
+        gap = pred.detach() - target
+        k = 0.6 * sigmas / gap.abs().flatten(1).mean(1)
+        expected = k.view(-1, 1, 1, 1) * 2 * gap / gap[0].numel()
+        torch.testing.assert_close(pred.grad, expected, rtol=1e-4, atol=1e-6)
+
+    def test_an_image_of_average_optimality_moves_nothing(self):
+        pred, old, noisy, latents, sigmas, optimality, _ = self.case(0.5)
+        diffusion_nft.nft_loss(pred, old, noisy, latents, sigmas, optimality, mix=0.7)[
+            0
+        ].sum().backward()
+        assert pred.grad.abs().max() < 1e-6
+
+    def test_swapping_the_optimality_flips_the_gradient_at_the_old_policy(self):
+        grads = []
+        for r in (0.9, 0.1):
+            pred, old, noisy, latents, sigmas, optimality, _ = self.case(r)
+            diffusion_nft.nft_loss(pred, old, noisy, latents, sigmas, optimality, mix=1.0)[
+                0
+            ].sum().backward()
+            grads.append(pred.grad)
+        torch.testing.assert_close(grads[0], -grads[1])
+
+    @pytest.mark.parametrize("optimality", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("mix", [0.5, 1.0])
+    def test_convex_in_the_prediction_for_every_optimality(self, optimality, mix):
+        """Normalisers held fixed, the Hessian is 2 beta t^2 / n (r / w+ + (1 - r) / w-) times the identity."""
+        pred, old, noisy, latents, sigmas, r, _ = self.case(optimality, moved=0.2)
+        loss, _ = diffusion_nft.nft_loss(pred, old, noisy, latents, sigmas, r, mix=mix)
+        direction = torch.randn(pred.shape, generator=torch.Generator().manual_seed(2))
+        (slope,) = torch.autograd.grad(loss.sum(), pred, create_graph=True)
+        (bend,) = torch.autograd.grad((slope * direction).sum(), pred)
+        t = sigmas.view(-1, 1, 1, 1)
+        plus = noisy - t * ((1 - mix) * old + mix * pred.detach()) - latents
+        minus = noisy - t * ((1 + mix) * old - mix * pred.detach()) - latents
+        w_plus, w_minus = (x.abs().flatten(1).mean(1) for x in (plus, minus))
+        factor = 2 * mix * sigmas**2 / pred[0].numel() * (r / w_plus + (1 - r) / w_minus)
+        torch.testing.assert_close(bend, factor.view(-1, 1, 1, 1) * direction)
+
+    def test_finite_where_the_image_is_hit_exactly(self):
+        _, _, noisy, latents, sigmas, optimality, target = self.case(1.0)
+        loss, _ = diffusion_nft.nft_loss(
+            target, target, noisy, latents, sigmas, optimality, mix=1.0
+        )
+        assert loss.isfinite().all()
+        assert loss.abs().max() < 1e-6
+
+    def test_advantages_become_optimality(self):
+        pred, old, noisy, latents, sigmas, _, target = self.case(0.0)
+        advantages = torch.tensor([-9.0, -5.0, -2.5, 0.0, 2.5, 9.0])
+        sample = forward_process.ForwardSample(
+            latents, noisy, target, sigmas, advantages, pred, old
+        )
+        _, metrics = diffusion_nft.loss(sample, DiffusionNFTConfig())
+        assert metrics["optimality"].tolist() == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0]
+        assert set(metrics) == set(diffusion_nft.METRICS)
+        with pytest.raises(ValueError, match="old policy"):
+            diffusion_nft.loss(
+                forward_process.ForwardSample(latents, noisy, target, sigmas, advantages, pred),
+                DiffusionNFTConfig(),
+            )
 
 
 class TestAdvantages:

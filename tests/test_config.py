@@ -52,6 +52,22 @@ def test_rewards_as_a_whole_replace_those_of_the_recipe():
     assert load("demo", ["--rewards={jpeg: 2}"]).rewards == {"jpeg": 2.0}
 
 
+def test_an_algorithm_is_chosen_by_its_type():
+    chosen = load(None, ["--algorithm.type=diffusion_nft", "--algorithm.mix=0.1"]).algorithm
+    assert isinstance(chosen, config.DiffusionNFTConfig)
+    assert (chosen.mix, chosen.lag_max, chosen.ema_kl_beta) == (0.1, 0.5, 0.0)
+    assert isinstance(load(None).algorithm, config.AWMConfig)
+    assert {name: kind.type for name, kind in config.ALGORITHMS.items()} == {
+        name: name for name in config.ALGORITHMS
+    }
+    with pytest.raises(ConfigError, match="did you mean 'diffusion_nft'"):
+        load(None, ["--algorithm.type=difusion_nft"])
+    with pytest.raises(ConfigError, match=r"unknown setting 'algorithm.mix'"):
+        load(None, ["--algorithm.mix=0.1"])
+    with pytest.raises(ConfigError, match=r"algorithm.timesteps_per_image.*many"):
+        load(None, ["--algorithm.timesteps_per_image=many"])
+
+
 def test_every_alias_leads_to_a_setting():
     paths = loading._all_paths(RunConfig)
     for target in loading.ALIASES.values():

@@ -114,6 +114,23 @@ def test_resumed_run_is_bit_identical(tmp_path, groups):
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_diffusion_nft_learns_and_draws_with_the_lagged_policy(tmp_path):
+    run = trainer(
+        tmp_path,
+        rollout={"group_size": 8, "prompts_per_update": 4},
+        optimizer={"learning_rate": 0.03},
+        algorithm={"type": "diffusion_nft", "lag_ramp": 0.05, "timesteps_per_image": 2},
+        training={"micro_batch_size": 64},
+    )
+    assert run.off_policy
+    rows = [run.train_update() for _ in range(20)]
+    first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:2], rows[-2:]))
+    assert last > first + rows[0]["reward_group_std"]
+    assert rows[0]["optimality"] == pytest.approx(0.5, abs=0.05)
+    # before the first update the three predictions are one: mean e t^2 / w on both sides
+    assert rows[0]["positive"] == pytest.approx(rows[0]["negative"], rel=1e-5)
+
+
 def test_nothing_to_resume(tmp_path):
     assert not trainer(tmp_path).resume()
 

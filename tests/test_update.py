@@ -28,7 +28,7 @@ def make_update(
     model, *, micro_batch_size=64, mixed_precision="no", negative_embeds=None, **config
 ):
     grid = model.scheduler_at(8, height=16, width=16).timesteps
-    settings = {"timesteps_per_image": 3, "kl_timesteps": 3, **config}
+    settings = {"timesteps_per_image": 3, "kl_timesteps": 3, "advantage_clip": 1.0, **config}
     return PolicyUpdate(
         model,
         AWMConfig(**settings),

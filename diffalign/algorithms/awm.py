@@ -13,15 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffalign.algorithms.advantages import clip_advantages
+from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
 from diffalign.config import AWMConfig
 
 HUBER_EPSILON = 1e-10
-Metrics = dict[str, Tensor]
-
-
-def matching_error(model_pred: Tensor, target: Tensor) -> Tensor:
-    """e, (B,): mean squared error over all dimensions but the first, in float32."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+METRICS = ("ratio", "clipped", "error")
+NEEDS_OLD = False
 
 
 def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float = 0.25) -> Tensor:
@@ -85,14 +83,23 @@ def awm_loss(
     return loss, metrics
 
 
-def proximal_loss(model_pred: Tensor, other_pred: Tensor) -> Tensor:
-    """(B,) mean squared distance of two predictions for the same input; the other one is held fixed.
-
-    Up to a weight, the KL divergence of the two policies' path measures.
-    """
-    return matching_error(model_pred, other_pred.detach())
-
-
-def lag_decay(update: int, *, ramp: float, maximum: float) -> float:
-    """Decay of the lagged policy after update number `update` (from 1): min(maximum, ramp * update)."""
-    return min(maximum, ramp * update)
+def loss(sample: ForwardSample, config: AWMConfig) -> tuple[Tensor, Metrics]:
+    """`awm_loss` of a forward sample; with the old policy's predictions where that is not the current one."""
+    old = None
+    if sample.old_pred is not None:
+        old = log_likelihood(
+            matching_error(sample.old_pred, sample.target),
+            sample.sigmas,
+            weight=config.weight,
+            power=config.ghuber_power,
+        )
+    return awm_loss(
+        sample.model_pred,
+        sample.target,
+        sample.sigmas,
+        clip_advantages(
+            sample.advantages, clip=config.advantage_clip, maximum=config.advantage_max
+        ),
+        config=config,
+        old_log_likelihood=old,
+    )

@@ -13,9 +13,13 @@ from diffalign.config.loading import (
     to_dict,
 )
 from diffalign.config.schema import (
+    ALGORITHMS,
+    WEIGHTS,
     AWMConfig,
     ConfigError,
+    DiffusionNFTConfig,
     EvaluationConfig,
+    ForwardProcessConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -27,9 +31,13 @@ from diffalign.config.schema import (
 )
 
 __all__ = [
+    "ALGORITHMS",
+    "WEIGHTS",
     "AWMConfig",
     "ConfigError",
+    "DiffusionNFTConfig",
     "EvaluationConfig",
+    "ForwardProcessConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",

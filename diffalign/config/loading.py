@@ -8,7 +8,14 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.schema import ConfigError, RunConfig, nearest
+from diffalign.config.schema import (
+    ALGORITHMS,
+    AWMConfig,
+    ConfigError,
+    ForwardProcessConfig,
+    RunConfig,
+    nearest,
+)
 
 # Flags of diffusers' training scripts that mean the same here.
 ALIASES = {
@@ -72,8 +79,12 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
     import draccus
 
     _check_keys(RunConfig, raw, ())
+    groups = dict(raw)
+    algorithm = dict(groups.pop("algorithm", {}))
     try:
-        return draccus.decode(RunConfig, dict(raw))
+        config = draccus.decode(RunConfig, groups)
+        config.algorithm = _decode_algorithm(algorithm)
+        return config
     except (
         Exception
     ) as error:  # draccus wraps what a check raises, and raises bare Exception for lists
@@ -85,6 +96,26 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
         path = ".".join(getattr(error, "key_path", ()))
         message = str(getattr(error, "message", error)).strip()
         raise ConfigError(f"{path}: {message}" if path else message) from error
+
+
+def _decode_algorithm(raw: Mapping[str, Any]) -> ForwardProcessConfig:
+    """draccus picks no class by a field's value, and names no group that it does not see."""
+    import draccus
+
+    try:
+        return draccus.decode(_algorithm_class(raw), dict(raw))
+    except draccus.ParsingError as error:
+        error.key_path = ("algorithm", *getattr(error, "key_path", ()))
+        raise
+
+
+def _algorithm_class(raw: Mapping[str, Any]) -> type[ForwardProcessConfig]:
+    name = raw.get("type", AWMConfig.type)
+    if name not in ALGORITHMS:
+        raise ConfigError(
+            f"algorithm.type: unknown value {name!r}{nearest(str(name), list(ALGORITHMS))}"
+        )
+    return ALGORITHMS[name]
 
 
 def dump(config: RunConfig) -> str:
@@ -157,6 +188,10 @@ def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _type_of(path: str) -> Any:
     """Type hint of a setting, None for a path that does not exist."""
+    head, _, rest = path.partition(".")
+    if head == "algorithm" and rest:  # a name means the same in every algorithm that has it
+        hints = [typing.get_type_hints(kind) for kind in ALGORITHMS.values()]
+        return next((h[rest] for h in hints if rest in h), None)
     kind: Any = RunConfig
     for key in path.split("."):
         kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
@@ -205,7 +240,10 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
             every = _all_paths(RunConfig) if not path else [".".join((*path, n)) for n in names]
             raise ConfigError(f"unknown setting {full!r}{nearest(full, [*every, *ALIASES])}")
         if is_dataclass(hints[key]):
-            _check_keys(typing.cast(type, hints[key]), value, (*path, str(key)))
+            inner = typing.cast(type, hints[key])
+            if key == "algorithm" and isinstance(value, Mapping):
+                inner = _algorithm_class(value)
+            _check_keys(inner, value, (*path, str(key)))
         elif isinstance(value, bool) and hints[key] in (int, float):
             raise ConfigError(f"{full}: expected a number, got {value}")
         elif hints[key] is int and isinstance(value, float) and not value.is_integer():
@@ -217,6 +255,9 @@ def _all_paths(kind: type, prefix: str = "") -> list[str]:
     result = []
     for f in fields(kind):
         result.append(prefix + f.name)
-        if is_dataclass(hints[f.name]):
+        if f.name == "algorithm":
+            inner = [p for kind in ALGORITHMS.values() for p in _all_paths(kind, "algorithm.")]
+            result += dict.fromkeys(inner)
+        elif is_dataclass(hints[f.name]):
             result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
     return result

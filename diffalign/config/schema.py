@@ -26,6 +26,12 @@ def _one_of(value: str, choices: Sequence[str], path: str) -> None:
     _check(value in choices, path, f"unknown value {value!r}{nearest(value, choices)}")
 
 
+def _positive(config: object, names: Sequence[str], group: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
+
+
 def nearest(name: str, valid: Sequence[str]) -> str:
     """A hint to append to a message: the closest valid name, or all of them when they are few."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
@@ -63,21 +69,15 @@ class LoraConfig:
     """Suffixes of linear layers; None is the family's default, its attention projections."""
 
     def __post_init__(self) -> None:
-        _check(self.rank > 0, "lora.rank", f"must be positive, got {self.rank}")
-        _check(self.alpha > 0, "lora.alpha", f"must be positive, got {self.alpha}")
+        _positive(self, ("rank", "alpha"), "lora")
 
 
 @dataclass
-class AWMConfig:
-    """Advantage Weighted Matching; the defaults are those of its release."""
+class ForwardProcessConfig:
+    """What algorithms share whose loss needs clean latents and rewards, and no trajectory; AWM's released values."""
 
-    type: str = "awm"
-    weight: str = "ghuber"
-    """Weight of the matching error over time: uniform (the paper), t, t2, huber, ghuber (the release)."""
-    ghuber_power: float = 0.25
-    clip_range: float = 1.0
+    type: str = ""
     advantage_clip: float = 5.0
-    advantage_max: float = 1.0
     std_scope: str = "global"
     """Standard deviation that divides the advantages: of all images ("global") or of each group ("group")."""
     reward_mixing: str = "sum"
@@ -100,12 +100,9 @@ class AWMConfig:
     """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
 
     def __post_init__(self) -> None:
-        _one_of(self.type, ("awm",), "algorithm.type")
-        _one_of(self.weight, WEIGHTS, "algorithm.weight")
         _one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
         _one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
-        for name in ("ghuber_power", "clip_range", "advantage_clip", "advantage_max"):
-            _check(getattr(self, name) > 0, f"algorithm.{name}", "must be positive")
+        _positive(self, ("advantage_clip",), "algorithm")
         for name in ("kl_beta", "ema_kl_beta", "lag_ramp"):
             _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
         _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
@@ -127,6 +124,47 @@ class AWMConfig:
             "algorithm.timestep_start",
             "need 0 <= timestep_start < timestep_stop <= 1",
         )
+
+
+@dataclass
+class AWMConfig(ForwardProcessConfig):
+    """Advantage Weighted Matching; the defaults are those of its release."""
+
+    type: str = "awm"
+    weight: str = "ghuber"
+    """Weight of the matching error over time: uniform (the paper), t, t2, huber, ghuber (the release)."""
+    ghuber_power: float = 0.25
+    clip_range: float = 1.0
+    advantage_max: float = 1.0
+    """Advantages are clipped to advantage_clip, then scaled so that this is their largest magnitude."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of(self.weight, WEIGHTS, "algorithm.weight")
+        _positive(self, ("ghuber_power", "clip_range", "advantage_max"), "algorithm")
+
+
+@dataclass
+class DiffusionNFTConfig(ForwardProcessConfig):
+    """DiffusionNFT; the defaults are those of its release for one reward. The lagged policy makes the images."""
+
+    type: str = "diffusion_nft"
+    mix: float = 1.0
+    """beta of the paper: how far the implicit positive and negative policies lie from the lagged one."""
+    timesteps_per_image: int = 9
+    kl_beta: float = 1e-4
+    ema_kl_beta: float = 0.0
+    lag_max: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, ("mix",), "algorithm")
+
+
+ALGORITHMS: dict[str, type[ForwardProcessConfig]] = {
+    "awm": AWMConfig,
+    "diffusion_nft": DiffusionNFTConfig,
+}
 
 
 @dataclass
@@ -168,8 +206,7 @@ class OptimizerConfig:
     """After the warm-up: "constant", or "linear" or "cosine" down to zero at the run's last planned step."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epsilon", "max_grad_norm"):
-            _check(getattr(self, name) > 0, f"optimizer.{name}", "must be positive")
+        _positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
         _one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
 
@@ -255,7 +292,8 @@ class RunConfig:
     output_dir: str = "runs/awm"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    algorithm: AWMConfig = field(default_factory=AWMConfig)
+    algorithm: ForwardProcessConfig = field(default_factory=AWMConfig)
+    """Of the class that `algorithm.type` names."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"verifier": 1.0})
     """Reward names of `diffalign list rewards` and their weights."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
-from diffalign.algorithms import awm
+from diffalign.algorithms.forward_process import lag_decay
 from diffalign.config import OptimizerConfig, RunConfig
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
@@ -102,8 +102,10 @@ class OnlineTrainer:
 
     @property
     def off_policy(self) -> bool:
-        """With several updates per rollout the lagged policy makes the images and is the old policy of the ratio."""
-        return self.config.training.updates_per_rollout > 1
+        """The lagged policy makes the images and is the old policy: with several updates per rollout, or always."""
+        return (
+            self.config.training.updates_per_rollout > 1 or self.policy_update.algorithm.NEEDS_OLD
+        )
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder, if there is one."""
@@ -215,12 +217,13 @@ class OnlineTrainer:
         rewards, group = rollout.rewards, rollout.group
         if c.reward_mixing == "advantages":
             parts = {k: torch.from_numpy(rollout.details[k]) for k in self.config.rewards}
-            raw = adv.combined_advantages(parts, self.config.rewards, group, std_scope=c.std_scope)
+            advantages = adv.combined_advantages(
+                parts, self.config.rewards, group, std_scope=c.std_scope
+            )
         else:
-            raw = adv.group_advantages(rewards, group, std_scope=c.std_scope)
-        advantages = adv.clip_advantages(raw, clip=c.advantage_clip, maximum=c.advantage_max)
+            advantages = adv.group_advantages(rewards, group, std_scope=c.std_scope)
         valid = rewards.isfinite()
-        keep = adv.informative(raw.where(valid, torch.nan), group)
+        keep = adv.informative(advantages.where(valid, torch.nan), group)
         if not self.config.training.drop_uninformative:
             keep = valid
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
@@ -266,7 +269,7 @@ class OnlineTrainer:
             step = self.progress.step
             decay = min(c.training.ema_max, (1 + step) / (10 + step))
             lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
-        decay = awm.lag_decay(number, ramp=c.algorithm.lag_ramp, maximum=c.algorithm.lag_max)
+        decay = lag_decay(number, ramp=c.algorithm.lag_ramp, maximum=c.algorithm.lag_max)
         lora.blend(self.model.denoiser, lora.LAGGED, decay=decay)
         self.optimizer.zero_grad()
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign import lora
-from diffalign.algorithms import awm, timesteps
-from diffalign.config import AWMConfig
+from diffalign.algorithms import awm, diffusion_nft, timesteps
+from diffalign.algorithms.forward_process import ForwardSample, proximal_loss
+from diffalign.config import ForwardProcessConfig
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.precision import attention, compute
 from diffalign.seeds import TIMESTEPS, stream
@@ -26,8 +28,9 @@ from diffalign.types import PromptEmbeds
 class TrainingBatch:
     """This process's share of an update, ready for the loss.
 
-    `latents` (B, C, H, W); `prompt_index` (B,) rows of `embeds`; `advantages` (B,); `image` (B,) numbers of the images
-    within the update; `total` images of the whole update that have a reward, `kept` those that are trained on.
+    `latents` (B, C, H, W); `prompt_index` (B,) rows of `embeds`; `advantages` (B,), not yet clipped; `image` (B,)
+    numbers of the images within the update; `total` images of the whole update that have a reward, `kept` those that
+    are trained on.
     """
 
     latents: Tensor
@@ -37,6 +40,9 @@ class TrainingBatch:
     image: list[int]
     total: int
     kept: int
+
+
+FORWARD_PROCESS = {"awm": awm, "diffusion_nft": diffusion_nft}
 
 
 class Sums:
@@ -84,12 +90,12 @@ def draw(
 
 
 class PolicyUpdate:
-    """Accumulates the gradient of AWM's loss over a batch; the caller owns the optimizer."""
+    """Accumulates the gradient of a forward-process loss over a batch; the caller owns the optimizer."""
 
     def __init__(
         self,
         model: TextToImageModel,
-        config: AWMConfig,
+        config: ForwardProcessConfig,
         *,
         grid: Tensor,
         guidance_scale: float | None,
@@ -98,6 +104,7 @@ class PolicyUpdate:
         seed: int,
         negative_embeds: PromptEmbeds | None = None,
     ) -> None:
+        self.algorithm: Any = FORWARD_PROCESS[config.type]
         self.model = model
         self.negative_embeds = negative_embeds
         self.config = config
@@ -123,9 +130,9 @@ class PolicyUpdate:
     ) -> Sums:
         """Add this process's part of the gradient to the parameters' `.grad`; returns its sums of metrics.
 
-        `off_policy`: the images were made by the lagged policy, whose likelihoods are then computed, too.
+        `off_policy`: the images were made by the lagged policy, whose predictions are then computed, too.
         """
-        names = ["ratio", "clipped", "error"]
+        names = list(self.algorithm.METRICS)
         names += [name for name, weight, _ in self.distances if weight]
         sums = Sums(names, batch.latents.device)
         for start in range(0, len(batch.image), self.micro_batch_size):
@@ -162,14 +169,10 @@ class PolicyUpdate:
         old = None
         if off_policy:
             with torch.no_grad(), lora.policy(model.denoiser, lora.LAGGED):
-                old_error = awm.matching_error(self._predict(noisy, times, embeds), target)
-            old = awm.log_likelihood(
-                old_error, sigmas, weight=config.weight, power=config.ghuber_power
-            )
+                old = self._predict(noisy, times, embeds)
         pred = self._predict(noisy, times, embeds)
-        loss, metrics = awm.awm_loss(
-            pred, target, sigmas, advantages, config=config, old_log_likelihood=old
-        )
+        sample = ForwardSample(latents, noisy, target, sigmas, advantages, pred, old)
+        loss, metrics = self.algorithm.loss(sample, config)
         for name, values in metrics.items():
             sums.add(name, values)
         total = loss.sum() / (batch.total * steps)
@@ -181,7 +184,7 @@ class PolicyUpdate:
             guidance = config.reference_guidance_scale if policy == lora.REFERENCE else None
             with torch.no_grad(), lora.policy(model.denoiser, policy):
                 other = self._predict(noisy[picked], times[picked], embeds[picked], guidance)
-            distance = awm.proximal_loss(pred[picked], other)
+            distance = proximal_loss(pred[picked], other)
             sums.add(name, distance.detach())
             # a mean over the picked timesteps has the expectation of the mean over all of them
             total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)

@@ -1,0 +1,80 @@
+"""DiffusionNFT: negative-aware fine-tuning on the forward process. (Zheng et al. 2025)
+
+An image's advantage becomes its optimality r in 0..1. The policy is trained through two implicit ones, one on each side
+of the old policy: v+ = (1 - beta) v_old + beta v is drawn to the image with weight r, v- = (1 + beta) v_old - beta v
+with weight 1 - r. Convex in v for every r; at v = v_old its gradient is A t / mean|v - v*| times that of the matching
+error, so it is AWM's with another weight over time, and with a proximal term of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
+from diffalign.config import DiffusionNFTConfig
+
+NORMALISER_FLOOR = 1e-5
+METRICS = ("optimality", "positive", "negative", "error")
+NEEDS_OLD = True
+
+
+def nft_loss(
+    model_pred: Tensor,
+    old_pred: Tensor,
+    noisy_latents: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    optimality: Tensor,
+    *,
+    mix: float,
+) -> tuple[Tensor, Metrics]:
+    """Loss of each sample, before the factor that makes advantages of optimality.
+
+    Args:
+        model_pred, old_pred, noisy_latents, latents: (B, ...).
+        sigmas: (B,) in 0..1.
+        optimality: (B,) r in 0..1.
+        mix: beta.
+
+    Returns:
+        (B,) [r |x+ - x_0|^2 / w+ + (1 - r) |x- - x_0|^2 / w-] / beta with w = mean |x - x_0|, held fixed, and the
+        metrics `positive` and `negative`, the two terms without their weights, each (B,).
+    """
+    old = old_pred.detach().float()
+    current = model_pred.float()
+    shape = (-1, *[1] * (current.ndim - 1))
+
+    def term(velocity: Tensor) -> Tensor:
+        implied = noisy_latents.float() - sigmas.float().view(shape) * velocity
+        gap = implied - latents.float()
+        normaliser = gap.detach().abs().flatten(1).mean(1).clamp(min=NORMALISER_FLOOR)
+        return gap.square().flatten(1).mean(1) / normaliser
+
+    positive = term((1 - mix) * old + mix * current)
+    negative = term((1 + mix) * old - mix * current)
+    loss = (optimality * positive + (1 - optimality) * negative) / mix
+    return loss, {"positive": positive.detach(), "negative": negative.detach()}
+
+
+def loss(sample: ForwardSample, config: DiffusionNFTConfig) -> tuple[Tensor, Metrics]:
+    """`nft_loss` times the advantage clip, as in the release; the old policy is required."""
+    if sample.old_pred is None:
+        raise ValueError("DiffusionNFT needs the prediction of the old policy")
+    clip = config.advantage_clip
+    optimality = (sample.advantages / clip).clamp(-1, 1) / 2 + 0.5
+    value, metrics = nft_loss(
+        sample.model_pred,
+        sample.old_pred,
+        sample.noisy_latents,
+        sample.latents,
+        sample.sigmas,
+        optimality,
+        mix=config.mix,
+    )
+    with torch.no_grad():
+        metrics |= {
+            "optimality": optimality,
+            "error": matching_error(sample.model_pred, sample.target),
+        }
+    return clip * value, metrics
