@@ -69,8 +69,29 @@ def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> R
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """The K stochastic steps of B rollouts: `steps`, their numbers on the grid; `latents` and `next_latents`
+    (B, K, C, H, W) before and after; `means` (B, K, C, H, W) and `log_probs` (B, K) under the policy that made them."""
+
+    steps: list[int]
+    latents: Tensor
+    next_latents: Tensor
+    means: Tensor
+    log_probs: Tensor
+
+    def __getitem__(self, rows: Any) -> Trajectory:
+        return Trajectory(
+            self.steps,
+            self.latents[rows],
+            self.next_latents[rows],
+            self.means[rows],
+            self.log_probs[rows],
+        )
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """What a forward-process algorithm keeps of B generated images: the clean latents, never the trajectory.
+    """What an algorithm keeps of B generated images: clean latents, and a trajectory only where its loss needs one.
 
     `latents` (B, C, H, W); `prompt_index` (B,) long, row of each image's prompt in `embeds`; `group` (B,) long, the
     images with the same number compete with each other; `rewards` (B,) float32 with NaN for failures.
@@ -82,3 +103,4 @@ class Rollout:
     group: torch.Tensor
     rewards: torch.Tensor
     details: dict[str, np.ndarray] = field(default_factory=dict)
+    trajectory: Trajectory | None = None

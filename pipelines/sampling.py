@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -12,6 +13,10 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.precision import compute
 from diffalign.types import PromptEmbeds
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Step = Callable[[int, Tensor, Tensor, Any, Generators], Tensor]
+"""(number of the step, model_pred, latents, scheduler, generator) to the next latents."""
+
 
 def initial_latents(
     model: TextToImageModel,
@@ -19,7 +24,7 @@ def initial_latents(
     *,
     height: int,
     width: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    generator: Generators,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(n, C, H, W) standard normal noise, drawn as the stock pipeline draws it (one generator, or one an image)."""
@@ -38,12 +43,14 @@ def sample(
     negative_embeds: PromptEmbeds | None = None,
     height: int | None = None,
     width: int | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Generators = None,
     latents: Tensor | None = None,
+    step: Step | None = None,
 ) -> Tensor:
     """Clean latents (B, C, H, W) for B prompts. With the same generator, the stock pipeline's image for image.
 
-    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding).
+    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding). `step` takes
+    the place of the scheduler's own.
     """
     height, width = height or model.default_size[0], width or model.default_size[1]
     if latents is None:
@@ -56,7 +63,7 @@ def sample(
             dtype=embeds.prompt_embeds.dtype,
         )
     scheduler = model.scheduler_at(num_inference_steps, height=height, width=width)
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         model_pred = model.predict(
             latents,
             t.expand(len(embeds)),
@@ -64,7 +71,10 @@ def sample(
             guidance_scale=guidance_scale,
             negative_embeds=negative_embeds,
         )
-        latents = scheduler.step(model_pred, t, latents, return_dict=False)[0]
+        if step is None:
+            latents = scheduler.step(model_pred, t, latents, return_dict=False)[0]
+        else:
+            latents = step(i, model_pred, latents, scheduler, generator)
     return latents
 
 
@@ -104,6 +114,7 @@ def generate(
     width: int | None = None,
     micro_batch_size: int = 64,
     mixed_precision: str = "bf16",
+    step: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone."""
     latents, images = [], []
@@ -124,6 +135,7 @@ def generate(
                 height=height,
                 width=width,
                 generator=generators,
+                step=step,
             )
             images.append(model.decode(clean).cpu())
         latents.append(clean)

@@ -122,7 +122,7 @@ def test_diffusion_nft_learns_and_draws_with_the_lagged_policy(tmp_path):
         algorithm={"type": "diffusion_nft", "lag_ramp": 0.05, "timesteps_per_image": 2},
         training={"micro_batch_size": 64},
     )
-    assert run.off_policy
+    assert run.policy_update.rollout_policy == lora.LAGGED
     rows = [run.train_update() for _ in range(20)]
     first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:2], rows[-2:]))
     assert last > first + rows[0]["reward_group_std"]
@@ -163,7 +163,7 @@ def test_micro_batches_change_nothing(tmp_path, updates_per_rollout):
 def test_several_updates_per_rollout_use_the_lagged_policy(tmp_path):
     run = trainer(tmp_path, training={"updates_per_rollout": 3})
     row = run.train_update()
-    assert run.off_policy
+    assert run.policy_update.rollout_policy == lora.LAGGED
     assert run.progress.step == 3
     assert row["ratio"] != 1.0  # the second and third step are off policy
     assert trainer(tmp_path / "b").train_update()["ratio"] == 1.0

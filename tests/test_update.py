@@ -6,7 +6,9 @@ import torch
 from diffalign import lora
 from diffalign.algorithms import awm
 from diffalign.config import AWMConfig
-from diffalign.training.update import PolicyUpdate, TrainingBatch, draw
+from diffalign.training import forward_update
+from diffalign.training.forward_update import ForwardProcessUpdate, draw
+from diffalign.training.update import TrainingBatch, UpdateSettings
 
 N = 6
 
@@ -24,21 +26,28 @@ def make_batch(model, n=N):
     )
 
 
-def make_update(
-    model, *, micro_batch_size=64, mixed_precision="no", negative_embeds=None, **config
-):
-    grid = model.scheduler_at(8, height=16, width=16).timesteps
-    settings = {"timesteps_per_image": 3, "kl_timesteps": 3, "advantage_clip": 1.0, **config}
-    return PolicyUpdate(
-        model,
-        AWMConfig(**settings),
-        grid=grid,
-        guidance_scale=None,
-        micro_batch_size=micro_batch_size,
-        mixed_precision=mixed_precision,
-        seed=0,
-        negative_embeds=negative_embeds,
-    )
+def settings_of(model, **changes):
+    scheduler = model.scheduler_at(8, height=16, width=16)
+    values = {
+        "grid": scheduler.timesteps,
+        "sigmas": scheduler.sigmas,
+        "guidance_scale": None,
+        "micro_batch_size": 64,
+        "mixed_precision": "no",
+        "seed": 0,
+    }
+    return UpdateSettings(**(values | changes))
+
+
+SETTINGS = set(UpdateSettings.__dataclass_fields__)
+
+
+def make_update(model, **changes):
+    """Settings of the update and of AWM by their names."""
+    config = {"timesteps_per_image": 3, "kl_timesteps": 3, "advantage_clip": 1.0}
+    config |= {k: v for k, v in changes.items() if k not in SETTINGS}
+    settings = settings_of(model, **{k: v for k, v in changes.items() if k in SETTINGS})
+    return ForwardProcessUpdate(model, AWMConfig(**config), settings)
 
 
 @pytest.fixture
@@ -54,27 +63,25 @@ def perturb(parameters):
             p.add_(torch.randn_like(p) * 0.2)
 
 
-def gradient(policy, batch=None, *, off_policy=False, **config):
+def gradient(policy, batch=None, **config):
     model, parameters = policy
     for p in parameters:
         p.grad = None
-    sums = make_update(model, **config).accumulate(
-        batch or make_batch(model), update=1, off_policy=off_policy
-    )
+    sums = make_update(model, **config).accumulate(batch or make_batch(model), update=1)
     metrics = sums.means()
     return torch.cat([p.grad.flatten() for p in parameters]), metrics
 
 
 def test_ratio_is_exactly_one_before_an_update(policy):
-    for off_policy in (False, True):
-        _, metrics = gradient(policy, off_policy=off_policy)
+    for updates_per_rollout in (1, 2):
+        _, metrics = gradient(policy, updates_per_rollout=updates_per_rollout)
         assert metrics["ratio"] == 1.0
         assert metrics["clipped"] == 0.0
 
 
 def test_ratio_moves_when_the_policy_has_moved(policy):
     perturb(policy[1])
-    _, metrics = gradient(policy, off_policy=True)
+    _, metrics = gradient(policy, updates_per_rollout=2)
     assert metrics["ratio"] != 1.0
 
 
@@ -162,8 +169,7 @@ def test_distances_on_a_subset_of_the_timesteps_have_the_same_expectation(policy
     batch = make_batch(model)
     update = make_update(model, kl_beta=1.0, ema_kl_beta=0.0, kl_timesteps=1)
     # every choice of one timestep, equally often: the mean must be the full term exactly
-    from diffalign.training import update as module
-
+    module = forward_update
     original, total = module.draw, 0
     for chosen in range(3):
 
@@ -215,15 +221,7 @@ def test_guidance_that_costs_a_forward_is_not_trained_with(policy):
     model, _ = policy
     update = make_update(model)
     assert update.guidance_scale is None
-    guided = PolicyUpdate(
-        model,
-        AWMConfig(timesteps_per_image=2),
-        grid=update.grid,
-        guidance_scale=4.0,
-        micro_batch_size=4,
-        mixed_precision="no",
-        seed=0,
-    )
+    guided = make_update(model, guidance_scale=4.0)
     assert guided.guidance_scale == (4.0 if model.guidance_is_embedded else None)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from diffalign.config.schema import (
     ALGORITHMS,
+    AlgorithmConfig,
     AWMConfig,
     ConfigError,
-    ForwardProcessConfig,
     RunConfig,
     nearest,
 )
@@ -98,7 +98,7 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"{path}: {message}" if path else message) from error
 
 
-def _decode_algorithm(raw: Mapping[str, Any]) -> ForwardProcessConfig:
+def _decode_algorithm(raw: Mapping[str, Any]) -> AlgorithmConfig:
     """draccus picks no class by a field's value, and names no group that it does not see."""
     import draccus
 
@@ -109,7 +109,7 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> ForwardProcessConfig:
         raise
 
 
-def _algorithm_class(raw: Mapping[str, Any]) -> type[ForwardProcessConfig]:
+def _algorithm_class(raw: Mapping[str, Any]) -> type[AlgorithmConfig]:
     name = raw.get("type", AWMConfig.type)
     if name not in ALGORITHMS:
         raise ConfigError(

@@ -73,8 +73,8 @@ class LoraConfig:
 
 
 @dataclass
-class ForwardProcessConfig:
-    """What algorithms share whose loss needs clean latents and rewards, and no trajectory; AWM's released values."""
+class AlgorithmConfig:
+    """What all algorithms of the online loop share."""
 
     type: str = ""
     advantage_clip: float = 5.0
@@ -82,19 +82,11 @@ class ForwardProcessConfig:
     """Standard deviation that divides the advantages: of all images ("global") or of each group ("group")."""
     reward_mixing: str = "sum"
     """Several rewards: "sum" of the scaled rewards, or each one's "advantages" summed (GDPO)."""
-    timesteps_per_image: int = 4
-    timestep_start: float = 0.0
-    timestep_stop: float = 1.0
-    """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
     kl_beta: float = 0.001
     """Weight of the distance to the reference model."""
     reference_guidance_scale: float | None = None
     """Guidance of the reference. A policy is trained to draw without guidance, and the base draws better with it: near
     the guided base is where the policy belongs. Distils guidance along the way, at the price of one more forward."""
-    ema_kl_beta: float = 1.0
-    """Weight of the distance to the lagged policy."""
-    kl_timesteps: int = 1
-    """Of the timesteps of an image, how many the two distances are evaluated on; the expectation stays the same."""
     lag_ramp: float = 0.001
     lag_max: float = 0.3
     """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
@@ -103,7 +95,7 @@ class ForwardProcessConfig:
         _one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
         _one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
         _positive(self, ("advantage_clip",), "algorithm")
-        for name in ("kl_beta", "ema_kl_beta", "lag_ramp"):
+        for name in ("kl_beta", "lag_ramp"):
             _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
         _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
         guidance = self.reference_guidance_scale
@@ -112,6 +104,24 @@ class ForwardProcessConfig:
             "algorithm.reference_guidance_scale",
             f"must be at least 1 (no guidance), got {guidance}",
         )
+
+
+@dataclass
+class ForwardProcessConfig(AlgorithmConfig):
+    """Algorithms whose loss needs clean latents and rewards, and no trajectory; values are those of AWM's release."""
+
+    timesteps_per_image: int = 4
+    timestep_start: float = 0.0
+    timestep_stop: float = 1.0
+    """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
+    ema_kl_beta: float = 1.0
+    """Weight of the distance to the lagged policy."""
+    kl_timesteps: int = 1
+    """Of the timesteps of an image, how many the two distances are evaluated on; the expectation stays the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.ema_kl_beta >= 0, "algorithm.ema_kl_beta", "must not be negative")
         n = self.timesteps_per_image
         _check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
         _check(
@@ -161,9 +171,45 @@ class DiffusionNFTConfig(ForwardProcessConfig):
         _positive(self, ("mix",), "algorithm")
 
 
-ALGORITHMS: dict[str, type[ForwardProcessConfig]] = {
+@dataclass
+class FlowGRPOConfig(AlgorithmConfig):
+    """Flow-GRPO; the defaults are those of its release for SD3.5-medium."""
+
+    type: str = "flow_grpo"
+    clip_range: float = 1e-4
+    noise_level: float = 0.7
+    """a: how stochastic a stochastic step is."""
+    dynamics: str = "sde"
+    """How a step is made stochastic: "sde" (the release) or "cps" (coefficients-preserving)."""
+    window_size: int | None = None
+    """Stochastic steps in a row, which are those that are trained on; None is all but the last (the release)."""
+    window_stop: float = 1.0
+    """The window is drawn anew for every update from this share of the grid, counted from the noise."""
+    guard: bool = False
+    """GRPO-Guard's ratio: mean 1 whatever the distance, one scale at every noise level."""
+    kl_beta: float = 0.04
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, ("clip_range", "noise_level"), "algorithm")
+        _one_of(self.dynamics, ("sde", "cps"), "algorithm.dynamics")
+        _check(
+            self.dynamics != "cps" or self.noise_level < 1,
+            "algorithm.noise_level",
+            f"cps needs less than 1, got {self.noise_level}",
+        )
+        _check(
+            self.window_size is None or self.window_size >= 1,
+            "algorithm.window_size",
+            "must be at least 1",
+        )
+        _check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
+
+
+ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "awm": AWMConfig,
     "diffusion_nft": DiffusionNFTConfig,
+    "flow_grpo": FlowGRPOConfig,
 }
 
 
@@ -292,7 +338,7 @@ class RunConfig:
     output_dir: str = "runs/awm"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    algorithm: ForwardProcessConfig = field(default_factory=AWMConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
     """Of the class that `algorithm.type` names."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"verifier": 1.0})

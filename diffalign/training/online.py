@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.algorithms.forward_process import lag_decay
-from diffalign.config import OptimizerConfig, RunConfig
+from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, OptimizerConfig, RunConfig
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.training import checkpoint
+from diffalign.training.forward_update import ForwardProcessUpdate
 from diffalign.training.rollout import Plan, make_plan
 from diffalign.training.run_folder import RunFolder
-from diffalign.training.update import PolicyUpdate, TrainingBatch
+from diffalign.training.trajectory_update import TrajectoryUpdate
+from diffalign.training.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.types import RewardOutput, Rollout
 
 logger = logging.getLogger(__name__)
@@ -85,27 +87,30 @@ class OnlineTrainer:
             )
         self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
         self.embed = EmbedCache(self.model)
-        grid = self.model.scheduler_at(
+        self.policy_update = self._policy_update()
+
+    def _policy_update(self) -> PolicyUpdate:
+        """The update of the configured algorithm."""
+        c = self.config
+        scheduler = self.model.scheduler_at(
             c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
-        ).timesteps
+        )
         guided = self.model.costs_a_forward(c.algorithm.reference_guidance_scale)
-        self.policy_update = PolicyUpdate(
-            self.model,
-            c.algorithm,
-            grid=grid,
+        settings = UpdateSettings(
+            grid=scheduler.timesteps,
+            sigmas=scheduler.sigmas,
             guidance_scale=c.rollout.guidance_scale,
             micro_batch_size=c.training.micro_batch_size,
             mixed_precision=c.training.mixed_precision,
             seed=c.training.seed,
+            updates_per_rollout=c.training.updates_per_rollout,
             negative_embeds=self.embed([""]) if guided else None,
         )
-
-    @property
-    def off_policy(self) -> bool:
-        """The lagged policy makes the images and is the old policy: with several updates per rollout, or always."""
-        return (
-            self.config.training.updates_per_rollout > 1 or self.policy_update.algorithm.NEEDS_OLD
-        )
+        if isinstance(c.algorithm, FlowGRPOConfig):
+            return TrajectoryUpdate(self.model, c.algorithm, settings)
+        if isinstance(c.algorithm, ForwardProcessConfig):
+            return ForwardProcessUpdate(self.model, c.algorithm, settings)
+        raise TypeError(f"no update for {type(c.algorithm).__name__}")
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder, if there is one."""
@@ -151,7 +156,7 @@ class OnlineTrainer:
             update=number,
             balance_tasks=self.config.prompts.balance_tasks,
         )
-        rollout = self.rollout(plan)
+        rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
             self.save()
             raise TrainingError(
@@ -177,14 +182,15 @@ class OnlineTrainer:
             "images_per_second": len(plan) / (finished - started),
         }
 
-    def rollout(self, plan: Plan) -> Rollout:
+    def rollout(self, plan: Plan, update: int) -> Rollout:
         """Make and score this process's images; rewards come back for the whole update."""
         c = self.config.rollout
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
         embeds = self.embed([p.text for p in plan.prompts])
         index = plan.prompt_index[mine.start : mine.stop]
         guided = self.model.costs_a_forward(c.guidance_scale)
-        with self.drawing(lora.LAGGED if self.off_policy else lora.CURRENT):
+        sampler = self.policy_update.sampler(update)
+        with self.drawing(self.policy_update.rollout_policy):
             latents, images = generate(
                 self.model,
                 embeds,
@@ -197,6 +203,7 @@ class OnlineTrainer:
                 width=self.size[1],
                 micro_batch_size=c.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
+                step=sampler,
             )
         chosen = [plan.prompts[i] for i in index.tolist()]
         output = self.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
@@ -204,7 +211,8 @@ class OnlineTrainer:
         names = {k for part in gather_object([list(output.details)]) for k in part}
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
         rewards = torch.from_numpy(self._gather(output.values, plan))
-        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details)
+        trajectory = None if sampler is None else sampler.trajectory()
+        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
 
     def drawing(self, policy: str) -> AbstractContextManager[None]:
         """The context in which images of a policy are made."""
@@ -237,6 +245,7 @@ class OnlineTrainer:
             image=local.tolist(),
             total=max(int(valid.sum()), 1),
             kept=int(keep.sum()),
+            trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
         )
         return batch, _reward_row(rewards, group, keep, rollout.details)
 
@@ -246,9 +255,7 @@ class OnlineTrainer:
         rows = []
         for inner in range(c.training.updates_per_rollout):
             self.optimizer.zero_grad()
-            sums = self.policy_update.accumulate(
-                batch, update=number, inner=inner, off_policy=self.off_policy
-            )
+            sums = self.policy_update.accumulate(batch, update=number, inner=inner)
             norm = self._reduce_gradients()
             sums.table = self.accelerator.reduce(sums.table, "sum")
             if not math.isfinite(norm):

@@ -2,11 +2,12 @@
 
 The loss is a mean over the images of the whole update. Each process adds up the gradients of its own images in
 micro-batches of any size and the sums are reduced over processes, so that neither the micro-batch nor the number of
-processes changes the gradient. Noise and timesteps of an image come from a stream of its own for the same reason.
+processes changes the gradient.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,10 @@ import torch
 from torch import Tensor
 
 from diffalign import lora
-from diffalign.algorithms import awm, diffusion_nft, timesteps
-from diffalign.algorithms.forward_process import ForwardSample, proximal_loss
-from diffalign.config import ForwardProcessConfig
+from diffalign.config import AlgorithmConfig
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.precision import attention, compute
-from diffalign.seeds import TIMESTEPS, stream
-from diffalign.types import PromptEmbeds
+from diffalign.types import PromptEmbeds, Trajectory
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class TrainingBatch:
     image: list[int]
     total: int
     kept: int
-
-
-FORWARD_PROCESS = {"awm": awm, "diffusion_nft": diffusion_nft}
+    trajectory: Trajectory | None = None
 
 
 class Sums:
@@ -63,145 +59,87 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Random choices for N images: `grid_index` (N, T), `noise` (N, T, C, H, W), `kl_pick` (N, K) of the T."""
+class UpdateSettings:
+    """What an update needs besides the algorithm.
 
-    grid_index: Tensor
-    noise: Tensor
-    kl_pick: Tensor
+    `grid` (N,) timesteps of the rollout from noise to clean, and `sigmas` (N + 1,) with the final 0; sizes, precision
+    and seed of the run; `negative_embeds` of one prompt where the reference is guided by a second forward.
+    """
 
-
-def draw(
-    batch: TrainingBatch,
-    rows: range,
-    parts: list[range],
-    *,
-    kl_timesteps: int,
-    key: tuple[int, ...],
-) -> Draws:
-    """Timesteps, noise and the subset for the distances, image by image."""
-    index, noise, pick = [], [], []
-    for row in rows:
-        generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, batch.image[row]))
-        index.append(timesteps.draw(parts, generator=generator))
-        noise.append(torch.randn(len(parts), *batch.latents.shape[1:], generator=generator))
-        pick.append(torch.randperm(len(parts), generator=generator)[:kl_timesteps])
-    return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
+    grid: Tensor
+    sigmas: Tensor
+    guidance_scale: float | None
+    micro_batch_size: int
+    mixed_precision: str
+    seed: int
+    updates_per_rollout: int = 1
+    negative_embeds: PromptEmbeds | None = None
 
 
-class PolicyUpdate:
-    """Accumulates the gradient of a forward-process loss over a batch; the caller owns the optimizer."""
+class PolicyUpdate(ABC):
+    """Accumulates the gradient of a loss over a batch; the caller owns the optimizer."""
+
+    rollout_policy: str = lora.CURRENT
+    """The policy that makes the images."""
 
     def __init__(
-        self,
-        model: TextToImageModel,
-        config: ForwardProcessConfig,
-        *,
-        grid: Tensor,
-        guidance_scale: float | None,
-        micro_batch_size: int,
-        mixed_precision: str,
-        seed: int,
-        negative_embeds: PromptEmbeds | None = None,
+        self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings
     ) -> None:
-        self.algorithm: Any = FORWARD_PROCESS[config.type]
         self.model = model
-        self.negative_embeds = negative_embeds
-        self.config = config
-        self.grid = grid.float().cpu()
-        self.parts = timesteps.strata(
-            len(grid),
-            config.timesteps_per_image,
-            start=config.timestep_start,
-            stop=config.timestep_stop,
-        )
+        self.settings = settings
+        self.grid = settings.grid.float().cpu()
         # Guidance that costs a second forward belongs to inference; an embedded one is part of the policy's input.
-        self.guidance_scale = guidance_scale if model.guidance_is_embedded else None
-        self.micro_batch_size = micro_batch_size
-        self.mixed_precision = mixed_precision
-        self.seed = seed
-        self.distances = (
-            ("kl", config.kl_beta, lora.REFERENCE),
-            ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
-        )
+        self.guidance_scale = settings.guidance_scale if model.guidance_is_embedded else None
+        self.reference_guidance_scale = config.reference_guidance_scale
 
-    def accumulate(
-        self, batch: TrainingBatch, *, update: int, inner: int = 0, off_policy: bool = False
-    ) -> Sums:
+    @property
+    @abstractmethod
+    def metrics(self) -> list[str]:
+        """Names of the metrics."""
+
+    @abstractmethod
+    def micro_batch(
+        self,
+        batch: TrainingBatch,
+        rows: range,
+        sums: Sums,
+        *,
+        key: tuple[int, int],
+    ) -> Tensor:
+        """The share of the loss that these rows of the batch have; adds to the metrics. `key`: update, step in it."""
+
+    def sampler(self, update: int) -> Any:
+        """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""
+        return None
+
+    def accumulate(self, batch: TrainingBatch, *, update: int, inner: int = 0) -> Sums:
         """Add this process's part of the gradient to the parameters' `.grad`; returns its sums of metrics.
 
-        `off_policy`: the images were made by the lagged policy, whose predictions are then computed, too.
+        `inner` counts the steps on one rollout.
         """
-        names = list(self.algorithm.METRICS)
-        names += [name for name, weight, _ in self.distances if weight]
-        sums = Sums(names, batch.latents.device)
-        for start in range(0, len(batch.image), self.micro_batch_size):
-            rows = range(start, min(start + self.micro_batch_size, len(batch.image)))
-            draws = draw(
-                batch,
-                rows,
-                self.parts,
-                kl_timesteps=self.config.kl_timesteps,
-                key=(self.seed, update, inner),
-            )
-            loss = self._micro_batch(batch, rows, draws, off_policy, sums)
+        sums = Sums(self.metrics, batch.latents.device)
+        size = self.settings.micro_batch_size
+        for start in range(0, len(batch.image), size):
+            rows = range(start, min(start + size, len(batch.image)))
+            loss = self.micro_batch(batch, rows, sums, key=(update, inner))
             with attention(batch.latents.device):
                 loss.backward()
         return sums
 
-    def _micro_batch(
-        self, batch: TrainingBatch, rows: range, draws: Draws, off_policy: bool, sums: Sums
-    ) -> Tensor:
-        model, config = self.model, self.config
-        steps = config.timesteps_per_image
-        device = batch.latents.device
-        latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
-        noise = draws.noise.flatten(0, 1).to(device)
-        times = self.grid[draws.grid_index].flatten().to(device)
-        embeds = batch.embeds[
-            batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
-        ]
-        advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
-        noisy = model.noise.add_noise(latents, noise, times)
-        target = model.noise.target(latents, noise)
-        sigmas = model.noise.sigmas(times)
-
-        old = None
-        if off_policy:
-            with torch.no_grad(), lora.policy(model.denoiser, lora.LAGGED):
-                old = self._predict(noisy, times, embeds)
-        pred = self._predict(noisy, times, embeds)
-        sample = ForwardSample(latents, noisy, target, sigmas, advantages, pred, old)
-        loss, metrics = self.algorithm.loss(sample, config)
-        for name, values in metrics.items():
-            sums.add(name, values)
-        total = loss.sum() / (batch.total * steps)
-        offset = torch.arange(len(rows)).unsqueeze(1) * steps
-        picked = (draws.kl_pick + offset).flatten().to(device)
-        for name, weight, policy in self.distances:
-            if weight == 0:
-                continue
-            guidance = config.reference_guidance_scale if policy == lora.REFERENCE else None
-            with torch.no_grad(), lora.policy(model.denoiser, policy):
-                other = self._predict(noisy[picked], times[picked], embeds[picked], guidance)
-            distance = proximal_loss(pred[picked], other)
-            sums.add(name, distance.detach())
-            # a mean over the picked timesteps has the expectation of the mean over all of them
-            total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)
-        return total
-
-    def _predict(
+    def predict(
         self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds, guidance: float | None = None
     ) -> Tensor:
         """`guidance` None is the policy's own."""
-        negative = None
+        negative, negatives = None, self.settings.negative_embeds
         if guidance is None:
             guidance = self.guidance_scale
-        elif self.negative_embeds is not None:
-            negative = self.negative_embeds[torch.zeros(len(noisy), dtype=torch.long)]
-        if self.mixed_precision == "no":  # without autocast inputs must have the dtype of the base
+        elif negatives is not None:
+            negative = negatives[torch.zeros(len(noisy), dtype=torch.long)]
+        if (
+            self.settings.mixed_precision == "no"
+        ):  # without autocast inputs must have the dtype of the base
             noisy = noisy.to(embeds.prompt_embeds.dtype)
-        with compute(noisy.device, self.mixed_precision):
+        with compute(noisy.device, self.settings.mixed_precision):
             return self.model.predict(
                 noisy, times, embeds, guidance_scale=guidance, negative_embeds=negative
             )

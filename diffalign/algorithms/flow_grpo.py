@@ -1,0 +1,108 @@
+"""Flow-GRPO: policy gradient on the steps of a stochastic sampler. (Liu et al. 2025)
+
+An ODE has no likelihoods, so some steps of the rollout are made stochastic: x' ~ N(mu, std^2) with the marginals of the
+ODE kept. Two ways to do so:
+
+- "sde" (Flow-GRPO, eq. 9): mu = x (1 - s^2 D / 2t) - v (1 + s^2 (1 - t) / 2t) D, std = s sqrt(D), with
+  s = a sqrt(t / (1 - t)), where t = 1 in the denominator is replaced by t';
+- "cps", coefficients-preserving: mu = (1 - t') x0 + sqrt(t'^2 - n^2) eps, std = n = t' sin(a pi / 2), with x0 and eps
+  as the prediction implies them. The noise level after the step is t' exactly, whatever a.
+
+t and t' = t - D are noise levels before and after the step. All log-probabilities are means over dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.algorithms.forward_process import Metrics
+from diffalign.noise import RectifiedFlow, expand
+
+METRICS = ("ratio", "clipped")
+PATH = RectifiedFlow()
+
+
+@dataclass(frozen=True)
+class StochasticStep:
+    """`mean` (B, ...) and `std` (B,) of x' given x; `diffusion` (B,) is s of the SDE, std for "cps"."""
+
+    mean: Tensor
+    std: Tensor
+    diffusion: Tensor
+
+
+def stochastic_step(
+    model_pred: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    *,
+    noise_level: float,
+    dynamics: str = "sde",
+) -> StochasticStep:
+    """Distribution of the latents after one step, in float32.
+
+    Args:
+        model_pred, latents: (B, ...), velocity and x.
+        sigmas, next_sigmas: (B,) t and t' in 0..1, t' < t.
+        noise_level: a.
+        dynamics: "sde" or "cps".
+    """
+    x, v = latents.float(), model_pred.float()
+    t, after = sigmas.float(), next_sigmas.float()
+    if dynamics == "cps":
+        std = after * math.sin(noise_level * math.pi / 2)
+        times = PATH.timesteps(t)
+        x0 = PATH.predict_latents(v, x, times)
+        noise = PATH.predict_noise(v, x, times)
+        kept = (after.square() - std.square()).clamp(min=0).sqrt()
+        return StochasticStep((1 - expand(after, x)) * x0 + expand(kept, x) * noise, std, std)
+    if dynamics != "sde":
+        raise ValueError(f"unknown dynamics {dynamics!r}")
+    delta = t - after
+    s = noise_level * (t / (1 - torch.where(t < 1, t, after))).sqrt()
+    drift = s.square() / (2 * t)
+    mean = x * expand(1 - drift * delta, x) - v * expand((1 + drift * (1 - t)) * delta, x)
+    return StochasticStep(mean, s * delta.sqrt(), s)
+
+
+def log_prob(sample: Tensor, step: StochasticStep, *, dynamics: str = "sde") -> Tensor:
+    """(B,) log-probability of x', a mean over dimensions; without its constants for "cps", as in that release."""
+    square = (sample.detach().float() - step.mean).square().flatten(1).mean(1)
+    if dynamics == "cps":
+        return -square
+    variance = step.std.square()
+    return -square / (2 * variance) - step.std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def log_ratio(
+    log_probs: Tensor, old_log_probs: Tensor, *, step: StochasticStep, old_mean: Tensor | None
+) -> Tensor:
+    """(B,) logarithm of the ratio; with `old_mean` that of GRPO-Guard, whose mean does not drift below 1 with the
+    policy's distance and whose scale is the same at every noise level."""
+    difference = log_probs - old_log_probs
+    if old_mean is None:
+        return difference
+    distance = (step.mean - old_mean.float()).square().flatten(1).mean(1)
+    return difference * step.std + distance / (2 * step.std)
+
+
+def flow_grpo_loss(
+    log_ratios: Tensor, advantages: Tensor, *, clip_range: float
+) -> tuple[Tensor, Metrics]:
+    """(B,) max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio` and `clipped`, each (B,)."""
+    ratio = log_ratios.exp()
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.maximum(-advantages * ratio, -advantages * bounded)
+    clipped = (ratio.detach() != bounded.detach()).float()
+    return loss, {"ratio": ratio.detach(), "clipped": clipped}
+
+
+def reference_distance(step: StochasticStep, reference: StochasticStep) -> Tensor:
+    """(B,) |mu - mu_ref|^2 / 2 s^2, mean over dimensions: KL of the steps times D, as in the release."""
+    square = (step.mean - reference.mean.detach()).square().flatten(1).mean(1)
+    return square / (2 * step.diffusion.square())

@@ -1,0 +1,133 @@
+"""Updates with a loss on the forward process: latents of the rollout are noised afresh, at timesteps of its grid.
+
+Noise and timesteps of an image come from a stream of its own, so that they depend neither on the micro-batch nor on the
+number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import lora
+from diffalign.algorithms import awm, diffusion_nft, timesteps
+from diffalign.algorithms.forward_process import ForwardSample, proximal_loss
+from diffalign.config import ForwardProcessConfig
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.seeds import TIMESTEPS, stream
+from diffalign.training.update import PolicyUpdate, Sums, TrainingBatch, UpdateSettings
+
+LOSSES = {"awm": awm, "diffusion_nft": diffusion_nft}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random choices for N images: `grid_index` (N, T), `noise` (N, T, C, H, W), `kl_pick` (N, K) of the T."""
+
+    grid_index: Tensor
+    noise: Tensor
+    kl_pick: Tensor
+
+
+def draw(
+    batch: TrainingBatch,
+    rows: range,
+    parts: list[range],
+    *,
+    kl_timesteps: int,
+    key: tuple[int, ...],
+) -> Draws:
+    """Timesteps, noise and the subset for the distances, image by image."""
+    index, noise, pick = [], [], []
+    for row in rows:
+        generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, batch.image[row]))
+        index.append(timesteps.draw(parts, generator=generator))
+        noise.append(torch.randn(len(parts), *batch.latents.shape[1:], generator=generator))
+        pick.append(torch.randperm(len(parts), generator=generator)[:kl_timesteps])
+    return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
+
+
+class ForwardProcessUpdate(PolicyUpdate):
+    """AWM, DiffusionNFT: the loss of the module that the algorithm's type names, and two distances."""
+
+    def __init__(
+        self, model: TextToImageModel, config: ForwardProcessConfig, settings: UpdateSettings
+    ) -> None:
+        super().__init__(model, config, settings)
+        self.config = config
+        self.algorithm: Any = LOSSES[config.type]
+        self.off_policy = self.algorithm.NEEDS_OLD or settings.updates_per_rollout > 1
+        self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
+        self.parts = timesteps.strata(
+            len(settings.grid),
+            config.timesteps_per_image,
+            start=config.timestep_start,
+            stop=config.timestep_stop,
+        )
+        self.distances = (
+            ("kl", config.kl_beta, lora.REFERENCE),
+            ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
+        )
+
+    @property
+    def metrics(self) -> list[str]:
+        return [
+            *self.algorithm.METRICS,
+            *(name for name, weight, _ in self.distances if weight),
+        ]
+
+    def micro_batch(
+        self,
+        batch: TrainingBatch,
+        rows: range,
+        sums: Sums,
+        *,
+        key: tuple[int, int],
+    ) -> Tensor:
+        model, config = self.model, self.config
+        steps = config.timesteps_per_image
+        device = batch.latents.device
+        draws = draw(
+            batch,
+            rows,
+            self.parts,
+            kl_timesteps=config.kl_timesteps,
+            key=(self.settings.seed, *key),
+        )
+        latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
+        noise = draws.noise.flatten(0, 1).to(device)
+        times = self.grid[draws.grid_index].flatten().to(device)
+        embeds = batch.embeds[
+            batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
+        ]
+        advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
+        noisy = model.noise.add_noise(latents, noise, times)
+        target = model.noise.target(latents, noise)
+        sigmas = model.noise.sigmas(times)
+
+        old = None
+        if self.off_policy:
+            with torch.no_grad(), lora.policy(model.denoiser, lora.LAGGED):
+                old = self.predict(noisy, times, embeds)
+        pred = self.predict(noisy, times, embeds)
+        sample = ForwardSample(latents, noisy, target, sigmas, advantages, pred, old)
+        loss, metrics = self.algorithm.loss(sample, config)
+        for name, values in metrics.items():
+            sums.add(name, values)
+        total = loss.sum() / (batch.total * steps)
+        offset = torch.arange(len(rows)).unsqueeze(1) * steps
+        picked = (draws.kl_pick + offset).flatten().to(device)
+        for name, weight, policy in self.distances:
+            if weight == 0:
+                continue
+            guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
+            with torch.no_grad(), lora.policy(model.denoiser, policy):
+                other = self.predict(noisy[picked], times[picked], embeds[picked], guidance)
+            distance = proximal_loss(pred[picked], other)
+            sums.add(name, distance.detach())
+            # a mean over the picked timesteps has the expectation of the mean over all of them
+            total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)
+        return total
