@@ -8,54 +8,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import OptimizerConfig, decode
+from diffalign.config import OptimizerConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.training import checkpoint
-from diffalign.training.online import OnlineTrainer, TrainingError, lr_factor
+from diffalign.training.online import TrainingError, lr_factor
 from diffalign.training.rollout import make_plan
-from diffalign.training.run_folder import RunFolder
 from diffalign.types import RewardOutput
-
-
-def settings(folder, **groups):
-    base = {
-        "output_dir": str(folder),
-        "lora": {"rank": 4, "alpha": 8},
-        "rewards": {"jpeg": 1.0},
-        "rollout": {
-            "prompts_per_update": 3,
-            "group_size": 4,
-            "num_inference_steps": 3,
-            "micro_batch_size": 12,
-        },
-        "algorithm": {"timesteps_per_image": 2, "kl_timesteps": 1},
-        "optimizer": {"learning_rate": 0.01},
-        "training": {"mixed_precision": "no", "micro_batch_size": 12},
-    }
-    for group, values in groups.items():
-        base.setdefault(group, {}).update(values)
-    return decode(base)
-
-
-def redness(images, prompts, metadata):
-    """More red, less blue: a reward that any model can learn."""
-    values = (images[:, 0].float() - images[:, 2].float()).mean((1, 2)) / 255
-    return RewardOutput(values.numpy().astype(np.float32))
-
-
-def trainer(folder, score=redness, family="sd3", **groups):
-    return OnlineTrainer(
-        settings(folder, **groups),
-        tiny.MODELS[family](),
-        score,
-        load_prompts("shapes:train"),
-        Accelerator(cpu=True),
-        RunFolder(folder),
-    )
 
 
 def weights(run):

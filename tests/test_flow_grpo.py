@@ -1,0 +1,220 @@
+"""Flow-GRPO: closed forms of its steps and ratios, and updates on trajectories of tiny models."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import trainer
+
+from diffalign import lora
+from diffalign.algorithms import flow_grpo
+from diffalign.config import FlowGRPOConfig
+from diffalign.errors import UsageError
+from diffalign.training.rollout import make_plan
+from diffalign.training.trajectory_update import TrajectoryUpdate
+
+
+def case(n=5, t=0.8, after=0.6):
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(n, 4, 3, 3, generator=generator) for _ in range(2))
+    return v, x, torch.full((n,), t), torch.full((n,), after)
+
+
+@pytest.mark.parametrize("dynamics", ["sde", "cps"])
+def test_without_noise_a_step_is_eulers(dynamics):
+    v, x, t, after = case()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.0, dynamics=dynamics)
+    torch.testing.assert_close(step.mean, x - 0.2 * v)
+    assert step.std.abs().max() == 0
+
+
+def test_sde_closed_form():
+    # a = 0.5, t = 0.8, D = 0.2: s = 0.5 * sqrt(0.8 / 0.2) = 1, so mu = x (1 - 0.2 / 1.6) - v (1 + 0.2 / 1.6) 0.2
+    v, x, t, after = case()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.5)
+    torch.testing.assert_close(step.mean, 0.875 * x - 0.225 * v)
+    torch.testing.assert_close(step.std, torch.full((5,), 0.2**0.5))
+    torch.testing.assert_close(step.diffusion, torch.ones(5))
+
+
+def test_the_first_step_from_pure_noise_is_finite():
+    v, x, t, after = case(t=1.0, after=0.75)
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.7)
+    torch.testing.assert_close(step.diffusion, torch.full((5,), 0.7 * (1 / 0.25) ** 0.5))
+    assert step.mean.isfinite().all()
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 0.9])
+def test_cps_keeps_the_noise_level_of_the_grid(noise_level):
+    """With the true x_0 and eps the new latents are (1 - t') x_0 + t' noise: kept and fresh noise add up to t'^2."""
+    v, x, t, after = case()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=noise_level, dynamics="cps")
+    x0, eps = x - 0.8 * v, x + 0.2 * v
+    kept = ((step.mean - 0.4 * x0) / eps).flatten()
+    torch.testing.assert_close(kept, kept.mean().expand_as(kept), rtol=1e-3, atol=1e-4)
+    assert kept.mean().item() ** 2 + step.std[0].item() ** 2 == pytest.approx(0.36, rel=1e-4)
+    assert step.std[0].item() == pytest.approx(0.6 * math.sin(noise_level * math.pi / 2))
+
+
+def test_sde_preserves_the_marginals_of_a_gaussian():
+    """x_0 ~ N(0, c^2): the exact velocity is known, and after many small steps the variance is that of the path."""
+    torch.manual_seed(0)
+    c2, grid = 0.25, torch.linspace(0.9, 0.3, 601)
+
+    def variance(t):
+        return (1 - t) ** 2 * c2 + t**2
+
+    x = torch.randn(20000, 1) * variance(grid[0]).sqrt()
+    for t, after in itertools.pairwise(grid):
+        v = x * (t - (1 - t) * c2) / variance(t)  # E[eps - x_0 | x_t]
+        step = flow_grpo.stochastic_step(
+            v, x, t.expand(len(x)), after.expand(len(x)), noise_level=0.7
+        )
+        x = step.mean + step.std[:, None] * torch.randn_like(x)
+    assert x.var().item() == pytest.approx(variance(grid[-1]).item(), rel=0.03)
+
+
+def test_log_prob_is_torchs_normal():
+    v, x, t, after = case()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.7)
+    sample = step.mean + 0.3
+    normal = torch.distributions.Normal(step.mean, step.std.view(-1, 1, 1, 1))
+    expected = normal.log_prob(sample).flatten(1).mean(1)
+    torch.testing.assert_close(flow_grpo.log_prob(sample, step), expected)
+    cps = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.7, dynamics="cps")
+    torch.testing.assert_close(
+        flow_grpo.log_prob(cps.mean + 0.3, cps, dynamics="cps"), torch.full((5,), -0.09)
+    )
+
+
+def test_gradient_on_policy_is_the_policy_gradient():
+    v, x, t, after = case()
+    advantages = torch.tensor([1.0, -2.0, 0.5, 0.0, -0.1])
+    v.requires_grad_()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.7)
+    sample = step.mean.detach() + step.std.view(-1, 1, 1, 1) * torch.randn_like(x)
+    logs = flow_grpo.log_prob(sample, step)
+    ratio = flow_grpo.log_ratio(logs, logs.detach(), step=step, old_mean=None)
+    loss, metrics = flow_grpo.flow_grpo_loss(ratio, advantages, clip_range=1e-4)
+    (ours,) = torch.autograd.grad(loss.sum(), v, retain_graph=True)
+    (expected,) = torch.autograd.grad((-advantages * logs).sum(), v)
+    torch.testing.assert_close(ours, expected)
+    assert metrics["ratio"].tolist() == [1.0] * 5
+    assert metrics["clipped"].sum() == 0
+
+
+def test_guards_ratio_is_centred_where_the_plain_one_drifts():
+    """Samples of the old policy: the plain log-ratio falls with the distance of the means, GRPO-Guard's does not."""
+    torch.manual_seed(0)
+    old = flow_grpo.StochasticStep(torch.zeros(4000, 8), torch.full((4000,), 0.5), torch.ones(4000))
+    new = flow_grpo.StochasticStep(torch.full((4000, 8), 0.3), old.std, old.diffusion)
+    sample = old.mean + 0.5 * torch.randn(4000, 8)
+    logs, old_logs = flow_grpo.log_prob(sample, new), flow_grpo.log_prob(sample, old)
+    plain = flow_grpo.log_ratio(logs, old_logs, step=new, old_mean=None)
+    guarded = flow_grpo.log_ratio(logs, old_logs, step=new, old_mean=old.mean)
+    assert plain.mean().item() == pytest.approx(-0.09 / (2 * 0.25), abs=0.02)
+    assert abs(guarded.mean().item()) < 0.01
+
+
+def test_reference_distance_is_the_kl_of_the_steps_times_delta():
+    v, x, t, after = case()
+    step = flow_grpo.stochastic_step(v, x, t, after, noise_level=0.7)
+    other = flow_grpo.stochastic_step(v + 0.1, x, t, after, noise_level=0.7)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(step.mean, step.std.view(-1, 1, 1, 1)),
+        torch.distributions.Normal(other.mean, other.std.view(-1, 1, 1, 1)),
+    )
+    torch.testing.assert_close(
+        flow_grpo.reference_distance(step, other), kl.flatten(1).mean(1) * 0.2
+    )
+    assert flow_grpo.reference_distance(step, step).abs().max() == 0
+
+
+GRPO = {"type": "flow_grpo", "kl_beta": 0.01}
+
+
+@pytest.mark.parametrize("dynamics", ["sde", "cps"])
+def test_replayed_log_probabilities_are_those_of_the_rollout(tmp_path, dynamics):
+    run = trainer(tmp_path, algorithm={**GRPO, "dynamics": dynamics})
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    rollout = run.rollout(plan, 1)
+    trajectory = rollout.trajectory
+    assert trajectory.steps == [0, 1]
+    assert trajectory.latents.shape == (12, 2, 4, 8, 8)
+    # the first steps follow each other, the last step of the grid is the ODE's
+    torch.testing.assert_close(trajectory.next_latents[:, 0], trajectory.latents[:, 1])
+    batch, _ = run.make_batch(plan, rollout)
+    for inner in (0, 1):
+        metrics = run.policy_update.accumulate(batch, update=1, inner=inner).means()
+        assert metrics["ratio"] == (1.0 if inner == 0 else pytest.approx(1.0, abs=1e-5))
+        assert metrics["kl"] == 0.0
+
+
+def test_windows_move_and_stay_in_their_share_of_the_grid(tmp_path):
+    rollout = {"num_inference_steps": 10}
+    run = trainer(
+        tmp_path, rollout=rollout, algorithm={**GRPO, "window_size": 3, "window_stop": 0.5}
+    )
+    windows = {run.policy_update.sampler(update).window for update in range(40)}
+    assert windows == {range(0, 3), range(1, 4), range(2, 5)}
+    with pytest.raises(UsageError, match="do not fit"):
+        trainer(tmp_path, algorithm={**GRPO, "window_size": 4})
+
+
+def test_no_noise_outside_the_window(tmp_path):
+    """With a window on the last-but-one step the first step is the ODE's, whatever the noise level."""
+    firsts = []
+    for level in (0.2, 0.9):
+        run = trainer(tmp_path, algorithm={**GRPO, "noise_level": level, "window_size": 1})
+        sampler = run.policy_update.sampler(1)
+        sampler.window = range(1, 2)
+        run.policy_update.sampler = lambda update, s=sampler: s
+        plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+        firsts.append(run.rollout(plan, 1).trajectory)
+    torch.testing.assert_close(firsts[0].latents, firsts[1].latents, rtol=0, atol=0)
+    assert not torch.equal(firsts[0].next_latents, firsts[1].next_latents)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_the_reward_rises(tmp_path, guard):
+    run = trainer(
+        tmp_path,
+        rollout={"group_size": 8, "prompts_per_update": 4, "num_inference_steps": 4},
+        optimizer={"learning_rate": 0.03},
+        algorithm={**GRPO, "guard": guard, "clip_range": 1e-2},
+        training={"micro_batch_size": 64, "updates_per_rollout": 2},
+    )
+    assert run.policy_update.rollout_policy == lora.CURRENT
+    rows = [run.train_update() for _ in range(10)]
+    first, last = (np.mean([r["reward"] for r in part]) for part in (rows[:2], rows[-2:]))
+    assert last > first + rows[0]["reward_group_std"]
+    assert any(r["clipped"] > 0 for r in rows)
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    runs = [
+        trainer(
+            tmp_path / str(size),
+            algorithm=GRPO,
+            rollout={"micro_batch_size": size},
+            training={"micro_batch_size": size, "updates_per_rollout": 2},
+        )
+        for size in (12, 5)
+    ]
+    for _ in range(2):
+        for run in runs:
+            run.train_update()
+    states = [
+        torch.cat([p.detach().flatten() for p in lora.trainable(r.model.denoiser)]) for r in runs
+    ]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_by_a_second_forward_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="without guidance"):
+        trainer(tmp_path, algorithm=GRPO, rollout={"guidance_scale": 4.0})
+    flux = trainer(tmp_path, family="flux", algorithm=GRPO, rollout={"guidance_scale": 4.0})
+    assert isinstance(flux.policy_update, TrajectoryUpdate)
+    assert isinstance(flux.config.algorithm, FlowGRPOConfig)
