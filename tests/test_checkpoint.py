@@ -92,15 +92,15 @@ def test_optimizer_state_goes_back_exactly():
 class TestRunFolder:
     def test_the_same_configuration_may_return(self, tmp_path):
         folder = RunFolder(tmp_path / "run")
-        folder.claim(load("demo"))
-        folder.claim(load("demo", ["--training.num_updates=500", "--training.max_minutes=1"]))
+        folder.claim(load())
+        folder.claim(load(None, ["--training.num_updates=500", "--training.max_minutes=1"]))
 
     def test_another_configuration_is_refused_and_nothing_lost(self, tmp_path):
         folder = RunFolder(tmp_path / "run")
-        folder.claim(load("demo"))
+        folder.claim(load())
         before = (folder.path / "config.yaml").read_text()
         with pytest.raises(RunFolderError, match=r"learning_rate: [0-9.]+, 0.5"):
-            folder.claim(load("demo", ["--learning_rate=0.5"]))
+            folder.claim(load(None, ["--learning_rate=0.5"]))
         assert (folder.path / "config.yaml").read_text() == before
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
