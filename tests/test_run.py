@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from diffalign import cli
 from diffalign.scripts.train_awm import arguments
+from diffalign.training.health import Collapse
 
 SETTINGS = [
     "--model.max_sequence_length=16",
@@ -115,6 +116,30 @@ def test_a_schedule_ends_where_the_run_was_to_end(base, prompts, tmp_path, capsy
     assert train(base, prompts, tmp_path / "run", *more) == 0
     assert train(base, prompts, tmp_path / "run", more[0], "--training.num_updates=2") == 2
     assert "training.num_updates: 1, 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reaction", ["warn", "stop", "rollback"])
+def test_a_collapse_is_answered_as_configured(
+    base, prompts, tmp_path, capsys, monkeypatch, reaction
+):
+    """The detector is told what to see; what follows is the run's own."""
+    seen = []
+
+    def detector(rows):
+        if len(rows) == 3 and not seen:
+            seen.append(1)
+            return Collapse(update=3, good=2, reward=0.1, best=0.5, gradient_rise=9.0)
+        return None
+
+    monkeypatch.setattr("diffalign.training.run.find_collapse", detector)
+    folder = tmp_path / "run"
+    more = ["--training.num_updates=4", f"--training.on_collapse={reaction}"]
+    assert train(base, prompts, folder, *more) == (2 if reaction == "stop" else 0)
+    printed = "".join(capsys.readouterr())
+    assert "the run looks collapsed" in printed
+    assert ("rolled back to update 2" in printed) == (reaction == "rollback")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in log] == ([1, 2, 3] if reaction == "stop" else [1, 2, 3, 4])
 
 
 def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):

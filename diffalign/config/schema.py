@@ -279,11 +279,15 @@ class TrainingConfig:
     """Updates between evaluations on held-out prompts; 0 evaluates only before and after."""
     sample_every: int = 20
     """Updates between sample grids; 0 for none."""
+    on_collapse: str = "warn"
+    """When the reward has fallen and the gradient has risen for good: "warn", "stop", or "rollback" to the last good
+    checkpoint and go on with half the learning rate."""
     max_minutes: float | None = None
     """Stop after this much time, counting rollouts and updates only."""
 
     def __post_init__(self) -> None:
         _one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
+        _one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
         for name in ("num_updates", "updates_per_rollout", "micro_batch_size", "checkpoint_every"):
             _check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
         _check(self.keep_checkpoints >= 1, "training.keep_checkpoints", "must be at least 1")

@@ -88,10 +88,17 @@ def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
 _ADVICE = "; delete that folder to continue from the one before it"
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint, or None."""
-    found = _all(folder)
+def latest(folder: Path, *, until: int | None = None) -> Path | None:
+    """The newest finished checkpoint (of update `until` at most), or None."""
+    found = [p for p in _all(folder) if until is None or int(p.name) <= until]
     return found[-1] if found else None
+
+
+def drop_after(path: Path) -> None:
+    """Remove checkpoints that are newer than this one."""
+    for other in _all(path.parent):
+        if other.name > path.name:
+            shutil.rmtree(other)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,13 @@ class TrainingError(UserError, RuntimeError):
 
 @dataclass
 class Progress:
-    """What outlives a process: finished updates, optimizer steps, seconds of training."""
+    """What outlives a process: finished updates, optimizer steps, seconds of training, and how often the run was rolled
+    back: each time halves the learning rate."""
 
     update: int = 0
     step: int = 0
     seconds: float = 0.0
+    rollbacks: int = 0
 
 
 @dataclass
@@ -119,14 +122,37 @@ class OnlineTrainer:
             if self.accelerator.is_main_process:
                 self.folder.rewind_log(0)
             return False
+        self._load(path)
+        return True
+
+    def roll_back(self, good: int) -> None:
+        """Return to the newest checkpoint that is no later than update `good`, drop later ones, halve the rate.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        path = checkpoint.latest(self.folder.checkpoints, until=good)
+        if path is None:
+            raise TrainingError(
+                f"no checkpoint of update {good} or before it is left to roll back to: keep more of them "
+                "(training.keep_checkpoints) or write them more often (training.checkpoint_every)"
+            )
+        rollbacks, seconds = self.progress.rollbacks + 1, self.progress.seconds
+        self._load(path)
+        self.progress.rollbacks, self.progress.seconds = rollbacks, seconds
+        if self.accelerator.is_main_process:
+            checkpoint.drop_after(path)
+        self.accelerator.wait_for_everyone()
+        self.save()  # an interruption must not undo the rollback
+
+    def _load(self, path: Path) -> None:
         update, tensors, state = checkpoint.load(path)
         for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED):
             lora.load_adapter_state(self.model.denoiser, name, tensors[name])
         checkpoint.restore_optimizer(self.optimizer, tensors["optimizer"])
-        self.progress = Progress(update, state["step"], state["seconds"])
+        self.progress = Progress(update, **state)
         if self.accelerator.is_main_process:
             self.folder.rewind_log(update)
-        return True
 
     def save(self) -> None:
         """Write a checkpoint (main process only; every process holds the same state)."""
@@ -140,7 +166,11 @@ class OnlineTrainer:
                 self.folder.checkpoints,
                 self.progress.update,
                 tensors,
-                {"step": self.progress.step, "seconds": self.progress.seconds},
+                {
+                    "step": self.progress.step,
+                    "seconds": self.progress.seconds,
+                    "rollbacks": self.progress.rollbacks,
+                },
                 keep=self.config.training.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
@@ -269,6 +299,7 @@ class OnlineTrainer:
                 c.optimizer,
                 total=c.training.num_updates * c.training.updates_per_rollout,
             )
+            factor *= 0.5**self.progress.rollbacks
             self.optimizer.param_groups[0]["lr"] = c.optimizer.learning_rate * factor
             self.optimizer.step()
             self.progress.step += 1

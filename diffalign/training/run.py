@@ -23,7 +23,8 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
-from diffalign.training.online import OnlineTrainer
+from diffalign.training.health import Collapse, find_collapse
+from diffalign.training.online import OnlineTrainer, TrainingError
 from diffalign.training.run_folder import SUMMARY, RunFolder
 from diffalign.types import no_reward
 from diffalign.versions import versions
@@ -141,6 +142,7 @@ class Run:
             unit="update",
             disable=not self.accelerator.is_main_process,
         )
+        log = self.trainer.folder.read_log()
         last = progress.update >= c.num_updates or self._out_of_time()
         while not last:
             row = self.trainer.train_update()
@@ -148,6 +150,7 @@ class Run:
             last = progress.update >= c.num_updates or self._out_of_time()
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
                 row["evaluation"] = self._evaluate(self.policy).to_dict()
+            log.append(row)
             if self.accelerator.is_main_process:
                 self.trainer.folder.append_log(row)
                 if c.sample_every and progress.update % c.sample_every == 0:
@@ -160,10 +163,29 @@ class Run:
                 images_per_s=f"{row['images_per_second']:.1f}",
             )
             bar.update()
+            if (collapse := find_collapse(log)) is not None:
+                log = self._collapsed(collapse)
+                bar.n = self.trainer.progress.update
+                last = last and self._out_of_time()
         bar.close()
         for name, count in self.reward.failures.items():
             if count:
                 self._say(f"reward {name} could not score {count} images; they were left out")
+
+    def _collapsed(self, collapse: Collapse) -> list[dict[str, Any]]:
+        """Do what the configuration wants; returns the log from which the run goes on."""
+        reaction = self.config.training.on_collapse
+        if reaction == "stop":
+            raise TrainingError(f"{collapse}; stopped, every checkpoint is kept")
+        self._say(f"warning: {collapse}")
+        if reaction == "rollback":
+            self.trainer.roll_back(collapse.good)
+            self._say(
+                f"rolled back to update {self.trainer.progress.update}, learning rate times "
+                f"{0.5**self.trainer.progress.rollbacks:g}"
+            )
+            return self.trainer.folder.read_log()
+        return []  # once is enough: look again when there are new rows to compare
 
     def _out_of_time(self) -> bool:
         """One answer for all processes: each has a clock of its own."""

@@ -21,6 +21,7 @@ FREE = {
     "training.keep_checkpoints",
     "training.eval_every",
     "training.sample_every",
+    "training.on_collapse",
     "training.micro_batch_size",
     "rollout.micro_batch_size",
     "model.gradient_checkpointing",
