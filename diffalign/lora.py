@@ -118,10 +118,18 @@ def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
     """As `policy`, with the adapter added into the base's weights: forwards cost what the base's cost, and differ from
     those of `policy` by the rounding of the sums. For inference; afterwards the base's own tensors are back.
 
-    Takes memory for a second copy of the weights that carry an adapter.
+    Takes memory for a second copy of the weights that carry an adapter. UsageError for a quantised base, to whose
+    weights nothing can be added.
     """
     layers = _layers(denoiser)
     bases = [layer.get_base_layer() for layer in layers]
+    for base in bases:
+        weight = getattr(base, "weight", None)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise UsageError(
+                f"adapters cannot be merged into {type(base).__name__} with a {type(weight).__name__}: leave out "
+                "rollout.merge_lora for a quantised base"
+            )
     originals = [base.weight.data for base in bases]
     with policy(denoiser, REFERENCE):
         try:

@@ -70,23 +70,14 @@ def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> R
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The K stochastic steps of B rollouts: `steps`, their numbers on the grid; `latents` and `next_latents`
-    (B, K, C, H, W) before and after; `means` (B, K, C, H, W) and `log_probs` (B, K) under the policy that made them."""
+    """The K stochastic steps of B rollouts, one after the other: `steps`, their numbers on the grid; `latents`
+    (B, K + 1, C, H, W), before the first of them and after each."""
 
     steps: list[int]
     latents: Tensor
-    next_latents: Tensor
-    means: Tensor
-    log_probs: Tensor
 
     def __getitem__(self, rows: Any) -> Trajectory:
-        return Trajectory(
-            self.steps,
-            self.latents[rows],
-            self.next_latents[rows],
-            self.means[rows],
-            self.log_probs[rows],
-        )
+        return Trajectory(self.steps, self.latents[rows])
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class TextToImageModel(ABC):
     max_sequence_length: int
     """Tokens of the long text encoder (T5), where the family has one."""
 
-    guidance_is_embedded: ClassVar[bool] = False
-    """Guidance is an input of the denoiser (FLUX) and not a second forward."""
+    guidance_is_embedded: bool = False
+    """Guidance is an input of the denoiser (FLUX.1-dev) and not a second forward."""
 
     def __init__(
         self,

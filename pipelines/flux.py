@@ -42,7 +42,14 @@ class FluxModel(TextToImageModel):
     family = "flux"
     lora_targets = JOINT_ATTENTION
     max_sequence_length = 512
-    guidance_is_embedded = True
+
+    @property
+    def guidance_is_embedded(self) -> bool:  # type: ignore[override]
+        return bool(self.denoiser.config.guidance_embeds)
+
+    def costs_a_forward(self, guidance_scale: float | None) -> bool:
+        """Never: guidance is embedded, or the model (FLUX.1-schnell) has none."""
+        return False
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -65,7 +72,7 @@ class FluxModel(TextToImageModel):
         b, _, h, w = noisy_latents.shape
         device, dtype = noisy_latents.device, embeds.prompt_embeds.dtype
         guidance = None
-        if self.denoiser.config.guidance_embeds:
+        if self.guidance_is_embedded:
             scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
             guidance = torch.as_tensor(scale, device=device, dtype=torch.float32).expand(b)
         tokens = self.denoiser(

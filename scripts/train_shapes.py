@@ -83,7 +83,8 @@ def main() -> None:
     history = {"pretraining": run.history}
     if model.guidance_is_embedded:
         model.denoiser.load_state_dict(run.ema)
-        run = GuidanceDistillation(model, distillation(config), folder / "guidance")
+        # of this very teacher: a longer pretraining needs a student of its own
+        run = GuidanceDistillation(model, distillation(config), folder / f"guidance-{run.step}")
         run.resume()
         run.run(data)
         history["guidance distillation"] = run.history
@@ -92,6 +93,7 @@ def main() -> None:
     record = {
         "command": shlex.join(["python", "-m", "diffalign.scripts.train_shapes", *sys.argv[1:]]),
         "config": dataclasses.asdict(config),
+        "config of the distillation": dataclasses.asdict(distillation(config)),
         "history": history,
         "versions": versions(),
     }

@@ -60,6 +60,18 @@ def test_an_algorithm_is_chosen_by_its_type():
     assert {name: kind.type for name, kind in config.ALGORITHMS.items()} == {
         name: name for name in config.ALGORITHMS
     }
+    other = load("demo", ["--algorithm.type=flow_grpo", "--algorithm.window_size=2"])
+    assert other.algorithm == config.FlowGRPOConfig(window_size=2)  # nothing of the recipe's AWM
+    assert other.rollout == load("demo").rollout
+    for name in config.ALGORITHMS:
+        loaded = load(None, [f"--algorithm.type={name}"])
+        assert config.decode(config.to_dict(loaded)) == loaded
+    with pytest.raises(ConfigError, match=r"algorithm.type: unknown value \['awm'\]"):
+        config.decode({"algorithm": {"type": ["awm"]}})
+    with pytest.raises(ConfigError, match=r"algorithm.kl_beta: expected a value, got null"):
+        load(None, ["--algorithm.kl_beta=null"])
+    with pytest.raises(ConfigError, match=r"rollout.height: expected a number, got True"):
+        load(None, ["--rollout.height=true"])
     with pytest.raises(ConfigError, match="did you mean 'diffusion_nft'"):
         load(None, ["--algorithm.type=difusion_nft"])
     with pytest.raises(ConfigError, match=r"unknown setting 'algorithm.mix'"):

@@ -2,18 +2,22 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny_runs import trainer
 
 from diffalign import lora
 from diffalign.algorithms import flow_grpo
-from diffalign.config import FlowGRPOConfig
+from diffalign.algorithms.surrogate import clipped_surrogate
+from diffalign.config import ConfigError, FlowGRPOConfig
 from diffalign.errors import UsageError
+from diffalign.pipelines.sampling import sample
 from diffalign.training.rollout import make_plan
-from diffalign.training.trajectory_update import TrajectoryUpdate
+from diffalign.training.trajectory_update import StochasticSampler, TrajectoryUpdate
 
 
 def case(n=5, t=0.8, after=0.6):
@@ -97,7 +101,7 @@ def test_gradient_on_policy_is_the_policy_gradient():
     sample = step.mean.detach() + step.std.view(-1, 1, 1, 1) * torch.randn_like(x)
     logs = flow_grpo.log_prob(sample, step)
     ratio = flow_grpo.log_ratio(logs, logs.detach(), step=step, old_mean=None)
-    loss, metrics = flow_grpo.flow_grpo_loss(ratio, advantages, clip_range=1e-4)
+    loss, metrics = clipped_surrogate(ratio, advantages, clip_range=1e-4)
     (ours,) = torch.autograd.grad(loss.sum(), v, retain_graph=True)
     (expected,) = torch.autograd.grad((-advantages * logs).sum(), v)
     torch.testing.assert_close(ours, expected)
@@ -135,46 +139,130 @@ def test_reference_distance_is_the_kl_of_the_steps_times_delta():
 GRPO = {"type": "flow_grpo", "kl_beta": 0.01}
 
 
+def perturb(run, scale=0.05):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in run.parameters:
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
 @pytest.mark.parametrize("dynamics", ["sde", "cps"])
-def test_replayed_log_probabilities_are_those_of_the_rollout(tmp_path, dynamics):
-    run = trainer(tmp_path, algorithm={**GRPO, "dynamics": dynamics})
+def test_a_trajectory_is_scored_by_the_policy_that_made_it(tmp_path, dynamics):
+    steps = {"num_inference_steps": 6, "group_size": 16}
+    run = trainer(tmp_path, rollout=steps, algorithm={**GRPO, "dynamics": dynamics})
+    perturb(run)
     plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
     rollout = run.rollout(plan, 1)
     trajectory = rollout.trajectory
-    assert trajectory.steps == [0, 1]
-    assert trajectory.latents.shape == (12, 2, 4, 8, 8)
-    # the first steps follow each other, the last step of the grid is the ODE's
-    torch.testing.assert_close(trajectory.next_latents[:, 0], trajectory.latents[:, 1])
+    count = len(trajectory.steps)
+    assert trajectory.steps == list(range(count))
+    assert trajectory.latents.shape == (48, count + 1, 4, 8, 8)
+    for k in (
+        trajectory.steps
+    ):  # what the policy did there is standard normal, once its own mean is taken off
+        t, after = (run.policy_update.sigmas[j].expand(48) for j in (k, k + 1))
+        with torch.no_grad():
+            pred = run.model.predict(
+                trajectory.latents[:, k], t * 1000, rollout.embeds[rollout.prompt_index]
+            )
+        step = flow_grpo.stochastic_step(
+            pred, trajectory.latents[:, k], t, after, noise_level=0.7, dynamics=dynamics
+        )
+        z = (trajectory.latents[:, k + 1] - step.mean) / step.std.view(-1, 1, 1, 1)
+        assert abs(z.mean().item()) < 0.05
+        assert z.std().item() == pytest.approx(1, abs=0.05)
     batch, _ = run.make_batch(plan, rollout)
-    for inner in (0, 1):
-        metrics = run.policy_update.accumulate(batch, update=1, inner=inner).means()
-        assert metrics["ratio"] == (1.0 if inner == 0 else pytest.approx(1.0, abs=1e-5))
-        assert metrics["kl"] == 0.0
+    first = run.policy_update.accumulate(batch, update=1).means()
+    again = run.policy_update.accumulate(batch, update=1, inner=1).means()
+    assert first["ratio"] == again["ratio"] == 1.0
+    perturb(run, 0.02)
+    moved = run.policy_update.accumulate(batch, update=1, inner=2).means()
+    assert moved["ratio"] != 1.0
 
 
-def test_windows_move_and_stay_in_their_share_of_the_grid(tmp_path):
+def test_the_distance_to_the_reference_has_a_value_and_a_gradient(tmp_path):
+    run = trainer(tmp_path, algorithm={**GRPO, "kl_beta": 1.0, "window_size": 1})
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    batch, _ = run.make_batch(plan, run.rollout(plan, 1))
+    still = replace(batch, advantages=torch.zeros_like(batch.advantages))
+    norms = []
+    for _ in range(2):
+        run.optimizer.zero_grad()
+        kl = run.policy_update.accumulate(still, update=1).means()["kl"]
+        grads = [p.grad.flatten() for p in run.parameters if p.grad is not None]
+        norms.append((kl, torch.cat(grads).norm().item()))
+        perturb(run)
+    assert norms[0] == (0.0, 0.0)
+    assert norms[1][0] > 0 < norms[1][1]
+
+
+def test_windows_move_and_stay_where_noise_can_be_removed(tmp_path):
     rollout = {"num_inference_steps": 10}
     run = trainer(
         tmp_path, rollout=rollout, algorithm={**GRPO, "window_size": 3, "window_stop": 0.5}
     )
     windows = {run.policy_update.sampler(update).window for update in range(40)}
     assert windows == {range(0, 3), range(1, 4), range(2, 5)}
-    with pytest.raises(UsageError, match="do not fit"):
-        trainer(tmp_path, algorithm={**GRPO, "window_size": 4})
+    for dynamics, stops in (("sde", range(5, 9)), ("cps", [9])):
+        every = trainer(tmp_path, rollout=rollout, algorithm={**GRPO, "dynamics": dynamics})
+        window = every.policy_update.sampler(1).window
+        assert window.start == 0
+        assert window.stop in stops
+    for size in (4, 3):
+        with pytest.raises(UsageError, match="do not fit"):
+            trainer(tmp_path, algorithm={**GRPO, "window_size": size})
+
+
+@pytest.mark.parametrize("dynamics", ["sde", "cps"])
+def test_no_noise_is_left_in_the_images(tmp_path, dynamics):
+    """With the velocity of a Gaussian world, whose images have a known variance, on SD3's own grid."""
+    run = trainer(
+        tmp_path,
+        rollout={"num_inference_steps": 10},
+        algorithm={**GRPO, "dynamics": dynamics},
+    )
+    c2 = 0.01
+
+    def velocity(noisy, timesteps, *args, **kwargs):
+        t = (timesteps / 1000).view(-1, 1, 1, 1)
+        return noisy * (t - (1 - t) * c2) / ((1 - t) ** 2 * c2 + t**2)
+
+    run.model.predict = velocity
+    embeds = run.embed(["a photo of a circle"])[torch.zeros(64, dtype=torch.long)]
+
+    def spread(step):
+        generator = torch.Generator().manual_seed(0)
+        made = sample(run.model, embeds, num_inference_steps=10, generator=generator, step=step)
+        return made.std().item()
+
+    ours = spread(run.policy_update.sampler(1))
+    assert ours < 1.5 * c2**0.5
+    if dynamics == "sde":  # all steps but the last, as in the release, leave noise
+        assert spread(StochasticSampler(run.config.algorithm, range(9))) > 2 * c2**0.5
 
 
 def test_no_noise_outside_the_window(tmp_path):
-    """With a window on the last-but-one step the first step is the ODE's, whatever the noise level."""
-    firsts = []
-    for level in (0.2, 0.9):
-        run = trainer(tmp_path, algorithm={**GRPO, "noise_level": level, "window_size": 1})
-        sampler = run.policy_update.sampler(1)
-        sampler.window = range(1, 2)
-        run.policy_update.sampler = lambda update, s=sampler: s
-        plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
-        firsts.append(run.rollout(plan, 1).trajectory)
-    torch.testing.assert_close(firsts[0].latents, firsts[1].latents, rtol=0, atol=0)
-    assert not torch.equal(firsts[0].next_latents, firsts[1].next_latents)
+    """One stochastic step, the second: what comes before it and after it are the scheduler's own."""
+    rollout = {"num_inference_steps": 6}
+    run = trainer(tmp_path, rollout=rollout, algorithm={**GRPO, "window_size": 1})
+    sampler = StochasticSampler(run.config.algorithm, range(1, 2))
+    run.policy_update.sampler = lambda update: sampler
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    made = run.rollout(plan, 1)
+    embeds = made.embeds[made.prompt_index]
+    scheduler = run.model.scheduler_at(6, height=tiny.SIZE, width=tiny.SIZE)
+    generators = [torch.Generator().manual_seed(s) for s in plan.seeds]
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 1:
+            torch.testing.assert_close(made.trajectory.latents[:, 0], x, rtol=1e-4, atol=1e-5)
+            x = made.trajectory.latents[:, 1]
+            scheduler._step_index = 2
+            continue
+        with torch.no_grad():
+            pred = run.model.predict(x, t.expand(len(x)), embeds)
+        x = scheduler.step(pred, t, x, return_dict=False)[0]
+    torch.testing.assert_close(made.latents, x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guard", [False, True])
@@ -215,6 +303,10 @@ def test_micro_batches_change_nothing(tmp_path):
 def test_guidance_by_a_second_forward_is_refused(tmp_path):
     with pytest.raises(UsageError, match="without guidance"):
         trainer(tmp_path, algorithm=GRPO, rollout={"guidance_scale": 4.0})
+    with pytest.raises(UsageError, match="merge_lora"):
+        trainer(tmp_path, algorithm=GRPO, rollout={"merge_lora": True})
+    with pytest.raises(ConfigError, match="guard"):
+        FlowGRPOConfig(guard=True, dynamics="cps")
     flux = trainer(tmp_path, family="flux", algorithm=GRPO, rollout={"guidance_scale": 4.0})
     assert isinstance(flux.policy_update, TrajectoryUpdate)
     assert isinstance(flux.config.algorithm, FlowGRPOConfig)

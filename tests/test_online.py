@@ -76,6 +76,19 @@ def test_resumed_run_is_bit_identical(tmp_path, groups):
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_diffusion_nft_keeps_images_without_an_advantage(tmp_path):
+    """Its pull to the old policy does not end with the advantage; AWM's gradient does."""
+    kept = {}
+    for kind in ("awm", "diffusion_nft"):
+        run = trainer(
+            tmp_path / kind,
+            score=lambda images, prompts, metadata: RewardOutput(np.ones(len(prompts), np.float32)),
+            algorithm={"type": kind, "timesteps_per_image": 2},
+        )
+        kept[kind] = run.train_update()["kept"]
+    assert kept == {"awm": 0, "diffusion_nft": 12}
+
+
 def test_diffusion_nft_learns_and_draws_with_the_lagged_policy(tmp_path):
     run = trainer(
         tmp_path,

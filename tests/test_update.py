@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from diffalign import lora
-from diffalign.algorithms import awm
 from diffalign.config import AWMConfig
 from diffalign.training import forward_update
 from diffalign.training.forward_update import ForwardProcessUpdate, draw
@@ -230,8 +229,7 @@ def test_bfloat16_base_and_autocast_keep_ratio_one(policy):
     model.pipeline.to(torch.bfloat16)
     for _, p in lora.adapter_parameters(model.denoiser, lora.CURRENT):
         p.data = p.data.float()
-    grad, metrics = gradient(policy, mixed_precision="bf16")
-    assert metrics["ratio"] == 1.0
+    grad, metrics = gradient(policy, mixed_precision="bf16", updates_per_rollout=2)
+    assert metrics["ratio"] == 1.0  # the lagged policy's own forward, under autocast, too
     assert grad.dtype == torch.float32
     assert grad.isfinite().all()
-    assert awm.HUBER_EPSILON == 1e-10

@@ -10,15 +10,15 @@ The paper's form is weight "uniform"; the released code's is "ghuber" with power
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from diffalign.algorithms import surrogate
 from diffalign.algorithms.advantages import clip_advantages
 from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
 from diffalign.config import AWMConfig
 
 HUBER_EPSILON = 1e-10
-METRICS = ("ratio", "clipped", "error")
+METRICS = (*surrogate.METRICS, "error")
 NEEDS_OLD = False
 
 
@@ -72,14 +72,10 @@ def awm_loss(
         error, sigmas.float(), weight=config.weight, power=config.ghuber_power
     )
     old = likelihood if old_log_likelihood is None else old_log_likelihood
-    ratio = (likelihood - old.detach()).exp()
-    bounded = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-    loss = torch.maximum(-advantages * ratio, -advantages * bounded)
-    metrics = {
-        "ratio": ratio.detach(),
-        "clipped": (ratio.detach() != bounded.detach()).float(),
-        "error": error.detach(),
-    }
+    loss, metrics = surrogate.clipped_surrogate(
+        likelihood - old.detach(), advantages, clip_range=config.clip_range
+    )
+    metrics["error"] = error.detach()
     return loss, metrics
 
 

@@ -6,9 +6,9 @@ ODE kept. Two ways to do so:
 - "sde" (Flow-GRPO, eq. 9): mu = x (1 - s^2 D / 2t) - v (1 + s^2 (1 - t) / 2t) D, std = s sqrt(D), with
   s = a sqrt(t / (1 - t)), where t = 1 in the denominator is replaced by t';
 - "cps", coefficients-preserving: mu = (1 - t') x0 + sqrt(t'^2 - n^2) eps, std = n = t' sin(a pi / 2), with x0 and eps
-  as the prediction implies them. The noise level after the step is t' exactly, whatever a.
+  as the prediction implies them. The sigma after the step is t' exactly, whatever a.
 
-t and t' = t - D are noise levels before and after the step. All log-probabilities are means over dimensions.
+t and t' = t - D are the sigmas before and after the step. All log-probabilities are means over dimensions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.forward_process import Metrics
 from diffalign.noise import RectifiedFlow, expand
 
-METRICS = ("ratio", "clipped")
 PATH = RectifiedFlow()
 
 
@@ -82,24 +80,13 @@ def log_prob(sample: Tensor, step: StochasticStep, *, dynamics: str = "sde") -> 
 def log_ratio(
     log_probs: Tensor, old_log_probs: Tensor, *, step: StochasticStep, old_mean: Tensor | None
 ) -> Tensor:
-    """(B,) logarithm of the ratio; with `old_mean` that of GRPO-Guard, whose mean does not drift below 1 with the
-    policy's distance and whose scale is the same at every noise level."""
+    """(B,) logarithm of the ratio; with `old_mean` that of GRPO-Guard for the SDE, whose expectation under the old
+    policy is 0 whatever the distance, and which is not divided by the step's std."""
     difference = log_probs - old_log_probs
     if old_mean is None:
         return difference
     distance = (step.mean - old_mean.float()).square().flatten(1).mean(1)
     return difference * step.std + distance / (2 * step.std)
-
-
-def flow_grpo_loss(
-    log_ratios: Tensor, advantages: Tensor, *, clip_range: float
-) -> tuple[Tensor, Metrics]:
-    """(B,) max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio` and `clipped`, each (B,)."""
-    ratio = log_ratios.exp()
-    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantages * ratio, -advantages * bounded)
-    clipped = (ratio.detach() != bounded.detach()).float()
-    return loss, {"ratio": ratio.detach(), "clipped": clipped}
 
 
 def reference_distance(step: StochasticStep, reference: StochasticStep) -> Tensor:

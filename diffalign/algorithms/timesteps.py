@@ -40,8 +40,3 @@ def draw(parts: Sequence[range], *, generator: torch.Generator | None = None) ->
     """(T,) grid indices for one sample, one from each stratum."""
     uniform = torch.rand(len(parts), generator=generator, dtype=torch.float64)
     return torch.tensor([p.start + int(u * len(p)) for p, u in zip(parts, uniform, strict=True)])
-
-
-def expected(grid: Tensor, parts: Sequence[range]) -> float:
-    """Analytic mean over samples of the values of `grid` (N,) at the drawn indices."""
-    return float(torch.stack([grid[list(p)].double().mean() for p in parts]).mean())

@@ -1,6 +1,7 @@
-"""The demo over seeds, and its ablation: the same run without the guided reference, and without the reward.
+"""The demo over seeds, and its ablation: with a plain reference, and with the guided reference alone.
 
-Images of the evaluation and everything random in training change with the seed; each arm sees the same seeds.
+Images of the evaluation and everything random in training change with the seed; each arm sees the same seeds. Arms stop
+where the demo stops: at its number of updates or after its minutes, whichever comes first.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from diffalign.training.run import run as train
 
 ARMS = {
     "demo": [],
-    # its own best weight: a plain reference holds the policy back, a guided one leads it
+    # and half the weight: a plain reference holds the policy back where a guided one leads it
     "plain reference": [
         "--algorithm.reference_guidance_scale=null",
         "--algorithm.kl_beta=0.05",
     ],
-    # advantages so small that only the distance to the guided reference is left: distillation
-    "no reward": ["--algorithm.advantage_max=1e-9"],
+    # advantages so small that only the distance to the guided reference is left, on all images: distillation
+    "no reward": [
+        "--algorithm.advantage_max=1e-9",
+        "--training.drop_uninformative=false",
+    ],
 }
 QUICK = [
     "--training.num_updates=3",
@@ -52,7 +56,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
             "geneval_before": spread(s["geneval_before"] for s in summaries),
             "geneval_after": spread(s["geneval_after"] for s in summaries),
             "training_seconds": spread(s["training_seconds"] for s in summaries),
-            "updates": summaries[0]["updates"],
+            "updates": spread(s["updates"] for s in summaries),
+            "versions": [s["versions"] for s in summaries],
             "tasks_after": {k: spread(t[k] for t in tasks) for k in tasks[0]},
         }
     headline = {

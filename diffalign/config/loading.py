@@ -66,10 +66,12 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read(_find(str(recipe)))
-    for key, value in _parse_overrides(overrides):
-        if key.split(".")[0] == "rewards" and key == "rewards":
-            raw["rewards"] = value
-            continue
+    parsed = _parse_overrides(overrides)
+    chosen = dict(parsed).get("algorithm.type")
+    algorithm = raw.get("algorithm")
+    if chosen and isinstance(algorithm, dict) and algorithm.get("type", AWMConfig.type) != chosen:
+        raw["algorithm"] = {}  # what a recipe says of one algorithm says nothing of another
+    for key, value in parsed:
         _assign(raw, key.split("."), value)
     return decode(raw)
 
@@ -111,7 +113,7 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> AlgorithmConfig:
 
 def _algorithm_class(raw: Mapping[str, Any]) -> type[AlgorithmConfig]:
     name = raw.get("type", AWMConfig.type)
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(
             f"algorithm.type: unknown value {name!r}{nearest(str(name), list(ALGORITHMS))}"
         )
@@ -239,14 +241,20 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
         if key not in names:
             every = _all_paths(RunConfig) if not path else [".".join((*path, n)) for n in names]
             raise ConfigError(f"unknown setting {full!r}{nearest(full, [*every, *ALIASES])}")
+        kind_of_value = hints[key]
+        choices = typing.get_args(kind_of_value)
+        if value is None and type(None) not in choices:
+            raise ConfigError(f"{full}: expected a value, got null")
+        if len(choices) == 2 and type(None) in choices:
+            kind_of_value = next(c for c in choices if c is not type(None))
         if is_dataclass(hints[key]):
             inner = typing.cast(type, hints[key])
             if key == "algorithm" and isinstance(value, Mapping):
                 inner = _algorithm_class(value)
             _check_keys(inner, value, (*path, str(key)))
-        elif isinstance(value, bool) and hints[key] in (int, float):
+        elif isinstance(value, bool) and kind_of_value in (int, float):
             raise ConfigError(f"{full}: expected a number, got {value}")
-        elif hints[key] is int and isinstance(value, float) and not value.is_integer():
+        elif kind_of_value is int and isinstance(value, float) and not value.is_integer():
             raise ConfigError(f"{full}: expected a whole number, got {value}")
 
 

@@ -87,17 +87,12 @@ class AlgorithmConfig:
     reference_guidance_scale: float | None = None
     """Guidance of the reference. A policy is trained to draw without guidance, and the base draws better with it: near
     the guided base is where the policy belongs. Distils guidance along the way, at the price of one more forward."""
-    lag_ramp: float = 0.001
-    lag_max: float = 0.3
-    """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
 
     def __post_init__(self) -> None:
         _one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
         _one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
         _positive(self, ("advantage_clip",), "algorithm")
-        for name in ("kl_beta", "lag_ramp"):
-            _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
-        _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+        _check(self.kl_beta >= 0, "algorithm.kl_beta", "must not be negative")
         guidance = self.reference_guidance_scale
         _check(
             guidance is None or guidance >= 1,
@@ -108,7 +103,10 @@ class AlgorithmConfig:
 
 @dataclass
 class ForwardProcessConfig(AlgorithmConfig):
-    """Algorithms whose loss needs clean latents and rewards, and no trajectory; values are those of AWM's release."""
+    """Algorithms whose loss needs clean latents and rewards, and no trajectory.
+
+    Weights are those of AWM's release; timesteps are fewer (4, not 6) and distances are evaluated on one of them.
+    """
 
     timesteps_per_image: int = 4
     timestep_start: float = 0.0
@@ -118,10 +116,15 @@ class ForwardProcessConfig(AlgorithmConfig):
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1
     """Of the timesteps of an image, how many the two distances are evaluated on; the expectation stays the same."""
+    lag_ramp: float = 0.001
+    lag_max: float = 0.3
+    """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.ema_kl_beta >= 0, "algorithm.ema_kl_beta", "must not be negative")
+        for name in ("ema_kl_beta", "lag_ramp"):
+            _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
+        _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
         n = self.timesteps_per_image
         _check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
         _check(
@@ -138,7 +141,7 @@ class ForwardProcessConfig(AlgorithmConfig):
 
 @dataclass
 class AWMConfig(ForwardProcessConfig):
-    """Advantage Weighted Matching; the defaults are those of its release."""
+    """Advantage Weighted Matching; weight, clip and scale are those of its release."""
 
     type: str = "awm"
     weight: str = "ghuber"
@@ -156,7 +159,7 @@ class AWMConfig(ForwardProcessConfig):
 
 @dataclass
 class DiffusionNFTConfig(ForwardProcessConfig):
-    """DiffusionNFT; the defaults are those of its release for one reward. The lagged policy makes the images."""
+    """DiffusionNFT; the defaults are those of its release (GenEval). The lagged policy makes the images."""
 
     type: str = "diffusion_nft"
     mix: float = 1.0
@@ -173,7 +176,7 @@ class DiffusionNFTConfig(ForwardProcessConfig):
 
 @dataclass
 class FlowGRPOConfig(AlgorithmConfig):
-    """Flow-GRPO; the defaults are those of its release for SD3.5-medium."""
+    """Flow-GRPO; noise, clip and distance are those of its release for SD3.5-medium, without guidance."""
 
     type: str = "flow_grpo"
     clip_range: float = 1e-4
@@ -182,17 +185,23 @@ class FlowGRPOConfig(AlgorithmConfig):
     dynamics: str = "sde"
     """How a step is made stochastic: "sde" (the release) or "cps" (coefficients-preserving)."""
     window_size: int | None = None
-    """Stochastic steps in a row, which are those that are trained on; None is all but the last (the release)."""
+    """Stochastic steps in a row, which are those that are trained on; None is all that can be stochastic."""
     window_stop: float = 1.0
-    """The window is drawn anew for every update from this share of the grid, counted from the noise."""
+    """The window is drawn anew for every update from this share of the grid, counted from the noise. A step whose noise
+    would be above the sigma at which it arrives is never stochastic."""
     guard: bool = False
-    """GRPO-Guard's ratio: mean 1 whatever the distance, one scale at every noise level."""
+    """GRPO-Guard's ratio (for dynamics "sde"), which does not fall with the policy's distance."""
     kl_beta: float = 0.04
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, ("clip_range", "noise_level"), "algorithm")
         _one_of(self.dynamics, ("sde", "cps"), "algorithm.dynamics")
+        _check(
+            self.dynamics == "sde" or not self.guard,
+            "algorithm.guard",
+            'is defined for algorithm.dynamics "sde" only',
+        )
         _check(
             self.dynamics != "cps" or self.noise_level < 1,
             "algorithm.noise_level",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import awm, diffusion_nft, timesteps
-from diffalign.algorithms.forward_process import ForwardSample, proximal_loss
+from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proximal_loss
 from diffalign.config import ForwardProcessConfig
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.seeds import TIMESTEPS, stream
@@ -61,6 +61,9 @@ class ForwardProcessUpdate(PolicyUpdate):
         self.algorithm: Any = LOSSES[config.type]
         self.off_policy = self.algorithm.NEEDS_OLD or settings.updates_per_rollout > 1
         self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
+        self.needs_all = (
+            self.algorithm.NEEDS_OLD
+        )  # its proximal part does not end with the advantage
         self.parts = timesteps.strata(
             len(settings.grid),
             config.timesteps_per_image,
@@ -71,6 +74,9 @@ class ForwardProcessUpdate(PolicyUpdate):
             ("kl", config.kl_beta, lora.REFERENCE),
             ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
         )
+
+    def lag_decay(self, update: int) -> float:
+        return lag_decay(update, ramp=self.config.lag_ramp, maximum=self.config.lag_max)
 
     @property
     def metrics(self) -> list[str]:
@@ -123,9 +129,12 @@ class ForwardProcessUpdate(PolicyUpdate):
         for name, weight, policy in self.distances:
             if weight == 0:
                 continue
-            guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
-            with torch.no_grad(), lora.policy(model.denoiser, policy):
-                other = self.predict(noisy[picked], times[picked], embeds[picked], guidance)
+            if policy == lora.LAGGED and old is not None:
+                other = old[picked]
+            else:
+                guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
+                with torch.no_grad(), lora.policy(model.denoiser, policy):
+                    other = self.predict(noisy[picked], times[picked], embeds[picked], guidance)
             distance = proximal_loss(pred[picked], other)
             sums.add(name, distance.detach())
             # a mean over the picked timesteps has the expectation of the mean over all of them

@@ -7,6 +7,7 @@ healthy runs: rewards are noisy, and prompts differ from update to update.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class Collapse:
     def __str__(self) -> str:
         return (
             f"update {self.update}: the run looks collapsed: the reward fell from {self.best:.3f} (around update "
-            f"{self.good}) to {self.reward:.3f}, and the gradient is {self.gradient_rise:.0f} times its usual size; a lower "
-            "optimizer.learning_rate, or a higher algorithm.kl_beta or algorithm.ema_kl_beta, holds the policy"
+            f"{self.good}) to {self.reward:.3f}, and the gradient is {self.gradient_rise:.0f} times its usual size; "
+            "a lower optimizer.learning_rate or a higher algorithm.kl_beta holds the policy"
         )
 
 
@@ -47,7 +48,7 @@ def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
     means = [statistics.fmean(rewards[i - WINDOW : i]) for i in range(WINDOW, len(rewards) + 1)]
     best = max(range(len(means)), key=means.__getitem__)
     # successive differences: what the reward scatters around its course, whatever the course
-    steps = [abs(b - a) for a, b in zip(rewards[:-WINDOW], rewards[1:-WINDOW], strict=False)]
+    steps = [abs(b - a) for a, b in itertools.pairwise(rewards[:-WINDOW])]
     noise = statistics.median(steps) / 0.954  # of a normal distribution
     error = noise * (2 / WINDOW) ** 0.5
     gradients = [r["grad_norm"] for r in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
-from diffalign.algorithms.forward_process import lag_decay
 from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, OptimizerConfig, RunConfig
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
+from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.training import checkpoint
@@ -31,10 +31,9 @@ from diffalign.training.rollout import Plan, make_plan
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.trajectory_update import TrajectoryUpdate
 from diffalign.training.update import PolicyUpdate, TrainingBatch, UpdateSettings
-from diffalign.types import RewardOutput, Rollout
+from diffalign.types import Rollout
 
 logger = logging.getLogger(__name__)
-Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
 
 
 class TrainingError(UserError, RuntimeError):
@@ -98,7 +97,12 @@ class OnlineTrainer:
         scheduler = self.model.scheduler_at(
             c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
         )
-        guided = self.model.costs_a_forward(c.algorithm.reference_guidance_scale)
+        reference_guidance = c.algorithm.reference_guidance_scale
+        guided = self.model.costs_a_forward(reference_guidance)
+        if reference_guidance is not None and not (guided or self.model.guidance_is_embedded):
+            raise UsageError(
+                f"algorithm.reference_guidance_scale: {c.model.name} knows no guidance of {reference_guidance}"
+            )
         settings = UpdateSettings(
             grid=scheduler.timesteps,
             sigmas=scheduler.sigmas,
@@ -110,6 +114,10 @@ class OnlineTrainer:
             negative_embeds=self.embed([""]) if guided else None,
         )
         if isinstance(c.algorithm, FlowGRPOConfig):
+            if c.rollout.merge_lora:
+                raise UsageError(
+                    "rollout.merge_lora: Flow-GRPO scores its own steps, which the very policy it trains must have made"
+                )
             return TrajectoryUpdate(self.model, c.algorithm, settings)
         if isinstance(c.algorithm, ForwardProcessConfig):
             return ForwardProcessUpdate(self.model, c.algorithm, settings)
@@ -262,7 +270,7 @@ class OnlineTrainer:
             advantages = adv.group_advantages(rewards, group, std_scope=c.std_scope)
         valid = rewards.isfinite()
         keep = adv.informative(advantages.where(valid, torch.nan), group)
-        if not self.config.training.drop_uninformative:
+        if self.policy_update.needs_all or not self.config.training.drop_uninformative:
             keep = valid
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
         local = torch.tensor([i for i in mine if keep[i]], dtype=torch.long)
@@ -290,12 +298,12 @@ class OnlineTrainer:
             sums.table = self.accelerator.reduce(sums.table, "sum")
             if not math.isfinite(norm):
                 raise TrainingError(
-                    f"the gradient of update {number} is not finite; the run can be resumed from "
-                    f"{checkpoint.latest(self.folder.checkpoints) or 'its start'} with a lower "
-                    "optimizer.learning_rate or a higher algorithm.ema_kl_beta"
+                    f"the gradient of update {number} is not finite and was not applied; the last checkpoint is "
+                    f"{checkpoint.latest(self.folder.checkpoints) or 'none'}. The same command would meet it again: "
+                    "start in another output_dir with a lower optimizer.learning_rate or a higher algorithm.kl_beta"
                 )
             factor = lr_factor(
-                self.progress.step,
+                (number - 1) * c.training.updates_per_rollout + inner,
                 c.optimizer,
                 total=c.training.num_updates * c.training.updates_per_rollout,
             )
@@ -307,8 +315,9 @@ class OnlineTrainer:
             step = self.progress.step
             decay = min(c.training.ema_max, (1 + step) / (10 + step))
             lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
-        decay = lag_decay(number, ramp=c.algorithm.lag_ramp, maximum=c.algorithm.lag_max)
-        lora.blend(self.model.denoiser, lora.LAGGED, decay=decay)
+        lag = self.policy_update.lag_decay(number)
+        if lag is not None:
+            lora.blend(self.model.denoiser, lora.LAGGED, decay=lag)
         self.optimizer.zero_grad()
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
 

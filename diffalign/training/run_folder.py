@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.config import RunConfig, differences, dump, to_dict
+from diffalign.config import ConfigError, RunConfig, decode, differences, dump, to_dict
 from diffalign.errors import UserError
 
 # Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
@@ -50,8 +50,14 @@ class RunFolder:
         if file.is_file():
             try:
                 there = yaml.safe_load(file.read_text(encoding="utf-8"))
+                # settings that are newer than the run have their defaults there
+                there = to_dict(decode(there))
             except yaml.YAMLError as error:
                 raise RunFolderError(f"{file} is not readable: {error}") from error
+            except ConfigError as error:
+                raise RunFolderError(
+                    f"{file} is no configuration of this version: {error}"
+                ) from error
             free = FREE
             if config.optimizer.lr_scheduler != "constant":
                 free = FREE - {"training.num_updates"}  # the schedule ends where the run does

@@ -11,8 +11,10 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.algorithms import flow_grpo
 from diffalign.algorithms.advantages import clip_advantages
+from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
 from diffalign.config import FlowGRPOConfig
 from diffalign.errors import UsageError
+from diffalign.noise import expand
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.seeds import WINDOW, stream
 from diffalign.training.update import PolicyUpdate, Sums, TrainingBatch, UpdateSettings
@@ -28,7 +30,7 @@ class StochasticSampler:
     def __init__(self, config: FlowGRPOConfig, window: range) -> None:
         self.config = config
         self.window = window
-        self._kept: list[list[tuple[Tensor, ...]]] = [[] for _ in window]
+        self._kept: list[list[Tensor]] = [[] for _ in range(len(window) + 1)]
 
     def __call__(
         self, i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Any
@@ -48,21 +50,18 @@ class StochasticSampler:
         noise = randn_tensor(
             latents.shape, generator=generator, device=latents.device, dtype=torch.float32
         )
-        after = step.mean + step.std.view(-1, *[1] * (latents.ndim - 1)) * noise
-        after = after.to(
-            latents.dtype
-        )  # before the log-probability: what is stored is what is scored
-        log_probs = flow_grpo.log_prob(after, step, dynamics=self.config.dynamics)
-        self._kept[i - self.window.start].append((latents, after, step.mean, log_probs))
+        after = step.mean + expand(step.std, latents) * noise
+        after = after.to(latents.dtype)  # what is stored is what will be scored
+        kept = self._kept[i - self.window.start]
+        kept.append(latents)
+        if i == self.window.stop - 1:
+            self._kept[-1].append(after)
         return after
 
     def trajectory(self) -> Trajectory:
-        """All micro-batches of the rollout."""
-        columns = [
-            [torch.cat([part[k] for part in parts]) for k in range(4)] for parts in self._kept
-        ]
-        stacked = [torch.stack([c[k] for c in columns], 1) for k in range(4)]
-        return Trajectory(list(self.window), *stacked)
+        """All micro-batches of the rollout; the sampler lets go of them."""
+        kept, self._kept = self._kept, []
+        return Trajectory(list(self.window), torch.stack([torch.cat(part) for part in kept], 1))
 
 
 class TrajectoryUpdate(PolicyUpdate):
@@ -77,23 +76,39 @@ class TrajectoryUpdate(PolicyUpdate):
             raise UsageError(
                 "rollout.guidance_scale: Flow-GRPO's likelihoods are those of the policy without guidance; leave it out"
             )
-        steps = len(settings.grid)
-        self.size = config.window_size or steps - 1
-        self.last_start = max(0, round(config.window_stop * steps) - self.size)
-        if self.size > steps:
+        self.sigmas = settings.sigmas.float().cpu()
+        self.stop = min(round(config.window_stop * len(settings.grid)), self._stochastic_steps())
+        self.size = config.window_size or self.stop
+        if not 1 <= self.size <= self.stop:
             raise UsageError(
-                f"algorithm.window_size: {self.size} steps do not fit into a rollout of {steps}"
+                f"algorithm.window_size: {self.size} stochastic steps do not fit into {len(settings.grid)} steps, "
+                f"of which {self.stop} may be stochastic; use more rollout.num_inference_steps, a smaller window, "
+                "or algorithm.dynamics=cps"
             )
+        self._old: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def _stochastic_steps(self) -> int:
+        """The steps from the start of the grid whose noise the rest of the rollout can still remove."""
+        before, after = self.sigmas[:-1], self.sigmas[1:]
+        nothing = torch.zeros(len(before), 1)
+        step = flow_grpo.stochastic_step(
+            nothing,
+            nothing,
+            before,
+            after,
+            noise_level=self.config.noise_level,
+            dynamics=self.config.dynamics,
+        )
+        wrong = (step.std <= 0) | (step.std > after)
+        return int(wrong.nonzero()[0]) if wrong.any() else len(before)
 
     @property
     def metrics(self) -> list[str]:
-        return [*flow_grpo.METRICS, *(["kl"] if self.config.kl_beta else [])]
+        return [*METRICS, *(["kl"] if self.config.kl_beta else [])]
 
     def sampler(self, update: int) -> StochasticSampler:
         """The stochastic sampler of an update, with that update's window."""
-        start = 0
-        if self.config.window_size is not None:
-            start = stream(WINDOW, self.settings.seed, update) % (self.last_start + 1)
+        start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)
         return StochasticSampler(self.config, range(start, start + self.size))
 
     def micro_batch(
@@ -111,7 +126,7 @@ class TrajectoryUpdate(PolicyUpdate):
         repeat = batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps)
         embeds = batch.embeds[repeat.to(device)]
         index = torch.tensor(part.steps).repeat(len(rows))
-        latents, times = part.latents.flatten(0, 1), self.grid[index].to(device)
+        latents, times = part.latents[:, :-1].flatten(0, 1), self.grid[index].to(device)
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
 
         def step(policy: str) -> flow_grpo.StochasticStep:
@@ -121,27 +136,27 @@ class TrajectoryUpdate(PolicyUpdate):
             return flow_grpo.stochastic_step(
                 pred,
                 latents,
-                self.settings.sigmas[index].to(device),
-                self.settings.sigmas[index + 1].to(device),
+                self.sigmas[index].to(device),
+                self.sigmas[index + 1].to(device),
                 noise_level=config.noise_level,
                 dynamics=config.dynamics,
             )
 
         current = step(lora.CURRENT)
         log_probs = flow_grpo.log_prob(
-            part.next_latents.flatten(0, 1), current, dynamics=config.dynamics
+            part.latents[:, 1:].flatten(0, 1), current, dynamics=config.dynamics
         )
-        # the first step on a rollout is on policy: exactly, and not up to the rounding of another batch size
-        moved = key[1] > 0
-        old = part.log_probs.flatten() if moved else log_probs.detach()
-        old_mean = part.means.flatten(0, 1) if moved else current.mean.detach()
-        ratio = flow_grpo.log_ratio(
-            log_probs, old, step=current, old_mean=old_mean if config.guard else None
+        if (
+            key[1] == 0
+        ):  # on policy: these are the old ones, for this step and those that follow on the rollout
+            mean = current.mean.detach() if config.guard else None
+            self._old[rows.start] = (log_probs.detach(), mean)
+        old, old_mean = self._old[rows.start]
+        loss, metrics = clipped_surrogate(
+            flow_grpo.log_ratio(log_probs, old, step=current, old_mean=old_mean),
+            clip_advantages(advantages, clip=config.advantage_clip, maximum=config.advantage_clip),
+            clip_range=config.clip_range,
         )
-        clipped = clip_advantages(
-            advantages, clip=config.advantage_clip, maximum=config.advantage_clip
-        )
-        loss, metrics = flow_grpo.flow_grpo_loss(ratio, clipped, clip_range=config.clip_range)
         for name, values in metrics.items():
             sums.add(name, values)
         total = loss.sum() / (batch.total * steps)

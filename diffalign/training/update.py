@@ -81,6 +81,8 @@ class PolicyUpdate(ABC):
 
     rollout_policy: str = lora.CURRENT
     """The policy that makes the images."""
+    needs_all: bool = False
+    """Images without an advantage take part in the loss."""
 
     def __init__(
         self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings
@@ -110,6 +112,10 @@ class PolicyUpdate(ABC):
 
     def sampler(self, update: int) -> Any:
         """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""
+        return None
+
+    def lag_decay(self, update: int) -> float | None:
+        """Decay of the lagged policy after update number `update` (from 1); None where there is no use for one."""
         return None
 
     def accumulate(self, batch: TrainingBatch, *, update: int, inner: int = 0) -> Sums:
