@@ -63,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (generate, evaluate):
         _model_flags(verb)
 
+    convert = verbs.add_parser("convert", help="a LoRA file from and to the keys of other programs")
+    convert.add_argument("lora", help="a .safetensors file, or a folder with diffusers' file name")
+    convert.add_argument("--to", required=True, choices=("diffusers", "comfyui", "kohya"))
+    convert.add_argument(
+        "--family", default=None, choices=("sd3", "flux"), help="needed for kohya's keys"
+    )
+    convert.add_argument("--output", type=Path, required=True)
+
     bench = verbs.add_parser("bench", help="measure one of the suite's claims")
     bench.add_argument("name", help="a name of `diffalign list benches`")
     bench.add_argument("--quick", action="store_true", help="minutes, to see that it works")

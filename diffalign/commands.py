@@ -19,6 +19,8 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
+from diffalign.lora import WEIGHT_NAME
+from diffalign.lora_formats import read, write
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
@@ -149,4 +151,13 @@ def bench(args: argparse.Namespace) -> int:
     work = args.work / (f"{args.name}-quick" if args.quick else args.name)
     options = BenchOptions(quick=args.quick, work=work, seeds=seeds)
     print(json.dumps(run_bench(args.name, options, output=args.output)))
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Rewrite a LoRA file."""
+    source = Path(args.lora)
+    found = read(source / WEIGHT_NAME if source.is_dir() else source)
+    write(found, args.output, to=args.to, family=args.family)
+    print(f"{args.output}: {len(found.down)} modules in {args.to}'s keys")
     return 0

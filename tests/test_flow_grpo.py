@@ -151,7 +151,7 @@ def test_a_trajectory_is_scored_by_the_policy_that_made_it(tmp_path, dynamics):
     steps = {"num_inference_steps": 6, "group_size": 16}
     run = trainer(tmp_path, rollout=steps, algorithm={**GRPO, "dynamics": dynamics})
     perturb(run)
-    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, tasks=run.config.prompts)
     rollout = run.rollout(plan, 1)
     trajectory = rollout.trajectory
     count = len(trajectory.steps)
@@ -182,7 +182,7 @@ def test_a_trajectory_is_scored_by_the_policy_that_made_it(tmp_path, dynamics):
 
 def test_the_distance_to_the_reference_has_a_value_and_a_gradient(tmp_path):
     run = trainer(tmp_path, algorithm={**GRPO, "kl_beta": 1.0, "window_size": 1})
-    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, tasks=run.config.prompts)
     batch, _ = run.make_batch(plan, run.rollout(plan, 1))
     still = replace(batch, advantages=torch.zeros_like(batch.advantages))
     norms = []
@@ -247,7 +247,7 @@ def test_no_noise_outside_the_window(tmp_path):
     run = trainer(tmp_path, rollout=rollout, algorithm={**GRPO, "window_size": 1})
     sampler = StochasticSampler(run.config.algorithm, range(1, 2))
     run.policy_update.sampler = lambda update: sampler
-    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, balance_tasks=True)
+    plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, tasks=run.config.prompts)
     made = run.rollout(plan, 1)
     embeds = made.embeds[made.prompt_index]
     scheduler = run.model.scheduler_at(6, height=tiny.SIZE, width=tiny.SIZE)

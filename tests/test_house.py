@@ -33,6 +33,7 @@ ALLOWED = {
     "diffalign/config/schema.py": ("errors",),
     "diffalign/config/loading.py": ("scripts", "config.schema"),
     "diffalign/lora.py": ("errors",),
+    "diffalign/lora_formats.py": ("errors",),
     "diffalign/errors.py": (),
     "diffalign/shapes/world.py": ("geneval",),
     "diffalign/shapes/prompts.py": ("geneval", "shapes.world"),

@@ -12,8 +12,9 @@ from diffusers.optimization import get_scheduler
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import OptimizerConfig
+from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.data.prompts import load_prompts
+from diffalign.errors import UsageError
 from diffalign.training import checkpoint
 from diffalign.training.online import TrainingError, lr_factor
 from diffalign.training.rollout import make_plan
@@ -230,7 +231,7 @@ class TestPlan:
             config,
             seed=0,
             update=update,
-            **{"balance_tasks": True, **kwargs},
+            tasks=PromptsConfig(**kwargs),
         )
 
     def test_prompts_are_distinct_and_tasks_balanced(self):
@@ -241,6 +242,37 @@ class TestPlan:
             tasks += [p.task for p in plan.prompts]
         assert all(abs(tasks.count(t) / len(tasks) - 1 / 6) < 0.06 for t in set(tasks))
         assert len(set(tasks)) == 6
+
+    def test_weights_say_how_often_a_task_is_drawn(self):
+        weights = {"single_object": 0, "colors": 0.5, "position": 2.0}
+        plans = [self.plan(u, task_weights=weights).prompts for u in range(400)]
+        tasks = [p.task for plan in plans for p in plan]
+        total = 0.5 + 2.0 + 3  # and one for each of the three others
+        for task in {p.task for p in load_prompts("shapes:train")}:
+            share = tasks.count(task) / len(tasks)
+            assert share == pytest.approx(weights.get(task, 1.0) / total, abs=0.03)
+        assert all(len({p.text for p in plan}) == 3 for plan in plans)
+
+    def test_a_task_with_too_few_prompts_is_filled_up_from_the_others(self):
+        few = [p for p in load_prompts("shapes:train") if p.task == "single_object"][:1]
+        many = [p for p in load_prompts("shapes:train") if p.task == "counting"][:9]
+        plan = make_plan(
+            few + many,
+            settings("x", rollout={"prompts_per_update": 6}).rollout,
+            seed=0,
+            update=1,
+            tasks=PromptsConfig(),
+        )
+        assert sorted(p.task for p in plan.prompts) == ["counting"] * 5 + ["single_object"]
+
+    def test_wrong_weights_are_refused(self, tmp_path):
+        with pytest.raises(UsageError, match="did you mean 'counting'"):
+            trainer(tmp_path, prompts={"task_weights": {"count": 2.0}})
+        names = {p.task for p in load_prompts("shapes:train")}
+        with pytest.raises(UsageError, match="every task"):
+            trainer(tmp_path, prompts={"task_weights": dict.fromkeys(names, 0.0)})
+        with pytest.raises(ConfigError, match=r"task_weights\.counting: .*-1"):
+            PromptsConfig(task_weights={"counting": -1.0})
 
     def test_unbalanced_plans_follow_the_file(self):
         tasks = [p.task for u in range(100) for p in self.plan(u, balance_tasks=False).prompts]

@@ -342,6 +342,20 @@ class PromptsConfig:
     evaluation: str = "shapes:held_out"
     balance_tasks: bool = True
     """Draw every task (`tag` of the metadata) equally often, however many prompts it has."""
+    task_weights: dict[str, float] | None = None
+    """How often a task is drawn compared with one that is not named here: more of those with something to learn."""
+
+    def __post_init__(self) -> None:
+        weights = self.task_weights or {}
+        _check(
+            not weights or self.balance_tasks, "prompts.task_weights", "needs prompts.balance_tasks"
+        )
+        for task, weight in weights.items():
+            _check(
+                0 <= weight < math.inf,
+                f"prompts.task_weights.{task}",
+                f"must be a finite number, not negative, got {weight}",
+            )
 
 
 @dataclass

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
-from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, OptimizerConfig, RunConfig
+from diffalign.config import (
+    FlowGRPOConfig,
+    ForwardProcessConfig,
+    OptimizerConfig,
+    RunConfig,
+    nearest,
+)
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.score import Score
@@ -87,9 +93,22 @@ class OnlineTrainer:
             raise UsageError(
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
+        self._check_tasks()
         self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
         self.embed = EmbedCache(self.model)
         self.policy_update = self._policy_update()
+
+    def _check_tasks(self) -> None:
+        """UsageError where weights name tasks that no prompt has, or leave none."""
+        weights = self.config.prompts.task_weights or {}
+        tasks = {p.task for p in self.prompts}
+        for name in weights:
+            if name not in tasks:
+                raise UsageError(
+                    f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, sorted(tasks))}"
+                )
+        if all(weights.get(task, 1.0) == 0 for task in tasks):
+            raise UsageError("prompts.task_weights: every task of the prompts has weight 0")
 
     def _policy_update(self) -> PolicyUpdate:
         """The update of the configured algorithm."""
@@ -192,7 +211,7 @@ class OnlineTrainer:
             self.config.rollout,
             seed=self.config.training.seed,
             update=number,
-            balance_tasks=self.config.prompts.balance_tasks,
+            tasks=self.config.prompts,
         )
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():

@@ -6,14 +6,14 @@ one process or eight, large micro-batches or small, make the same images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.config import RolloutConfig
+from diffalign.config import PromptsConfig, RolloutConfig
 from diffalign.data.prompts import Prompt
 from diffalign.seeds import IMAGES, PROMPTS, stream
 
@@ -35,24 +35,43 @@ class Plan:
 
 
 def make_plan(
-    prompts: Sequence[Prompt], config: RolloutConfig, *, seed: int, update: int, balance_tasks: bool
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    *,
+    seed: int,
+    update: int,
+    tasks: PromptsConfig,
 ) -> Plan:
-    """Draw distinct prompts, every task equally likely (`balance_tasks`), and `group_size` images for each."""
+    """Draw distinct prompts and `group_size` images for each; `tasks` says how often which task is drawn."""
     rng = np.random.default_rng(stream(PROMPTS, seed, update))
     wanted = min(config.prompts_per_update, len(prompts))
-    order = rng.permutation(len(prompts))
-    if balance_tasks:
-        pools: dict[str, list[int]] = {}
-        for i in order:
-            pools.setdefault(prompts[i].task, []).append(int(i))
-        names = sorted(pools)
-        chosen: list[int] = []
-        while len(chosen) < wanted:
-            names = [n for n in names if pools[n]]
-            for name in rng.permutation(names)[: wanted - len(chosen)]:
-                chosen.append(pools[name].pop())
-    else:
-        chosen = [int(i) for i in order[:wanted]]
-    index = torch.arange(wanted).repeat_interleave(config.group_size)
+    chosen = [int(i) for i in rng.permutation(len(prompts))]
+    if tasks.balance_tasks:
+        chosen = _by_task(prompts, chosen, wanted, tasks.task_weights or {}, rng)
+    chosen = chosen[:wanted]
+    index = torch.arange(len(chosen)).repeat_interleave(config.group_size)
     seeds = [stream(IMAGES, seed, update, i) for i in range(len(index))]
     return Plan([prompts[i] for i in chosen], index, seeds)
+
+
+def _by_task(
+    prompts: Sequence[Prompt],
+    order: list[int],
+    wanted: int,
+    weights: Mapping[str, float],
+    rng: np.random.Generator,
+) -> list[int]:
+    """`wanted` of the indices in `order`: systematic sampling over tasks, each has its share within one prompt."""
+    pools: dict[str, list[int]] = {}
+    for i in order:
+        if weights.get(prompts[i].task, 1.0) > 0:
+            pools.setdefault(prompts[i].task, []).append(i)
+    names = [str(n) for n in rng.permutation(sorted(pools))]
+    shares = np.cumsum([weights.get(n, 1.0) for n in names])
+    points = (np.arange(wanted) + rng.random()) / wanted * shares[-1]
+    found = []
+    for k in np.searchsorted(shares, points, side="right"):
+        if pools[names[k]]:
+            found.append(pools[names[k]].pop())
+    rest = [i for name in names for i in pools[name]]  # a task with few prompts is used up
+    return found + rest[: wanted - len(found)]
