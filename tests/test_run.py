@@ -28,6 +28,7 @@ SETTINGS = [
     "--training.sample_every=1",
     "--training.checkpoint_every=1",
     "--training.max_minutes=null",
+    "--optimizer.lr_scheduler=constant",
     "--evaluation.num_inference_steps=2",
     "--evaluation.images_per_task=3",
 ]
