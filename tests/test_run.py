@@ -8,6 +8,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffalign import cli
 from diffalign.scripts.train_awm import arguments
@@ -112,6 +113,21 @@ def test_a_folder_of_another_configuration_is_refused(base, prompts, tmp_path, c
     assert "optimizer.learning_rate: 0.001, 0.5" in capsys.readouterr().err
 
 
+def test_trackers_get_the_log_the_configuration_and_the_samples(base, prompts, tmp_path):
+    folder = tmp_path / "run"
+    more = ["--training.num_updates=2", "--report_to=tensorboard"]
+    assert train(base, prompts, folder, *more) == 0
+    events = EventAccumulator(str(folder / "diffalign"), size_guidance={"images": 0})
+    events.Reload()
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = events.Scalars("reward")
+    assert [e.step for e in found] == [1, 2]
+    assert [e.value for e in found] == pytest.approx([r["reward"] for r in log])
+    assert {e.step for e in events.Images("samples")} == {1, 2}
+    written = "".join(p.read_text() for p in folder.rglob("hparams.yml"))
+    assert "optimizer.learning_rate: 0.001" in written
+
+
 def test_a_schedule_ends_where_the_run_was_to_end(base, prompts, tmp_path, capsys):
     more = ["--lr_scheduler=linear", "--training.num_updates=1"]
     assert train(base, prompts, tmp_path / "run", *more) == 0
@@ -165,6 +181,8 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts,
         (["--algorithm.timesteps_per_image=5"], "do not fit"),
         (["--lora.targets=[attn.nope]"], "match no layer"),
         (["--model.attention_backend=xformers", "--mixed_precision=no"], "would ignore 'xformers'"),
+        (["--report_to=tensorbord"], "did you mean 'tensorboard'"),
+        (["--report_to=comet_ml"], "comet_ml is not installed"),
         (["--model.name=runs/nowhere"], "runs/nowhere could not be loaded"),
     ],
 )

@@ -31,6 +31,7 @@ ALIASES = {
     "max_train_steps": "training.num_updates",
     "mixed_precision": "training.mixed_precision",
     "seed": "training.seed",
+    "report_to": "training.trackers",
     "checkpointing_steps": "training.checkpoint_every",
     "checkpoints_total_limit": "training.keep_checkpoints",
     "learning_rate": "optimizer.learning_rate",
@@ -206,7 +207,7 @@ def _parse_value(text: str, kind: Any) -> Any:
 
     if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
         return None if kind is not str and text.lower() in ("null", "none") else text
-    if kind == list[str] | None and not text.startswith("[") and text != "null":
+    if kind in (list[str], list[str] | None) and not text.startswith("[") and text != "null":
         return [part.strip() for part in text.split(",")]
     try:
         value = yaml.safe_load(text)

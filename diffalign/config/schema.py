@@ -288,6 +288,8 @@ class TrainingConfig:
     """Updates between evaluations on held-out prompts; 0 evaluates only before and after."""
     sample_every: int = 20
     """Updates between sample grids; 0 for none."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of accelerate that also get the log and the sample grids: tensorboard, wandb, trackio, ..."""
     on_collapse: str = "warn"
     """When the reward has fallen and the gradient has risen for good: "warn", "stop", or "rollback" to the last good
     checkpoint and go on with half the learning rate."""

@@ -23,6 +23,7 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
+from diffalign.training import trackers
 from diffalign.training.health import Collapse, find_collapse
 from diffalign.training.online import OnlineTrainer, TrainingError
 from diffalign.training.run_folder import SUMMARY, RunFolder
@@ -82,7 +83,9 @@ class Run:
     @classmethod
     def prepare(cls, config: RunConfig) -> Run:
         """Everything that can fail for a user's reason fails here, before the first image."""
-        accelerator = Accelerator()  # first: it decides on which device rewards are made
+        accelerator = trackers.make_accelerator(
+            config
+        )  # first: it decides on which device rewards are made
         train = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
         reward = CompositeReward.from_config(config.rewards)
@@ -134,6 +137,7 @@ class Run:
 
     def _train(self) -> None:
         c = self.config.training
+        trackers.start(self.accelerator, self.config)
         progress = self.trainer.progress
         bar = tqdm(
             total=c.num_updates,
@@ -151,6 +155,7 @@ class Run:
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
                 row["evaluation"] = self._evaluate(self.policy).to_dict()
             log.append(row)
+            trackers.log(self.accelerator, row)
             if self.accelerator.is_main_process:
                 self.trainer.folder.append_log(row)
                 if c.sample_every and progress.update % c.sample_every == 0:
@@ -168,6 +173,7 @@ class Run:
                 bar.n = self.trainer.progress.update
                 last = last and self._out_of_time()
         bar.close()
+        trackers.finish(self.accelerator)
         for name, count in self.reward.failures.items():
             if count:
                 self._say(f"reward {name} could not score {count} images; they were left out")
@@ -224,6 +230,7 @@ class Run:
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
         image_grid(found.images, columns=6).save(folder / f"{update:06d}.png")
+        trackers.log_images(self.accelerator, found.images, update=update)
 
     def _export(self) -> None:
         folder = self.trainer.folder.path / "lora"

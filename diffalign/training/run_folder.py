@@ -22,6 +22,7 @@ FREE = {
     "training.eval_every",
     "training.sample_every",
     "training.on_collapse",
+    "training.trackers",
     "training.micro_batch_size",
     "rollout.micro_batch_size",
     "model.gradient_checkpointing",

@@ -1,0 +1,73 @@
+"""Experiment trackers through accelerate (tensorboard, wandb, trackio, ...), beside the run folder's own log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
+
+from diffalign.config import ConfigError, RunConfig, nearest, to_dict
+
+PROJECT = "diffalign"
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The process's accelerator with the configured trackers; ConfigError for one that is unknown or not installed.
+
+    (accelerate itself leaves out what is not installed without a word.)
+    """
+    names = config.training.trackers
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            hint = nearest(name, list(LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"training.trackers: accelerate knows no {name!r}{hint}")
+        if name not in installed:
+            raise ConfigError(f"training.trackers: {name} is not installed (pip install {name})")
+    return Accelerator(log_with=list(names) or None, project_dir=config.output_dir)
+
+
+def start(accelerator: Accelerator, config: RunConfig) -> None:
+    """Open the trackers with the whole configuration as their parameters."""
+    if config.training.trackers:
+        accelerator.init_trackers(PROJECT, config=dict(_flat(to_dict(config))))
+
+
+def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
+    """The numbers of a row of the log, at its update."""
+    values = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+    scores = row.get("evaluation", {}).get("tasks", {})
+    values |= {f"evaluation/{name}": score for name, score in scores.items()}
+    accelerator.log(values, step=row["update"])
+
+
+def log_images(accelerator: Accelerator, images: Tensor, *, update: int) -> None:
+    """Images (N, 3, H, W) uint8, for the trackers that take images."""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                pixels = images.permute(0, 2, 3, 1).numpy()
+                values = pixels if tracker.name == "tensorboard" else list(pixels)
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": values}, step=update, **options)
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Close the trackers; what is still in their buffers is written."""
+    if accelerator.trackers:
+        accelerator.end_training()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys; trackers take numbers and texts only."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            plain = isinstance(value, int | float | str | bool)
+            rows.append((f"{prefix}{key}", value if plain else str(value)))
+    return rows
