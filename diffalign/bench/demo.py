@@ -47,7 +47,7 @@ def configuration(arm: str, seed: int, options: BenchOptions) -> RunConfig:
 
 def run(options: BenchOptions) -> dict[str, Any]:
     """All arms and seeds."""
-    arms = {}
+    arms: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
         summaries = [train(configuration(arm, seed, options)) for seed in range(options.seeds)]
         tasks = [s["after"]["tasks"] for s in summaries]

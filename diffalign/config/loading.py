@@ -104,12 +104,12 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
 def _decode_algorithm(raw: Mapping[str, Any]) -> AlgorithmConfig:
     """draccus picks no class by a field's value, and names no group that it does not see."""
     import draccus
+    from draccus.utils import DecodingError
 
     try:
         return draccus.decode(_algorithm_class(raw), dict(raw))
-    except draccus.ParsingError as error:
-        error.key_path = ("algorithm", *getattr(error, "key_path", ()))
-        raise
+    except DecodingError as error:
+        raise DecodingError(("algorithm", *error.key_path), error.message) from error
 
 
 def _algorithm_class(raw: Mapping[str, Any]) -> type[AlgorithmConfig]:

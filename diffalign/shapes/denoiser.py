@@ -32,6 +32,8 @@ NO_GUIDANCE = 1.0
 LONG_PADDING = 256
 LONG_SHARE = 0.03
 """Share of the batches whose T5 tokens are padded to LONG_PADDING, so that a stock call draws well, too."""
+LONG_DIVISOR = 4
+"""Such a batch has so many times fewer images: its attention is not worth more."""
 
 
 def build_sd3_transformer() -> SD3Transformer2DModel:
@@ -181,14 +183,14 @@ class Pretraining:
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
         """The arguments of the loss."""
-        n = self.config.batch_size
+        long = torch.rand((), generator=self.rng).item() < LONG_SHARE
+        n = max(1, self.config.batch_size // (LONG_DIVISOR if long else 1))
         index = torch.randint(len(data.rows), (n,), generator=self.rng)
         latents = data.latents[index].float()
         rows = data.rows[index]
         rows[torch.rand(n, generator=self.rng) < self.config.prompt_dropout] = 0
         noise = torch.randn(latents.shape, generator=self.rng)
         timesteps = self.model.noise.timesteps(logit_normal_sigmas(n, generator=self.rng))
-        long = torch.rand((), generator=self.rng).item() < LONG_SHARE
         return latents, noise, timesteps, (data.long_embeds if long else data.embeds)[rows]
 
     def update(self, data: Captioned) -> float:
