@@ -19,6 +19,9 @@ EPILOG = """examples:
 """
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All verbs."""
     parser = argparse.ArgumentParser(
@@ -71,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--output", type=Path, required=True)
 
+    merge = verbs.add_parser("merge", help="a whole pipeline with a LoRA added into its weights")
+    merge.add_argument("--model", default="shapes-sd3", help="name, folder or hub id")
+    merge.add_argument("--lora", required=True, help="folder or file for load_lora_weights")
+    merge.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    merge.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
+
     bench = verbs.add_parser("bench", help="measure one of the suite's claims")
     bench.add_argument("name", help="a name of `diffalign list benches`")
     bench.add_argument("--quick", action="store_true", help="minutes, to see that it works")
@@ -90,7 +99,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
     )
     parser.add_argument("--lora", default=None, help="folder or file for load_lora_weights")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--num_inference_steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: none")
     parser.add_argument("--height", type=int, default=None, help="pixels; default: the model's")

@@ -193,6 +193,34 @@ def test_mistakes_are_one_line(base, prompts, tmp_path, capsys, more, message):
     assert not (tmp_path / "run").exists()  # the corrected command may have the folder
 
 
+def test_a_merged_pipeline_draws_what_the_lora_draws(base, prompts, tmp_path, capsys):
+    assert (
+        train(base, prompts, tmp_path / "run", "--training.num_updates=2", "--learning_rate=0.05")
+        == 0
+    )
+    flags = [f"--model={base}", f"--lora={tmp_path / 'run' / 'lora'}", "--dtype=float32"]
+    merged = tmp_path / "merged"
+    assert cli.main(["merge", *flags, f"--output_dir={merged}"]) == 0
+    assert cli.main(["merge", *flags, f"--output_dir={merged}"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    pipelines = [DiffusionPipeline.from_pretrained(folder) for folder in (base, base, merged)]
+    pipelines[1].load_lora_weights(tmp_path / "run" / "lora")
+    images = [
+        pipeline(
+            "a cat",
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            output_type="latent",
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        for pipeline in pipelines
+    ]
+    torch.testing.assert_close(images[1], images[2], rtol=1e-3, atol=1e-4)
+    assert (images[0] - images[2]).abs().max() > 1e-3
+    assert not hasattr(pipelines[2].transformer, "peft_config")
+
+
 def test_generate_and_evaluate(base, prompts, tmp_path, capsys):
     flags = ["--model", str(base), "--num_inference_steps=2", "--dtype=float32"]
     folder = tmp_path / "images"
