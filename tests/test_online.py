@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig
+from diffalign.config import ALGORITHMS, ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.training import checkpoint
@@ -293,10 +293,14 @@ PROCESS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import test_online as t
-run = t.trainer(sys.argv[1])
-rows = [run.train_update() for _ in range(2)]
+results = {{}}
+for kind in t.ALGORITHMS:
+    few = {{"timesteps_per_image": 2}} if kind == "diffusion_nft" else {{}}
+    run = t.trainer(sys.argv[1], algorithm={{"type": kind, **few}})
+    rows = [run.train_update() for _ in range(2)]
+    results[kind] = t.weights(run), rows
 if run.accelerator.is_main_process:
-    torch.save((t.weights(run), rows), sys.argv[1] + "/result.pt")
+    torch.save(results, sys.argv[1] + "/result.pt")
 """
 
 
@@ -319,9 +323,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(folder / "result.pt", weights_only=False))
-    (one, rows), (two, others) = results
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-    assert rows[0]["reward"] == pytest.approx(others[0]["reward"], abs=1e-4)
+    assert set(results[0]) == set(ALGORITHMS)
+    for kind in ALGORITHMS:
+        (one, rows), (two, others) = (result[kind] for result in results)
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+        assert rows[0]["reward"] == pytest.approx(others[0]["reward"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
