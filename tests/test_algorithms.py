@@ -286,6 +286,13 @@ class TestAdvantages:
         assert result[[1, 3, 4]].tolist() == [0, 0, 0]
         assert adv.informative(rewards, group).tolist() == [True, False, True, False, False]
 
+    def test_diversity_is_the_spread_within_groups(self):
+        group = torch.tensor([0, 0, 1, 1, 2])
+        latents = torch.tensor([[0.0, 2.0], [2.0, 2.0], [5.0, 5.0], [5.0, 5.0], [9.0, 9.0]])
+        # group 0: standard deviations sqrt 2 and 0; group 1 draws one image; group 2 has one image only
+        total, count = adv.group_diversity(latents, group)
+        assert (total, count) == (pytest.approx(2**0.5 / 2), 2)
+
     def test_clip_and_scale(self):
         values = torch.tensor([-10.0, -5.0, 0.0, 2.5, 7.0])
         result = adv.clip_advantages(values, clip=5.0, maximum=1.0)

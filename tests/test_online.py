@@ -41,6 +41,7 @@ def test_the_reward_rises(tmp_path, family):
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["kl"] == 0.0 < rows[-1]["kl"]
     assert {"grad_norm", "images_per_second", "reward_group_std", "kept"} <= set(rows[0])
+    assert all(r["diversity"] > 0 for r in rows)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,23 @@ def informative(rewards: Tensor, group: Tensor, *, tolerance: float = 1e-6) -> T
     return valid & ((high - low)[index] > tolerance)
 
 
+def group_diversity(latents: Tensor, group: Tensor) -> tuple[float, int]:
+    """Sum over groups of the standard deviation of an image's values within its group, and the number of groups.
+
+    A policy that has learnt to draw one image for a prompt has 0; rewards alone do not show it.
+
+    Args:
+        latents: (B, ...); group: (B,) integers. Groups of one image are left out.
+    """
+    total, count = 0.0, 0
+    for g in group.unique():
+        members = latents[group == g].float()
+        if len(members) > 1:
+            total += float(members.std(0).mean())
+            count += 1
+    return total, count
+
+
 def _sum_by(values: Tensor, index: Tensor) -> Tensor:
     total = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=values.dtype)
     return total.index_add_(0, index, values)

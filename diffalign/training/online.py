@@ -222,6 +222,7 @@ class OnlineTrainer:
             )
         sampled = time.perf_counter()
         batch, row = self.make_batch(plan, rollout)
+        row["diversity"] = self._diversity(rollout)
         if batch.kept == 0:
             logger.warning("update %d: no group has different rewards; nothing to learn", number)
         else:
@@ -305,6 +306,14 @@ class OnlineTrainer:
             trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
         )
         return batch, _reward_row(rewards, group, keep, rollout.details)
+
+    def _diversity(self, rollout: Rollout) -> float:
+        """Mean over groups; of a group that is spread over processes each counts its own images."""
+        found = adv.group_diversity(rollout.latents.cpu(), rollout.prompt_index)
+        total, count = self.accelerator.reduce(
+            torch.tensor(found, device=self.accelerator.device), "sum"
+        ).tolist()
+        return total / count if count else float("nan")
 
     def optimize(self, batch: TrainingBatch, number: int) -> dict[str, float]:
         """All optimizer steps on one rollout."""
