@@ -25,6 +25,7 @@ from diffalign.shapes.build import build_flux_pipeline, build_sd3_pipeline, save
 from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
 from diffalign.shapes.guidance import GuidanceDistillation
 from diffalign.shapes.text import MAX_LENGTH
+from diffalign.shapes.world import IMAGE_SIZE
 from diffalign.versions import versions
 
 FAMILIES = {
@@ -50,7 +51,7 @@ def load_model(family: str, work: Path) -> TextToImageModel:
         build(load_autoencoder(work)).save_pretrained(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.vae.to(memory_format=torch.channels_last)
-    return kind(pipeline, max_sequence_length=MAX_LENGTH)
+    return kind(pipeline, max_sequence_length=MAX_LENGTH, default_size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
 def main() -> None:

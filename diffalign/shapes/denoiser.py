@@ -85,6 +85,7 @@ class PretrainConfig:
     prompt_dropout: float = 0.1
     seed: int = 0
     eval_every: int = 1000
+    save_every: int = 250
     compile: bool = True
     stop_after_seconds: float | None = None
     """Anneal and finish early when this much time has passed."""
@@ -257,6 +258,8 @@ class Pretraining:
             start = time.perf_counter()
             losses.append(self.update(data))
             self.seconds += time.perf_counter() - start
+            if self.step % self.config.save_every == 0:
+                self.save()
             if self.step % self.config.eval_every == 0 or self.progress() >= 1:
                 with self.averaged():
                     score = evaluate_shapes(
