@@ -7,6 +7,7 @@ import pytest
 
 from diffalign import config
 from diffalign.config import ConfigError, RunConfig, load, loading
+from diffalign.pipelines.registry import available
 
 
 def test_every_recipe_loads_and_is_dumped_and_read_back(tmp_path):
@@ -16,6 +17,7 @@ def test_every_recipe_loads_and_is_dumped_and_read_back(tmp_path):
         (tmp_path / "copy.yaml").write_text(config.dump(loaded))
         assert load(tmp_path / "copy.yaml") == loaded
         assert config.describe_recipes()[name]
+        assert loaded.model.name in available()  # what a recipe trains is there, or on a hub
 
 
 def test_overrides_by_path_and_by_diffusers_names():
