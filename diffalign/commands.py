@@ -16,14 +16,15 @@ from rich.table import Table
 from diffalign.bench.record import BenchOptions, run_bench
 from diffalign.config import EvaluationConfig, RunConfig, load
 from diffalign.data.prompts import Prompt, load_prompts
-from diffalign.errors import UsageError
+from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
 from diffalign.lora import WEIGHT_NAME
 from diffalign.lora_formats import read, write
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.registry import load_meta_model, load_model
 from diffalign.rewards.composition import CompositeReward
+from diffalign.training.memory import forecast
 from diffalign.training.run import run
 from diffalign.training.run_folder import SUMMARY
 from diffalign.types import no_reward
@@ -31,11 +32,28 @@ from diffalign.versions import versions
 
 
 def train(config: RunConfig) -> int:
-    """Run a configuration and print what came of it."""
+    """Run a configuration and print what it will need and what came of it."""
+    if PartialState().is_main_process:
+        print_forecast(config)
     summary = run(config)
     if PartialState().is_main_process:
         print_summary(summary)
     return 0
+
+
+def print_forecast(config: RunConfig) -> None:
+    """The memory forecast, before anything is loaded."""
+    c = config.model
+    try:
+        model = load_meta_model(
+            c.name,
+            dtype=getattr(torch, c.dtype),
+            revision=c.revision,
+            max_sequence_length=c.max_sequence_length,
+        )
+        print(forecast(model, config))
+    except (OSError, UserError):
+        return  # no configuration to read, or one that cannot be run: loading it for good will say so
 
 
 def demo(args: argparse.Namespace) -> int:

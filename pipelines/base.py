@@ -99,6 +99,10 @@ class TextToImageModel(ABC):
     def image_seq_len(self, height: int, width: int) -> int:
         """Image tokens that the denoiser sees at this resolution."""
 
+    @abstractmethod
+    def prompt_shape(self) -> tuple[int, int, int]:
+        """(S, D, P) of the prompt embeddings: tokens, their width, and the width of the pooled one (0: none)."""
+
     @property
     @abstractmethod
     def latent_channels(self) -> int: ...

@@ -88,6 +88,10 @@ class FluxModel(TextToImageModel):
         )[0]
         return unpack_latents(tokens, h, w)
 
+    def prompt_shape(self) -> tuple[int, int, int]:
+        config = self.denoiser.config
+        return self.max_sequence_length, config.joint_attention_dim, config.pooled_projection_dim
+
     @property
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels // 4

@@ -124,6 +124,49 @@ def load_model(
     return model.to(device)
 
 
+def load_meta_model(
+    name: str,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    max_sequence_length: int | None = None,
+) -> TextToImageModel:
+    """The same model with all modules on the meta device: its configurations are read, its weights are not."""
+    import diffusers
+    import torch
+    import transformers
+
+    spec = resolve(name)
+    source = str(_path(spec)) if spec.source.startswith("package:") else spec.source
+    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    parts: dict[str, Any] = {}
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list):
+            continue
+        library, kind = entry
+        where = {"subfolder": part, "revision": revision}
+        if library is None:
+            parts[part] = None
+        elif library == "diffusers":
+            cls = getattr(diffusers, kind)
+            with torch.device("cpu" if kind.endswith("Scheduler") else "meta"):
+                parts[part] = cls.from_config(cls.load_config(source, **where))
+        elif "Tokenizer" in kind:
+            parts[part] = getattr(transformers, kind).from_pretrained(source, **where)
+        else:
+            config = transformers.AutoConfig.from_pretrained(source, **where)
+            with torch.device("meta"):
+                parts[part] = getattr(transformers, kind)(config)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(dtype or torch.bfloat16)
+    pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    length = max_sequence_length or spec.max_sequence_length
+    return family_of(index["_class_name"])(
+        pipeline, max_sequence_length=length, default_size=spec.size
+    )
+
+
 def _path(spec: ModelSpec) -> Path:
     import diffalign.shapes
 

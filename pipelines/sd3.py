@@ -71,6 +71,11 @@ class SD3Model(TextToImageModel):
             )
         return shape
 
+    def prompt_shape(self) -> tuple[int, int, int]:
+        config = self.denoiser.config
+        tokens = self.pipeline.tokenizer.model_max_length + self.max_sequence_length
+        return tokens, config.joint_attention_dim, config.pooled_projection_dim
+
     @property
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels

@@ -88,6 +88,11 @@ def test_a_run_leaves_a_folder_that_explains_itself(base, prompts, tmp_path, cap
     assert (adapter.r, adapter.lora_alpha) == (4, 8.0)
 
 
+def test_the_memory_forecast_comes_first(base, prompts, tmp_path, capsys):
+    assert train(base, prompts, tmp_path / "run", "--training.num_updates=1") == 0
+    assert capsys.readouterr().out.startswith("memory forecast, GiB for a process: 0.")
+
+
 def test_a_longer_run_continues_and_equals_one_in_one_go(base, prompts, tmp_path):
     for folder, stops in (("whole", [3]), ("parts", [1, 3])):
         for updates in stops:

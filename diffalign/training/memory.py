@@ -1,0 +1,139 @@
+"""How much memory a run will need, before anything is loaded: the same graph on the meta device, its tensors counted.
+
+Activations are what autograd keeps of one micro-batch, found by running the denoiser's forward without data. Attention
+probabilities are left out: neither CUDA's kernels nor xformers keep them. Peaks inside a layer, the allocator's
+rounding and the CUDA context come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from diffalign import lora
+from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, RunConfig
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.types import PromptEmbeds
+
+GIB = 2**30
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Bytes of one process."""
+
+    denoiser: int
+    text_encoders: int
+    autoencoder: int
+    adapters: int
+    """Three float32 copies of the LoRA: current, lagged, averaged."""
+    optimizer: int
+    """Gradients and two moments, float32."""
+    activations: int
+    """Of one micro-batch of training."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        rows = [(f.name.replace("_", " "), getattr(self, f.name)) for f in fields(self)]
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in rows)
+        return f"memory forecast, GiB for a process: {self.total / GIB:.2f} ({parts})"
+
+
+def forecast(model: TextToImageModel, config: RunConfig) -> MemoryForecast:
+    """Count a run on a model whose modules are on the meta device; they get the run's adapters.
+
+    Args:
+        model: from `pipelines.registry.load_meta_model`.
+    """
+    parts = {
+        name: size_of(part)
+        for name, part in model.pipeline.components.items()
+        if isinstance(part, nn.Module)
+    }
+    denoiser = size_of(model.denoiser)
+    autoencoder = parts.get("vae", 0)
+    targets = config.lora.targets or model.lora_targets
+    parameters = lora.attach(
+        model.denoiser, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, policies=()
+    )
+    trained = sum(p.numel() for p in parameters) * FLOAT32
+    return MemoryForecast(
+        denoiser=denoiser,
+        text_encoders=sum(parts.values()) - denoiser - autoencoder,
+        autoencoder=autoencoder,
+        adapters=3 * trained,
+        optimizer=3 * trained,
+        activations=activations(model, config),
+    )
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def activations(model: TextToImageModel, config: RunConfig) -> int:
+    """Bytes that autograd keeps of one micro-batch, with the adapters in place."""
+    for parameter in model.denoiser.parameters():  # autocast computes adapters in the base's dtype
+        parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+    rows = config.training.micro_batch_size * _rows_per_image(config)
+    height, width = model.default_size
+    size = config.rollout.height or height, config.rollout.width or width
+    dtype = getattr(torch, config.model.dtype)
+    with torch.device("meta"):
+        latents = torch.empty(rows, *model.latent_shape(*size), dtype=dtype)
+        length, features, pooled = model.prompt_shape()
+        embeds = PromptEmbeds(
+            torch.empty(rows, length, features, dtype=dtype),
+            torch.empty(rows, pooled, dtype=dtype) if pooled else None,
+        )
+        times = torch.empty(rows)
+    model.denoiser.train()
+    if config.model.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+
+    def forward() -> Tensor:
+        return model.predict(latents, times, embeds).float().square().mean()
+
+    kept = saved_bytes(model.denoiser, forward)
+    if config.model.gradient_checkpointing:  # and one block at a time is computed again
+        model.denoiser.disable_gradient_checkpointing()
+        blocks = sum(len(m) for m in model.denoiser.children() if isinstance(m, nn.ModuleList))
+        kept += saved_bytes(model.denoiser, forward) // max(1, blocks)
+    model.denoiser.eval()
+    return kept
+
+
+def saved_bytes(module: nn.Module, forward: object) -> int:
+    """Bytes of all tensors that autograd keeps of a forward, without parameters and attention probabilities."""
+    held = {p.untyped_storage()._cdata for p in module.parameters()}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        attention = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > 1
+        if storage._cdata not in held and not attention:
+            found[storage._cdata] = (
+                storage.nbytes(),
+                tensor,
+            )  # held on to, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()  # type: ignore[operator]
+    return sum(size for size, _ in found.values())
+
+
+def _rows_per_image(config: RunConfig) -> int:
+    algorithm = config.algorithm
+    if isinstance(algorithm, ForwardProcessConfig):
+        return algorithm.timesteps_per_image
+    assert isinstance(algorithm, FlowGRPOConfig)
+    return algorithm.window_size or config.rollout.num_inference_steps - 1

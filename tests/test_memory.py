@@ -1,0 +1,89 @@
+"""The memory forecast against what a real step keeps."""
+
+import pytest
+import tiny
+import torch
+
+from diffalign import lora
+from diffalign.config import load
+from diffalign.pipelines.registry import load_meta_model
+from diffalign.training.memory import forecast, saved_bytes, size_of
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def family(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny.MODELS[request.param]()
+    model.pipeline.to(torch.bfloat16)
+    model.pipeline.save_pretrained(folder)
+    return request.param, folder, model
+
+
+def configuration(folder, *more):
+    return load(
+        None,
+        [
+            f"--model.name={folder}",
+            "--model.max_sequence_length=16",
+            "--lora.rank=4",
+            "--lora.alpha=8",
+            "--rollout.height=16",
+            "--rollout.width=16",
+            "--training.micro_batch_size=8",
+            "--algorithm.timesteps_per_image=2",
+            *more,
+        ],
+    )
+
+
+def test_forecast_agrees_with_a_real_step(family):
+    kind, folder, _ = family
+    config = configuration(folder)
+    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+
+    model = tiny.MODELS[kind]()
+    model.pipeline.to(torch.bfloat16)
+    assert found.denoiser == size_of(model.denoiser)
+    assert found.autoencoder == size_of(model.pipeline.vae)
+    everything = [c for c in model.pipeline.components.values() if isinstance(c, torch.nn.Module)]
+    assert found.denoiser + found.text_encoders + found.autoencoder == sum(map(size_of, everything))
+    parameters = lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
+    trained = sum(p.numel() * p.element_size() for p in parameters)
+    assert found.adapters == found.optimizer == 3 * trained
+
+    embeds = model.encode_prompt(["a cat"] * 16)
+    assert model.prompt_shape() == (
+        *embeds.prompt_embeds.shape[1:],
+        embeds.pooled_prompt_embeds.shape[1],
+    )
+    latents, times = torch.randn(16, 4, 8, 8), torch.full((16,), 500.0)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.predict(latents, times, embeds).float().square().mean()
+
+    measured = saved_bytes(model.denoiser, step)
+    assert found.activations == pytest.approx(measured, rel=0.03)
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(family):
+    _, folder, _ = family
+    sizes = {}
+    for name, more in {
+        "one": ["--training.micro_batch_size=4"],
+        "two": ["--training.micro_batch_size=8"],
+        "checkpointed": ["--model.gradient_checkpointing=true"],
+    }.items():
+        model = load_meta_model(str(folder), max_sequence_length=16)
+        sizes[name] = forecast(model, configuration(folder, *more)).activations
+    assert sizes["two"] == pytest.approx(2 * sizes["one"], rel=0.1)
+    assert sizes["checkpointed"] < sizes["two"]
+
+
+def test_printed(family):
+    _, folder, _ = family
+    text = str(
+        forecast(load_meta_model(str(folder), max_sequence_length=16), configuration(folder))
+    )
+    assert text.startswith("memory forecast, GiB for a process: 0.0")
+    assert "activations" in text
