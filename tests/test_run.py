@@ -140,9 +140,10 @@ def test_a_schedule_ends_where_the_run_was_to_end(base, prompts, tmp_path, capsy
     assert "training.num_updates: 1, 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("updates", [3, 4])
 @pytest.mark.parametrize("reaction", ["warn", "stop", "rollback"])
 def test_a_collapse_is_answered_as_configured(
-    base, prompts, tmp_path, capsys, monkeypatch, reaction
+    base, prompts, tmp_path, capsys, monkeypatch, reaction, updates
 ):
     """The detector is told what to see; what follows is the run's own."""
     seen = []
@@ -155,13 +156,14 @@ def test_a_collapse_is_answered_as_configured(
 
     monkeypatch.setattr("diffalign.training.run.find_collapse", detector)
     folder = tmp_path / "run"
-    more = ["--training.num_updates=4", f"--training.on_collapse={reaction}"]
+    more = [f"--training.num_updates={updates}", f"--training.on_collapse={reaction}"]
     assert train(base, prompts, folder, *more) == (2 if reaction == "stop" else 0)
     printed = "".join(capsys.readouterr())
     assert "the run looks collapsed" in printed
     assert ("rolled back to update 2" in printed) == (reaction == "rollback")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [r["update"] for r in log] == ([1, 2, 3] if reaction == "stop" else [1, 2, 3, 4])
+    wanted = 3 if reaction == "stop" else updates
+    assert [r["update"] for r in log] == list(range(1, wanted + 1))
 
 
 def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):

@@ -171,7 +171,7 @@ class Run:
             if (collapse := find_collapse(log)) is not None:
                 log = self._collapsed(collapse)
                 bar.n = self.trainer.progress.update
-                last = last and self._out_of_time()
+                last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
         bar.close()
         trackers.finish(self.accelerator)
         for name, count in self.reward.failures.items():

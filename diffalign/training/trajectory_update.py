@@ -146,9 +146,8 @@ class TrajectoryUpdate(PolicyUpdate):
         log_probs = flow_grpo.log_prob(
             part.latents[:, 1:].flatten(0, 1), current, dynamics=config.dynamics
         )
-        if (
-            key[1] == 0
-        ):  # on policy: these are the old ones, for this step and those that follow on the rollout
+        if key[1] == 0:
+            # on policy: these are the old ones, for this step and for those that follow on the rollout
             mean = current.mean.detach() if config.guard else None
             self._old[rows.start] = (log_probs.detach(), mean)
         old, old_mean = self._old[rows.start]
