@@ -40,7 +40,7 @@ typecheck: install
 	cd .types && ../$(BIN)/python -m diffalign.cli list models | grep shapes-sd3
 	cd .types && ../$(BIN)/python -m diffalign.cli train demo --dry-run > /dev/null
 
-# The shipped checkpoints from nothing: about 75 minutes each on two cores.
+# The checkpoints from nothing: an hour or two each on two cores.
 shapes: install
 	$(BIN)/python -m diffalign.scripts.train_shapes sd3 --out diffalign/shapes/checkpoints/shapes-sd3
 	$(BIN)/python -m diffalign.scripts.train_shapes flux --out diffalign/shapes/checkpoints/shapes-flux

@@ -95,12 +95,15 @@ def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None
     """Write a LoRA; `family` ("sd3" or "flux") for kohya's names. UsageError for a module without a name there."""
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; valid are {', '.join(FORMATS)}")
-    rank, alpha = _most(d.shape[0] for d in lora.down.values()), _most(lora.alpha.values())
     if to == "diffusers":
         tensors, metadata = _diffusers(lora), {METADATA: _adapter_metadata(lora)}
     else:  # diffusers refuses a file that has both tensors of alpha and its own metadata
         tensors = _kohya(lora, family) if to == "kohya" else _diffusers(lora) | _alphas(lora)
-        metadata = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+        rank = _most(down.shape[0] for down in lora.down.values())
+        metadata = {
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(_most(lora.alpha.values())),
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"format": "pt", **metadata})
 

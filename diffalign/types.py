@@ -39,6 +39,12 @@ class PromptEmbeds:
             None if pooled is None else pooled.to(*args, **kwargs),
         )
 
+    def repeat_first(self, n: int) -> PromptEmbeds:
+        """The first prompt `n` times: one null prompt for a whole batch."""
+        import torch
+
+        return self[torch.zeros(n, dtype=torch.long)]
+
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         import torch

@@ -107,7 +107,7 @@ def load_model(
     from diffusers import DiffusionPipeline
 
     spec = resolve(name)
-    source = str(_path(spec)) if spec.source.startswith("package:") else spec.source
+    source = _source(spec)
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
         family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
@@ -118,10 +118,7 @@ def load_model(
     except OSError as error:
         raise UnknownModel(f"model.name: {name} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    family = family_of(type(pipeline).__name__)
-    length = max_sequence_length or spec.max_sequence_length
-    model = family(pipeline, max_sequence_length=length, default_size=spec.size)
-    return model.to(device)
+    return _wrap(pipeline, spec, max_sequence_length).to(device)
 
 
 def load_meta_model(
@@ -137,7 +134,7 @@ def load_meta_model(
     import transformers
 
     spec = resolve(name)
-    source = str(_path(spec)) if spec.source.startswith("package:") else spec.source
+    source = _source(spec)
     index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
     parts: dict[str, Any] = {}
     for part, entry in index.items():
@@ -161,10 +158,20 @@ def load_meta_model(
         if isinstance(part, torch.nn.Module):
             part.to(dtype or torch.bfloat16)
     pipeline = getattr(diffusers, index["_class_name"])(**parts)
-    length = max_sequence_length or spec.max_sequence_length
-    return family_of(index["_class_name"])(
-        pipeline, max_sequence_length=length, default_size=spec.size
+    return _wrap(pipeline, spec, max_sequence_length)
+
+
+def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> TextToImageModel:
+    return family_of(type(pipeline).__name__)(
+        pipeline,
+        max_sequence_length=max_sequence_length or spec.max_sequence_length,
+        default_size=spec.size,
     )
+
+
+def _source(spec: ModelSpec) -> str:
+    """A folder or a hub id."""
+    return str(_path(spec)) if spec.source.startswith("package:") else spec.source
 
 
 def _path(spec: ModelSpec) -> Path:

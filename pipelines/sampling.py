@@ -124,7 +124,7 @@ def generate(
         rows = prompt_index[part].to(embeds.prompt_embeds.device)
         negative = None
         if negative_embeds is not None:
-            negative = negative_embeds[torch.zeros_like(rows)]
+            negative = negative_embeds.repeat_first(len(rows))
         with compute(model.device, mixed_precision):
             clean = sample(
                 model,

@@ -2,7 +2,7 @@
 
     python -m diffalign.scripts.train_shapes sd3 --work runs/shapes --out diffalign/shapes/checkpoints/shapes-sd3
 
-About 75 minutes on two CPU cores with AMX. Each stage is kept in --work and skipped when it is there.
+An hour or two on two CPU cores with AMX. Each stage is kept in --work and skipped when it is there.
 """
 
 from __future__ import annotations

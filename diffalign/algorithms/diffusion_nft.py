@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
 from diffalign.config import DiffusionNFTConfig
+from diffalign.noise import expand
 
 NORMALISER_FLOOR = 1e-5
 METRICS = ("optimality", "positive", "negative", "error")
@@ -43,11 +44,10 @@ def nft_loss(
     """
     old = old_pred.detach().float()
     current = model_pred.float()
-    shape = (-1, *[1] * (current.ndim - 1))
+    t = expand(sigmas.float(), current)
 
     def term(velocity: Tensor) -> Tensor:
-        implied = noisy_latents.float() - sigmas.float().view(shape) * velocity
-        gap = implied - latents.float()
+        gap = noisy_latents.float() - t * velocity - latents.float()
         normaliser = gap.detach().abs().flatten(1).mean(1).clamp(min=NORMALISER_FLOOR)
         return gap.square().flatten(1).mean(1) / normaliser
 

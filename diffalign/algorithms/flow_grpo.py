@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffalign.algorithms.forward_process import matching_error, proximal_loss
 from diffalign.noise import RectifiedFlow, expand
 
 PATH = RectifiedFlow()
@@ -70,7 +71,7 @@ def stochastic_step(
 
 def log_prob(sample: Tensor, step: StochasticStep, *, dynamics: str = "sde") -> Tensor:
     """(B,) log-probability of x', a mean over dimensions; without its constants for "cps", as in that release."""
-    square = (sample.detach().float() - step.mean).square().flatten(1).mean(1)
+    square = matching_error(step.mean, sample.detach())
     if dynamics == "cps":
         return -square
     variance = step.std.square()
@@ -85,11 +86,9 @@ def log_ratio(
     difference = log_probs - old_log_probs
     if old_mean is None:
         return difference
-    distance = (step.mean - old_mean.float()).square().flatten(1).mean(1)
-    return difference * step.std + distance / (2 * step.std)
+    return difference * step.std + matching_error(step.mean, old_mean) / (2 * step.std)
 
 
 def reference_distance(step: StochasticStep, reference: StochasticStep) -> Tensor:
     """(B,) |mu - mu_ref|^2 / 2 s^2, mean over dimensions: KL of the steps times D, as in the release."""
-    square = (step.mean - reference.mean.detach()).square().flatten(1).mean(1)
-    return square / (2 * step.diffusion.square())
+    return proximal_loss(step.mean, reference.mean) / (2 * step.diffusion.square())

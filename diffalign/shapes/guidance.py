@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UsageError
+from diffalign.noise import expand
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.shapes.denoiser import NO_GUIDANCE, Captioned, Pretraining
 from diffalign.types import PromptEmbeds
@@ -47,7 +48,7 @@ class GuidanceDistillation(Pretraining):
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
         latents, noise, timesteps, embeds = super().batch(data)
-        null = data.padded_like(embeds)[torch.zeros(len(embeds), dtype=torch.long)]
+        null = data.padded_like(embeds).repeat_first(len(embeds))
         low, high = GUIDANCE_RANGE
         guidance = low + (high - low) * torch.rand(len(embeds), generator=self.rng)
         return latents, noise, timesteps, PromptEmbeds.cat([embeds, null]), guidance
@@ -70,6 +71,6 @@ class GuidanceDistillation(Pretraining):
                 guidance_scale=NO_GUIDANCE,
             )
             cond, uncond = both.float().chunk(2)
-            target = uncond + guidance.view(-1, 1, 1, 1) * (cond - uncond)
+            target = uncond + expand(guidance, cond) * (cond - uncond)
         pred = self.model.predict(noisy, timesteps, embeds[: len(noisy)], guidance_scale=guidance)  # type: ignore[arg-type]
         return (pred.float() - target).square().mean()

@@ -140,7 +140,7 @@ class PolicyUpdate(ABC):
         if guidance is None:
             guidance = self.guidance_scale
         elif negatives is not None:
-            negative = negatives[torch.zeros(len(noisy), dtype=torch.long)]
+            negative = negatives.repeat_first(len(noisy))
         if (
             self.settings.mixed_precision == "no"
         ):  # without autocast inputs must have the dtype of the base
