@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("name", help="a name of `diffalign list benches`")
     bench.add_argument("--quick", action="store_true", help="minutes, to see that it works")
     bench.add_argument("--seeds", type=int, default=None, help="default: 3, or 1 with --quick")
+    bench.add_argument("--arms", default=None, help="only these, separated by commas")
     bench.add_argument(
         "--work", type=Path, default=Path("runs/bench"), help="runs are kept and resumed here"
     )
@@ -101,6 +102,12 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", default=None, help="folder or file for load_lora_weights")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--num_inference_steps", type=int, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--solver",
+        default="default",
+        choices=("default", "adams_bashforth"),
+        help="see docs/awm.md",
+    )
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: none")
     parser.add_argument("--height", type=int, default=None, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=None, help="pixels; default: the model's")

@@ -96,6 +96,7 @@ def _load(args: argparse.Namespace) -> TextToImageModel:
 def _evaluation(args: argparse.Namespace) -> EvaluationConfig:
     return EvaluationConfig(
         num_inference_steps=args.num_inference_steps,
+        solver=args.solver,
         guidance_scale=args.guidance_scale,
         images_per_prompt=args.images_per_prompt,
         images_per_task=getattr(args, "images_per_task", None),
@@ -141,6 +142,7 @@ def evaluate(args: argparse.Namespace) -> int:
         "lora": args.lora,
         "prompts": args.prompts,
         "num_inference_steps": args.num_inference_steps,
+        "solver": args.solver,
         "guidance_scale": args.guidance_scale,
         "images_per_task": args.images_per_task,
         "seed": args.seed,
@@ -167,7 +169,8 @@ def bench(args: argparse.Namespace) -> int:
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")
     work = args.work / (f"{args.name}-quick" if args.quick else args.name)
-    options = BenchOptions(quick=args.quick, work=work, seeds=seeds)
+    arms = None if args.arms is None else tuple(a.strip() for a in args.arms.split(","))
+    options = BenchOptions(quick=args.quick, work=work, seeds=seeds, arms=arms)
     print(json.dumps(run_bench(args.name, options, output=args.output)))
     return 0
 

@@ -68,6 +68,18 @@ class RewardOutput:
         """(B,) bool: where the reward is usable."""
         return np.isfinite(self.values)
 
+    @classmethod
+    def cat(cls, parts: Sequence[RewardOutput]) -> RewardOutput:
+        """Parts in a row; a detail that a part lacks is NaN there."""
+        names = dict.fromkeys(name for part in parts for name in part.details)
+        details = {
+            name: np.concatenate(
+                [p.details.get(name, np.full(len(p.values), np.nan, np.float32)) for p in parts]
+            )
+            for name in names
+        }
+        return cls(np.concatenate([p.values for p in parts]), details)
+
 
 def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
     """The score of those who only want images."""

@@ -115,8 +115,12 @@ def generate(
     micro_batch_size: int = 64,
     mixed_precision: str = "bf16",
     step: Step | None = None,
+    on_images: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone."""
+    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone.
+
+    `on_images` gets the images of each micro-batch, and their place among all, as soon as they are there.
+    """
     latents, images = [], []
     for start in range(0, len(seeds), micro_batch_size):
         part = slice(start, start + micro_batch_size)
@@ -139,4 +143,6 @@ def generate(
             )
             images.append(model.decode(clean).cpu())
         latents.append(clean)
+        if on_images is not None:
+            on_images(part, images[-1])
     return torch.cat(latents), torch.cat(images)

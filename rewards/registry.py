@@ -35,13 +35,13 @@ def available() -> dict[str, str]:
     return found
 
 
-def check_name(name: str) -> None:
-    """UnknownReward with the nearest valid name."""
+def check_name(name: str, *, setting: str = "rewards") -> None:
+    """UnknownReward with the nearest valid name; `setting` is where the name comes from."""
     known = available()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
-        raise UnknownReward(f"rewards: unknown reward {name!r}; {hint}")
+        raise UnknownReward(f"{setting}: unknown reward {name!r}; {hint}")
 
 
 def create(name: str) -> Reward:

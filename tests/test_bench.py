@@ -1,12 +1,14 @@
 """Benchmarks: one form of result, every arm a recipe that loads, and a quick one from the command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from diffalign import cli
-from diffalign.bench import BENCHES, demo, record
+from diffalign.bench import BENCHES, awm, demo, record
 from diffalign.config import differences, to_dict
+from diffalign.errors import UsageError
 
 
 def test_spread():
@@ -25,7 +27,9 @@ def test_names_and_seeds_are_checked(capsys):
     assert "did you mean 'demo'" in capsys.readouterr().err
     assert cli.main(["bench", "demo", "--seeds=0"]) == 2
     assert cli.main(["list", "benches"]) == 0
-    assert set(BENCHES) == {"demo"}
+    assert set(BENCHES) == {"demo", "awm", "solvers"}
+    assert cli.main(["bench", "demo", "--arms=dema"]) == 2
+    assert "--arms: no arm 'dema'; did you mean 'demo'" in capsys.readouterr().err
 
 
 def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
@@ -43,7 +47,6 @@ def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
         "plain reference": {
             "output_dir",
             "algorithm.reference_guidance_scale",
-            "algorithm.kl_beta",
         },
         "no reward": {
             "output_dir",
@@ -51,6 +54,78 @@ def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
             "training.drop_uninformative",
         },
     }
+
+
+def test_rivals_share_everything_but_the_algorithm(tmp_path):
+    options = record.BenchOptions(quick=False, work=tmp_path)
+    ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 2, options))
+    for name, arm in awm.RIVALS.items():
+        theirs = to_dict(awm.configuration(name, arm, 2, options))
+        assert theirs["algorithm"].pop("type") == name
+        found = {line.partition(":")[0] for line in differences(ours, theirs)}
+        assert {f for f in found if not f.startswith("algorithm")} <= {
+            "output_dir",
+            "rollout.merge_lora",  # Flow-GRPO must know its own log-probabilities
+        }
+
+
+def test_every_arm_can_be_chosen(tmp_path):
+    for names in (("awm", *awm.RIVALS, *awm.LEVERS), demo.ARMS):
+        text = ",".join(names)
+        options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
+        assert options.chosen(names) == list(names)
+        assert len({options.folder(name, 0) for name in names}) == len(names)
+
+
+def test_a_lever_changes_what_it_is_named_for(tmp_path):
+    options = record.BenchOptions(quick=False, work=tmp_path)
+    ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 0, options))
+    for name, arm in awm.LEVERS.items():
+        theirs = to_dict(awm.configuration(name, arm, 0, options))
+        found = {line.partition(":")[0] for line in differences(ours, theirs)} - {"output_dir"}
+        named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
+        assert found
+        assert all(any(f.startswith(n) for n in named) for f in found)
+
+
+def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):
+    options = record.BenchOptions(quick=True, work=tmp_path)
+    config = demo.configuration("demo", 0, options)
+    calls = []
+    monkeypatch.setattr(record, "train", lambda c: calls.append(c) or {"updates": 3})
+    assert record.run_once(config) == {"updates": 3}
+    summary = {"updates": 7, "config": to_dict(config)}
+    tmp_path.joinpath("demo-0").mkdir()
+    tmp_path.joinpath("demo-0", "summary.json").write_text(json.dumps(summary))
+    assert record.run_once(config) == summary
+    assert len(calls) == 1
+    longer = replace(config, training=replace(config.training, max_minutes=99.0))
+    with pytest.raises(UsageError, match=r"another run.*\n  training\.max_minutes"):
+        record.run_once(longer)
+
+
+@pytest.mark.slow
+def test_quick_solvers_bench(tmp_path, capsys):
+    output = tmp_path / "solvers.json"
+    assert cli.main(["bench", "solvers", "--quick", f"--output={output}"]) == 0
+    arms = json.loads(output.read_text())["arms"]
+    assert set(arms) == {"default", "adams_bashforth"}
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert all(0 < score < 1 for score in last.values())
+
+
+@pytest.mark.slow
+def test_quick_awm_bench(tmp_path, capsys):
+    output = tmp_path / "awm.json"
+    flags = ["--quick", f"--work={tmp_path}", f"--output={output}"]
+    assert cli.main(["bench", "awm", *flags]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {"speedup_vs_flow_grpo", "speedup_vs_nft", "geneval_final", "forwards_per_image"} == set(
+        last
+    )
+    assert (
+        10 < last["forwards_per_image"] < 13
+    )  # rollout 6, policy 2 x 2.2, guided reference 2; dropped groups
 
 
 @pytest.mark.slow

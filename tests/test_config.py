@@ -157,3 +157,39 @@ def test_differences_are_listed_by_path():
 def test_light_modules_do_not_import_torch(module):
     code = f"import sys, {module} as m; m and sys.exit(any(n in sys.modules for n in ('torch', 'diffusers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_recipe_extends_another(tmp_path):
+    base, top = tmp_path / "base.yaml", tmp_path / "top.yaml"
+    base.write_text(
+        "rewards: {verifier: 1.0}\nlora: {rank: 8, alpha: 4}\nalgorithm: {weight: t, kl_beta: 0.5}\n"
+        "prompts: {task_weights: {counting: 2.0, colors: 3.0}}\n"
+    )
+    top.write_text(
+        "extends: base.yaml\nrewards: {jpeg: 2.0}\nlora: {rank: 16}\nalgorithm: {kl_beta: 0.25}\n"
+        "prompts: {task_weights: {colors: 1.0}}\n"
+    )
+    found = config.load(top, ["--lora.alpha=1"])
+    assert found.rewards == {"jpeg": 2.0}
+    assert (found.lora.rank, found.lora.alpha) == (16, 1.0)
+    assert (found.algorithm.weight, found.algorithm.kl_beta) == ("t", 0.25)
+    assert found.prompts.task_weights == {"colors": 1.0}
+
+
+def test_another_algorithm_inherits_nothing_of_the_extended_one(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demo\nalgorithm: {type: flow_grpo, window_size: 2}\n")
+    found = config.load(file)
+    assert found.algorithm == config.FlowGRPOConfig(window_size=2)
+    assert found.lora == config.load("demo").lora
+
+
+def test_a_circle_of_recipes_is_an_error(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(f"extends: {b}\n")
+    b.write_text(f"extends: {a}\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        config.load(a)
+    a.write_text("extends: demmo\n")
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        config.load(a)

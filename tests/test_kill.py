@@ -22,6 +22,7 @@ from pathlib import Path
 from tiny_runs import redness, trainer
 from diffalign.training import checkpoint
 from diffalign.training.forward_update import ForwardProcessUpdate
+from diffalign.training.scoring import BackgroundScorer
 
 moment, folder = sys.argv[1], Path(sys.argv[2])
 run = trainer(folder, training={"micro_batch_size": 5})
@@ -42,7 +43,7 @@ run.resume()
 for number in range(1, 5):
     if number == 3:
         if moment == "rollout":
-            run.score = die
+            run.scorer = BackgroundScorer(die)
         elif moment == "update":
             ForwardProcessUpdate.micro_batch = at_the_second_call(ForwardProcessUpdate.micro_batch)
         else:

@@ -5,10 +5,11 @@ import json
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QuantoConfig
 from safetensors import safe_open
 
 from diffalign import lora
+from diffalign.errors import UsageError
 
 RANK, ALPHA = 4, 12.0
 
@@ -158,3 +159,34 @@ def test_adapter_state_goes_back_and_a_foreign_one_is_refused(model):
     state.pop(next(iter(state)))
     with pytest.raises(ValueError, match="does not fit"):
         lora.load_adapter_state(model.denoiser, lora.CURRENT, state)
+
+
+def test_an_exported_lora_loads_on_a_quantised_base(tmp_path):
+    """Stock classes alone: int8 weights by quanto, then `load_lora_weights`, alpha and all. (diffusers' FLUX loader
+    looks for the names of plain weights and refuses any LoRA on a base of quanto's.)"""
+    model = tiny.MODELS["sd3"]()
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    model.pipeline.save_pretrained(base)
+    perturb(attach(model))
+    lora.export_lora(model.denoiser, model.pipeline, folder)
+    kind = type(model.denoiser)
+    transformer = kind.from_pretrained(
+        base,
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+        quantization_config=QuantoConfig(weights_dtype="int8"),
+    )
+    pipeline = DiffusionPipeline.from_pretrained(base, transformer=transformer)
+    quantised = type(model)(pipeline, max_sequence_length=16)
+    weight = next(m for n, m in transformer.named_modules() if n.endswith("attn.to_q")).weight
+    assert type(weight).__name__ == "WeightQBytesTensor"
+    with torch.no_grad():
+        plain = predict_base(quantised)
+        pipeline.load_lora_weights(folder)
+        adapted = predict_base(quantised)
+        expected = predict(model)
+    assert (adapted - plain).square().mean() > 100 * (adapted - expected).square().mean()
+    (adapter,) = transformer.peft_config.values()
+    assert (adapter.r, adapter.lora_alpha) == (RANK, ALPHA)
+    with pytest.raises(UsageError, match=r"rollout\.merge_lora"), lora.merged(transformer, "x"):
+        pass

@@ -18,6 +18,7 @@ from diffalign.errors import UsageError
 from diffalign.training import checkpoint
 from diffalign.training.online import TrainingError, lr_factor
 from diffalign.training.rollout import make_plan
+from diffalign.training.scoring import BackgroundScorer
 from diffalign.types import RewardOutput
 
 
@@ -183,7 +184,9 @@ def test_failed_rewards_are_counted_and_left_out(tmp_path):
 def test_a_rollout_without_any_reward_saves_and_stops(tmp_path):
     run = trainer(tmp_path)
     run.train_update()
-    run.score = lambda images, p, m: RewardOutput(np.full(len(p), np.nan, np.float32))
+    run.scorer = BackgroundScorer(
+        lambda images, p, m: RewardOutput(np.full(len(p), np.nan, np.float32))
+    )
     with pytest.raises(TrainingError, match="update 2: no image could be scored"):
         run.train_update()
     again = trainer(tmp_path)
@@ -213,7 +216,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     before = weights(run)
     with torch.no_grad():
         next(iter(run.model.pipeline.transformer.pos_embed.parameters())).fill_(torch.nan)
-    run.score = lambda images, p, m: RewardOutput(np.arange(len(p), dtype=np.float32))
+    run.scorer = BackgroundScorer(
+        lambda images, p, m: RewardOutput(np.arange(len(p), dtype=np.float32))
+    )
     with pytest.raises(TrainingError, match="gradient of update 2 is not finite.*000001"):
         run.train_update()
     assert torch.equal(weights(run), before)
@@ -343,3 +348,21 @@ def test_the_rate_follows_diffusers_schedules(name):
         theirs.step()
     warm = OptimizerConfig(lr_scheduler=name, warmup_updates=4)
     assert [lr_factor(s, warm, total=20) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "ema_kl_beta", "expected"),
+    [
+        (None, 0.0, 3 + 2 * 2.2 + 1),  # rollout, policy, reference
+        (None, 1.0, 3 + 2 * 2.2 + 2),  # and the lagged policy
+        (3.0, 0.0, 3 + 2 * 2.2 + 2),  # a guided reference is two
+    ],
+)
+def test_forwards_are_counted(tmp_path, guidance, ema_kl_beta, expected):
+    run = trainer(
+        tmp_path,
+        algorithm={"reference_guidance_scale": guidance, "ema_kl_beta": ema_kl_beta},
+        training={"micro_batch_size": 5},
+    )
+    assert run.train_update()["forwards_per_image"] == pytest.approx(expected)
+    assert run.train_update()["forwards_per_image"] == pytest.approx(expected)  # of this update

@@ -8,15 +8,19 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffalign import cli
+from diffalign.rewards import registry
 from diffalign.scripts.train_awm import arguments
 from diffalign.training.health import Collapse
 
 SETTINGS = [
     "--model.max_sequence_length=16",
     "--model.dtype=float32",
+    "--model.compile=false",
+    "--prompts.task_weights=null",
     "--lora.rank=4",
     "--lora.alpha=8",
     "--rewards={jpeg: 1}",
@@ -86,6 +90,28 @@ def test_a_run_leaves_a_folder_that_explains_itself(base, prompts, tmp_path, cap
     pipeline.load_lora_weights(folder / "lora")
     (adapter,) = pipeline.transformer.peft_config.values()
     assert (adapter.r, adapter.lora_alpha) == (4, 8.0)
+
+
+def test_a_held_out_reward_is_looked_at_and_not_trained_on(
+    base, prompts, tmp_path, capsys, monkeypatch
+):
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    monkeypatch.setitem(registry.BUILT_IN, "brightness", "tiny:Brightness")
+    assert train(base, prompts, plain) == 0
+    assert train(base, prompts, watched, "--evaluation.rewards=brightness") == 0
+    summary = json.loads((watched / "summary.json").read_text())
+    assert 0 < summary["before"]["means"]["brightness"] < 1
+    assert summary["held_out_rewards"]["brightness"]["description"]
+    assert summary["after"]["means"]["reward"] == pytest.approx(
+        summary["after"]["means"]["jpeg"]
+    )  # not in the sum
+    weights = [load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (plain, watched)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert "brightness" in (watched / "report.html").read_text()
+    assert train(base, prompts, tmp_path / "same", "--evaluation.rewards=jpeg") == 2
+    assert "evaluation.rewards.jpeg" in capsys.readouterr().err
+    assert train(base, prompts, tmp_path / "wrong", "--evaluation.rewards=jpg") == 2
+    assert "evaluation.rewards: unknown reward 'jpg'; did you mean" in capsys.readouterr().err
 
 
 def test_the_memory_forecast_comes_first(base, prompts, tmp_path, capsys):

@@ -104,6 +104,6 @@ def test_the_demo_learns(tmp_path):
     folder = tmp_path / "demo"
     assert cli.main(["demo", f"--output_dir={folder}"]) == 0
     summary = json.loads((folder / "summary.json").read_text())
-    # the aim is 0.15; three seeds: 0.177, 0.130, 0.125 (benchmarks/results/demo.json)
-    assert summary["geneval_after"] - summary["geneval_before"] >= 0.08
+    # the aim is 0.15; three seeds: 0.176, 0.150, 0.182 (benchmarks/results/demo.json)
+    assert summary["geneval_after"] - summary["geneval_before"] >= 0.1
     assert summary["seconds"] < 600

@@ -14,7 +14,9 @@ from diffusers import (
 
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd3 import SD3Model
+from diffalign.rewards.base import Reward, RewardCard
 from diffalign.shapes import text
+from diffalign.types import RewardOutput
 
 SIZE = 16
 
@@ -113,3 +115,12 @@ def flux_model(seed: int = 0) -> FluxModel:
 
 
 MODELS = {"sd3": sd3_model, "flux": flux_model}
+
+
+class Brightness(Reward):
+    """A reward of somebody else."""
+
+    card = RewardCard(name="brightness", description="mean of all pixels")
+
+    def score(self, images, prompts, metadata):
+        return RewardOutput((images.float().mean((1, 2, 3)) / 255).numpy())

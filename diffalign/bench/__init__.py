@@ -2,4 +2,6 @@
 
 BENCHES = {
     "demo": "the demo over seeds, and where its gain comes from",
+    "solvers": "GenEval by number of steps of the rollout's solvers",
+    "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and what each of its levers gives",
 }

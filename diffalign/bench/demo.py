@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffalign.bench.record import BenchOptions, spread
+from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import RunConfig, load
-from diffalign.training.run import run as train
 
 ARMS = {
     "demo": [],
-    # and half the weight: a plain reference holds the policy back where a guided one leads it
-    "plain reference": [
-        "--algorithm.reference_guidance_scale=null",
-        "--algorithm.kl_beta=0.05",
-    ],
+    "plain reference": ["--algorithm.reference_guidance_scale=null"],
     # advantages so small that only the distance to the guided reference is left, on all images: distillation
     "no reward": [
         "--algorithm.advantage_max=1e-9",
         "--training.drop_uninformative=false",
     ],
+}
+HEADLINES = {
+    "demo": "geneval_gain",
+    "plain reference": "gain_without_guided_reference",
+    "no reward": "gain_without_reward",
 }
 QUICK = [
     "--training.num_updates=3",
@@ -34,9 +34,8 @@ QUICK = [
 
 def configuration(arm: str, seed: int, options: BenchOptions) -> RunConfig:
     """The run of one arm and seed; its folder is resumed when it is there."""
-    folder = options.work / f"{arm.replace(' ', '-')}-{seed}"
     overrides = [
-        f"--output_dir={folder}",
+        f"--output_dir={options.folder(arm, seed)}",
         f"--training.seed={seed}",
         f"--evaluation.seed={1000 + seed}",
         *ARMS[arm],
@@ -46,24 +45,21 @@ def configuration(arm: str, seed: int, options: BenchOptions) -> RunConfig:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """All arms and seeds."""
+    """The chosen arms, all seeds of each."""
     arms: dict[str, dict[str, Any]] = {}
-    for arm in ARMS:
-        summaries = [train(configuration(arm, seed, options)) for seed in range(options.seeds)]
+    for arm in options.chosen(ARMS):
+        summaries = [run_once(configuration(arm, seed, options)) for seed in range(options.seeds)]
         tasks = [s["after"]["tasks"] for s in summaries]
         arms[arm] = {
             "gain": spread(s["geneval_after"] - s["geneval_before"] for s in summaries),
             "geneval_before": spread(s["geneval_before"] for s in summaries),
             "geneval_after": spread(s["geneval_after"] for s in summaries),
             "training_seconds": spread(s["training_seconds"] for s in summaries),
+            "seconds": spread(s["seconds"] for s in summaries),
             "updates": spread(s["updates"] for s in summaries),
+            "images": summaries[0]["after"]["images"],
             "versions": [s["versions"] for s in summaries],
             "tasks_after": {k: spread(t[k] for t in tasks) for k in tasks[0]},
         }
-    headline = {
-        "geneval_gain": arms["demo"]["gain"]["median"],
-        "gain_without_guided_reference": arms["plain reference"]["gain"]["median"],
-        "gain_without_reward": arms["no reward"]["gain"]["median"],
-        "seeds": options.seeds,
-    }
-    return {"headline": headline, "arms": arms, "images": summaries[0]["after"]["images"]}
+    gains = {HEADLINES[arm]: found["gain"]["median"] for arm, found in arms.items()}
+    return {"headline": {**gains, "seeds": options.seeds}, "arms": arms}

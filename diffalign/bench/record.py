@@ -17,18 +17,34 @@ from typing import Any
 import torch
 
 from diffalign.bench import BENCHES
-from diffalign.config import nearest
+from diffalign.config import RunConfig, decode, differences, nearest, to_dict
 from diffalign.errors import UsageError
+from diffalign.training.run import run as train
+from diffalign.training.run_folder import SUMMARY
 from diffalign.versions import versions
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """`quick`: minutes instead of hours, to see that it works; `work`: where runs are kept and resumed."""
+    """`quick`: minutes instead of hours, to see that it works; `work`: where runs are kept and resumed; `arms`: only
+    these, where not all are wanted."""
 
     quick: bool
     work: Path
     seeds: int = 3
+    arms: tuple[str, ...] | None = None
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Where the run of an arm is kept."""
+        return self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+    def chosen(self, known: Iterable[str]) -> list[str]:
+        """The arms to run, of those that the benchmark knows."""
+        names = list(known)
+        for arm in self.arms or ():
+            if arm not in names:
+                raise UsageError(f"--arms: no arm {arm!r}{nearest(arm, names)}")
+        return [n for n in names if self.arms is None or n in self.arms]
 
 
 def run_bench(name: str, options: BenchOptions, *, output: Path | None = None) -> dict[str, Any]:
@@ -53,6 +69,26 @@ def record(name: str, found: dict[str, Any], *, quick: bool) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def run_once(config: RunConfig) -> dict[str, Any]:
+    """The summary of a run: of the folder, where it is finished there, else of training to its end."""
+    file = Path(config.output_dir) / SUMMARY
+    if file.is_file():
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        other = [
+            line
+            for line in differences(to_dict(decode(summary["config"])), to_dict(config))
+            if not line.startswith("output_dir")
+        ]
+        if not other:
+            return summary
+        raise UsageError(
+            f"{file.parent} holds another run (there, here):\n  "
+            + "\n  ".join(other)
+            + "\nchoose another --work, or delete that folder"
+        )
+    return train(config)
 
 
 def machine() -> dict[str, Any]:

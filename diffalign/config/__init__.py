@@ -14,6 +14,7 @@ from diffalign.config.loading import (
 )
 from diffalign.config.schema import (
     ALGORITHMS,
+    SOLVERS,
     WEIGHTS,
     AlgorithmConfig,
     AWMConfig,
@@ -34,6 +35,7 @@ from diffalign.config.schema import (
 
 __all__ = [
     "ALGORITHMS",
+    "SOLVERS",
     "WEIGHTS",
     "AWMConfig",
     "AlgorithmConfig",

@@ -66,12 +66,9 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run
     """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`."""
     raw: dict[str, Any] = {}
     if recipe is not None:
-        raw = _read(_find(str(recipe)))
+        raw = _read_recipe(_find(str(recipe)))
     parsed = _parse_overrides(overrides)
-    chosen = dict(parsed).get("algorithm.type")
-    algorithm = raw.get("algorithm")
-    if chosen and isinstance(algorithm, dict) and algorithm.get("type", AWMConfig.type) != chosen:
-        raw["algorithm"] = {}  # what a recipe says of one algorithm says nothing of another
+    _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
     for key, value in parsed:
         _assign(raw, key.split("."), value)
     return decode(raw)
@@ -156,6 +153,33 @@ def _find(recipe: str) -> Path:
             return Path(recipe)
         raise ConfigError(f"recipe file {recipe} does not exist")
     raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(known))}")
+
+
+def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's settings over those of the recipe, by name or file, that it `extends`."""
+    raw = _read(path)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if path in below:
+        raise ConfigError(f"{path}: extends itself")
+    beside = path.parent / str(base)
+    found = _read_recipe(beside if beside.is_file() else _find(str(base)), (*below, path))
+    algorithm = raw.get("algorithm")
+    if isinstance(algorithm, dict):
+        _drop_other_algorithm(found, algorithm.get("type"))
+    hints = typing.get_type_hints(RunConfig)
+    for key, value in raw.items():
+        group = is_dataclass(hints.get(key)) and isinstance(value, dict)
+        found[key] = {**(found.get(key) or {}), **value} if group else value
+    return found
+
+
+def _drop_other_algorithm(raw: dict[str, Any], chosen: str | None) -> None:
+    """What a recipe says of one algorithm says nothing of another."""
+    algorithm = raw.get("algorithm")
+    if chosen and isinstance(algorithm, dict) and algorithm.get("type", AWMConfig.type) != chosen:
+        raw["algorithm"] = {}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.geneval import summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.solvers import solver_step
 from diffalign.seeds import EVALUATION, stream
 from diffalign.types import RewardOutput
 
@@ -72,6 +73,7 @@ def evaluate_model(
         width=width,
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
+        step=solver_step(config.solver),
     )
     output = score(images, [p.text for p in repeated], [p.metadata for p in repeated])
     return summarize_scores(repeated, images, output)

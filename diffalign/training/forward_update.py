@@ -85,6 +85,17 @@ class ForwardProcessUpdate(PolicyUpdate):
             *(name for name, weight, _ in self.distances if weight),
         ]
 
+    def rows(self, images: int) -> dict[bool, set[int]]:
+        policy = images * self.config.timesteps_per_image
+        picked = images * self.config.kl_timesteps
+        without = {policy} if self.off_policy else set()
+        for _, weight, other in self.distances:
+            if weight and other == lora.REFERENCE:
+                without.add(self.reference_rows(picked))
+            elif weight and not self.off_policy:
+                without.add(picked)
+        return {True: {policy}, False: without}
+
     def micro_batch(
         self,
         batch: TrainingBatch,

@@ -31,13 +31,16 @@ from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.solvers import solver_step
 from diffalign.training import checkpoint
+from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward_update import ForwardProcessUpdate
 from diffalign.training.rollout import Plan, make_plan
 from diffalign.training.run_folder import RunFolder
+from diffalign.training.scoring import BackgroundScorer, RewardTimeout
 from diffalign.training.trajectory_update import TrajectoryUpdate
 from diffalign.training.update import PolicyUpdate, TrainingBatch, UpdateSettings
-from diffalign.types import Rollout
+from diffalign.types import RewardOutput, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,12 @@ class OnlineTrainer:
         self._check_tasks()
         self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
         self.embed = EmbedCache(self.model)
+        self.forwards = ForwardCounter(self.model.denoiser)
+        self.scorer = BackgroundScorer(
+            self.score,
+            timeout=c.rollout.reward_timeout,
+            overlap=self.accelerator.device.type != "cpu",
+        )
         self.policy_update = self._policy_update()
 
     def _check_tasks(self) -> None:
@@ -137,10 +146,27 @@ class OnlineTrainer:
                 raise UsageError(
                     "rollout.merge_lora: Flow-GRPO scores its own steps, which the very policy it trains must have made"
                 )
+            if c.rollout.solver != "default":
+                raise UsageError(
+                    "rollout.solver: Flow-GRPO's steps are the default solver's; only losses on clean latents are free"
+                )
             return TrajectoryUpdate(self.model, c.algorithm, settings)
         if isinstance(c.algorithm, ForwardProcessConfig):
             return ForwardProcessUpdate(self.model, c.algorithm, settings)
         raise TypeError(f"no update for {type(c.algorithm).__name__}")
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        """Rows of the denoiser's full batches, with gradient (True) and without: what is worth compiling for."""
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.rollout.prompts_per_update * c.rollout.group_size // world)
+        found = self.policy_update.rows(min(c.training.micro_batch_size, share))
+        drawn = min(c.rollout.micro_batch_size, share)
+        for images, guidance in (
+            (drawn, c.rollout.guidance_scale),
+            (c.rollout.micro_batch_size, c.evaluation.guidance_scale),
+        ):
+            found[False].add(images * (2 if self.model.costs_a_forward(guidance) else 1))
+        return found
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder, if there is one."""
@@ -206,6 +232,7 @@ class OnlineTrainer:
         """One rollout and the updates on it; returns the row of the log."""
         started = time.perf_counter()
         number = self.progress.update + 1
+        self.forwards.take()  # those of an evaluation are not the update's
         plan = make_plan(
             self.prompts,
             self.config.rollout,
@@ -228,6 +255,8 @@ class OnlineTrainer:
         else:
             row |= self.optimize(batch, number)
         self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        row["forwards_per_image"] = self.accelerator.reduce(forwards, "sum").item() / len(plan)
         finished = time.perf_counter()
         self.progress.seconds += finished - started
         return {
@@ -248,8 +277,15 @@ class OnlineTrainer:
         index = plan.prompt_index[mine.start : mine.stop]
         guided = self.model.costs_a_forward(c.guidance_scale)
         sampler = self.policy_update.sampler(update)
+        chosen = [plan.prompts[i] for i in index.tolist()]
+
+        def score(part: slice, images: Tensor) -> None:
+            self.scorer.submit(
+                images, [p.text for p in chosen[part]], [p.metadata for p in chosen[part]]
+            )
+
         with self.drawing(self.policy_update.rollout_policy):
-            latents, images = generate(
+            latents, _ = generate(
                 self.model,
                 embeds,
                 index,
@@ -261,16 +297,32 @@ class OnlineTrainer:
                 width=self.size[1],
                 micro_batch_size=c.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
-                step=sampler,
+                step=sampler or solver_step(c.solver),
+                on_images=score,
             )
-        chosen = [plan.prompts[i] for i in index.tolist()]
-        output = self.score(images, [p.text for p in chosen], [p.metadata for p in chosen])
+        output = self._collect_rewards(update)
         nothing = np.full(len(index), np.nan, np.float32)
         names = {k for part in gather_object([list(output.details)]) for k in part}
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
         rewards = torch.from_numpy(self._gather(output.values, plan))
         trajectory = None if sampler is None else sampler.trajectory()
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
+
+    def _collect_rewards(self, update: int) -> RewardOutput:
+        """Of this process's images; all processes stop, with everything saved, when one of them gets none."""
+        output, problem = None, None
+        try:
+            output = self.scorer.collect()
+        except RewardTimeout as error:
+            problem = str(error)
+        problems = [p for p in gather_object([problem]) if p is not None]
+        if output is None or problems:
+            self.save()
+            raise TrainingError(
+                f"update {update}: {problems[0]} (rollout.reward_timeout); everything up to update "
+                f"{self.progress.update} is saved, and the same command resumes from there"
+            )
+        return output
 
     def drawing(self, policy: str) -> AbstractContextManager[None]:
         """The context in which images of a policy are made."""

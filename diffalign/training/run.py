@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import lora
@@ -20,14 +21,17 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.report import image_grid, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.registry import load_model
+from diffalign.rewards import registry
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.health import Collapse, find_collapse
 from diffalign.training.online import OnlineTrainer, TrainingError
 from diffalign.training.run_folder import SUMMARY, RunFolder
-from diffalign.types import no_reward
+from diffalign.training.scoring import BackgroundScorer
+from diffalign.types import RewardOutput, no_reward
 from diffalign.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ class Run:
     accelerator: Accelerator
     model: TextToImageModel
     reward: CompositeReward
+    held_out_reward: CompositeReward
     train_prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
     trainer: OnlineTrainer
@@ -89,16 +94,22 @@ class Run:
         train = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
         reward = CompositeReward.from_config(config.rewards)
+        for name in config.evaluation.rewards:
+            registry.check_name(name, setting="evaluation.rewards")
+        watched = CompositeReward.from_config(dict.fromkeys(config.evaluation.rewards, 1.0))
         reward.check_metadata([p.metadata for p in train])
-        reward.check_metadata([p.metadata for p in held_out])
+        for part in (reward, watched):
+            part.check_metadata([p.metadata for p in held_out])
         folder = RunFolder(config.output_dir)
         folder.check(config)
         model = prepare_model(config, accelerator.device)
         trainer = OnlineTrainer(config, model, reward.score, train, accelerator, folder)
+        if config.model.compile:
+            compile_blocks(model.denoiser, trainer.full_batches())
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
             folder.claim(config)
-        return cls(config, accelerator, model, reward, train, held_out, trainer)
+        return cls(config, accelerator, model, reward, watched, train, held_out, trainer)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end and return what `summary.json` holds."""
@@ -174,7 +185,7 @@ class Run:
                 last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
         bar.close()
         trackers.finish(self.accelerator)
-        for name, count in self.reward.failures.items():
+        for name, count in self.failures.items():
             if count:
                 self._say(f"reward {name} could not score {count} images; they were left out")
 
@@ -206,13 +217,28 @@ class Run:
             return evaluate_model(
                 self.model,
                 self.eval_prompts,
-                self.reward.score,
+                BackgroundScorer(
+                    self._score, timeout=self.config.rollout.reward_timeout, overlap=False
+                ),
                 self.config.evaluation,
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
                 micro_batch_size=self.config.rollout.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
             )
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Images that a reward could not score."""
+        return {**self.reward.failures, **self.held_out_reward.failures}
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> RewardOutput:
+        """The trained reward, with the held-out ones among its details."""
+        found = self.reward.score(images, prompts, metadata)
+        watched = self.held_out_reward.score(images, prompts, metadata)
+        return replace(found, details={**found.details, **watched.details})
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
@@ -247,8 +273,9 @@ class Run:
             "seconds": round(seconds, 1),
             "device": name,
             "processes": self.accelerator.num_processes,
-            "failed_rewards": self.reward.failures,
+            "failed_rewards": self.failures,
             "rewards": {n: vars(r.card) for n, r in self.reward.rewards.items()},
+            "held_out_rewards": {n: vars(r.card) for n, r in self.held_out_reward.rewards.items()},
             "versions": versions(),
             "config": to_dict(self.config),
         }

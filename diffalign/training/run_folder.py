@@ -27,6 +27,8 @@ FREE = {
     "rollout.micro_batch_size",
     "model.gradient_checkpointing",
     "model.attention_backend",
+    "model.compile",
+    "rollout.reward_timeout",
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 

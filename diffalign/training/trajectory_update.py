@@ -106,6 +106,13 @@ class TrajectoryUpdate(PolicyUpdate):
     def metrics(self) -> list[str]:
         return [*METRICS, *(["kl"] if self.config.kl_beta else [])]
 
+    def rows(self, images: int) -> dict[bool, set[int]]:
+        policy = images * self.size
+        return {
+            True: {policy},
+            False: {self.reference_rows(policy)} if self.config.kl_beta else set(),
+        }
+
     def sampler(self, update: int) -> StochasticSampler:
         """The stochastic sampler of an update, with that update's window."""
         start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)

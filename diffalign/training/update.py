@@ -100,6 +100,10 @@ class PolicyUpdate(ABC):
         """Names of the metrics."""
 
     @abstractmethod
+    def rows(self, images: int) -> dict[bool, set[int]]:
+        """Rows of the denoiser's forwards for a micro-batch of so many images, with gradient (True) and without."""
+
+    @abstractmethod
     def micro_batch(
         self,
         batch: TrainingBatch,
@@ -109,6 +113,10 @@ class PolicyUpdate(ABC):
         key: tuple[int, int],
     ) -> Tensor:
         """The share of the loss that these rows of the batch have; adds to the metrics. `key`: update, step in it."""
+
+    def reference_rows(self, rows: int) -> int:
+        """Rows of the reference's forward: a guided one may cost two."""
+        return rows * (2 if self.model.costs_a_forward(self.reference_guidance_scale) else 1)
 
     def sampler(self, update: int) -> Any:
         """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""

@@ -1,0 +1,66 @@
+"""Learning curves of runs, and how much sooner one reaches what another reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run. `score` (N,) of held-out evaluations, the first before training; `cost` maps each unit (seconds, images,
+    forwards) to what had been spent by then (N,); evaluations cost nothing."""
+
+    score: list[float]
+    cost: dict[str, list[float]]
+
+    def to_reach(self, target: float, unit: str) -> float | None:
+        """Cost at which the score first reaches `target`, linear between evaluations; None where it never does."""
+        cost = self.cost[unit]
+        for i, score in enumerate(self.score):
+            if score >= target:
+                if i == 0:
+                    return 0.0
+                before = self.score[i - 1]
+                share = (target - before) / (score - before)
+                return cost[i - 1] + share * (cost[i] - cost[i - 1])
+        return None
+
+
+def read_curve(log: Sequence[dict[str, Any]], summary: dict[str, Any], group: int) -> Curve:
+    """From a run's log and summary; `group`: images of an update."""
+    score = [summary["before"]["tasks"]["overall"]]
+    cost: dict[str, list[float]] = {"seconds": [0.0], "images": [0.0], "forwards": [0.0]}
+    images = forwards = 0.0
+    last = len(log) - 1
+    for i, row in enumerate(log):
+        images += group
+        forwards += group * row["forwards_per_image"]
+        found = summary["after"] if i == last else row.get("evaluation")
+        if found is not None:
+            score.append(found["tasks"]["overall"])
+            for unit, spent in zip(cost, (row["seconds"], images, forwards), strict=True):
+                cost[unit].append(spent)
+    return Curve(score, cost)
+
+
+def speedup(fast: Curve, slow: Curve, unit: str) -> float:
+    """Cost of `slow` over the cost of `fast` at the highest score that both reach.
+
+    Infinite where only `fast` gains anything, 0 where only `slow` does, NaN where neither does.
+    """
+    gains = [max(c.score) > c.score[0] for c in (fast, slow)]
+    if not all(gains):
+        return {(True, False): math.inf, (False, True): 0.0}.get((gains[0], gains[1]), math.nan)
+    target = min(max(fast.score), max(slow.score))
+    ours, theirs = fast.to_reach(target, unit), slow.to_reach(target, unit)
+    assert ours is not None  # both reach it
+    assert theirs is not None
+    return theirs / ours if ours else math.inf
+
+
+def finite(value: float | None, *, digits: int = 3) -> float | None:
+    """For JSON, which knows no infinity: None."""
+    return round(value, digits) if value is not None and math.isfinite(value) else None

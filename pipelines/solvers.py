@@ -1,0 +1,37 @@
+"""Steps that need fewer evaluations of the denoiser than the scheduler's own, on the scheduler's own timesteps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class AdamsBashforth:
+    """Two-step Adams-Bashforth in sigma, its first step Euler's: second order for a rectified flow.
+
+    On a Gaussian, whose flow is known in closed form, 12 of its steps on SD3's grid are as exact as 64 of Euler's, and
+    below 20 steps it is closer than diffusers' UniPC, whose variable is the log of a signal-to-noise ratio that begins
+    at zero (tests/test_solvers.py). Forgets the past at step 0, so that one object serves any number of batches.
+    """
+
+    def __init__(self) -> None:
+        self._previous: Tensor | None = None
+
+    def __call__(
+        self, i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Any
+    ) -> Tensor:
+        sigmas = scheduler.sigmas.to(latents.device)
+        length = sigmas[i + 1] - sigmas[i]
+        velocity = model_pred.float()
+        slope = velocity
+        if i > 0 and self._previous is not None:
+            before = sigmas[i] - sigmas[i - 1]
+            slope = velocity + length / (2 * before) * (velocity - self._previous)
+        self._previous = velocity
+        return (latents.float() + length * slope).to(model_pred.dtype)
+
+
+def solver_step(name: str) -> AdamsBashforth | None:
+    """The `step` for `sampling.sample` that a recipe names; None is the scheduler's own."""
+    return {"default": lambda: None, "adams_bashforth": AdamsBashforth}[name]()
