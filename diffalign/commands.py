@@ -135,6 +135,7 @@ def evaluate(args: argparse.Namespace) -> int:
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = CompositeReward.from_config({name: 1.0 for name in args.rewards.split(",") if name})
     reward.check_metadata([p.metadata for p in prompts])
+    reward.prepare()
     model = _load(args)
     found = evaluate_model(model, prompts, reward.score, _evaluation(args), **_batching(args))
     result = {

@@ -44,6 +44,9 @@ class Reward(ABC):
     required_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys that every prompt's metadata must have."""
 
+    def prepare(self) -> None:  # noqa: B027 - most rewards have nothing to load
+        """Load what the reward needs, before the first image; RewardError where it is not to be had."""
+
     @abstractmethod
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]

@@ -34,6 +34,11 @@ class CompositeReward:
             registry.check_name(name)
         return cls({name: registry.create(name) for name in weights}, weights)
 
+    def prepare(self) -> None:
+        """Load what the rewards need; RewardError where it is not to be had."""
+        for reward in self.rewards.values():
+            reward.prepare()
+
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
         for reward in self.rewards.values():
             reward.check_metadata(metadata)

@@ -16,10 +16,20 @@ ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
     "verifier": "diffalign.rewards.verifier:VerifierReward",
     "jpeg": "diffalign.rewards.jpeg:JpegReward",
+    "clip_score": "diffalign.rewards.clip_score:ClipScoreReward",
+    "pickscore": "diffalign.rewards.pickscore:PickScoreReward",
+    "hpsv2": "diffalign.rewards.hpsv2:HPSv2Reward",
+    "hpsv2.1": "diffalign.rewards.hpsv2:HPSv21Reward",
+    "aesthetic": "diffalign.rewards.aesthetic:AestheticReward",
 }
 SUMMARIES = {
     "verifier": "GenEval score of a Shapes image by the exact verifier",
     "jpeg": "compressibility: how few bytes the image takes as JPEG",
+    "clip_score": "agreement of image and prompt by CLIP ViT-L/14",
+    "pickscore": "PickScore v1: choices of users",
+    "hpsv2": "Human Preference Score v2",
+    "hpsv2.1": "Human Preference Score v2.1",
+    "aesthetic": "LAION aesthetic predictor v2; does not look at the prompt",
 }
 
 

@@ -228,7 +228,7 @@ def test_no_noise_is_left_in_the_images(tmp_path, dynamics):
         return noisy * (t - (1 - t) * c2) / ((1 - t) ** 2 * c2 + t**2)
 
     run.model.predict = velocity
-    embeds = run.embed(["a photo of a circle"])[torch.zeros(64, dtype=torch.long)]
+    embeds = run.rollouts.embed(["a photo of a circle"])[torch.zeros(64, dtype=torch.long)]
 
     def spread(step):
         generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,7 @@ run.resume()
 for number in range(1, 5):
     if number == 3:
         if moment == "rollout":
-            run.scorer = BackgroundScorer(die)
+            run.rollouts.scorer = BackgroundScorer(die)
         elif moment == "update":
             ForwardProcessUpdate.micro_batch = at_the_second_call(ForwardProcessUpdate.micro_batch)
         else:

@@ -184,7 +184,7 @@ def test_failed_rewards_are_counted_and_left_out(tmp_path):
 def test_a_rollout_without_any_reward_saves_and_stops(tmp_path):
     run = trainer(tmp_path)
     run.train_update()
-    run.scorer = BackgroundScorer(
+    run.rollouts.scorer = BackgroundScorer(
         lambda images, p, m: RewardOutput(np.full(len(p), np.nan, np.float32))
     )
     with pytest.raises(TrainingError, match="update 2: no image could be scored"):
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     before = weights(run)
     with torch.no_grad():
         next(iter(run.model.pipeline.transformer.pos_embed.parameters())).fill_(torch.nan)
-    run.scorer = BackgroundScorer(
+    run.rollouts.scorer = BackgroundScorer(
         lambda images, p, m: RewardOutput(np.arange(len(p), dtype=np.float32))
     )
     with pytest.raises(TrainingError, match="gradient of update 2 is not finite.*000001"):

@@ -1,6 +1,7 @@
 """Rewards: registry, normalisation, composition, failures."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +171,22 @@ def test_a_reward_of_the_wrong_shape_is_refused():
     images, entries = scenes(2)
     with pytest.raises(RewardError, match=r"returned shape \(2, 2\) for 2 images"):
         composite(shape=(2, 2)).score(images, ["a", "b"], entries)
+
+
+def test_the_documentation_says_what_the_cards_say():
+    lines = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text().splitlines()
+    table = [
+        [c.strip().strip("`") for c in x.strip("|").split("|")] for x in lines if x[:3] == "| `"
+    ]
+    cards = [registry.create(name).card for name in sorted(registry.BUILT_IN)]
+    assert table == [
+        [
+            c.name,
+            c.model_id or "",
+            f"{c.raw_range[0]:g} .. {c.raw_range[1]:g}",
+            f"{c.offset:g}",
+            f"{c.scale:.4g}",
+            c.license,
+        ]
+        for c in cards
+    ]

@@ -5,6 +5,7 @@ Every arm is a recipe with overrides, and all train for the same time; a lever's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -130,10 +131,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
         rival = name in RIVALS
         arm = RIVALS[name] if rival else LEVERS[name]
         arms[name] = measure(name, arm, options, options.seeds if rival else 1)
-        found = {unit: _speedups(ours["curves"], arms[name]["curves"], unit) for unit in UNITS}
-        ratios[name] = {unit: [finite(v) for v in values] for unit, values in found.items()}
+        times = {unit: _speedups(ours["curves"], arms[name]["curves"], unit) for unit in UNITS}
+        ratios[name] = {unit: [finite(v) for v in values] for unit, values in times.items()}
         if rival:
-            headline[HEADLINES[name]] = finite(median(found["seconds"]))
+            decided = [v for v in times["seconds"] if not math.isnan(v)]
+            headline[HEADLINES[name]] = finite(median(decided)) if decided else None
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
     return {"headline": headline, "speedups": ratios, "arms": arms}

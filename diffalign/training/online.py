@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffalign import lora
@@ -30,17 +28,15 @@ from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache, generate
-from diffalign.pipelines.solvers import solver_step
 from diffalign.training import checkpoint
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward_update import ForwardProcessUpdate
-from diffalign.training.rollout import Plan, make_plan
+from diffalign.training.rollout import Plan, RolloutMaker, make_plan
 from diffalign.training.run_folder import RunFolder
-from diffalign.training.scoring import BackgroundScorer, RewardTimeout
+from diffalign.training.scoring import RewardTimeout
 from diffalign.training.trajectory_update import TrajectoryUpdate
 from diffalign.training.update import PolicyUpdate, TrainingBatch, UpdateSettings
-from diffalign.types import RewardOutput, Rollout
+from diffalign.types import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +94,8 @@ class OnlineTrainer:
             )
         self._check_tasks()
         self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
-        self.embed = EmbedCache(self.model)
         self.forwards = ForwardCounter(self.model.denoiser)
-        self.scorer = BackgroundScorer(
-            self.score,
-            timeout=c.rollout.reward_timeout,
-            overlap=self.accelerator.device.type != "cpu",
-        )
+        self.rollouts = RolloutMaker(c, self.model, self.score, self.accelerator, self.size)
         self.policy_update = self._policy_update()
 
     def _check_tasks(self) -> None:
@@ -139,7 +130,7 @@ class OnlineTrainer:
             mixed_precision=c.training.mixed_precision,
             seed=c.training.seed,
             updates_per_rollout=c.training.updates_per_rollout,
-            negative_embeds=self.embed([""]) if guided else None,
+            negative_embeds=self.rollouts.embed([""]) if guided else None,
         )
         if isinstance(c.algorithm, FlowGRPOConfig):
             if c.rollout.merge_lora:
@@ -270,64 +261,15 @@ class OnlineTrainer:
         }
 
     def rollout(self, plan: Plan, update: int) -> Rollout:
-        """Make and score this process's images; rewards come back for the whole update."""
-        c = self.config.rollout
-        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
-        embeds = self.embed([p.text for p in plan.prompts])
-        index = plan.prompt_index[mine.start : mine.stop]
-        guided = self.model.costs_a_forward(c.guidance_scale)
-        sampler = self.policy_update.sampler(update)
-        chosen = [plan.prompts[i] for i in index.tolist()]
-
-        def score(part: slice, images: Tensor) -> None:
-            self.scorer.submit(
-                images, [p.text for p in chosen[part]], [p.metadata for p in chosen[part]]
-            )
-
-        with self.drawing(self.policy_update.rollout_policy):
-            latents, _ = generate(
-                self.model,
-                embeds,
-                index,
-                plan.seeds[mine.start : mine.stop],
-                num_inference_steps=c.num_inference_steps,
-                guidance_scale=c.guidance_scale,
-                negative_embeds=self.embed([""]) if guided else None,
-                height=self.size[0],
-                width=self.size[1],
-                micro_batch_size=c.micro_batch_size,
-                mixed_precision=self.config.training.mixed_precision,
-                step=sampler or solver_step(c.solver),
-                on_images=score,
-            )
-        output = self._collect_rewards(update)
-        nothing = np.full(len(index), np.nan, np.float32)
-        names = {k for part in gather_object([list(output.details)]) for k in part}
-        details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
-        rewards = torch.from_numpy(self._gather(output.values, plan))
-        trajectory = None if sampler is None else sampler.trajectory()
-        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
-
-    def _collect_rewards(self, update: int) -> RewardOutput:
-        """Of this process's images; all processes stop, with everything saved, when one of them gets none."""
-        output, problem = None, None
+        """This process's images, with the rewards of the whole update."""
         try:
-            output = self.scorer.collect()
+            return self.rollouts.make(plan, self.policy_update, update)
         except RewardTimeout as error:
-            problem = str(error)
-        problems = [p for p in gather_object([problem]) if p is not None]
-        if output is None or problems:
             self.save()
             raise TrainingError(
-                f"update {update}: {problems[0]} (rollout.reward_timeout); everything up to update "
+                f"update {update}: {error} (rollout.reward_timeout); everything up to update "
                 f"{self.progress.update} is saved, and the same command resumes from there"
-            )
-        return output
-
-    def drawing(self, policy: str) -> AbstractContextManager[None]:
-        """The context in which images of a policy are made."""
-        context = lora.merged if self.config.rollout.merge_lora else lora.policy
-        return context(self.model.denoiser, policy)
+            ) from error
 
     def make_batch(self, plan: Plan, rollout: Rollout) -> tuple[TrainingBatch, dict[str, Any]]:
         """Advantages over the whole update, then this process's images that carry a signal."""
@@ -409,17 +351,6 @@ class OnlineTrainer:
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(parameter.grad)
         return nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm).item()
-
-    def _gather(self, values: np.ndarray, plan: Plan) -> np.ndarray:
-        """Float32 values of all images from every process's share, exactly."""
-        world = self.accelerator.num_processes
-        if world == 1:
-            return np.asarray(values, np.float32)
-        width = max(len(plan.shard(r, world)) for r in range(world))
-        padded = torch.full((width,), torch.nan, device=self.accelerator.device)
-        padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
-        everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
-        return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])
 
 
 def lr_factor(step: int, config: OptimizerConfig, *, total: int) -> float:

@@ -1,4 +1,4 @@
-"""The plan of a rollout: which images an update makes.
+"""A rollout: the plan, which images an update makes, and the making of this process's share of them.
 
 An update is planned as a list of (prompt, seed) pairs that depends on the run's seed and the update's number alone, so
 one process or eight, large micro-batches or small, make the same images.
@@ -7,15 +7,26 @@ one process or eight, large micro-batches or small, make the same images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign.config import PromptsConfig, RolloutConfig
+from diffalign import lora
+from diffalign.config import PromptsConfig, RolloutConfig, RunConfig
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation.score import Score
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.solvers import solver_step
 from diffalign.seeds import IMAGES, PROMPTS, stream
+from diffalign.training.scoring import BackgroundScorer, RewardTimeout
+from diffalign.training.update import PolicyUpdate
+from diffalign.types import RewardOutput, Rollout
 
 
 @dataclass(frozen=True)
@@ -75,3 +86,92 @@ def _by_task(
             found.append(pools[names[k]].pop())
     rest = [i for name in names for i in pools[name]]  # a task with few prompts is used up
     return found + rest[: wanted - len(found)]
+
+
+@dataclass
+class RolloutMaker:
+    """Draws and scores; `size` is (height, width) in pixels."""
+
+    config: RunConfig
+    model: TextToImageModel
+    score: Score
+    accelerator: Accelerator
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.embed = EmbedCache(self.model)
+        self.scorer = BackgroundScorer(
+            self.score,
+            timeout=self.config.rollout.reward_timeout,
+            overlap=self.accelerator.device.type != "cpu",
+        )
+
+    def make(self, plan: Plan, policy_update: PolicyUpdate, update: int) -> Rollout:
+        """Make and score this process's images; rewards come back for the whole update.
+
+        Raises:
+            RewardTimeout: in all processes, when one of them got no reward in time.
+        """
+        c = self.config.rollout
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        embeds = self.embed([p.text for p in plan.prompts])
+        index = plan.prompt_index[mine.start : mine.stop]
+        guided = self.model.costs_a_forward(c.guidance_scale)
+        sampler = policy_update.sampler(update)
+        chosen = [plan.prompts[i] for i in index.tolist()]
+
+        def score(part: slice, images: Tensor) -> None:
+            prompts = chosen[part]
+            self.scorer.submit(images, [p.text for p in prompts], [p.metadata for p in prompts])
+
+        with self.drawing(policy_update.rollout_policy):
+            latents, _ = generate(
+                self.model,
+                embeds,
+                index,
+                plan.seeds[mine.start : mine.stop],
+                num_inference_steps=c.num_inference_steps,
+                guidance_scale=c.guidance_scale,
+                negative_embeds=self.embed([""]) if guided else None,
+                height=self.size[0],
+                width=self.size[1],
+                micro_batch_size=c.micro_batch_size,
+                mixed_precision=self.config.training.mixed_precision,
+                step=sampler or solver_step(c.solver),
+                on_images=score,
+            )
+        output = self._collect()
+        nothing = np.full(len(index), np.nan, np.float32)
+        names = {k for part in gather_object([list(output.details)]) for k in part}
+        details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
+        rewards = torch.from_numpy(self._gather(output.values, plan))
+        trajectory = None if sampler is None else sampler.trajectory()
+        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
+
+    def drawing(self, policy: str) -> AbstractContextManager[None]:
+        """The context in which images of a policy are made."""
+        context = lora.merged if self.config.rollout.merge_lora else lora.policy
+        return context(self.model.denoiser, policy)
+
+    def _collect(self) -> RewardOutput:
+        """Of this process's images; a timeout is everyone's, for nobody can go on without the others."""
+        output, problem = None, None
+        try:
+            output = self.scorer.collect()
+        except RewardTimeout as error:
+            problem = str(error)
+        problems = [p for p in gather_object([problem]) if p is not None]
+        if output is None or problems:
+            raise RewardTimeout(problems[0])
+        return output
+
+    def _gather(self, values: np.ndarray, plan: Plan) -> np.ndarray:
+        """Float32 values of all images from every process's share, exactly."""
+        world = self.accelerator.num_processes
+        if world == 1:
+            return np.asarray(values, np.float32)
+        width = max(len(plan.shard(r, world)) for r in range(world))
+        padded = torch.full((width,), torch.nan, device=self.accelerator.device)
+        padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
+        everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
+        return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])

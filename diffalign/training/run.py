@@ -102,6 +102,8 @@ class Run:
             part.check_metadata([p.metadata for p in held_out])
         folder = RunFolder(config.output_dir)
         folder.check(config)
+        for part in (reward, watched):
+            part.prepare()
         model = prepare_model(config, accelerator.device)
         trainer = OnlineTrainer(config, model, reward.score, train, accelerator, folder)
         if config.model.compile:
@@ -213,7 +215,7 @@ class Run:
 
     def _evaluate(self, policy: str) -> Evaluation:
         """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
-        with self.trainer.drawing(policy):
+        with self.trainer.rollouts.drawing(policy):
             return evaluate_model(
                 self.model,
                 self.eval_prompts,
@@ -242,7 +244,7 @@ class Run:
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with self.trainer.drawing(self.policy):
+        with self.trainer.rollouts.drawing(self.policy):
             found = evaluate_model(
                 self.model,
                 prompts,

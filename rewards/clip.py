@@ -1,0 +1,147 @@
+"""CLIP as rewards use it: cosines of image and text embeddings, without Pillow, each different prompt embedded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedModel
+
+from diffalign.rewards.base import Metadata, Reward, RewardError
+from diffalign.rewards.preprocessing import Preprocessing
+from diffalign.types import RewardOutput
+
+MICRO_BATCH = 64
+
+
+class ClipScorer:
+    """A `CLIPModel`, its tokenizer and its preprocessing."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, preprocessing: Preprocessing | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing or Preprocessing(
+            size=model.config.vision_config.image_size
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str, *, revision: str | None = None, processor_id: str | None = None
+    ) -> ClipScorer:
+        """Weights of `model_id`; tokenizer and preprocessing of `processor_id`, where that is another one.
+
+        Raises:
+            RewardError: the weights are neither on this machine nor to be had from the hub.
+        """
+        processor = processor_id or model_id
+        where = {"revision": revision if processor_id is None else None}
+        try:
+            model = CLIPModel.from_pretrained(model_id, revision=revision, dtype=dtype())
+            tokenizer = AutoTokenizer.from_pretrained(processor, **where)
+            config = CLIPImageProcessor.get_image_processor_dict(processor, **where)[0]
+        except OSError as error:
+            raise RewardError(f"the weights of {model_id} could not be loaded: {error}") from error
+        return cls(model.to(device()), tokenizer, preprocessing(config))
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, D) float32 of length 1."""
+        found = []
+        for part in images.split(MICRO_BATCH):
+            pixels = self.preprocessing(part.to(self.model.device), dtype=self.model.dtype)
+            found.append(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return _unit(torch.cat(found))
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts to (B, D) float32 of length 1; what is beyond the model's context is cut."""
+        different = list(dict.fromkeys(prompts))
+        found = []
+        for start in range(0, len(different), MICRO_BATCH):
+            tokens = self.tokenizer(
+                different[start : start + MICRO_BATCH],
+                padding="max_length",
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.model.device)
+            found.append(self.model.get_text_features(**tokens).pooler_output)
+        row = {text: i for i, text in enumerate(different)}
+        return _unit(torch.cat(found))[[row[p] for p in prompts]]
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) float32 between each image and its prompt."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+    @property
+    def scale(self) -> float:
+        """exp(logit_scale): what CLIP's training multiplies cosines with."""
+        return self.model.logit_scale.float().exp().item()
+
+
+class ClipReward(Reward):
+    """A reward on a CLIP model. Subclasses say which (`load`) and what it is worth (`raw`)."""
+
+    def __init__(self, scorer: ClipScorer | None = None) -> None:
+        self._scorer = scorer
+
+    @property
+    def scorer(self) -> ClipScorer:
+        if self._scorer is None:
+            self._scorer = self.load()
+        return self._scorer
+
+    def prepare(self) -> None:
+        _ = self.scorer
+
+    def load(self) -> ClipScorer:
+        """The model of the card."""
+        assert self.card.model_id is not None
+        return ClipScorer.from_pretrained(self.card.model_id, revision=self.card.revision)
+
+    def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) raw scores."""
+        raise NotImplementedError
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        return RewardOutput(self.raw(images, prompts).float().cpu().numpy().astype(np.float32))
+
+
+def device() -> torch.device:
+    """Where rewards are computed: this process's GPU, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def dtype() -> torch.dtype:
+    """Of the weights of reward models."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """From a preprocessor_config.json of CLIP's image processor.
+
+    Raises:
+        RewardError: it asks for what CLIP does not do.
+    """
+    size, crop = config.get("size", 224), config.get("crop_size", 224)
+    size = size.get("shortest_edge") if isinstance(size, dict) else size
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if not isinstance(size, int) or size != crop or config.get("resample", 3) != 3:
+        raise RewardError(f"preprocessing other than CLIP's: {config}")
+    return Preprocessing(size, tuple(config["image_mean"]), tuple(config["image_std"]))
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = features.float()
+    return features / features.norm(dim=-1, keepdim=True)

@@ -1,0 +1,27 @@
+"""CLIPScore (Hessel et al. 2021) as torchmetrics scales it: 100 max(cos, 0) with CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffalign.rewards.base import RewardCard
+from diffalign.rewards.clip import ClipReward
+
+
+class ClipScoreReward(ClipReward):
+    """How well image and prompt agree; the paper's own scale is 2.5 max(cos, 0) with ViT-B/32."""
+
+    card = RewardCard(
+        name="clip_score",
+        description="100 max(cosine, 0) of CLIP ViT-L/14",
+        model_id="openai/clip-vit-large-patch14",
+        input_size=224,
+        raw_range=(0.0, 100.0),
+        scale=1 / 100,
+        license="MIT",
+    )
+
+    def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 100 * self.scorer.cosines(images, prompts).clamp_min(0)

@@ -1,0 +1,65 @@
+"""Human Preference Score v2 and v2.1 (Wu et al. 2023): CLIP ViT-H/14 trained on human choices; the raw cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from diffalign.rewards.base import RewardCard, RewardError
+from diffalign.rewards.clip import ClipReward, ClipScorer, device, dtype
+from diffalign.rewards.open_clip import build
+
+PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VISION_HEADS, TEXT_HEADS = 16, 16
+
+
+class HPSv21Reward(ClipReward):
+    """v2.1. Its tables print 100 times this; v2 and v2.1 do not compare with each other."""
+
+    file: ClassVar[str] = "HPS_v2.1_compressed.pt"
+    card = RewardCard(
+        name="hpsv2.1",
+        description="cosine of HPS v2.1, about 0.15 - 0.35",
+        model_id="xswu/HPSv2",
+        input_size=224,
+        raw_range=(-1.0, 1.0),
+        scale=5.0,
+        offset=0.15,
+        license="Apache-2.0",
+    )
+
+    def load(self) -> ClipScorer:
+        assert self.card.model_id is not None
+        try:
+            path = hf_hub_download(self.card.model_id, self.file)
+            tokenizer = AutoTokenizer.from_pretrained(PROCESSOR)
+        except OSError as error:
+            raise RewardError(
+                f"{self.card.model_id}/{self.file} could not be loaded: {error}"
+            ) from error
+        return ClipScorer(read(Path(path)).to(device(), dtype()), tokenizer)
+
+    def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.scorer.cosines(images, prompts)
+
+
+class HPSv2Reward(HPSv21Reward):
+    """v2, the first release."""
+
+    file = "HPS_v2_compressed.pt"
+    card = replace(
+        HPSv21Reward.card, name="hpsv2", description="cosine of HPS v2, about 0.2 - 0.35"
+    )
+
+
+def read(path: Path) -> torch.nn.Module:
+    """The model of a released checkpoint: open_clip's state dict under `state_dict`."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return build(state.get("state_dict", state), vision_heads=VISION_HEADS, text_heads=TEXT_HEADS)
