@@ -19,7 +19,7 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
-from diffalign.lora import WEIGHT_NAME
+from diffalign.lora import WEIGHT_NAME, load_lora
 from diffalign.lora_formats import read, write
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_meta_model, load_model
@@ -89,7 +89,7 @@ def _load(args: argparse.Namespace) -> TextToImageModel:
     if args.lora is not None:
         if not Path(args.lora).exists() and args.lora.count("/") != 1:
             raise UsageError(f"--lora: {args.lora} does not exist")
-        model.pipeline.load_lora_weights(args.lora)
+        load_lora(model.pipeline, args.lora)
     return model
 
 

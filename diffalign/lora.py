@@ -156,6 +156,45 @@ def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str 
     return folder / WEIGHT_NAME
 
 
+def load_lora(pipeline: Any, source: str) -> None:
+    """Stock `load_lora_weights`, after a look at whether the file is for this model: diffusers drops what has no place
+    and warns, or raises pages of shapes.
+
+    Raises:
+        UsageError: nothing is there, or it names a layer that the denoiser lacks or has in another size.
+    """
+    try:
+        state = pipeline.lora_state_dict(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} could not be read as a LoRA: {error}") from error
+    state = state[0] if isinstance(state, tuple) else state
+    denoiser = pipeline.transformer
+    modules = dict(denoiser.named_modules())
+    prefix = "transformer."
+    pairs = {
+        k
+        for k in state
+        if k.startswith(prefix) and k.endswith((".lora_A.weight", ".lora_B.weight"))
+    }
+    kind = type(denoiser).__name__
+    if not pairs:
+        raise UsageError(f"{source} holds no LoRA for a {kind}")
+    for key in sorted(pairs):
+        name, part = key.removeprefix(prefix).removesuffix(".weight").rsplit(".", 1)
+        layer = modules.get(name)
+        if layer is None:
+            raise UsageError(f"{source} is a LoRA of another model: this {kind} has no {name}")
+        side = 1 if part == "lora_A" else 0
+        here = (
+            (layer.out_features, layer.in_features)[side] if isinstance(layer, nn.Linear) else None
+        )
+        if here is not None and state[key].shape[side] != here:
+            raise UsageError(
+                f"{source} is a LoRA of another model: {name} has {state[key].shape[side]} features there, {here} here"
+            )
+    pipeline.load_lora_weights(source)
+
+
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
     """Tensors of one adapter for a checkpoint."""
     return {

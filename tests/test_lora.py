@@ -7,6 +7,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, QuantoConfig
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from diffalign import lora
 from diffalign.errors import UsageError
@@ -190,3 +191,36 @@ def test_an_exported_lora_loads_on_a_quantised_base(tmp_path):
     assert (adapter.r, adapter.lora_alpha) == (RANK, ALPHA)
     with pytest.raises(UsageError, match=r"rollout\.merge_lora"), lora.merged(transformer, "x"):
         pass
+
+
+def exported(folder, family, rank=RANK):
+    model = tiny.MODELS[family]()
+    perturb(lora.attach(model.denoiser, rank=rank, alpha=ALPHA, targets=model.lora_targets))
+    lora.export_lora(model.denoiser, model.pipeline, folder)
+    return model
+
+
+def test_a_lora_of_ours_is_loaded_and_works(tmp_path, model):
+    trained = exported(tmp_path, model.family)
+    plain = predict_base(model)
+    lora.load_lora(model.pipeline, str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(predict_base(model), predict(trained), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(predict_base(model), plain, atol=1e-3)
+
+
+def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model):
+    other = {"sd3": "flux", "flux": "sd3"}[model.family]
+    exported(tmp_path / "other", other)
+    with pytest.raises(UsageError, match="LoRA of another model: this .* has no "):
+        lora.load_lora(model.pipeline, str(tmp_path / "other"))
+    exported(tmp_path / "size", model.family)
+    file = tmp_path / "size" / "pytorch_lora_weights.safetensors"
+    state = {k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in load_file(file).items()}
+    save_file(state, file)
+    with pytest.raises(UsageError, match=r"has 32 features there, 16 here"):
+        lora.load_lora(model.pipeline, str(tmp_path / "size"))
+    save_file({"something.else": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(UsageError, match="LoRA"):
+        lora.load_lora(model.pipeline, str(tmp_path / "none.safetensors"))
+    assert not getattr(model.denoiser, "peft_config", {})
