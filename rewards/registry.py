@@ -16,6 +16,7 @@ ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
     "verifier": "diffalign.rewards.verifier:VerifierReward",
     "jpeg": "diffalign.rewards.jpeg:JpegReward",
+    "ocr": "diffalign.rewards.ocr:OcrReward",
     "clip_score": "diffalign.rewards.clip_score:ClipScoreReward",
     "pickscore": "diffalign.rewards.pickscore:PickScoreReward",
     "hpsv2": "diffalign.rewards.hpsv2:HPSv2Reward",
@@ -25,6 +26,7 @@ BUILT_IN = {
 SUMMARIES = {
     "verifier": "GenEval score of a Shapes image by the exact verifier",
     "jpeg": "compressibility: how few bytes the image takes as JPEG",
+    "ocr": "is the prompt's quoted text in the image? PP-OCR, offline",
     "clip_score": "agreement of image and prompt by CLIP ViT-L/14",
     "pickscore": "PickScore v1: choices of users",
     "hpsv2": "Human Preference Score v2",

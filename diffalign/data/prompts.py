@@ -58,11 +58,15 @@ def _read(path: Path) -> list[Prompt]:
         raise PromptError(f"prompt file {path} is not UTF-8 text: {error}") from error
     if path.suffix not in (".txt", ".jsonl"):
         raise PromptError(f"prompt file {path} must end in .txt or .jsonl")
-    parse = _parse_json if path.suffix == ".jsonl" else lambda line, place: Prompt(line.strip())
+    parse = _parse_json if path.suffix == ".jsonl" else _plain
     found = [parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise PromptError(f"prompt file {path} holds no prompt")
     return found
+
+
+def _plain(line: str, place: str) -> Prompt:
+    return Prompt(line.strip(), {"prompt": line.strip()})
 
 
 def _parse_json(line: str, place: str) -> Prompt:
