@@ -50,7 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
     generate.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
 
-    evaluate = verbs.add_parser("evaluate", help="score a model, with or without a LoRA")
+    evaluate = verbs.add_parser(
+        "evaluate", help="score a model, with or without a LoRA, or a folder of images"
+    )
+    evaluate.add_argument(
+        "what",
+        nargs="?",
+        default="model",
+        choices=("model", "rewards"),
+        help="model: generate and score; rewards: score the images of --images; default: %(default)s",
+    )
+    evaluate.add_argument(
+        "--images", type=Path, default=None, help="a folder with captions (docs/rewards.md)"
+    )
     evaluate.add_argument("--prompts", default="shapes:held_out", help="default: %(default)s")
     evaluate.add_argument(
         "--rewards", default="verifier", help="comma-separated; default: %(default)s"

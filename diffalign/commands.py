@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from diffalign.bench.record import BenchOptions, run_bench
 from diffalign.config import EvaluationConfig, RunConfig, load
+from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError, UserError
+from diffalign.evaluation.folder import score_folder
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
 from diffalign.lora import WEIGHT_NAME, load_lora
@@ -131,11 +134,13 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Score a model on prompts; the last line of the output is JSON."""
+    """Score a model on prompts, or a folder of images; the last line of the output is JSON."""
+    if args.what == "rewards":
+        return _evaluate_folder(args)
+    if args.images is not None:
+        raise UsageError("--images: meant `diffalign evaluate rewards --images ...`?")
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
-    reward = CompositeReward.from_config({name: 1.0 for name in args.rewards.split(",") if name})
-    reward.check_metadata([p.metadata for p in prompts])
-    reward.prepare()
+    reward = _rewards(args.rewards, [p.metadata for p in prompts])
     model = _load(args)
     found = evaluate_model(model, prompts, reward.score, _evaluation(args), **_batching(args))
     result = {
@@ -151,17 +156,57 @@ def evaluate(args: argparse.Namespace) -> int:
         **found.to_dict(),
         "versions": versions(),
     }
-    table = Table(title=f"{args.model}{' + ' + args.lora if args.lora else ''}")
-    table.add_column("")
-    table.add_column("score", justify="right")
-    for name, value in {**found.tasks, **found.means}.items():
-        table.add_row(name, f"{value:.3f}")
-    Console().print(table)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    title = f"{args.model}{' + ' + args.lora if args.lora else ''}"
+    _print_scores(title, {**found.tasks, **found.means})
+    _write(args.output, result)
     print(json.dumps(result))
     return 0
+
+
+def _evaluate_folder(args: argparse.Namespace) -> int:
+    if args.images is None:
+        raise UsageError("evaluate rewards needs --images DIR")
+    images = read_folder(args.images)
+    reward = _rewards(args.rewards, [i.prompt.metadata for i in images])
+    rows, means = score_folder(images, reward.score, batch_size=args.batch_size)
+    unreadable = sum("error" in row for row in rows)
+    result = {
+        "images": len(rows),
+        "unreadable": unreadable,
+        "failed": {n: count for n, count in reward.failures.items() if count},
+        "means": means,
+        "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
+        "versions": versions(),
+    }
+    _print_scores(f"{len(rows) - unreadable} of {len(rows)} images in {args.images}", means)
+    _write(args.output, {**result, "scores": rows})
+    print(json.dumps(result))
+    if unreadable == len(rows):
+        raise UsageError(f"no image could be read, for instance {rows[0]['error']}")
+    return 0
+
+
+def _rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
+    """From names between commas, ready to score prompts with this metadata."""
+    reward = CompositeReward.from_config({name: 1.0 for name in names.split(",") if name})
+    reward.check_metadata(metadata)
+    reward.prepare()
+    return reward
+
+
+def _print_scores(title: str, scores: Mapping[str, float]) -> None:
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("score", justify="right")
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.3f}")
+    Console().print(table)
+
+
+def _write(path: Path | None, result: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
 def bench(args: argparse.Namespace) -> int:

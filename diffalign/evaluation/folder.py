@@ -1,0 +1,35 @@
+"""Rewards of images that are there already: a folder with captions, whoever made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffalign.data.images import CaptionedImage, batches
+from diffalign.evaluation.score import Score
+
+
+def score_folder(
+    images: Sequence[CaptionedImage], score: Score, *, batch_size: int
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One row an image (`file`, `prompt`, and a value of each reward and detail, or `error`), and the means over the
+    images that have a value."""
+    rows: list[dict[str, Any]] = [
+        {"file": str(image.path), "prompt": image.prompt.text} for image in images
+    ]
+    for numbers, pixels, error in batches(images, size=batch_size):
+        if pixels is None:
+            rows[numbers[0]]["error"] = error
+            continue
+        prompts = [images[i].prompt for i in numbers]
+        found = score(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
+        for k, i in enumerate(numbers):
+            rows[i] |= {
+                name: float(v[k]) if np.isfinite(v[k]) else None
+                for name, v in found.details.items()
+            }
+    names = dict.fromkeys(n for r in rows for n, v in r.items() if isinstance(v, float))
+    means = {n: float(np.mean([r[n] for r in rows if r.get(n) is not None])) for n in names}
+    return rows, means

@@ -1,0 +1,149 @@
+"""Folders of images by anybody: every mode of Pillow, captions in every usual place, files that are broken."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign import cli
+from diffalign.data.images import ImageFolderError, batches, read_folder, read_image
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.world import render, sample_scene
+
+RED = (200, 30, 40)
+
+
+def save(path, mode="RGB", color=RED, size=(12, 8), **kwargs):
+    image = Image.new("RGB", size, color)
+    image.convert(mode).save(path, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "expected"),
+    [
+        ("a.png", "RGB", RED),
+        ("a.bmp", "RGB", RED),
+        ("a.png", "RGBA", RED),
+        ("a.tif", "CMYK", RED),
+        ("a.png", "P", RED),
+        ("a.gif", "P", RED),
+        ("a.png", "L", (82, 82, 82)),
+        ("a.png", "1", None),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, name, mode, expected):
+    found = read_image(save(tmp_path / name, mode))
+    assert (found.shape, found.dtype) == ((3, 8, 12), torch.uint8)
+    if expected:
+        assert (found.float().mean((1, 2)) - torch.tensor(expected)).abs().max() <= 3
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").eq(255).all()
+
+
+def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
+    values = np.array([[0, 257 * 100, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png")[0].tolist() == [[0, 100, 255]]
+    Image.fromarray(np.array([[0.0, 0.5, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(OSError, match="not finite"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_of_an_animation_the_first_frame_counts(tmp_path):
+    frames = [Image.new("RGB", (6, 6), c) for c in (RED, (0, 0, 255))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "a.gif")[0].float().mean() > 150
+
+
+def test_an_image_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 12, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_broken_files_are_an_os_error(tmp_path, content):
+    path = tmp_path / "a.png"
+    if content is None:  # cut in half
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(OSError):  # noqa: PT011 - Pillow's words
+        read_image(path)
+
+
+def test_captions_beside_and_in_tables(tmp_path):
+    save(tmp_path / "b.png")
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red thing\n")
+    assert [(i.path.name, i.prompt.text) for i in read_folder(tmp_path)] == [
+        ("a.png", "a red thing"),
+        ("b.png", ""),
+    ]
+    long = "very " * 2000
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\nb.png,"blue, or red"\na.png,{long}\n')
+    assert [i.prompt.text for i in read_folder(tmp_path)] == ["blue, or red", long]
+    rows = [{"file_name": "a.png", "prompt": "one", "tag": "x"}, {"file_name": "b.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    first, second = read_folder(tmp_path)
+    assert (first.prompt.text, first.prompt.task, second.prompt.text) == ("one", "x", "")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{", "1 is not valid JSON"),
+        ("[]", "must be an object"),
+        ('{"text": "x"}', "has no file_name"),
+        ('{"file_name": "../../etc/passwd"}', "not inside the folder"),
+        ("", "names no image"),
+    ],
+)
+def test_bad_tables_name_their_line(tmp_path, table, message):
+    (tmp_path / "metadata.jsonl").write_text(table)
+    with pytest.raises(ImageFolderError, match=message):
+        read_folder(tmp_path)
+
+
+def test_batches_are_of_one_size_and_name_what_cannot_be_read(tmp_path):
+    for i, size in enumerate([(12, 8), (8, 12), (12, 8), (12, 8)]):
+        save(tmp_path / f"{i}.png", size=size)
+    (tmp_path / "4.png").write_bytes(b"")
+    found = list(batches(read_folder(tmp_path), size=2))
+    assert sorted(i for rows, _, _ in found for i in rows) == [0, 1, 2, 3, 4]
+    assert [tuple(p.shape) for _, p, _ in found if p is not None].count((2, 3, 8, 12)) == 1
+    assert [rows for rows, pixels, error in found if error] == [[4]]
+
+
+def test_a_folder_is_scored_from_the_command_line(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    entries = prompts("train")[:5]
+    rows = []
+    for i, entry in enumerate(entries):
+        Image.fromarray(render(sample_scene(entry, rng))).save(tmp_path / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", **entry})
+    (tmp_path / "3.png").write_bytes(b"broken")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    output = tmp_path / "out" / "scores.json"
+    flags = ["--images", str(tmp_path), "--rewards", "verifier,jpeg", "--output", str(output)]
+    assert cli.main(["evaluate", "rewards", *flags]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (last["images"], last["unreadable"]) == (5, 1)
+    assert last["means"]["verifier"] == 1.0
+    scores = json.loads(output.read_text())["scores"]
+    assert [s.get("verifier") for s in scores] == [1, 1, 1, None, 1]
+    assert "3.png" in scores[3]["error"]
+    assert cli.main(["evaluate", "rewards"]) == 2
+    assert cli.main(["evaluate", "rewards", "--images", str(tmp_path / "no")]) == 2
+    assert cli.main(["evaluate", "--images", str(tmp_path)]) == 2
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "3.png", **entries[0]}))
+    assert cli.main(["evaluate", "rewards", *flags]) == 2
+    assert "no image could be read" in capsys.readouterr().err
