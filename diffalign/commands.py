@@ -168,11 +168,19 @@ def _evaluate_folder(args: argparse.Namespace) -> int:
         raise UsageError("evaluate rewards needs --images DIR")
     images = read_folder(args.images)
     reward = _rewards(args.rewards, [i.prompt.metadata for i in images])
+    without = sum(not i.prompt.text for i in images)
+    blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
+    if blind and without == len(images):
+        raise UsageError(
+            f"{', '.join(blind)} needs captions, and no image of {args.images} has one; see docs/rewards.md"
+        )
     rows, means = score_folder(images, reward.score, batch_size=args.batch_size)
     unreadable = sum("error" in row for row in rows)
     result = {
+        "folder": str(args.images),
         "images": len(rows),
         "unreadable": unreadable,
+        "without_caption": without,
         "failed": {n: count for n, count in reward.failures.items() if count},
         "means": means,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
@@ -183,12 +191,17 @@ def _evaluate_folder(args: argparse.Namespace) -> int:
     print(json.dumps(result))
     if unreadable == len(rows):
         raise UsageError(f"no image could be read, for instance {rows[0]['error']}")
+    if not means:
+        raise UsageError(f"no image could be scored: {reward.last_error or 'all rewards are NaN'}")
     return 0
 
 
 def _rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
     """From names between commas, ready to score prompts with this metadata."""
-    reward = CompositeReward.from_config({name: 1.0 for name in names.split(",") if name})
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen:
+        raise UsageError("--rewards names none")
+    reward = CompositeReward.from_config(dict.fromkeys(chosen, 1.0))
     reward.check_metadata(metadata)
     reward.prepare()
     return reward

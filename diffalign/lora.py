@@ -178,7 +178,9 @@ def load_lora(pipeline: Any, source: str) -> None:
     }
     kind = type(denoiser).__name__
     if not pairs:
-        raise UsageError(f"{source} holds no LoRA for a {kind}")
+        raise UsageError(
+            f"{source} holds no LoRA for a {kind} in diffusers' keys; `diffalign convert` reads kohya's and ComfyUI's"
+        )
     for key in sorted(pairs):
         name, part = key.removeprefix(prefix).removesuffix(".weight").rsplit(".", 1)
         layer = modules.get(name)
@@ -192,7 +194,10 @@ def load_lora(pipeline: Any, source: str) -> None:
             raise UsageError(
                 f"{source} is a LoRA of another model: {name} has {state[key].shape[side]} features there, {here} here"
             )
-    pipeline.load_lora_weights(source)
+    try:
+        pipeline.load_lora_weights(source)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"{source} could not be loaded by diffusers: {error}") from error
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from diffalign.rewards.base import RewardCard, RewardError
-from diffalign.rewards.clip import ClipReward, ClipScorer, device
+from diffalign.rewards.base import RewardCard
+from diffalign.rewards.clip import ClipReward, ClipScorer
+from diffalign.rewards.weights import device, loading
 
 HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
@@ -41,8 +42,9 @@ class AestheticHead(nn.Module):
 
 
 class AestheticReward(ClipReward):
-    """Does not look at the prompt."""
+    """Does not look at the prompt. The head's weights are those that TRL's DDPO used."""
 
+    needs_prompt = False
     card = RewardCard(
         name="aesthetic",
         description="LAION aesthetic predictor v2, 1 - 10",
@@ -60,12 +62,10 @@ class AestheticReward(ClipReward):
     @property
     def head(self) -> AestheticHead:
         if self._head is None:
-            try:
+            with loading(f"{HEAD_ID}/{HEAD_FILE}"):
                 path = hf_hub_download(HEAD_ID, HEAD_FILE)
-            except OSError as error:
-                raise RewardError(f"{HEAD_ID}/{HEAD_FILE} could not be loaded: {error}") from error
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self._head = AestheticHead.from_state(state).to(device())
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                self._head = AestheticHead.from_state(state).to(device())
         return self._head
 
     def prepare(self) -> None:

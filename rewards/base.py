@@ -33,7 +33,7 @@ class RewardCard:
     raw_range: tuple[float, float] = (0.0, 1.0)
     scale: float = 1.0
     offset: float = 0.0
-    """Normalised reward = (raw - offset) * scale, about 0..1 for ordinary images."""
+    """Normalised reward = (raw - offset) * scale, of the order of 1 for ordinary images."""
     license: str = "Apache-2.0"
 
 
@@ -43,6 +43,8 @@ class Reward(ABC):
     card: ClassVar[RewardCard]
     required_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys that every prompt's metadata must have."""
+    needs_prompt: ClassVar[bool] = False
+    """The prompt's text decides: without one a score means nothing."""
 
     def prepare(self) -> None:  # noqa: B027 - most rewards have nothing to load
         """Load what the reward needs, before the first image; RewardError where it is not to be had."""
@@ -59,7 +61,7 @@ class Reward(ABC):
         """
 
     def normalize(self, raw: Any) -> Any:
-        """Raw scale to the common one of about 0..1."""
+        """Raw scale to the common one."""
         return (raw - self.card.offset) * self.card.scale
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from diffalign.rewards.base import Metadata, Reward, RewardError
 from diffalign.rewards.preprocessing import Preprocessing
+from diffalign.rewards.weights import device, loading
 from diffalign.types import RewardOutput
 
 MICRO_BATCH = 64
+TEXTS = 4096
+"""Embeddings of prompts that are kept."""
 
 
 class ClipScorer:
@@ -28,8 +32,12 @@ class ClipScorer:
         self.preprocessing = preprocessing or Preprocessing(
             size=model.config.vision_config.image_size
         )
+        self.scale = model.logit_scale.float().exp().item()
+        """exp(logit_scale): what CLIP's training multiplies cosines with."""
+        self._texts: dict[str, Tensor] = {}
 
     @classmethod
+    @lru_cache(maxsize=4)  # rewards on the same model share it
     def from_pretrained(
         cls, model_id: str, *, revision: str | None = None, processor_id: str | None = None
     ) -> ClipScorer:
@@ -40,52 +48,49 @@ class ClipScorer:
         """
         processor = processor_id or model_id
         where = {"revision": revision if processor_id is None else None}
-        try:
-            model = CLIPModel.from_pretrained(model_id, revision=revision, dtype=dtype())
+        with loading(model_id):
+            model = CLIPModel.from_pretrained(model_id, revision=revision, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(processor, **where)
             config = CLIPImageProcessor.get_image_processor_dict(processor, **where)[0]
-        except OSError as error:
-            raise RewardError(f"the weights of {model_id} could not be loaded: {error}") from error
-        return cls(model.to(device()), tokenizer, preprocessing(config))
+            return cls(model.to(device()), tokenizer, preprocessing(config))
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, D) float32 of length 1."""
         found = []
         for part in images.split(MICRO_BATCH):
-            pixels = self.preprocessing(part.to(self.model.device), dtype=self.model.dtype)
+            pixels = self.preprocessing(part.to(self.model.device)).to(self.model.dtype)
             found.append(self.model.get_image_features(pixel_values=pixels).pooler_output)
         return _unit(torch.cat(found))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """B prompts to (B, D) float32 of length 1; what is beyond the model's context is cut."""
-        different = list(dict.fromkeys(prompts))
-        found = []
-        for start in range(0, len(different), MICRO_BATCH):
+        new = [p for p in dict.fromkeys(prompts) if p not in self._texts]
+        if len(self._texts) + len(new) > TEXTS:
+            self._texts, new = {}, list(dict.fromkeys(prompts))
+        for start in range(0, len(new), MICRO_BATCH):
+            part = new[start : start + MICRO_BATCH]
             tokens = self.tokenizer(
-                different[start : start + MICRO_BATCH],
+                part,
                 padding="max_length",
                 truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
             ).to(self.model.device)
-            found.append(self.model.get_text_features(**tokens).pooler_output)
-        row = {text: i for i, text in enumerate(different)}
-        return _unit(torch.cat(found))[[row[p] for p in prompts]]
+            features = _unit(self.model.get_text_features(**tokens).pooler_output)
+            self._texts |= dict(zip(part, features, strict=True))
+        return torch.stack([self._texts[p] for p in prompts])
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) float32 between each image and its prompt."""
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)
 
-    @property
-    def scale(self) -> float:
-        """exp(logit_scale): what CLIP's training multiplies cosines with."""
-        return self.model.logit_scale.float().exp().item()
-
 
 class ClipReward(Reward):
     """A reward on a CLIP model. Subclasses say which (`load`) and what it is worth (`raw`)."""
+
+    needs_prompt: ClassVar[bool] = True
 
     def __init__(self, scorer: ClipScorer | None = None) -> None:
         self._scorer = scorer
@@ -112,20 +117,6 @@ class ClipReward(Reward):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
         return RewardOutput(self.raw(images, prompts).float().cpu().numpy().astype(np.float32))
-
-
-def device() -> torch.device:
-    """Where rewards are computed: this process's GPU, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def dtype() -> torch.dtype:
-    """Of the weights of reward models."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def preprocessing(config: dict[str, Any]) -> Preprocessing:

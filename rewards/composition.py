@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 class CompositeReward:
     """Weighted sum of normalised rewards.
 
-    `details` of its output holds every part's normalised values under the part's name and its further details under
-    "name/detail". An image for which a part failed has NaN in that part and in the sum. `failures` counts them.
+    `details` of its output holds every part's normalised values under the part's name, the raw ones under "name/raw"
+    where they differ, and its further details under "name/detail". An image for which a part failed has NaN in that
+    part and in the sum. `failures` counts them.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
@@ -53,6 +54,8 @@ class CompositeReward:
             part = self._score_part(name, images, prompts, metadata)
             values = np.asarray(reward.normalize(part.values), np.float32)
             details[name] = values
+            if (reward.card.scale, reward.card.offset) != (1.0, 0.0):
+                details[f"{name}/raw"] = part.values
             details |= {f"{name}/{key}": value for key, value in part.details.items()}
             total += self.weights[name] * values
         return RewardOutput(values=total, details=details)
@@ -86,17 +89,13 @@ def _one_by_one(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> RewardOutput:
     """One bad image must not cost the batch: score each alone, NaN for those that fail."""
-    parts: list[RewardOutput | None] = []
+    nothing = RewardOutput(np.full(1, np.nan, np.float32))
+    parts = []
     for i in range(len(prompts)):
         one = slice(i, i + 1)
         try:
             parts.append(reward.score(images[one], prompts[one], metadata[one]))
         except Exception as error:
             logger.debug("image %d: %s", i, error)
-            parts.append(None)
-    names = sorted({name for part in parts if part for name in part.details})
-    nan = np.float32(np.nan)
-    return RewardOutput(
-        np.array([part.values[0] if part else nan for part in parts], np.float32),
-        {k: np.array([part.details[k][0] if part else nan for part in parts]) for k in names},
-    )
+            parts.append(nothing)
+    return RewardOutput.cat(parts)

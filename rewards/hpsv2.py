@@ -12,11 +12,12 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from diffalign.rewards.base import RewardCard, RewardError
-from diffalign.rewards.clip import ClipReward, ClipScorer, device, dtype
+from diffalign.rewards.base import RewardCard
+from diffalign.rewards.clip import ClipReward, ClipScorer
 from diffalign.rewards.open_clip import build
+from diffalign.rewards.preprocessing import LetterboxPreprocessing
+from diffalign.rewards.weights import LAION_CLIP_H, device, loading
 
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VISION_HEADS, TEXT_HEADS = 16, 16
 
 
@@ -37,14 +38,11 @@ class HPSv21Reward(ClipReward):
 
     def load(self) -> ClipScorer:
         assert self.card.model_id is not None
-        try:
+        with loading(f"{self.card.model_id}/{self.file}"):
             path = hf_hub_download(self.card.model_id, self.file)
-            tokenizer = AutoTokenizer.from_pretrained(PROCESSOR)
-        except OSError as error:
-            raise RewardError(
-                f"{self.card.model_id}/{self.file} could not be loaded: {error}"
-            ) from error
-        return ClipScorer(read(Path(path)).to(device(), dtype()), tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(LAION_CLIP_H)
+            model = read(Path(path)).to(device())
+        return ClipScorer(model, tokenizer, LetterboxPreprocessing())
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scorer.cosines(images, prompts)

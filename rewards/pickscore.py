@@ -8,8 +8,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward, ClipScorer
-
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+from diffalign.rewards.weights import LAION_CLIP_H
 
 
 class PickScoreReward(ClipReward):
@@ -22,12 +21,12 @@ class PickScoreReward(ClipReward):
         input_size=224,
         raw_range=(0.0, 26.0),
         scale=1 / 26,
-        license="MIT",
+        license="MIT (code); the weights state none",
     )
 
     def load(self) -> ClipScorer:
         assert self.card.model_id is not None
-        return ClipScorer.from_pretrained(self.card.model_id, processor_id=PROCESSOR)
+        return ClipScorer.from_pretrained(self.card.model_id, processor_id=LAION_CLIP_H)
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scorer.scale * self.scorer.cosines(images, prompts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -18,6 +19,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PRECISION_BITS = 22
 """Pillow's weights are integers in units of 2^-22."""
 BICUBIC_SUPPORT = 2.0
+CHUNK = 16_000_000
+"""Values that are resized at a time: eight bytes each, a few times over."""
 
 
 def _bicubic(x: float, a: float = -0.5) -> float:
@@ -28,14 +31,15 @@ def _bicubic(x: float, a: float = -0.5) -> float:
 
 
 @lru_cache(maxsize=64)
-def _weights(before: int, after: int) -> Tensor:
-    """(after, before) float64 integers: Pillow's fixed-point weights of one axis (libImaging/Resample.c)."""
+def _weights(before: int, after: int, start: int, count: int) -> Tensor:
+    """(count, before) float64 integers: Pillow's fixed-point weights of one axis from `before` to `after` pixels, for
+    `count` of them from `start` (libImaging/Resample.c)."""
     scale = before / after
     stretch = max(scale, 1.0)
     support = BICUBIC_SUPPORT * stretch
-    table = torch.zeros(after, before, dtype=torch.float64)
-    for row in range(after):
-        center = (row + 0.5) * scale
+    table = torch.zeros(count, before, dtype=torch.float64)
+    for row in range(count):
+        center = (start + row + 0.5) * scale
         low = max(0, int(center - support + 0.5))
         high = min(before, int(center + support + 0.5))
         found = [_bicubic((x - center + 0.5) / stretch) for x in range(low, high)]
@@ -45,24 +49,30 @@ def _weights(before: int, after: int) -> Tensor:
     return table
 
 
-def _along_width(images: Tensor, width: int) -> Tensor:
-    """(..., W) uint8 to (..., width); sums of 255 x 2^22 x taps are exact in float64."""
+def _along_width(images: Tensor, width: int, start: int, count: int) -> Tensor:
+    """(..., W) uint8 to `count` of `width` columns; sums of 255 x 2^22 x taps are exact in float64."""
     if images.shape[-1] == width:
-        return images
-    weights = _weights(images.shape[-1], width).to(images.device)
+        return images[..., start : start + count]
+    weights = _weights(images.shape[-1], width, start, count).to(images.device)
     sums = images.double() @ weights.T
-    return (
-        ((sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)).floor().clamp(0, 255).byte()
-    )
+    sums = (sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)
+    return sums.floor().clamp(0, 255).byte()
 
 
-def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
+def resize_bicubic(
+    images: Tensor, height: int, width: int, *, crop: tuple[int, int, int, int] | None = None
+) -> Tensor:
     """(B, C, H, W) uint8 to (B, C, height, width) uint8, equal to `PIL.Image.resize(..., BICUBIC)` bit for bit.
 
-    Unless one side grows and the other shrinks: newer versions of Pillow then resize the height first.
+    Unless one side grows and the other shrinks: newer versions of Pillow then resize the height first. `crop` (top,
+    left, height, width): only that part of the result is computed.
     """
-    across = _along_width(images, width)
-    return _along_width(across.transpose(-1, -2), height).transpose(-1, -2)
+    top, left, rows, columns = crop or (0, 0, height, width)
+    found = []
+    for part in images.split(max(1, CHUNK // images[0].numel())):
+        across = _along_width(part, width, left, columns).transpose(-1, -2)
+        found.append(_along_width(across, height, top, rows).transpose(-1, -2))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,33 @@ class Preprocessing:
         height, width = images.shape[-2:]
         short = min(height, width)
         height, width = (int(self.size * side / short) for side in (height, width))
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        resized = resize_bicubic(images, height, width)
-        return resized[..., top : top + self.size, left : left + self.size]
+        crop = ((height - self.size) // 2, (width - self.size) // 2, self.size, self.size)
+        return resize_bicubic(images, height, width, crop=crop)
 
-    def __call__(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, 3, size, size) normalised."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, 3, size, size) float32, normalised."""
+        return self.normalize(self.pixels(images).float() / 255)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..1."""
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std)
         )
-        return ((self.pixels(images).float() / 255 - mean) / std).to(dtype)
+        return (images - mean) / std
+
+
+@dataclass(frozen=True)
+class LetterboxPreprocessing(Preprocessing):
+    """HPS's: the longest side to `size` by antialiased bicubic interpolation of floats, black to a square."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, 3, size, size) float32, normalised."""
+        pixels = images.float() / 255
+        height, width = images.shape[-2:]
+        scale = self.size / max(height, width)
+        if scale != 1:
+            inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+            pixels = F.interpolate(pixels, inner, mode="bicubic", antialias=True)
+        down, across = (self.size - side for side in pixels.shape[-2:])
+        pixels = F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+        return self.normalize(pixels)

@@ -9,12 +9,18 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from diffalign.rewards import aesthetic, clip, hpsv2, open_clip
+from diffalign.rewards import aesthetic, clip, hpsv2, open_clip, preprocessing
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.clip_score import ClipScoreReward
 from diffalign.rewards.pickscore import PickScoreReward
-from diffalign.rewards.preprocessing import Preprocessing, resize_bicubic
+from diffalign.rewards.preprocessing import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    LetterboxPreprocessing,
+    Preprocessing,
+    resize_bicubic,
+)
 from diffalign.shapes import text
 
 PROMPTS = ["a photo of a red circle", "two blue squares " * 40, "", "a photo of a red circle"]
@@ -47,6 +53,39 @@ def test_preprocessing_is_transformers(size):
     images = pictures(2, *size)
     theirs = CLIPImageProcessorPil()(images=pil(images), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(Preprocessing()(images), theirs, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Scorers are shared by name; a test must not meet another's."""
+    ClipScorer.from_pretrained.cache_clear()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_letterboxes_hold_the_whole_image(size):
+    images = pictures(2, *size)
+    found = LetterboxPreprocessing(size=32)(images)
+    assert found.shape == (2, 3, 32, 32)
+    # independently: one image at a time, pasted into the middle of a black square
+    height, width = (round(side * 32 / max(size)) for side in size)
+    for image, ours in zip(images, found, strict=True):
+        square = torch.zeros(3, 32, 32)
+        top, left = (32 - height) // 2, (32 - width) // 2
+        scaled = torch._C._nn._upsample_bicubic2d_aa(
+            image[None].float() / 255, (height, width), align_corners=False
+        )[0]
+        square[:, top : top + height, left : left + width] = scaled
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
+        torch.testing.assert_close(ours, (square - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_large_batches_are_resized_in_parts(monkeypatch):
+    images = pictures(5, 40, 52)
+    expected = Preprocessing(28)(images)
+    monkeypatch.setattr(preprocessing, "CHUNK", 3 * 40 * 52 * 2)
+    torch.testing.assert_close(Preprocessing(28)(images), expected, rtol=0, atol=0)
+    wide = pictures(1, 1, 5000)  # only what the crop needs is computed
+    assert Preprocessing(224)(wide).shape == (1, 3, 224, 224)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +167,45 @@ def test_a_prompt_is_embedded_once_and_batches_change_nothing(checkpoint, monkey
     torch.testing.assert_close(scorer.cosines(images, PROMPTS), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_scale_is_exact_in_low_precision(checkpoint):
+    model = CLIPModel.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+    scorer = ClipScorer(model, text.build_clip_tokenizer())
+    scorer.model.bfloat16()
+    assert scorer.scale == pytest.approx(100, rel=1e-6)
+    images = pictures(2, 28, 28)
+    assert PickScoreReward(scorer).score(images, ["a", "b"], [{}] * 2).values.dtype == np.float32
+
+
+def test_rewards_on_the_same_model_share_it(checkpoint):
+    assert ClipScorer.from_pretrained(str(checkpoint)) is ClipScorer.from_pretrained(
+        str(checkpoint)
+    )
+
+
 def test_weights_that_are_not_there_are_an_error_before_the_first_image(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hpsv2, "hf_hub_download", _nothing)
+    monkeypatch.setattr(aesthetic, "hf_hub_download", _nothing)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", _nothing)
     for kind in (ClipScoreReward, PickScoreReward, hpsv2.HPSv2Reward, aesthetic.AestheticReward):
         with pytest.raises(RewardError, match="could not be loaded"):
             kind().prepare()
+
+
+def _nothing(*args, **kwargs):
+    raise TimeoutError("the hub does not answer")
+
+
+def test_a_file_that_is_cut_is_an_error_that_names_it(tmp_path, monkeypatch):
+    file = tmp_path / "HPS_v2.1_compressed.pt"
+    file.write_bytes(b"PK\x03\x04 and nothing more")
+    monkeypatch.setattr(hpsv2, "hf_hub_download", lambda *a, **k: str(file))
+    monkeypatch.setattr(hpsv2.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
+    with pytest.raises(RewardError, match=r"xswu/HPSv2/HPS_v2\.1_compressed\.pt could not be"):
+        hpsv2.HPSv21Reward().prepare()
 
 
 def test_other_preprocessing_is_refused():

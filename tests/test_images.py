@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from diffalign import cli
+from diffalign.data import images as data_images
 from diffalign.data.images import ImageFolderError, batches, read_folder, read_image
+from diffalign.rewards.ocr import wanted_text
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
 
@@ -68,6 +70,12 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (3, 12, 8)
 
 
+def test_a_damaged_exif_is_no_reason_to_lose_the_image(tmp_path):
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02\x01\x12\x00\x03\x00\x00\x00"
+    save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 8, 12)
+
+
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
 def test_broken_files_are_an_os_error(tmp_path, content):
     path = tmp_path / "a.png"
@@ -95,6 +103,42 @@ def test_captions_beside_and_in_tables(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     first, second = read_folder(tmp_path)
     assert (first.prompt.text, first.prompt.task, second.prompt.text) == ("one", "x", "")
+    assert first.prompt.metadata["prompt"] == "one"
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    save(tmp_path / "a.png")
+    table = 'file_name,prompt,text\na.png,,"a sign\nthat says ""Hi"""\n'
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + table.encode())  # Excel's mark
+    (image,) = read_folder(tmp_path)
+    assert image.prompt.text == 'a sign\nthat says "Hi"'
+    assert wanted_text(image.prompt.text, image.prompt.metadata) == "hi"  # not the whole caption
+    line = json.dumps({"file_name": "a.png", "caption": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert read_folder(tmp_path)[0].prompt.text == "one\u2028two"
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}')
+    with pytest.raises(ImageFolderError, match="not readable"):
+        read_folder(tmp_path)
+
+
+def test_links_to_images_are_followed(tmp_path):
+    """A snapshot of the hub is a folder of links."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    save(tmp_path / "blob.png")
+    (folder / "a.png").symlink_to(tmp_path / "blob.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "./a.png", "prompt": "x"}')
+    (image,) = read_folder(folder)
+    assert read_image(image.path).shape == (3, 8, 12)
+
+
+def test_few_images_wait_at_a_time(tmp_path, monkeypatch):
+    for i in range(6):
+        save(tmp_path / f"{i}.png", size=(10 + i, 10))
+    monkeypatch.setattr(data_images, "MAX_WAITING", 3 * 10 * 12 * 2)
+    found = list(batches(read_folder(tmp_path), size=64))
+    assert sorted(i for rows, _, _ in found for i in rows) == list(range(6))
+    assert found[0][0] != [5]  # some came before the last was read
 
 
 @pytest.mark.parametrize(
@@ -144,6 +188,9 @@ def test_a_folder_is_scored_from_the_command_line(tmp_path, capsys):
     assert cli.main(["evaluate", "rewards"]) == 2
     assert cli.main(["evaluate", "rewards", "--images", str(tmp_path / "no")]) == 2
     assert cli.main(["evaluate", "--images", str(tmp_path)]) == 2
+    assert cli.main(["evaluate", "rewards", "--images", str(tmp_path), "--rewards", ", "]) == 2
+    assert cli.main(["evaluate", "rewards", *flags, "--batch_size=0"]) == 2
+    capsys.readouterr()
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "3.png", **entries[0]}))
     assert cli.main(["evaluate", "rewards", *flags]) == 2
     assert "no image could be read" in capsys.readouterr().err

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from diffalign.errors import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("metadata.jsonl", "metadata.csv")
 TEXT_KEYS = ("prompt", "text", "caption")
+MAX_WAITING = 500_000_000
+"""Values of images that wait for others of their size."""
 
 
 class ImageFolderError(UserError, ValueError):
@@ -61,39 +66,49 @@ def read_folder(folder: str | Path) -> list[CaptionedImage]:
 
 def _beside(path: Path) -> Prompt:
     file = path.with_suffix(".txt")
-    text = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    found = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
+    text = found.strip()
     return Prompt(text, {"prompt": text})
 
 
 def _rows(table: Path) -> Iterator[CaptionedImage]:
-    text = table.read_text(encoding="utf-8")
-    if table.suffix == ".csv":
-        entries = enumerate(csv.DictReader(text.splitlines()), 2)
-    else:
-        entries = (
-            (n, _json(line, f"{table}:{n}"))
-            for n, line in enumerate(text.splitlines(), 1)
-            if line.strip()
-        )
-    for number, entry in entries:
+    try:
+        entries = list((_csv if table.suffix == ".csv" else _jsonl)(table))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ImageFolderError(f"{table} is not readable: {error}") from error
+    key = next((k for k in TEXT_KEYS if any(e.get(k) for _, e in entries)), None)
+    for place, entry in entries:
         name = entry.get("file_name")
         if not name:
-            raise ImageFolderError(f"{table}:{number} has no file_name")
-        caption = next((str(entry[k]) for k in TEXT_KEYS if entry.get(k) is not None), "")
-        path = (table.parent / str(name)).resolve()
-        if not path.is_relative_to(table.parent.resolve()):
-            raise ImageFolderError(f"{table}:{number}: {name} is not inside the folder")
-        yield CaptionedImage(path, Prompt(caption, {"prompt": caption, **entry}))
+            raise ImageFolderError(f"{place} has no file_name")
+        inside = os.path.normpath(str(name))
+        if os.path.isabs(inside) or inside.startswith(".."):
+            raise ImageFolderError(f"{place}: {name} is not inside the folder")
+        caption = str(
+            entry.pop(key, None) or ""
+        )  # its key means a caption, whatever it means to a reward
+        yield CaptionedImage(table.parent / inside, Prompt(caption, {**entry, "prompt": caption}))
 
 
-def _json(line: str, place: str) -> dict:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ImageFolderError(f"{place} is not valid JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise ImageFolderError(f"{place} must be an object with file_name and prompt")
-    return entry
+def _csv(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for entry in reader:
+            yield f"{table}:{reader.line_num}", dict(entry)
+
+
+def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{table}:{number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ImageFolderError(f"{place} is not valid JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ImageFolderError(f"{place} must be an object with file_name and prompt")
+        yield place, entry
 
 
 def read_image(path: Path) -> Tensor:
@@ -105,15 +120,25 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             file.load()
-            image = ImageOps.exif_transpose(file)
+            image = _upright(file)
         if image.mode.startswith("I") or image.mode == "F":
             return _deep(np.asarray(image))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             ground = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(ground, image.convert("RGBA"))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the EXIF says, if it can be read: a damaged one is no reason to lose the image."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image.copy()
 
 
 def _deep(values: np.ndarray) -> Tensor:
@@ -132,18 +157,24 @@ def batches(
     images: Sequence[CaptionedImage], *, size: int
 ) -> Iterator[tuple[list[int], Tensor | None, str | None]]:
     """(rows, (B, 3, H, W) pixels, None) of up to `size` readable images of one resolution, and ([row], None, why) for
-    each that cannot be read."""
+    each that cannot be read. Never more than a few times `size` images, or one and MAX_WAITING values, are held."""
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    held = 0
     for row, image in enumerate(images):
         try:
             pixels = read_image(image.path)
         except OSError as error:
             yield [row], None, str(error) or type(error).__name__
             continue
-        group = waiting.setdefault(tuple(pixels.shape), [])
-        group.append((row, pixels))
-        if len(group) == size:
-            yield _stack(waiting.pop(tuple(pixels.shape)))
+        shape = tuple(pixels.shape)
+        waiting.setdefault(shape, []).append((row, pixels))
+        held += pixels.numel()
+        while waiting and (len(waiting.get(shape, ())) >= size or held > MAX_WAITING):
+            full = len(waiting.get(shape, ())) >= size
+            largest = max(waiting, key=lambda s: len(waiting[s]) * math.prod(s))
+            group = waiting.pop(shape if full else largest)
+            held -= sum(p.numel() for _, p in group)
+            yield _stack(group)
     for group in waiting.values():
         yield _stack(group)
 

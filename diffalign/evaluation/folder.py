@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.data.images import CaptionedImage, batches
+from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 
 
@@ -19,6 +20,8 @@ def score_folder(
     rows: list[dict[str, Any]] = [
         {"file": str(image.path), "prompt": image.prompt.text} for image in images
     ]
+    if batch_size < 1:
+        raise UsageError(f"--batch_size must be at least 1, got {batch_size}")
     for numbers, pixels, error in batches(images, size=batch_size):
         if pixels is None:
             rows[numbers[0]]["error"] = error

@@ -61,6 +61,12 @@ def evaluate_model(
     guided = model.costs_a_forward(config.guidance_scale)
     texts = list(dict.fromkeys(p.text for p in repeated))
     row = {text: i for i, text in enumerate(texts)}
+    parts: list[RewardOutput] = []
+
+    def score_part(part: slice, images: Tensor) -> None:
+        asked = repeated[part]
+        parts.append(score(images, [p.text for p in asked], [p.metadata for p in asked]))
+
     _, images = generate(
         model,
         cache(texts),
@@ -74,9 +80,9 @@ def evaluate_model(
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
         step=solver_step(config.solver),
+        on_images=score_part,
     )
-    output = score(images, [p.text for p in repeated], [p.metadata for p in repeated])
-    return summarize_scores(repeated, images, output)
+    return summarize_scores(repeated, images, RewardOutput.cat(parts))
 
 
 def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[Prompt]:

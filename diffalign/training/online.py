@@ -267,7 +267,7 @@ class OnlineTrainer:
         except RewardTimeout as error:
             self.save()
             raise TrainingError(
-                f"update {update}: {error} (rollout.reward_timeout); everything up to update "
+                f"update {update}: {error}; everything up to update "
                 f"{self.progress.update} is saved, and the same command resumes from there"
             ) from error
 

@@ -215,13 +215,14 @@ class Run:
 
     def _evaluate(self, policy: str) -> Evaluation:
         """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
+        score = BackgroundScorer(
+            self._score, timeout=self.config.rollout.reward_timeout, overlap=False
+        )
         with self.trainer.rollouts.drawing(policy):
             return evaluate_model(
                 self.model,
                 self.eval_prompts,
-                BackgroundScorer(
-                    self._score, timeout=self.config.rollout.reward_timeout, overlap=False
-                ),
+                score,
                 self.config.evaluation,
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.evaluation.score import Score
 from diffalign.types import RewardOutput
 
 _Jobs = queue.SimpleQueue[tuple[Future[RewardOutput], tuple[Any, ...]] | None]
 
 
-class RewardTimeout(TimeoutError):
+class RewardTimeout(UserError, TimeoutError):
     """A reward gave no answer in time."""
 
 
@@ -71,7 +72,9 @@ class BackgroundScorer:
         for future in waiting:
             done, _ = wait([future], self._timeout)
             if not done:
-                raise RewardTimeout(f"no reward for {self._timeout:g} seconds")
+                raise RewardTimeout(
+                    f"no reward for {self._timeout:g} seconds (rollout.reward_timeout)"
+                )
             parts.append(future.result())
         return RewardOutput.cat(parts)
 
