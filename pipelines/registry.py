@@ -38,7 +38,7 @@ MODELS = {
     ),
     "shapes-flux": ModelSpec(
         "package:shapes-flux",
-        "FLUX.1's layout, 64 px Shapes; ships with diffalign",
+        "6 M parameters, FLUX.1's layout, 64 px Shapes; ships with diffalign",
         16,
         (64, 64),
     ),

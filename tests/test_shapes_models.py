@@ -19,9 +19,10 @@ KINDS = {"shapes-sd3": StableDiffusion3Pipeline, "shapes-flux": FluxPipeline}
 SHIPPED = [name for name in KINDS if (FOLDER / name).is_dir()]
 
 
-def test_sd3_ships():
-    assert "shapes-sd3" in available()
-    assert MODELS["shapes-sd3"].max_sequence_length == 16
+@pytest.mark.parametrize("name", KINDS)
+def test_both_models_ship(name):
+    assert name in available()
+    assert MODELS[name].max_sequence_length == 16
 
 
 def test_all_checkpoints_are_safetensors_and_fit():
