@@ -84,9 +84,8 @@ def _rows(table: Path) -> Iterator[CaptionedImage]:
         inside = os.path.normpath(str(name))
         if os.path.isabs(inside) or inside.startswith(".."):
             raise ImageFolderError(f"{place}: {name} is not inside the folder")
-        caption = str(
-            entry.pop(key, None) or ""
-        )  # its key means a caption, whatever it means to a reward
+        # taken out: its key means a caption here, whatever it means to a reward
+        caption = str(entry.pop(key, None) or "") if key is not None else ""
         yield CaptionedImage(table.parent / inside, Prompt(caption, {**entry, "prompt": caption}))
 
 
