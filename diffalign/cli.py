@@ -45,6 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="name or YAML file")
     train.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
 
+    _add_images(verbs)
+    _add_files(verbs)
+    _add_bench(verbs)
+    listing = verbs.add_parser("list", help="what there is by name")
+    listing.add_argument("what", choices=("recipes", "rewards", "models", "benches"))
+    return parser
+
+
+def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Verbs that make or score images."""
     generate = verbs.add_parser("generate", help="make images with a model and a LoRA")
     generate.add_argument("prompts", nargs="+", help="texts, or files ending in .txt or .jsonl")
     generate.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
@@ -78,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (generate, evaluate):
         _model_flags(verb)
 
+
+def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Verbs that rewrite LoRA files."""
     convert = verbs.add_parser("convert", help="a LoRA file from and to the keys of other programs")
     convert.add_argument("lora", help="a .safetensors file, or a folder with diffusers' file name")
     convert.add_argument("--to", required=True, choices=("diffusers", "comfyui", "kohya"))
@@ -92,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     merge.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
 
+
+def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = verbs.add_parser("bench", help="measure one of the suite's claims")
     bench.add_argument("name", help="a name of `diffalign list benches`")
     bench.add_argument("--quick", action="store_true", help="minutes, to see that it works")
@@ -101,10 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("runs/bench"), help="runs are kept and resumed here"
     )
     bench.add_argument("--output", type=Path, default=None, help="write the whole result as JSON")
-
-    listing = verbs.add_parser("list", help="what there is by name")
-    listing.add_argument("what", choices=("recipes", "rewards", "models", "benches"))
-    return parser
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:

@@ -71,6 +71,10 @@ class TextToImageModel(ABC):
         """Whether this guidance needs negative embeddings and a second forward."""
         return not self.guidance_is_embedded and guidance_scale is not None and guidance_scale > 1
 
+    def forward_rows(self, images: int, guidance_scale: float | None) -> int:
+        """Rows of the denoiser's forward for so many images."""
+        return images * (2 if self.costs_a_forward(guidance_scale) else 1)
+
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels when none is given: the stock pipeline's, unless the model is known better."""

@@ -23,12 +23,7 @@ def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> 
 
     Returns False, with a warning, on a machine that cannot compile: the denoiser then works as before.
     """
-    blocks = [b for part in denoiser.children() if isinstance(part, nn.ModuleList) for b in part]
-    problem = (
-        _why_not(next(denoiser.parameters()).device)
-        if blocks
-        else "the denoiser has no list of blocks"
-    )
+    problem = _why_not(denoiser)
     if problem is not None:
         logger.warning("model.compile: going on without, slower: %s", problem)
         return False
@@ -36,15 +31,23 @@ def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> 
     # the limit torch falls back to eager
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
-    for block in blocks:
+    for block in blocks(denoiser):
         block.compile(dynamic=False)
     _PaddedBatches(denoiser, sizes)
     return True
 
 
-def _why_not(device: torch.device) -> str | None:
-    """The reason why a trivial function cannot be compiled here."""
+def blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer: the entries of its lists."""
+    return [b for part in denoiser.children() if isinstance(part, nn.ModuleList) for b in part]
+
+
+def _why_not(denoiser: nn.Module) -> str | None:
+    """The reason why nothing can be compiled here: no blocks, or a trivial function fails."""
+    if not blocks(denoiser):
+        return "the denoiser has no list of blocks"
     try:
+        device = next(denoiser.parameters()).device
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever is missing: compiler, headers, triton
         text = str(error).strip() or type(error).__name__

@@ -30,9 +30,12 @@ class CompositeReward:
         self.last_error: str | None = None
 
     @classmethod
-    def from_config(cls, weights: Mapping[str, float]) -> CompositeReward:
+    def from_config(
+        cls, weights: Mapping[str, float], *, setting: str = "rewards"
+    ) -> CompositeReward:
+        """Built-in and installed rewards by name; an unknown one is an error that names `setting`."""
         for name in weights:
-            registry.check_name(name)
+            registry.check_name(name, setting=setting)
         return cls({name: registry.create(name) for name in weights}, weights)
 
     def prepare(self) -> None:

@@ -19,7 +19,7 @@ def counter(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: original(self, backend=backend, **kw)
     )
-    monkeypatch.setattr(compiled, "_why_not", lambda device: None)
+    monkeypatch.setattr(compiled, "_why_not", lambda denoiser: None)
     with torch._dynamo.config.patch(recompile_limit=8):  # what compile_blocks raises is put back
         yield backend
     torch._dynamo.reset()

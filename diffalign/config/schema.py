@@ -56,7 +56,7 @@ class ModelConfig:
     """A diffusers attention backend, for instance "xformers", "flash" or "native"; None leaves it alone."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile of the denoiser's blocks, one after the other (regional): a minute at the start, faster steps."""
+    """torch.compile of the denoiser's blocks, one after the other (regional): slower to start, faster steps."""
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, parse_line
 from diffalign.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -101,10 +100,7 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         place = f"{table}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ImageFolderError(f"{place} is not valid JSON: {error}") from error
+        entry = parse_line(line, place, error=ImageFolderError)
         if not isinstance(entry, dict):
             raise ImageFolderError(f"{place} must be an object with file_name and prompt")
         yield place, entry

@@ -69,11 +69,16 @@ def _plain(line: str, place: str) -> Prompt:
     return Prompt(line.strip(), {"prompt": line.strip()})
 
 
-def _parse_json(line: str, place: str) -> Prompt:
+def parse_line(line: str, place: str, *, error: type[UserError] = PromptError) -> Any:
+    """A line of a .jsonl file; `error` with its place where it is no JSON."""
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{place} is not valid JSON: {error}") from error
+        return json.loads(line)
+    except json.JSONDecodeError as cause:
+        raise error(f"{place} is not valid JSON: {cause}") from cause
+
+
+def _parse_json(line: str, place: str) -> Prompt:
+    entry = parse_line(line, place)
     if (
         not isinstance(entry, dict)
         or not isinstance(entry.get("prompt"), str)

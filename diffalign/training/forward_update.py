@@ -91,7 +91,7 @@ class ForwardProcessUpdate(PolicyUpdate):
         without = {policy} if self.off_policy else set()
         for _, weight, other in self.distances:
             if weight and other == lora.REFERENCE:
-                without.add(self.reference_rows(picked))
+                without.add(self.model.forward_rows(picked, self.reference_guidance_scale))
             elif weight and not self.off_policy:
                 without.add(picked)
         return {True: {policy}, False: without}

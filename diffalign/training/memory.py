@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffalign import lora
 from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, RunConfig
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import blocks
 from diffalign.types import PromptEmbeds
 
 GIB = 2**30
@@ -105,8 +106,7 @@ def activations(model: TextToImageModel, config: RunConfig) -> int:
     kept = saved_bytes(model.denoiser, forward)
     if config.model.gradient_checkpointing:  # and one block at a time is computed again
         model.denoiser.disable_gradient_checkpointing()
-        blocks = sum(len(m) for m in model.denoiser.children() if isinstance(m, nn.ModuleList))
-        kept += saved_bytes(model.denoiser, forward) // max(1, blocks)
+        kept += saved_bytes(model.denoiser, forward) // max(1, len(blocks(model.denoiser)))
     model.denoiser.eval()
     return kept
 

@@ -156,7 +156,7 @@ class OnlineTrainer:
             (drawn, c.rollout.guidance_scale),
             (c.rollout.micro_batch_size, c.evaluation.guidance_scale),
         ):
-            found[False].add(images * (2 if self.model.costs_a_forward(guidance) else 1))
+            found[False].add(self.model.forward_rows(images, guidance))
         return found
 
     def resume(self) -> bool:

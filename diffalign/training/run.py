@@ -23,7 +23,6 @@ from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.registry import load_model
-from diffalign.rewards import registry
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
@@ -94,9 +93,9 @@ class Run:
         train = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
         reward = CompositeReward.from_config(config.rewards)
-        for name in config.evaluation.rewards:
-            registry.check_name(name, setting="evaluation.rewards")
-        watched = CompositeReward.from_config(dict.fromkeys(config.evaluation.rewards, 1.0))
+        watched = CompositeReward.from_config(
+            dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
+        )
         reward.check_metadata([p.metadata for p in train])
         for part in (reward, watched):
             part.check_metadata([p.metadata for p in held_out])

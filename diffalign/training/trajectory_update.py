@@ -108,10 +108,8 @@ class TrajectoryUpdate(PolicyUpdate):
 
     def rows(self, images: int) -> dict[bool, set[int]]:
         policy = images * self.size
-        return {
-            True: {policy},
-            False: {self.reference_rows(policy)} if self.config.kl_beta else set(),
-        }
+        reference = self.model.forward_rows(policy, self.reference_guidance_scale)
+        return {True: {policy}, False: {reference} if self.config.kl_beta else set()}
 
     def sampler(self, update: int) -> StochasticSampler:
         """The stochastic sampler of an update, with that update's window."""

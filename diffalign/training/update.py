@@ -114,10 +114,6 @@ class PolicyUpdate(ABC):
     ) -> Tensor:
         """The share of the loss that these rows of the batch have; adds to the metrics. `key`: update, step in it."""
 
-    def reference_rows(self, rows: int) -> int:
-        """Rows of the reference's forward: a guided one may cost two."""
-        return rows * (2 if self.model.costs_a_forward(self.reference_guidance_scale) else 1)
-
     def sampler(self, update: int) -> Any:
         """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""
         return None
