@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from diffalign import __version__
@@ -19,6 +20,15 @@ EPILOG = """examples:
 """
 
 
+VERBS = {
+    "demo": "training",
+    "bench": "training",
+    "generate": "images",
+    "evaluate": "evaluate",
+    "convert": "files",
+    "merge": "files",
+}
+"""Verb to the module of commands that knows it."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -67,22 +77,41 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "what",
         nargs="?",
         default="model",
-        choices=("model", "rewards"),
-        help="model: generate and score; rewards: score the images of --images; default: %(default)s",
+        choices=("model", "rewards", "geneval"),
+        help="model: generate and score; rewards: score the images of --images; geneval: GenEval's folders, of --model "
+        "or in --images; default: %(default)s",
     )
     evaluate.add_argument(
         "--images", type=Path, default=None, help="a folder with captions (docs/rewards.md)"
     )
-    evaluate.add_argument("--prompts", default="shapes:held_out", help="default: %(default)s")
+    evaluate.add_argument(
+        "--prompts",
+        default="shapes:held_out",
+        help="also: geneval, or a file; default: %(default)s",
+    )
     evaluate.add_argument(
         "--rewards", default="verifier", help="comma-separated; default: %(default)s"
     )
     evaluate.add_argument(
         "--max_prompts", type=int, default=None, help="score only so many prompts"
     )
-    evaluate.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    evaluate.add_argument(
+        "--images_per_prompt", type=int, default=None, help="default: 1, of geneval 4"
+    )
     evaluate.add_argument(
         "--images_per_task", type=int, default=None, help="instead: so many images of every task"
+    )
+    evaluate.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/geneval"),
+        help="of geneval; filled and resumed",
+    )
+    evaluate.add_argument(
+        "--detector",
+        default=None,
+        choices=("verifier", "geneval", "geneval_compat"),
+        help="of geneval; default: the one that knows the prompts' classes",
     )
     evaluate.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
     for verb in (generate, evaluate):
@@ -151,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list(args.what)
         if args.verb == "train":
             return _train(args.recipe, rest, dry_run=args.dry_run)
-        from diffalign import commands
-
-        return int(getattr(commands, args.verb)(args) or 0)
+        module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
+        return int(getattr(module, args.verb)(args) or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
@@ -174,7 +202,7 @@ def _train(recipe: str, overrides: Sequence[str], *, dry_run: bool) -> int:
     if dry_run:
         print(configuration.dump(config), end="")
         return 0
-    from diffalign.commands import train
+    from diffalign.commands.training import train
 
     return train(config)
 

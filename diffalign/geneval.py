@@ -2,7 +2,7 @@
 
 Whatever finds the objects (a detector on photographs, the exact verifier on Shapes), these rules decide whether an
 image shows what its prompt asks for. Ghosh et al., "GenEval" (NeurIPS 2023), section 3; the continuous score is the
-one that Flow-GRPO introduced as a training reward, with its position bug removed.
+one that Flow-GRPO introduced as a training reward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Metadata = dict[str, Any]
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+COLORS = (
+    *("red", "orange", "yellow", "green", "blue"),
+    *("purple", "pink", "brown", "black", "white"),
+)
+_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, "
+    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, "
+    "backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
+    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
+    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
+    "chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, "
+    "computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush"
+)
+CLASSES = tuple(_NAMES.split(", "))
+"""COCO's 80 classes in COCO's order, by the names that GenEval's prompts use."""
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+"""A detection counts from this score on; when a prompt asks for a number, from the second."""
+MAX_OBJECTS = 16
+"""Of one class in one image, the best."""
 POSITION_MARGIN = 0.1
 """Share of both objects' sizes that an offset must exceed before it counts."""
+
+
+def plural(name: str) -> str:
+    """As GenEval's prompts have it."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def clause(name: str, count: int = 1, **more: Any) -> Metadata:
+    """An object of a prompt's metadata."""
+    return {"class": name, "count": count, **more}
+
+
+def entry(task: str, include: list[Metadata], prompt: str, **more: Any) -> Metadata:
+    """A prompt's metadata."""
+    return {"tag": task, "include": include, **more, "prompt": f"a photo of {prompt}"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +99,31 @@ def relative_position(box: Sequence[float], target: Sequence[float]) -> frozense
     return frozenset(name for name, holds in found.items() if holds)
 
 
-def judge(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> Verdict:
-    """Judge what was found in one image against one prompt's GenEval metadata (`include`, `exclude`)."""
+def confident(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> list[Detection]:
+    """Those that count for a prompt: above the threshold of its task, at most 16 of a class, best first."""
+    least = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+    kept: list[Detection] = []
+    number: dict[str, int] = {}
+    for found in sorted(detections, key=lambda d: -d.score):
+        if found.score > least and number.get(found.name, 0) < MAX_OBJECTS:
+            number[found.name] = number.get(found.name, 0) + 1
+            kept.append(found)
+    return kept
+
+
+def judge(
+    detections: Sequence[Detection], metadata: Mapping[str, Any], *, compat: bool = False
+) -> Verdict:
+    """Judge what was found in one image against one prompt's GenEval metadata (`include`, `exclude`).
+
+    `compat`: the continuous score as Flow-GRPO and AWM released it, where a wrong position counts as a part that is
+    wrong and another that is right.
+    """
     by_class: dict[str, list[Detection]] = {}
     for found in sorted(detections, key=lambda d: -d.score):
         by_class.setdefault(found.name, []).append(found)
     correct, reasons = _official(by_class, metadata)
-    strict, score = _continuous(by_class, metadata)
+    strict, score = _continuous(by_class, metadata, compat=compat)
     return Verdict(correct=correct, strict=strict, score=score, reasons=tuple(reasons))
 
 
@@ -98,7 +155,7 @@ def _official(
 
 
 def _continuous(
-    by_class: dict[str, list[Detection]], metadata: Mapping[str, Any]
+    by_class: dict[str, list[Detection]], metadata: Mapping[str, Any], *, compat: bool
 ) -> tuple[bool, float]:
     parts: list[float] = []
     strict = True
@@ -114,8 +171,11 @@ def _continuous(
             matched = matched and right == count
         if "position" in clause:
             relation, index = clause["position"]
+            comparable = matched and groups[index] is not None
             matched = matched and _all_in_relation(found, groups[index], relation)
             parts.append(float(matched))
+            if compat and comparable and not matched:
+                parts.append(1.0)
         strict = strict and matched
         groups.append(found if matched else None)
     return strict, sum(parts) / max(len(parts), 1)

@@ -57,11 +57,19 @@ class ClipScorer:
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, D) float32 of length 1."""
-        found = []
-        for part in images.split(MICRO_BATCH):
-            pixels = self.preprocessing(part.to(self.model.device)).to(self.model.dtype)
-            found.append(self.model.get_image_features(pixel_values=pixels).pooler_output)
-        return _unit(torch.cat(found))
+        return torch.cat([self._embed(self._pixels(part)) for part in images.split(MICRO_BATCH)])
+
+    @torch.no_grad()
+    def crop_features(self, crops: Sequence[Tensor]) -> Tensor:
+        """B images (3, H, W) uint8 of any sizes to (B, D) float32 of length 1."""
+        pixels = torch.cat([self._pixels(crop[None]) for crop in crops])
+        return torch.cat([self._embed(part) for part in pixels.split(MICRO_BATCH)])
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return self.preprocessing(images.to(self.model.device)).to(self.model.dtype)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:

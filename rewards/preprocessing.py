@@ -18,51 +18,59 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PRECISION_BITS = 22
 """Pillow's weights are integers in units of 2^-22."""
-BICUBIC_SUPPORT = 2.0
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 CHUNK = 16_000_000
 """Values that are resized at a time: eight bytes each, a few times over."""
 
 
-def _bicubic(x: float, a: float = -0.5) -> float:
+def _kernel(x: float, resample: str, a: float = -0.5) -> float:
     x = abs(x)
+    if resample == "bilinear":
+        return max(0.0, 1 - x)
     if x < 1:
         return ((a + 2) * x - (a + 3)) * x * x + 1
     return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
 
 
 @lru_cache(maxsize=64)
-def _weights(before: int, after: int, start: int, count: int) -> Tensor:
+def _weights(before: int, after: int, start: int, count: int, resample: str) -> Tensor:
     """(count, before) float64 integers: Pillow's fixed-point weights of one axis from `before` to `after` pixels, for
     `count` of them from `start` (libImaging/Resample.c)."""
     scale = before / after
     stretch = max(scale, 1.0)
-    support = BICUBIC_SUPPORT * stretch
+    support = SUPPORT[resample] * stretch
     table = torch.zeros(count, before, dtype=torch.float64)
     for row in range(count):
         center = (start + row + 0.5) * scale
         low = max(0, int(center - support + 0.5))
         high = min(before, int(center + support + 0.5))
-        found = [_bicubic((x - center + 0.5) / stretch) for x in range(low, high)]
+        found = [_kernel((x - center + 0.5) / stretch, resample) for x in range(low, high)]
         total = sum(found)
         fixed = [v / total * (1 << PRECISION_BITS) for v in found]
         table[row, low:high] = torch.tensor([math.trunc(v + math.copysign(0.5, v)) for v in fixed])
     return table
 
 
-def _along_width(images: Tensor, width: int, start: int, count: int) -> Tensor:
+def _along_width(images: Tensor, width: int, start: int, count: int, resample: str) -> Tensor:
     """(..., W) uint8 to `count` of `width` columns; sums of 255 x 2^22 x taps are exact in float64."""
     if images.shape[-1] == width:
         return images[..., start : start + count]
-    weights = _weights(images.shape[-1], width, start, count).to(images.device)
+    weights = _weights(images.shape[-1], width, start, count, resample).to(images.device)
     sums = images.double() @ weights.T
     sums = (sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)
     return sums.floor().clamp(0, 255).byte()
 
 
-def resize_bicubic(
-    images: Tensor, height: int, width: int, *, crop: tuple[int, int, int, int] | None = None
+def resize(
+    images: Tensor,
+    height: int,
+    width: int,
+    *,
+    resample: str = "bicubic",
+    crop: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """(B, C, H, W) uint8 to (B, C, height, width) uint8, equal to `PIL.Image.resize(..., BICUBIC)` bit for bit.
+    """(B, C, H, W) uint8 to (B, C, height, width) uint8, equal to `PIL.Image.resize` bit for bit ("bicubic" or
+    "bilinear").
 
     Unless one side grows and the other shrinks: newer versions of Pillow then resize the height first. `crop` (top,
     left, height, width): only that part of the result is computed.
@@ -70,8 +78,8 @@ def resize_bicubic(
     top, left, rows, columns = crop or (0, 0, height, width)
     found = []
     for part in images.split(max(1, CHUNK // images[0].numel())):
-        across = _along_width(part, width, left, columns).transpose(-1, -2)
-        found.append(_along_width(across, height, top, rows).transpose(-1, -2))
+        across = _along_width(part, width, left, columns, resample).transpose(-1, -2)
+        found.append(_along_width(across, height, top, rows, resample).transpose(-1, -2))
     return torch.cat(found)
 
 
@@ -89,7 +97,7 @@ class Preprocessing:
         short = min(height, width)
         height, width = (int(self.size * side / short) for side in (height, width))
         crop = ((height - self.size) // 2, (width - self.size) // 2, self.size, self.size)
-        return resize_bicubic(images, height, width, crop=crop)
+        return resize(images, height, width, crop=crop)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, 3, size, size) float32, normalised."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
     "verifier": "diffalign.rewards.verifier:VerifierReward",
+    "geneval": "diffalign.rewards.geneval:GenEvalReward",
+    "geneval_compat": "diffalign.rewards.geneval:GenEvalCompatReward",
     "jpeg": "diffalign.rewards.jpeg:JpegReward",
     "ocr": "diffalign.rewards.ocr:OcrReward",
     "clip_score": "diffalign.rewards.clip_score:ClipScoreReward",
@@ -25,6 +27,8 @@ BUILT_IN = {
 }
 SUMMARIES = {
     "verifier": "GenEval score of a Shapes image by the exact verifier",
+    "geneval": "GenEval score of a photograph by Mask2Former and CLIP",
+    "geneval_compat": "geneval with the position bug of Flow-GRPO's and AWM's release",
     "jpeg": "compressibility: how few bytes the image takes as JPEG",
     "ocr": "is the prompt's quoted text in the image? PP-OCR, offline",
     "clip_score": "agreement of image and prompt by CLIP ViT-L/14",

@@ -19,7 +19,7 @@ from diffalign.rewards.preprocessing import (
     OPENAI_STD,
     LetterboxPreprocessing,
     Preprocessing,
-    resize_bicubic,
+    resize,
 )
 from diffalign.shapes import text
 
@@ -39,12 +39,14 @@ def pil(images):
 SIZES = [(64, 64), (512, 512), (300, 500), (500, 301), (224, 224), (17, 90)]  # height, width
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", SIZES)
-def test_resizing_is_pillows_bit_for_bit(size):
+def test_resizing_is_pillows_bit_for_bit(size, resample):
     images = pictures(2, *size)
+    kind = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[resample]
     for height, width in ((600, 700), (11, 13), (size[0], 40)):
-        ours = resize_bicubic(images, height, width).permute(0, 2, 3, 1).numpy()
-        theirs = [np.asarray(i.resize((width, height), Image.BICUBIC)) for i in pil(images)]
+        ours = resize(images, height, width, resample=resample).permute(0, 2, 3, 1).numpy()
+        theirs = [np.asarray(i.resize((width, height), kind)) for i in pil(images)]
         np.testing.assert_array_equal(ours, np.stack(theirs))
 
 

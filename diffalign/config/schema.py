@@ -358,7 +358,7 @@ class EvaluationConfig:
 
 @dataclass
 class PromptsConfig:
-    """Where prompts come from: `shapes:train`, `shapes:held_out`, or a .txt / .jsonl file."""
+    """Where prompts come from: `shapes:train`, `shapes:held_out`, `geneval`, or a .txt / .jsonl file."""
 
     train: str = "shapes:train"
     evaluation: str = "shapes:held_out"

@@ -56,21 +56,53 @@ def evaluate_model(
 ) -> Evaluation:
     """Generate `images_per_prompt` images for every prompt, or `images_per_task` for every task, and score them."""
     repeated = repeat_prompts(prompts, config)
-    seeds = [stream(EVALUATION, config.seed, i) for i in range(len(repeated))]
-    cache = EmbedCache(model)
-    guided = model.costs_a_forward(config.guidance_scale)
-    texts = list(dict.fromkeys(p.text for p in repeated))
-    row = {text: i for i, text in enumerate(texts)}
     parts: list[RewardOutput] = []
 
     def score_part(part: slice, images: Tensor) -> None:
         asked = repeated[part]
         parts.append(score(images, [p.text for p in asked], [p.metadata for p in asked]))
 
+    images = render(
+        model,
+        repeated,
+        image_seeds(config, len(repeated)),
+        config,
+        height=height,
+        width=width,
+        micro_batch_size=micro_batch_size,
+        mixed_precision=mixed_precision,
+        on_images=score_part,
+    )
+    return summarize_scores(repeated, images, RewardOutput.cat(parts))
+
+
+def image_seeds(config: EvaluationConfig, n: int) -> list[int]:
+    """The seeds of an evaluation's n images."""
+    return [stream(EVALUATION, config.seed, i) for i in range(n)]
+
+
+def render(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    config: EvaluationConfig,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    micro_batch_size: int = 64,
+    mixed_precision: str = "bf16",
+    cache: EmbedCache | None = None,
+    on_images: Callable[[slice, Tensor], None] | None = None,
+) -> Tensor:
+    """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says; a `cache` outlives the call."""
+    cache = cache or EmbedCache(model)
+    guided = model.costs_a_forward(config.guidance_scale)
+    texts = list(dict.fromkeys(p.text for p in prompts))
+    row = {text: i for i, text in enumerate(texts)}
     _, images = generate(
         model,
         cache(texts),
-        torch.tensor([row[p.text] for p in repeated]),
+        torch.tensor([row[p.text] for p in prompts]),
         seeds,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
@@ -80,9 +112,9 @@ def evaluate_model(
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
         step=solver_step(config.solver),
-        on_images=score_part,
+        on_images=on_images,
     )
-    return summarize_scores(repeated, images, RewardOutput.cat(parts))
+    return images
 
 
 def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[Prompt]:

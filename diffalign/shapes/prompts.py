@@ -7,15 +7,12 @@ held out. Nothing that is trained here (base models, text encoders, alignment) e
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from diffalign.geneval import TASKS
+from diffalign.geneval import NUMBERS, RELATIONS, TASKS, Metadata, clause, entry, plural
 from diffalign.shapes.world import COLORS, KINDS
 
-COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 HELD_OUT = {
     "single_object": 1,
     "two_object": 5,
@@ -27,47 +24,32 @@ HELD_OUT = {
 SPLITS = ("train", "held_out")
 SPLIT_SEED = 43
 
-Metadata = dict[str, Any]
-
-
-def plural(kind: str) -> str:
-    """English plural of a shape."""
-    return kind + ("es" if kind.endswith("s") else "s")
-
-
-def _clause(kind: str, count: int = 1, **more: Any) -> Metadata:
-    return {"class": kind, "count": count, **more}
-
-
-def _entry(task: str, include: list[Metadata], prompt: str, **more: Any) -> Metadata:
-    return {"tag": task, "include": include, **more, "prompt": f"a photo of {prompt}"}
-
 
 @cache
 def _all_prompts() -> dict[str, list[Metadata]]:
     pairs = [(a, b) for a in KINDS for b in KINDS if a != b]
     shades = [(c, d) for c in COLORS for d in COLORS if c != d]
     return {
-        "single_object": [_entry("single_object", [_clause(a)], f"a {a}") for a in KINDS],
+        "single_object": [entry("single_object", [clause(a)], f"a {a}") for a in KINDS],
         "two_object": [
-            _entry("two_object", [_clause(a), _clause(b)], f"a {a} and a {b}") for a, b in pairs
+            entry("two_object", [clause(a), clause(b)], f"a {a} and a {b}") for a, b in pairs
         ],
         "counting": [
-            _entry("counting", [_clause(a, n)], f"{word} {plural(a)}", exclude=[_clause(a, n + 1)])
-            for n, word in COUNT_WORDS.items()
+            entry("counting", [clause(a, n)], f"{word} {plural(a)}", exclude=[clause(a, n + 1)])
+            for n, word in NUMBERS.items()
             for a in KINDS
         ],
         "colors": [
-            _entry("colors", [_clause(a, color=c)], f"a {c} {a}") for a in KINDS for c in COLORS
+            entry("colors", [clause(a, color=c)], f"a {c} {a}") for a in KINDS for c in COLORS
         ],
         "position": [
-            _entry("position", [_clause(b), _clause(a, position=[r, 0])], f"a {a} {r} a {b}")
+            entry("position", [clause(b), clause(a, position=[r, 0])], f"a {a} {r} a {b}")
             for a, b in pairs
             for r in RELATIONS
         ],
         "color_attr": [
-            _entry(
-                "color_attr", [_clause(a, color=c), _clause(b, color=d)], f"a {c} {a} and a {d} {b}"
+            entry(
+                "color_attr", [clause(a, color=c), clause(b, color=d)], f"a {c} {a} and a {d} {b}"
             )
             for a, b in pairs
             for c, d in shades
@@ -97,8 +79,8 @@ def prompts(split: str) -> list[Metadata]:
 def sample_prompts(rng: np.random.Generator, n: int, *, split: str = "train") -> list[Metadata]:
     """`n` prompts, each task equally likely, then each of the task's prompts."""
     by_task: dict[str, list[Metadata]] = {}
-    for entry in prompts(split):
-        by_task.setdefault(entry["tag"], []).append(entry)
+    for prompt in prompts(split):
+        by_task.setdefault(prompt["tag"], []).append(prompt)
     tasks = list(by_task.values())
     picks = (tasks[rng.integers(len(tasks))] for _ in range(n))
     return [pool[rng.integers(len(pool))] for pool in picks]

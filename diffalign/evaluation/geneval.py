@@ -1,0 +1,216 @@
+"""GenEval as its authors run it: a folder a prompt, a JSON line an image, the summary of their script.
+
+Layout: `00000/metadata.jsonl` (one object), `00000/samples/0000.png`, ... Folders made by other tools are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from diffalign.config import EvaluationConfig
+from diffalign.data.images import CaptionedImage, batches
+from diffalign.data.prompts import Prompt, parse_line
+from diffalign.errors import UserError
+from diffalign.evaluation.score import image_seeds, render
+from diffalign.geneval import Detection, judge, summarize
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache
+
+Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
+"""(B, 3, H, W) uint8 and B prompts' metadata to the objects that count in each image."""
+SETTINGS = "settings.json"
+_SAMPLE = re.compile(r"\d+\.png")
+
+
+class GenEvalError(UserError, ValueError):
+    """A folder that is not GenEval's, or holds other prompts."""
+
+
+def sample_path(folder: Path, prompt: int, image: int) -> Path:
+    """Where an image of a prompt stands."""
+    return folder / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note how the images of a folder are made; GenEvalError where it is being filled in another way."""
+    file = folder / SETTINGS
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        other = [f"{k}: {there.get(k)} there" for k, v in settings.items() if there.get(k) != v]
+        if other:
+            raise GenEvalError(
+                f"{folder} holds images made in another way ({', '.join(other)}): choose another --output_dir"
+            )
+    elif sample_path(folder, 0, 0).parents[1].exists():
+        raise GenEvalError(
+            f"{folder} holds images made by another tool: score them with --images, or choose another --output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, lambda f: f.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
+
+
+def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """The metadata of every prompt; GenEvalError where the folder has another prompt at its place."""
+    for i, prompt in enumerate(prompts):
+        file = sample_path(folder, i, 0).parents[1] / "metadata.jsonl"
+        if file.is_file():
+            there = _metadata(file)
+            if there != prompt.metadata:
+                raise GenEvalError(
+                    f"{file} is of another prompt ({there.get('prompt')!r}, not {prompt.text!r}): choose another folder"
+                )
+        file.parent.joinpath("samples").mkdir(parents=True, exist_ok=True)
+        _write(file, lambda f, m=prompt.metadata: f.write_text(json.dumps(m), encoding="utf-8"))
+    extra = folder / f"{len(prompts):05d}"
+    if extra.exists():
+        raise GenEvalError(f"{extra} is beyond the {len(prompts)} prompts: choose another folder")
+
+
+def generate_samples(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    config: EvaluationConfig,
+    *,
+    micro_batch_size: int,
+    process: tuple[int, int] = (0, 1),
+    **sizes: Any,
+) -> int:
+    """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were.
+
+    `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
+    configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
+    """
+    n = config.images_per_prompt
+    seeds = image_seeds(config, len(prompts) * n)
+    number, count = process
+    wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
+    missing = [(p, k) for p, k in wanted if not sample_path(folder, p, k).is_file()]
+    cache = EmbedCache(model)
+    for start in range(0, len(missing), micro_batch_size):
+        part = missing[start : start + micro_batch_size]
+        images = render(
+            model,
+            [prompts[p] for p, _ in part],
+            [seeds[p * n + k] for p, k in part],
+            config,
+            micro_batch_size=micro_batch_size,
+            cache=cache,
+            **sizes,
+        )
+        for (p, k), image in zip(part, images, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            _write(sample_path(folder, p, k), lambda f, x=picture: x.save(f, format="PNG"))
+    return len(missing)
+
+
+def read_samples(folder: Path) -> list[CaptionedImage]:
+    """All images of a GenEval folder, prompt by prompt.
+
+    Raises:
+        GenEvalError: it is none, or a prompt's metadata cannot be read.
+    """
+    if not folder.is_dir():
+        raise GenEvalError(f"{folder} is no folder")
+    found = []
+    for place in sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()):
+        metadata = _metadata(place / "metadata.jsonl")
+        prompt = Prompt(str(metadata.get("prompt", "")), metadata)
+        samples = place / "samples"
+        files = sorted(samples.iterdir()) if samples.is_dir() else []
+        found += [CaptionedImage(f, prompt) for f in files if _SAMPLE.fullmatch(f.name)]
+    if not found:
+        raise GenEvalError(
+            f"no image in {folder}; GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png"
+        )
+    return found
+
+
+def score_samples(
+    images: Sequence[CaptionedImage], detect: Detect, *, batch_size: int, compat: bool = False
+) -> list[dict[str, Any]]:
+    """One row an image with GenEval's fields (`metadata` and `details` are JSON texts) and the continuous `score`;
+    what cannot be read has `error` instead, and is not correct."""
+    rows: list[dict[str, Any]] = [{} for _ in images]
+    for numbers, pixels, error in batches(images, size=batch_size):
+        entries = [images[i].prompt.metadata for i in numbers]
+        found = [[] for _ in numbers] if pixels is None else detect(pixels, entries)
+        for i, objects in zip(numbers, found, strict=True):
+            rows[i] = _row(images[i], objects, compat=compat)
+            if error is not None:
+                rows[i] |= {"correct": False, "reason": "unreadable", "error": error}
+    return rows
+
+
+def _row(image: CaptionedImage, objects: Sequence[Detection], *, compat: bool) -> dict[str, Any]:
+    metadata = image.prompt.metadata
+    verdict = judge(objects, metadata, compat=compat)
+    details: dict[str, list[list[float]]] = {}
+    for found in objects:
+        details.setdefault(found.name, []).append([*found.box, found.score])
+    return {
+        "filename": str(image.path),
+        "tag": image.prompt.task,
+        "prompt": image.prompt.text,
+        "correct": verdict.correct,
+        "reason": "\n".join(verdict.reasons),
+        "strict": verdict.strict,
+        "score": verdict.score,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(details),
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of GenEval's summary: shares of correct images and of prompts with a correct one, the accuracy of
+    each task, and their mean, `overall`. `missing`: images that prompts have fewer than the prompt with the most; what
+    cannot be read counts as wrong."""
+    by_prompt: dict[str, list[bool]] = {}
+    for row in rows:
+        by_prompt.setdefault(str(Path(row["filename"]).parents[1]), []).append(row["correct"])
+    most = max(map(len, by_prompt.values()))
+    unreadable = sum("error" in row for row in rows)
+    return {
+        "images": len(rows),
+        "scored": len(rows) - unreadable,
+        "unreadable": unreadable,
+        "missing": sum(most - len(found) for found in by_prompt.values()),
+        "prompts_scored": len(by_prompt),
+        "correct_images": sum(row["correct"] for row in rows) / len(rows),
+        "correct_prompts": sum(map(any, by_prompt.values())) / len(by_prompt),
+        "strict_images": sum(row["strict"] for row in rows) / len(rows),
+        "score": sum(row["score"] for row in rows) / len(rows),
+        "tasks": summarize([r["tag"] for r in rows], [r["correct"] for r in rows]),
+    }
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """GenEval's results file."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    _write(file, lambda f: f.write_text(text, encoding="utf-8"))
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenEvalError(f"{file} cannot be read: {error}") from error
+    entry = parse_line(lines[0], str(file), error=GenEvalError) if len(lines) == 1 else None
+    if not isinstance(entry, dict):
+        raise GenEvalError(f"{file} must hold one JSON object")
+    return entry
+
+
+def _write(path: Path, write: Any) -> None:
+    """Aside, then renamed: an interruption leaves no half of a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(aside)
+    aside.replace(path)

@@ -1,0 +1,116 @@
+"""GenEval (Ghosh et al. 2023) as a reward: objects by Mask2Former, their colours by CLIP, then the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffalign.geneval import CLASSES, COLORS, THRESHOLD, Detection, confident
+from diffalign.rewards.base import Metadata, RewardCard
+from diffalign.rewards.clip import ClipScorer
+from diffalign.rewards.detection import DetectionReward
+from diffalign.rewards.mask2former import Instances, ObjectDetector
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLIP = "openai/clip-vit-large-patch14"
+GROUND = 0x99
+"""Grey that takes the place of everything outside an object's mask."""
+TEXTS = (
+    "a photo of a {color} {name}",
+    "a photo of a {color}-colored {name}",
+    "a photo of a {color} object",
+)
+
+
+class GenEvalReward(DetectionReward):
+    """The continuous score of Flow-GRPO, with partial credit; details: it again, and the verdicts `correct` (official)
+    and `strict` (exact numbers)."""
+
+    card = RewardCard(
+        name="geneval",
+        description="continuous GenEval score by Mask2Former and CLIP; 1 is all right",
+        model_id=f"{DETECTOR}, {CLIP}",
+        input_size=800,
+        raw_range=(-3.0, 1.0),
+        license="MIT (GenEval, CLIP); the detector's card says other",
+    )
+    classes = CLASSES
+    colors = COLORS
+
+    def __init__(
+        self, detector: ObjectDetector | None = None, clip: ClipScorer | None = None
+    ) -> None:
+        self._detector, self._clip = detector, clip
+
+    def prepare(self) -> None:
+        self._detector = self._detector or ObjectDetector.from_pretrained(DETECTOR)
+        self._clip = self._clip or ClipScorer.from_pretrained(CLIP)
+
+    def detect(self, images: Tensor, metadata: Sequence[Metadata]) -> list[list[Detection]]:
+        self.prepare()
+        assert self._detector is not None
+        everything = self._detector(images, threshold=THRESHOLD)
+        objects: list[list[Detection]] = []
+        coloured: list[tuple[int, int, Tensor]] = []  # image, object, crop
+        for image, found, entry in zip(images, everything, metadata, strict=True):
+            asked = [*entry.get("include", ()), *entry.get("exclude", ())]
+            in_color = {c["class"] for c in asked if "color" in c}
+            rows = _asked_for(found, {c["class"] for c in asked})
+            coloured += [
+                (len(objects), i, crop(image, found.masks[row], d.box))
+                for i, (row, d) in enumerate(rows)
+                if d.name in in_color
+            ]
+            objects.append([d for _, d in rows])
+        names = [objects[n][i].name for n, i, _ in coloured]
+        shades = self._colors([c for _, _, c in coloured], names)
+        for (n, i, _), color in zip(coloured, shades, strict=True):
+            objects[n][i] = replace(objects[n][i], color=color)
+        return [confident(o, e) for o, e in zip(objects, metadata, strict=True)]
+
+    def _colors(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+        """The nearest colour of each crop."""
+        if not crops:
+            return []
+        assert self._clip is not None
+        found = []
+        for features, name in zip(self._clip.crop_features(crops), names, strict=True):
+            texts = [t.format(color=c, name=name) for t in TEXTS for c in COLORS]
+            means = self._clip.text_features(texts).view(len(TEXTS), len(COLORS), -1).mean(0)
+            means = means / means.norm(dim=-1, keepdim=True)
+            found.append(COLORS[int((means @ features).argmax())])
+        return found
+
+
+class GenEvalCompatReward(GenEvalReward):
+    """With the position bug of Flow-GRPO's and AWM's release, for numbers that compare with theirs."""
+
+    card = RewardCard(
+        name="geneval_compat",
+        description="geneval as released: a wrong position counts as half right",
+        model_id=GenEvalReward.card.model_id,
+        input_size=800,
+        raw_range=(-3.0, 1.0),
+        license=GenEvalReward.card.license,
+    )
+    compat = True
+
+
+def crop(image: Tensor, mask: Tensor, box: Sequence[float]) -> Tensor:
+    """(3, H, W) uint8, mask (H, W) bool to the box (3, h, w), grey outside the mask."""
+    x1, y1, x2, y2 = (round(v) for v in box)
+    alone = image.where(mask.to(image.device), torch.full_like(image, GROUND))
+    return alone[:, y1:y2, x1:x2]
+
+
+def _asked_for(found: Instances, names: set[str]) -> list[tuple[int, Detection]]:
+    """Row of each object of these classes, and the object."""
+    rows = zip(found.labels.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
+    return [
+        (row, Detection(CLASSES[label], tuple(box), score))
+        for row, (label, box, score) in enumerate(rows)
+        if CLASSES[label] in names
+    ]

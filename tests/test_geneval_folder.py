@@ -1,0 +1,166 @@
+"""GenEval's folders: made, resumed, read from others, scored, summed up."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffalign import cli
+from diffalign.data import geneval_prompts
+from diffalign.data.prompts import load_prompts
+from diffalign.evaluation import geneval
+from diffalign.evaluation.geneval import GenEvalError
+from diffalign.geneval import TASKS
+from diffalign.shapes.prompts import prompts as shapes_prompts
+from diffalign.shapes.verifier import detect
+from diffalign.shapes.world import render, sample_scene
+
+PUBLISHED = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+
+
+def test_the_prompts_are_the_published_file_byte_for_byte():
+    assert hashlib.sha256(geneval_prompts.jsonl().encode()).hexdigest() == PUBLISHED
+    found = load_prompts("geneval")
+    assert len(found) == 553
+    assert list(dict.fromkeys(p.task for p in found)) == list(TASKS)
+
+
+def scenes(folder, *, images=2, wrong=()):
+    """A GenEval folder of right Shapes images; of the prompts in `wrong` the first image is empty."""
+    rng = np.random.default_rng(0)
+    entries = shapes_prompts("held_out")[::7]
+    for i, entry in enumerate(entries):
+        samples = folder / f"{i:05d}" / "samples"
+        samples.mkdir(parents=True)
+        samples.parent.joinpath("metadata.jsonl").write_text(json.dumps(entry) + "\n")
+        for k in range(images):
+            pixels = render(sample_scene(entry, rng))
+            if i in wrong and k == 0:
+                pixels = np.full_like(pixels, 255)
+            Image.fromarray(pixels).save(samples / f"{k:04d}.png")
+        Image.fromarray(pixels).save(samples.parent / "grid.png")  # as GenEval's script leaves it
+    return entries
+
+
+def verify(images, metadata):
+    return [detect(x) for x in images.permute(0, 2, 3, 1).numpy()]
+
+
+def test_a_folder_is_scored_with_the_official_fields_and_summary(tmp_path):
+    entries = scenes(tmp_path, wrong=(0, 3))
+    images = geneval.read_samples(tmp_path)
+    assert len(images) == 2 * len(entries)
+    rows = geneval.score_samples(images, verify, batch_size=5)
+    assert [r["correct"] for r in rows].count(False) == 2
+    row = rows[0]
+    assert not row["correct"]
+    assert row["reason"].startswith("expected ")
+    assert row["filename"].endswith("00000/samples/0000.png")
+    assert json.loads(row["metadata"]) == entries[0]
+    good = rows[1]
+    [[name, [box]]] = json.loads(good["details"]).items()
+    assert name == entries[0]["include"][0]["class"]
+    assert len(box) == 5
+    found = geneval.summary(rows)
+    n = len(entries)
+    assert found["correct_images"] == pytest.approx(1 - 2 / (2 * n))
+    assert found["correct_prompts"] == 1
+    by_task = {t: [r["correct"] for r in rows if r["tag"] == t] for t in TASKS}
+    expected = {t: sum(v) / len(v) for t, v in by_task.items() if v}
+    assert found["tasks"] == pytest.approx(
+        {**expected, "overall": np.mean(list(expected.values()))}
+    )
+
+
+def test_what_cannot_be_read_or_is_missing_is_counted_and_wrong(tmp_path):
+    entries = scenes(tmp_path)
+    (tmp_path / "00000/samples/0000.png").write_bytes(b"")
+    (tmp_path / "00001/samples/0001.png").unlink()
+    (tmp_path / "00002/samples/notes.txt").write_text("not an image")
+    rows = geneval.score_samples(geneval.read_samples(tmp_path), verify, batch_size=4)
+    found = geneval.summary(rows)
+    total = 2 * len(entries) - 1
+    assert (found["images"], found["scored"], found["unreadable"], found["missing"]) == (
+        total,
+        total - 1,
+        1,
+        1,
+    )
+    assert found["correct_images"] == pytest.approx((total - 1) / total)
+    assert rows[0]["reason"] == "unreadable"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "one JSON object"),
+        ("{", "not valid JSON"),
+        ("[1]", "one JSON"),
+    ],
+)
+def test_a_folder_with_bad_metadata_is_refused(tmp_path, content, message):
+    scenes(tmp_path)
+    file = tmp_path / "00001/metadata.jsonl"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(GenEvalError, match=message):
+        geneval.read_samples(tmp_path)
+
+
+def test_folders_that_are_not_genevals_are_refused(tmp_path):
+    with pytest.raises(GenEvalError, match="no folder"):
+        geneval.read_samples(tmp_path / "none")
+    with pytest.raises(GenEvalError, match="layout"):
+        geneval.read_samples(tmp_path)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    small = [
+        "--max_prompts=4",
+        "--num_inference_steps=2",
+        "--images_per_prompt=2",
+        "--dtype=float32",
+    ]
+    return ["evaluate", "geneval", "--model=shapes-sd3", f"--output_dir={tmp_path / 'g'}", *small]
+
+
+def pixels(folder):
+    found = [np.asarray(Image.open(p)) for p in sorted(folder.rglob("0*.png"))]
+    return np.stack(found).astype(int)
+
+
+def test_a_model_is_evaluated_and_resumed_from_the_command_line(tmp_path, flags, capsys):
+    folder = tmp_path / "g"
+    assert cli.main(flags) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["detector"]["name"] == "verifier"
+    assert (result["images"], result["prompts_scored"], result["missing"]) == (8, 4, 0)
+    assert json.loads((folder / "summary.json").read_text())["tasks"] == result["tasks"]
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 8
+
+    made = pixels(folder)
+    (folder / "00001/samples/0001.png").unlink()
+    (folder / "00003/samples/0000.png").unlink()
+    assert cli.main([*flags, "--batch_size=3"]) == 0
+    assert np.abs(pixels(folder) - made).max() <= 2  # the same images, in other batches
+
+    assert cli.main([*flags, "--seed=7"]) == 2
+    assert "made in another way (seed: 1000 there)" in capsys.readouterr().err
+    assert cli.main(["evaluate", "geneval", f"--images={folder}"]) == 0
+    again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert again["tasks"] == result["tasks"]
+
+
+def test_images_of_another_tool_are_not_mixed_with_ours(tmp_path, flags, capsys):
+    scenes(tmp_path / "g")
+    assert cli.main(flags) == 2
+    assert "another tool" in capsys.readouterr().err
+
+
+def test_a_detector_that_does_not_know_the_classes_is_refused(tmp_path, flags, capsys):
+    assert cli.main([*flags, "--prompts=geneval", "--detector=verifier"]) == 2
+    assert "verifier" in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
