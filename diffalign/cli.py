@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": "evaluate",
     "convert": "files",
     "merge": "files",
+    "serve-rewards": "service",
 }
 """Verb to the module of commands that knows it."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(verbs)
     _add_files(verbs)
     _add_bench(verbs)
+    _add_service(verbs)
     listing = verbs.add_parser("list", help="what there is by name")
     listing.add_argument("what", choices=("recipes", "rewards", "models", "benches"))
     return parser
@@ -77,9 +79,9 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "what",
         nargs="?",
         default="model",
-        choices=("model", "rewards", "geneval"),
+        choices=("model", "rewards", "geneval", "fid"),
         help="model: generate and score; rewards: score the images of --images; geneval: GenEval's folders, of --model "
-        "or in --images; default: %(default)s",
+        "or in --images; fid: FID and its kin of --model or --images from --reference; default: %(default)s",
     )
     evaluate.add_argument(
         "--images", type=Path, default=None, help="a folder with captions (docs/rewards.md)"
@@ -113,6 +115,20 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=("verifier", "geneval", "geneval_compat"),
         help="of geneval; default: the one that knows the prompts' classes",
     )
+    evaluate.add_argument(
+        "--reference", default=None, help="of fid: a folder, statistics (.npz), or shapes:held_out"
+    )
+    evaluate.add_argument(
+        "--network",
+        default=None,
+        help="of fid: inception (or inception:WEIGHTS), clip, shapes_clip; default: inception, on Shapes shapes_clip",
+    )
+    evaluate.add_argument(
+        "--save_statistics",
+        type=Path,
+        default=None,
+        help="of fid: keep the features of what is compared as .npz",
+    )
     evaluate.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
     for verb in (generate, evaluate):
         _model_flags(verb)
@@ -145,6 +161,24 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--work", type=Path, default=Path("runs/bench"), help="runs are kept and resumed here"
     )
     bench.add_argument("--output", type=Path, default=None, help="write the whole result as JSON")
+
+
+def _add_service(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = verbs.add_parser(
+        "serve-rewards",
+        help="rewards behind HTTP, for a GPU or an environment of their own (docs/rewards.md)",
+    )
+    serve.add_argument("--rewards", required=True, help="comma-separated")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="default: %(default)s, this machine alone"
+    )
+    serve.add_argument("--port", type=int, default=8100, help="default: %(default)s")
+    serve.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds of scoring; default: %(default)s"
+    )
+    serve.add_argument(
+        "--max_bytes", type=int, default=256_000_000, help="of a request; default: %(default)s"
+    )
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb == "train":
             return _train(args.recipe, rest, dry_run=args.dry_run)
         module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
-        return int(getattr(module, args.verb)(args) or 0)
+        return int(getattr(module, args.verb.replace("-", "_"))(args) or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130

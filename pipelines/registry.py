@@ -175,7 +175,6 @@ def _source(spec: ModelSpec) -> str:
 
 
 def _path(spec: ModelSpec) -> Path:
-    import diffalign.shapes
+    from diffalign.shapes import CHECKPOINTS
 
-    folder = Path(next(iter(diffalign.shapes.__path__)))
-    return folder / "checkpoints" / spec.source.removeprefix("package:")
+    return CHECKPOINTS / spec.source.removeprefix("package:")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from diffalign.errors import UserError
 from diffalign.types import RewardOutput
 
+logger = logging.getLogger(__name__)
 Metadata = Mapping[str, Any]
 
 
@@ -73,3 +76,19 @@ class Reward(ABC):
                     f"reward {self.card.name!r} needs {', '.join(missing)} in every prompt's metadata; prompt "
                     f"{row + 1} ({entry.get('prompt', '')!r}) has none. Use a .jsonl prompt file in GenEval's format"
                 )
+
+
+def one_by_one(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> RewardOutput:
+    """One bad image must not cost the batch: score each alone, NaN for those that fail."""
+    nothing = RewardOutput(np.full(1, np.nan, np.float32))
+    parts = []
+    for i in range(len(prompts)):
+        one = slice(i, i + 1)
+        try:
+            parts.append(reward.score(images[one], prompts[one], metadata[one]))
+        except Exception as error:
+            logger.debug("image %d: %s", i, error)
+            parts.append(nothing)
+    return RewardOutput.cat(parts)

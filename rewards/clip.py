@@ -65,6 +65,13 @@ class ClipScorer:
         pixels = torch.cat([self._pixels(crop[None]) for crop in crops])
         return torch.cat([self._embed(part) for part in pixels.split(MICRO_BATCH)])
 
+    @torch.no_grad()
+    def pooled_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, W) float32: the vision tower's pooled output, before the projection."""
+        parts = [self._pixels(part) for part in images.split(MICRO_BATCH)]
+        vision = self.model.vision_model
+        return torch.cat([vision(pixel_values=p).pooler_output.float() for p in parts])
+
     def _pixels(self, images: Tensor) -> Tensor:
         return self.preprocessing(images.to(self.model.device)).to(self.model.dtype)
 

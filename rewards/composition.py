@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from diffalign.rewards import registry
-from diffalign.rewards.base import Metadata, Reward, RewardError
+from diffalign.rewards.base import Metadata, Reward, RewardError, one_by_one
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class CompositeReward:
             part = reward.score(images, prompts, metadata)
         except Exception as error:
             self.last_error = f"{type(error).__name__}: {error}"
-            part = _one_by_one(reward, images, prompts, metadata)
+            part = one_by_one(reward, images, prompts, metadata)
             failed = int((~part.mask).sum())
             logger.warning(
                 "reward %s failed on %d of %d images: %s",
@@ -86,19 +86,3 @@ class CompositeReward:
             )
         self.failures[name] += int((~part.mask).sum())
         return part
-
-
-def _one_by_one(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-) -> RewardOutput:
-    """One bad image must not cost the batch: score each alone, NaN for those that fail."""
-    nothing = RewardOutput(np.full(1, np.nan, np.float32))
-    parts = []
-    for i in range(len(prompts)):
-        one = slice(i, i + 1)
-        try:
-            parts.append(reward.score(images[one], prompts[one], metadata[one]))
-        except Exception as error:
-            logger.debug("image %d: %s", i, error)
-            parts.append(nothing)
-    return RewardOutput.cat(parts)

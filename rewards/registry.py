@@ -12,9 +12,12 @@ from diffalign.errors import UserError
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward
 
+REMOTE = "remote:"
+"""Of a service: "remote:http://HOST:PORT/NAME"."""
 ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
     "verifier": "diffalign.rewards.verifier:VerifierReward",
+    "shapes_clip": "diffalign.rewards.shapes_clip:ShapesClipReward",
     "geneval": "diffalign.rewards.geneval:GenEvalReward",
     "geneval_compat": "diffalign.rewards.geneval:GenEvalCompatReward",
     "jpeg": "diffalign.rewards.jpeg:JpegReward",
@@ -27,6 +30,7 @@ BUILT_IN = {
 }
 SUMMARIES = {
     "verifier": "GenEval score of a Shapes image by the exact verifier",
+    "shapes_clip": "agreement of a Shapes image and its prompt by a tiny CLIP; offline",
     "geneval": "GenEval score of a photograph by Mask2Former and CLIP",
     "geneval_compat": "geneval with the position bug of Flow-GRPO's and AWM's release",
     "jpeg": "compressibility: how few bytes the image takes as JPEG",
@@ -53,6 +57,8 @@ def available() -> dict[str, str]:
 
 def check_name(name: str, *, setting: str = "rewards") -> None:
     """UnknownReward with the nearest valid name; `setting` is where the name comes from."""
+    if name.startswith(REMOTE):
+        return
     known = available()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -63,5 +69,9 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
 def create(name: str) -> Reward:
     """An instance of the named reward; its weights load now or at its first score."""
     check_name(name)
+    if name.startswith(REMOTE):
+        from diffalign.rewards.remote import RemoteReward
+
+        return RemoteReward(name)
     module, _, attribute = available()[name].partition(":")
     return getattr(import_module(module), attribute)()

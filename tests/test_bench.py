@@ -70,7 +70,7 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
 
 
 def test_every_arm_can_be_chosen(tmp_path):
-    for names in (("awm", *awm.RIVALS, *awm.LEVERS), demo.ARMS):
+    for names in (("awm", *awm.RIVALS, *awm.PLAIN, *awm.LEVERS), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
         assert options.chosen(names) == list(names)
@@ -80,7 +80,7 @@ def test_every_arm_can_be_chosen(tmp_path):
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 0, options))
-    for name, arm in awm.LEVERS.items():
+    for name, arm in {**awm.LEVERS, "plain awm": awm.PLAIN["plain awm"]}.items():
         theirs = to_dict(awm.configuration(name, arm, 0, options))
         found = {line.partition(":")[0] for line in differences(ours, theirs)} - {"output_dir"}
         named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}

@@ -13,6 +13,7 @@ from diffalign.data.prompts import load_prompts
 from diffalign.evaluation import geneval
 from diffalign.evaluation.geneval import GenEvalError
 from diffalign.geneval import TASKS
+from diffalign.rewards.geneval import GenEvalReward
 from diffalign.shapes.prompts import prompts as shapes_prompts
 from diffalign.shapes.verifier import detect
 from diffalign.shapes.world import render, sample_scene
@@ -25,6 +26,14 @@ def test_the_prompts_are_the_published_file_byte_for_byte():
     found = load_prompts("geneval")
     assert len(found) == 553
     assert list(dict.fromkeys(p.task for p in found)) == list(TASKS)
+
+
+def test_training_prompts_are_others_of_the_same_kind():
+    found, published = load_prompts("geneval:train"), load_prompts("geneval")
+    assert not {p.text for p in found} & {p.text for p in published}
+    assert {p.task for p in found} == set(TASKS) - {"single_object"}
+    assert len({p.text for p in found}) == len(found) > 6000
+    GenEvalReward().check_metadata([p.metadata for p in found])
 
 
 def scenes(folder, *, images=2, wrong=()):

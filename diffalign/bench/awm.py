@@ -1,6 +1,8 @@
 """AWM against Flow-GRPO and DiffusionNFT on the same loop, model, adapter, prompts and machine; and AWM's levers.
 
-Every arm is a recipe with overrides, and all train for the same time; a lever's arm changes one thing in AWM's recipe.
+Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the guided
+reference; the second takes it away, as the methods were published: then rewards alone move the policy. A lever's arm
+changes one thing in AWM's recipe.
 """
 
 from __future__ import annotations
@@ -29,6 +31,19 @@ RIVALS = {
     "flow_grpo": Arm("flow-grpo-shapes-sd3"),
     "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
 }
+PLAIN = {
+    "plain awm": Arm(
+        AWM, ("--algorithm.reference_guidance_scale=null", "--algorithm.kl_beta=0.01")
+    ),
+    "plain flow_grpo": Arm(
+        "flow-grpo-shapes-sd3",
+        ("--algorithm.reference_guidance_scale=null", "--algorithm.kl_beta=0.01"),
+    ),
+    "plain diffusion_nft": Arm(
+        "diffusion-nft-shapes-sd3",
+        ("--algorithm.reference_guidance_scale=null", "--algorithm.kl_beta=0.05"),
+    ),
+}
 HEADLINES = {"flow_grpo": "speedup_vs_flow_grpo", "diffusion_nft": "speedup_vs_nft"}
 LEVERS = {
     "released timesteps and distances": Arm(
@@ -39,7 +54,6 @@ LEVERS = {
             "--rollout.num_inference_steps=14",
         ),
     ),
-    "plain reference": Arm(AWM, ("--algorithm.reference_guidance_scale=null",)),
     "no compilation": Arm(AWM, ("--model.compile=false",)),
     "unmerged rollouts": Arm(AWM, ("--rollout.merge_lora=false",)),
     "adams_bashforth in 5 steps": Arm(
@@ -49,10 +63,11 @@ LEVERS = {
     "uniform tasks": Arm(AWM, ("--prompts.task_weights=null",)),
     "two updates a rollout": Arm(AWM, ("--training.updates_per_rollout=2",)),
 }
-MINUTES = 20
+MINUTES = 6
 TARGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 UNITS = ("seconds", "images", "forwards")
 QUICK = (
+    "--model.compile=false",
     "--training.num_updates=2",
     "--training.eval_every=1",
     "--evaluation.images_per_task=4",
@@ -68,6 +83,9 @@ def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunC
         f"--evaluation.seed={1000 + seed}",
         f"--training.max_minutes={MINUTES}",
         "--training.num_updates=100000",
+        "--training.eval_every=20",
+        "--training.sample_every=0",
+        "--evaluation.rewards={shapes_clip: 1.0}",
         *arm.overrides,
         *(QUICK if options.quick else ()),
     ]
@@ -77,7 +95,8 @@ def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunC
 def measure(name: str, arm: Arm, options: BenchOptions, seeds: int) -> dict[str, Any]:
     """All seeds of an arm: curves, and the figures that make a table."""
     curves, summaries, logs = [], [], []
-    warm_up(configuration(name, arm, 0, options))
+    if not options.quick:
+        warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
         config = configuration(name, arm, seed, options)
         summaries.append(run_once(config))
@@ -89,6 +108,8 @@ def measure(name: str, arm: Arm, options: BenchOptions, seeds: int) -> dict[str,
         "curves": curves,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
+        "second_reward_before": spread(_second(s["before"]) for s in summaries),
+        "second_reward_final": spread(_second(s["after"]) for s in summaries),
         "diversity_first": spread(log[0]["diversity"] for log in logs),
         "diversity_last": spread(log[-1]["diversity"] for log in logs),
         "forwards_per_image": round(median(r["forwards_per_image"] for r in rows), 2),
@@ -119,22 +140,29 @@ def warm_up(config: RunConfig) -> None:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """AWM and its rivals over all seeds, each lever with one; `options.arms` chooses among them, AWM always runs."""
-    chosen = options.chosen(("awm", *RIVALS, *LEVERS))
-    ours = measure("awm", Arm(AWM), options, options.seeds)
-    headline = {
-        "geneval_final": ours["geneval_final"]["median"],
-        "forwards_per_image": ours["forwards_per_image"],
-    }
-    arms, ratios = {"awm": ours}, {}
+    """AWM and its rivals over all seeds, each lever with one; `options.arms` chooses among them, AWM always runs. A
+    quick bench leaves the levers out."""
+    known = {**RIVALS, **PLAIN, **LEVERS}
+    chosen = options.chosen(("awm", *known))
+    if options.quick and options.arms is None:
+        chosen = ["awm", *RIVALS]
+    arms = {"awm": measure("awm", Arm(AWM), options, options.seeds)}
     for name in (n for n in chosen if n != "awm"):
-        rival = name in RIVALS
-        arm = RIVALS[name] if rival else LEVERS[name]
-        arms[name] = measure(name, arm, options, options.seeds if rival else 1)
-        times = {unit: _speedups(ours["curves"], arms[name]["curves"], unit) for unit in UNITS}
-        ratios[name] = {unit: [finite(v) for v in values] for unit, values in times.items()}
-        if rival:
-            decided = [v for v in times["seconds"] if not math.isnan(v)]
+        arms[name] = measure(name, known[name], options, 1 if name in LEVERS else options.seeds)
+    headline = {
+        "geneval_final": arms["awm"]["geneval_final"]["median"],
+        "forwards_per_image": arms["awm"]["forwards_per_image"],
+    }
+    ratios = {}
+    for name in arms:
+        ours = next(iter(PLAIN)) if name in PLAIN else "awm"
+        if name == ours or ours not in arms:
+            continue
+        curves = arms[ours]["curves"], arms[name]["curves"]
+        times = {unit: _speedups(*curves, unit) for unit in UNITS}
+        ratios[f"{ours} over {name}"] = {u: [finite(v) for v in t] for u, t in times.items()}
+        decided = [v for v in times["seconds"] if not math.isnan(v)]
+        if name in HEADLINES:
             headline[HEADLINES[name]] = finite(median(decided)) if decided else None
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
@@ -144,3 +172,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
 def _speedups(fast: list[Curve], slow: list[Curve], unit: str) -> list[float]:
     """Seed by seed, as many as both have."""
     return [speedup(f, s, unit) for f, s in zip(fast, slow, strict=False)]
+
+
+def _second(evaluation: dict[str, Any]) -> float:
+    """The reward that nothing was trained on."""
+    return float(evaluation["means"]["shapes_clip"])

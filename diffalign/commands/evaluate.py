@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.console import Console
-from rich.table import Table
 
+from diffalign.commands.fid import evaluate_fid
 from diffalign.commands.images import batching, evaluation, load
+from diffalign.commands.output import print_scores, write_result
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
@@ -40,7 +39,7 @@ RESULTS = "results.jsonl"
 
 def evaluate(args: argparse.Namespace) -> int:
     """Score a model on prompts, or a folder of images; the last line of the output is JSON."""
-    verbs = {"rewards": _evaluate_folder, "geneval": _evaluate_geneval}
+    verbs = {"rewards": _evaluate_folder, "geneval": _evaluate_geneval, "fid": evaluate_fid}
     if args.what in verbs:
         return verbs[args.what](args)
     if args.images is not None:
@@ -65,8 +64,8 @@ def evaluate(args: argparse.Namespace) -> int:
         "versions": versions(),
     }
     title = f"{args.model}{' + ' + args.lora if args.lora else ''}"
-    _print_scores(title, {**found.tasks, **found.means})
-    _write(args.output, result)
+    print_scores(title, {**found.tasks, **found.means})
+    write_result(args.output, result)
     print(json.dumps(result))
     return 0
 
@@ -94,8 +93,8 @@ def _evaluate_folder(args: argparse.Namespace) -> int:
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         "versions": versions(),
     }
-    _print_scores(f"{len(rows) - unreadable} of {len(rows)} images in {args.images}", means)
-    _write(args.output, {**result, "scores": rows})
+    print_scores(f"{len(rows) - unreadable} of {len(rows)} images in {args.images}", means)
+    write_result(args.output, {**result, "scores": rows})
     print(json.dumps(result))
     if unreadable == len(rows):
         raise UsageError(f"no image could be read, for instance {rows[0]['error']}")
@@ -132,8 +131,8 @@ def _evaluate_geneval(args: argparse.Namespace) -> int:
         **found,
         "versions": versions(),
     }
-    _print_scores(f"GenEval of {folder}, seen by {detector.card.name}", found["tasks"])
-    _write(args.output or folder / "summary.json", result)
+    print_scores(f"GenEval of {folder}, seen by {detector.card.name}", found["tasks"])
+    write_result(args.output or folder / "summary.json", result)
     print(json.dumps(result))
     if found["scored"] == 0:
         raise UsageError(f"no image of {folder} could be read, for instance {rows[0]['error']}")
@@ -201,18 +200,3 @@ def _rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeRewa
     reward.check_metadata(metadata)
     reward.prepare()
     return reward
-
-
-def _print_scores(title: str, scores: Mapping[str, float]) -> None:
-    table = Table(title=title)
-    table.add_column("")
-    table.add_column("score", justify="right")
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.3f}")
-    Console().print(table)
-
-
-def _write(path: Path | None, result: Mapping[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2), encoding="utf-8")

@@ -26,6 +26,7 @@ from diffalign.geneval import (
 SEED = 43
 DRAWS = 100
 """Of every task but the first, which has each class once."""
+TRAINING_SEED, TRAINING_DRAWS = 44, 2000
 
 
 @cache
@@ -40,16 +41,29 @@ def prompts() -> list[Metadata]:
     return [json.loads(line) for line in _prompts()]
 
 
+@cache
+def _training_prompts() -> tuple[str, ...]:
+    rng = np.random.default_rng(TRAINING_SEED)
+    lines = dict.fromkeys(json.dumps(entry) for entry in _drawn(rng, draws=TRAINING_DRAWS))
+    published = {json.loads(line)["prompt"] for line in _prompts()}
+    return tuple(line for line in lines if json.loads(line)["prompt"] not in published)
+
+
+def training_prompts() -> list[Metadata]:
+    """Others of the same kind, to train on: none of the published ones is among them, so no single objects."""
+    return [json.loads(line) for line in _training_prompts()]
+
+
 def jsonl() -> str:
     """The published file."""
     return "".join(line + "\n" for line in _prompts())
 
 
-def _drawn(rng: np.random.Generator) -> Iterator[Metadata]:
+def _drawn(rng: np.random.Generator, *, draws: int = DRAWS) -> Iterator[Metadata]:
     for i in rng.choice(len(CLASSES), size=len(CLASSES), replace=False):
         yield entry("single_object", [clause(CLASSES[i])], _article(CLASSES[i]))
     for draw in (_two_object, _counting, _colors, _position, _color_attr):
-        for _ in range(DRAWS):
+        for _ in range(draws):
             yield draw(rng)
 
 

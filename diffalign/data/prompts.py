@@ -27,8 +27,8 @@ class Prompt:
 
 
 def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """Prompts of `geneval` (its 553), `shapes:train`, `shapes:held_out`, a .txt file (one a line) or a .jsonl file
-    (GenEval's format).
+    """Prompts of `geneval` (its 553), `geneval:train` (others), `shapes:train`, `shapes:held_out`, a .txt file (one a
+    line) or a .jsonl file (GenEval's format).
 
     `limit` keeps that many, spread evenly over the file.
     """
@@ -41,10 +41,12 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
             ]
         except ValueError as error:
             raise PromptError(f"prompts {source!r}: {error}") from error
-    elif source == "geneval":
-        from diffalign.data.geneval_prompts import prompts as published
+    elif source in ("geneval", "geneval:train"):
+        from diffalign.data import geneval_prompts
 
-        found = [Prompt(entry["prompt"], entry) for entry in published()]
+        published = source == "geneval"
+        entries = geneval_prompts.prompts() if published else geneval_prompts.training_prompts()
+        found = [Prompt(entry["prompt"], entry) for entry in entries]
     else:
         found = _read(Path(source))
     if limit is not None and limit < len(found):
@@ -55,7 +57,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 def _read(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise PromptError(
-            f"prompt file {path} does not exist; expected geneval, shapes:train, a .txt or a .jsonl file"
+            f"prompt file {path} does not exist; expected shapes:train, geneval:train, a .txt or a .jsonl file"
         )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

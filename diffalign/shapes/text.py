@@ -104,7 +104,8 @@ def build_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
 
 
-def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """A tiny text tower."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -123,7 +124,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 def build_clip(tokenizer: CLIPTokenizer, *, projection: bool) -> PreTrainedModel:
     """A fresh CLIP text encoder, with SD3's projection or without (FLUX)."""
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return kind(_clip_config(tokenizer))
+    return kind(clip_config(tokenizer))
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:

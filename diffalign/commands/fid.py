@@ -1,0 +1,134 @@
+"""`diffalign evaluate fid`: how far a set of images lies from a reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from diffalign.commands.images import batching, evaluation, load
+from diffalign.commands.output import print_scores, write_result
+from diffalign.data.images import read_folder
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.errors import UsageError
+from diffalign.evaluation.fid import (
+    Batches,
+    FeatureSet,
+    collect,
+    compare,
+    drawn_batches,
+    extract,
+    folder_batches,
+    model_batches,
+)
+from diffalign.rewards.features import FeatureNetwork, load_network
+from diffalign.shapes.world import render, sample_scene
+from diffalign.versions import versions
+
+SHAPES_IMAGES = 8
+"""Drawn scenes a prompt, where Shapes is the reference."""
+
+
+def evaluate_fid(args: argparse.Namespace) -> int:
+    """FID, KID, CMMD, precision and recall of --model or --images against --reference; the last line is JSON."""
+    if args.reference is None:
+        raise UsageError(
+            "evaluate fid needs --reference: a folder, statistics (.npz) or shapes:held_out"
+        )
+    on_shapes = args.reference.startswith("shapes:") or (
+        args.images is None and args.model.startswith("shapes-")
+    )
+    network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
+    state = PartialState()
+    generated = _generated(args, network, state)
+    if state.is_main_process:
+        if args.save_statistics is not None:
+            generated.save(args.save_statistics)
+        reference = _reference(args, network)
+        found = compare(generated, reference)
+        result = {
+            **found,
+            "network": generated.network,
+            "resize": generated.resize,
+            "generated": {"n": generated.moments.n, **generated.about},
+            "reference": {"n": reference.moments.n, **reference.about},
+            "versions": versions(),
+        }
+        print_scores(
+            f"{generated.moments.n} images against {reference.moments.n} of {args.reference}, {network.name}",
+            {k: v for k, v in found.items() if v is not None},
+        )
+        write_result(args.output, result)
+        print(json.dumps(result))
+    state.wait_for_everyone()
+    return 0
+
+
+def _generated(
+    args: argparse.Namespace, network: FeatureNetwork, state: PartialState
+) -> FeatureSet:
+    """Every process makes or reads a part, in turns of a batch; all of them get the whole."""
+    about: dict[str, Any]
+    process = (state.process_index, state.num_processes)
+    if args.images is not None:
+        about = {"folder": str(args.images)}
+        images = read_folder(args.images)
+        source = folder_batches(images, about, batch_size=args.batch_size, process=process)
+    else:
+        args.images_per_prompt = args.images_per_prompt or 4
+        args.prompts = args.prompts or "shapes:held_out"
+        prompts = load_prompts(args.prompts, limit=args.max_prompts)
+        about = {
+            "model": args.model,
+            "lora": args.lora,
+            "prompts": args.prompts,
+            "images_per_prompt": args.images_per_prompt,
+            "num_inference_steps": args.num_inference_steps,
+            "solver": args.solver,
+            "guidance_scale": args.guidance_scale,
+            "dtype": args.dtype,
+            "seed": args.seed,
+        }
+        config = evaluation(args)
+        source = model_batches(load(args), prompts, config, process=process, **batching(args))
+    return _features(network, source, about)
+
+
+def _features(network: FeatureNetwork, source: Batches, about: dict[str, Any]) -> FeatureSet:
+    """All processes' features together."""
+    parts = [(network(pixels).float(), numbers) for pixels, numbers in source]
+    parts = gather_object(parts)
+    counts = gather_object([about])
+    for key in ("images", "unreadable"):
+        if key in about:
+            about[key] = sum(c[key] for c in counts)
+    return collect(network, [f for f, _ in parts], [n for _, g in parts for n in g], about)
+
+
+def _reference(args: argparse.Namespace, network: FeatureNetwork) -> FeatureSet:
+    """Statistics, a folder, or scenes of Shapes: computed by the main process alone."""
+    path = Path(args.reference)
+    if path.suffix == ".npz":
+        return FeatureSet.load(path)
+    if args.reference.startswith("shapes:"):
+        about: dict[str, Any] = {"drawn": args.reference, "images_per_prompt": SHAPES_IMAGES}
+        source = drawn_batches(
+            draw_scene,
+            load_prompts(args.reference, limit=args.max_prompts),
+            images_per_prompt=SHAPES_IMAGES,
+            batch_size=args.batch_size,
+        )
+    else:
+        about = {"folder": args.reference}
+        source = folder_batches(read_folder(path), about, batch_size=args.batch_size)
+    return extract(network, source, about)
+
+
+def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:
+    """A right image of a Shapes prompt."""
+    return render(sample_scene(prompt.metadata, np.random.default_rng(seed)))

@@ -1,0 +1,114 @@
+"""Networks whose features FID and its kin compare; a distance without its network's name means nothing."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import UserError
+from diffalign.rewards.clip import ClipScorer
+from diffalign.rewards.inception import FIDInception
+from diffalign.rewards.weights import device, loading
+from diffalign.shapes import CHECKPOINTS
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+CLIP_336 = "openai/clip-vit-large-patch14-336"
+
+
+class UnknownNetwork(UserError, ValueError):
+    """No feature network has this name."""
+
+
+class FeatureNetwork(ABC):
+    """Images to features."""
+
+    name: ClassVar[str]
+    weights: ClassVar[str]
+    resize: ClassVar[str]
+    """What happens to an image's size, in words."""
+    dimension: int
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to (B, D) float32 on the CPU."""
+
+
+class InceptionFeatures(FeatureNetwork):
+    """FID's own: the numbers of torch-fidelity."""
+
+    name = "inception"
+    weights = "TensorFlow's Inception v3 of 2015-12-05, pool_3, as ported by torch-fidelity"
+    resize = "299 x 299, bilinear as in TensorFlow 1 (no antialiasing)"
+    dimension = 2048
+
+    def __init__(self, file: str | None = None) -> None:
+        """`file`: the released weights where they are on this machine already."""
+        with loading(file or INCEPTION_URL):
+            if file is None:
+                state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu")
+            else:
+                state = torch.load(Path(file), map_location="cpu", weights_only=True)
+            model = FIDInception()
+            model.load_state_dict(state)
+        self.model = model.eval().requires_grad_(False).to(device())
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.model(images.to(next(self.model.parameters()).device)).cpu()
+
+
+class ClipFeatures(FeatureNetwork):
+    """CLIP's image embeddings: those of CMMD."""
+
+    name = "clip"
+    weights = CLIP_336
+    resize = "336 x 336, bicubic as in Pillow, the central square"
+    dimension = 768
+
+    def __init__(self) -> None:
+        self.scorer = ClipScorer.from_pretrained(self.weights)
+        self.dimension = self.scorer.model.config.projection_dim
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.scorer.image_features(images).cpu()
+
+
+class ShapesFeatures(FeatureNetwork):
+    """What shapes-clip sees, before the projection to where texts live; where no Inception is at hand."""
+
+    name = "shapes_clip"
+    weights = "shapes-clip, pooled output of the vision tower"
+    resize = "64 x 64, bicubic as in Pillow"
+
+    def __init__(self) -> None:
+        self.scorer = ClipScorer.from_pretrained(str(CHECKPOINTS / "shapes-clip"))
+        self.dimension = self.scorer.model.config.vision_config.hidden_size
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.scorer.pooled_features(images).cpu()
+
+
+NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
+    c.name: c for c in (InceptionFeatures, ClipFeatures, ShapesFeatures)
+}
+
+
+def load_network(name: str) -> FeatureNetwork:
+    """By name; "inception:FILE" reads Inception's weights from a file.
+
+    Raises:
+        UnknownNetwork: no network has this name.
+        RewardError: its weights are not to be had.
+    """
+    kind, _, file = name.partition(":")
+    if kind not in NETWORKS or (file and kind != InceptionFeatures.name):
+        raise UnknownNetwork(f"--network {name!r}: known are {', '.join(NETWORKS)}")
+    return NETWORKS[kind](file) if file else NETWORKS[kind]()

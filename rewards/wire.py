@@ -1,0 +1,147 @@
+"""What reward services and their clients say to each other: JSON, images as PNG, never pickle and never JPEG."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from diffalign.types import RewardOutput
+
+MAX_PIXELS = 4096 * 4096
+MAX_IMAGES = 1024
+MAX_TEXT = 100_000
+
+
+class WireError(ValueError):
+    """A message that is not one of ours; the text says what is wrong and repeats nothing of it."""
+
+
+def encode_request(
+    images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """(B, 3, H, W) uint8 with prompts and metadata as what JSON can hold."""
+    return {
+        "images": [encode_image(image) for image in images],
+        "prompts": list(prompts),
+        "metadata": [dict(entry) for entry in metadata],
+    }
+
+
+def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """The other way.
+
+    Raises:
+        WireError: anything is not as it should be.
+    """
+    if not isinstance(message, dict):
+        raise WireError("expected an object with images, prompts and metadata")
+    images, prompts = message.get("images"), message.get("prompts")
+    if not isinstance(images, list) or not 1 <= len(images) <= MAX_IMAGES:
+        raise WireError(f"images must be a list of 1 to {MAX_IMAGES} base64 PNGs")
+    if (
+        not isinstance(prompts, list)
+        or len(prompts) != len(images)
+        or not all(isinstance(p, str) and len(p) <= MAX_TEXT for p in prompts)
+    ):
+        raise WireError("prompts must be a list of texts, one an image")
+    metadata = message.get("metadata", [{}] * len(images))
+    if (
+        not isinstance(metadata, list)
+        or len(metadata) != len(images)
+        or not all(isinstance(m, dict) for m in metadata)
+    ):
+        raise WireError("metadata must be a list of objects, one an image")
+    pixels = [decode_image(text) for text in images]
+    if len({p.shape for p in pixels}) > 1:
+        raise WireError("images of one request must have one size")
+    return torch.stack(pixels), prompts, metadata
+
+
+def encode_image(image: Tensor) -> str:
+    """(3, H, W) uint8 to PNG to base64."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    picture.save(buffer, format="PNG", compress_level=1)  # time matters more than bytes
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decode_image(text: Any) -> Tensor:
+    """Base64 to PNG to (3, H, W) uint8."""
+    if not isinstance(text, str):
+        raise WireError("an image must be base64 text")
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise WireError("an image is not base64") from error
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
+            if file.width * file.height > MAX_PIXELS:  # before anything of it is unpacked
+                raise WireError(f"an image has more than {MAX_PIXELS} pixels")
+            if file.mode != "RGB":
+                raise WireError("an image is not RGB with 8 bits")
+            pixels = np.array(file)
+    except WireError:
+        raise
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise WireError("an image is no PNG") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def encode_output(output: RewardOutput) -> dict[str, Any]:
+    """Numbers, null for what is not finite."""
+    columns = {"": output.values, **output.details}
+    numbers = {
+        name: [float(v) if math.isfinite(v) else None for v in values]
+        for name, values in columns.items()
+    }
+    return {"values": numbers.pop(""), "details": numbers}
+
+
+def decode_output(message: Any, *, n: int) -> RewardOutput:
+    """The other way, for n images.
+
+    Raises:
+        WireError: the answer is not that of a reward service.
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("details", {}), dict):
+        raise WireError("expected an object with values and details")
+
+    def column(values: Any) -> np.ndarray:
+        if not isinstance(values, list) or len(values) != n:
+            raise WireError(f"expected {n} values")
+        if not all(
+            v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in values
+        ):
+            raise WireError("values must be numbers or null")
+        return np.array([math.nan if v is None else v for v in values], np.float32)
+
+    details = {str(name): column(v) for name, v in message.get("details", {}).items()}
+    return RewardOutput(column(message.get("values")), details)
+
+
+def golden() -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """An image that only a lossless way leaves as it is, with what every built-in reward asks for."""
+    x = torch.arange(64)
+    noise = (
+        x[None, :, None] * 97 + x[None, None, :] * 57 + torch.arange(3)[:, None, None] * 131
+    ) % 256
+    image = noise.to(torch.uint8)
+    image[:, 16:48, 16:48] = torch.tensor([230, 25, 25], dtype=torch.uint8)[:, None, None]
+    prompt = 'a photo of a red square with "A"'
+    clause = {"class": "square", "count": 1, "color": "red"}
+    return image[None], [prompt], [{"prompt": prompt, "tag": "colors", "include": [clause]}]

@@ -1,0 +1,300 @@
+"""The reward service: a real server on loopback, what its client makes of its answers, and hostile requests."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import requests
+import torch
+import uvicorn
+from PIL import Image
+
+from diffalign import cli
+from diffalign.rewards import registry, remote, wire
+from diffalign.rewards.base import Reward, RewardCard, RewardError
+from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.jpeg import JpegReward
+from diffalign.rewards.remote import RemoteReward
+from diffalign.rewards.service import Limits, build_app
+from diffalign.rewards.verifier import VerifierReward
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.world import render, sample_scene
+from diffalign.types import RewardOutput
+
+
+class Moody(Reward):
+    """Raises for prompts that say so, sleeps for others, else the red channel's mean."""
+
+    card = RewardCard(
+        name="moody", description="for tests", scale=0.5, offset=1.0, raw_range=(0, 255)
+    )
+
+    def score(self, images, prompts, metadata):
+        for prompt in prompts:
+            if prompt == "raise":
+                raise RuntimeError("not this one")
+            if prompt == "sleep":
+                time.sleep(1.5)
+        return RewardOutput(images[:, 0].float().mean((1, 2)).numpy())
+
+
+@pytest.fixture
+def serve():
+    """Starts services; they end with the test."""
+    running = []
+
+    def start(rewards, **kwargs):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        config = uvicorn.Config(build_app(rewards, **kwargs), port=port, log_level="error")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        running.append((server, thread))
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "RETRIES", 2)
+
+
+def scenes(n=6):
+    rng = np.random.default_rng(0)
+    entries = prompts("train")[::40][:n]
+    pixels = np.stack([render(sample_scene(e, rng)) for e in entries])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), [e["prompt"] for e in entries], entries
+
+
+def test_a_remote_reward_is_worth_what_it_is_worth_here(serve):
+    url = serve({"verifier": VerifierReward(), "jpeg": JpegReward()})
+    for name, here in (("verifier", VerifierReward()), ("jpeg", JpegReward())):
+        there = registry.create(f"remote:{url}/{name}")
+        there.prepare()
+        expected, found = here.score(*scenes()), there.score(*scenes())
+        np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
+        assert set(found.details) == set(expected.details)
+        for key, value in expected.details.items():
+            np.testing.assert_allclose(found.details[key], value, rtol=1e-6)
+        assert there.card.scale == here.card.scale
+        assert there.normalize(3.0) == here.normalize(3.0)
+
+
+def test_images_arrive_bit_for_bit():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 17, 31), dtype=np.uint8))
+    assert torch.equal(wire.decode_image(wire.encode_image(image)), image)
+
+
+def test_one_bad_image_is_nan_and_the_rest_are_scored(serve):
+    url = serve({"moody": Moody()})
+    reward = RemoteReward(f"remote:{url}/moody")
+    images = torch.full((3, 3, 8, 8), 7, dtype=torch.uint8)
+    found = reward.score(images, ["a", "raise", "b"], [{}] * 3)
+    np.testing.assert_array_equal(found.values, [7, np.nan, 7])
+    composite = CompositeReward({"moody": reward}, {"moody": 1.0})
+    assert composite.score(images, ["a", "raise", "b"], [{}] * 3).mask.tolist() == [
+        True,
+        False,
+        True,
+    ]
+    assert composite.failures == {"moody": 1}
+
+
+def test_a_slow_reward_is_given_up_and_the_service_goes_on(serve):
+    url = serve({"moody": Moody()}, limits=Limits(timeout=0.3))
+    reward = RemoteReward(f"remote:{url}/moody")
+    images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
+    assert np.isnan(reward.score(images, ["sleep"], [{}]).values).all()
+    time.sleep(4)  # what was tried again is still asleep
+    assert reward.score(images, ["a"], [{}]).values.tolist() == [7]
+
+
+def test_a_service_that_is_not_there_is_an_error_before_the_first_image():
+    reward = RemoteReward("remote:http://127.0.0.1:9/pickscore")
+    with pytest.raises(RewardError, match="does not answer"):
+        reward.prepare()
+    found = reward.score(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["a", "b"], [{}] * 2)
+    assert np.isnan(found.values).all()  # later it is a failure that is counted
+
+
+@pytest.mark.parametrize("url", ["remote:127.0.0.1:9/x", "remote:http://h", "remote:ftp://h/x"])
+def test_addresses_are_checked(url):
+    with pytest.raises(RewardError, match="expected remote:http"):
+        RemoteReward(url)
+
+
+def test_names_are_checked(serve):
+    url = serve({"jpeg": JpegReward()})
+    with pytest.raises(RewardError, match="has no 'jpg'; it has jpeg"):
+        RemoteReward(f"remote:{url}/jpg").prepare()
+
+
+def test_a_lossy_way_is_noticed(serve, monkeypatch):
+    url = serve({"moody": Moody()})
+    reward = RemoteReward(f"remote:{url}/moody")
+
+    def lossy(image):
+        buffer = io.BytesIO()
+        Image.fromarray((image // 2 * 2).permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    monkeypatch.setattr(wire, "encode_image", lossy)
+    with pytest.raises(RewardError, match="something on the way changes images"):
+        reward.prepare()
+
+
+def test_tokens(serve, monkeypatch):
+    url = serve({"jpeg": JpegReward()}, token="sesame")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}):
+        assert requests.get(f"{url}/health", headers=headers, timeout=5).status_code == 401
+        assert requests.post(f"{url}/jpeg", json={}, headers=headers, timeout=5).status_code == 401
+    with pytest.raises(RewardError, match="401"):
+        RemoteReward(f"remote:{url}/jpeg").prepare()
+    monkeypatch.setenv(remote.TOKEN, "sesame")
+    RemoteReward(f"remote:{url}/jpeg").prepare()
+
+
+def png(size=(8, 8), mode="RGB"):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def b64(content):
+    return base64.b64encode(content).decode()
+
+
+def bomb():
+    """A PNG that says it has 60000 x 60000 pixels."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    parts = (
+        chunk(b"IHDR", header),
+        chunk(b"IDAT", zlib.compress(b"\0" * 1000)),
+        chunk(b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+JPEG = io.BytesIO()
+Image.new("RGB", (8, 8)).save(JPEG, format="JPEG")
+GOOD = {"images": [b64(png())], "prompts": ["x"], "metadata": [{}]}
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b"\x80\x04\x95", 400),  # a pickle
+        (b"\xff\xfe", 400),
+        ([], 422),
+        ({}, 422),
+        ({**GOOD, "images": []}, 422),
+        ({**GOOD, "images": "x"}, 422),
+        ({**GOOD, "images": [3]}, 422),
+        ({**GOOD, "images": ["not base64!"]}, 422),
+        ({**GOOD, "images": [b64(b"not a png")]}, 422),
+        ({**GOOD, "images": [b64(png()[:40])]}, 422),
+        ({**GOOD, "images": [b64(JPEG.getvalue())]}, 422),
+        ({**GOOD, "images": [b64(png(mode="L"))]}, 422),
+        ({**GOOD, "images": [b64(bomb())]}, 422),
+        (
+            {
+                **GOOD,
+                "images": [b64(png())] * 2000,
+                "prompts": ["x"] * 2000,
+                "metadata": [{}] * 2000,
+            },
+            422,
+        ),
+        (
+            {
+                **GOOD,
+                "images": [b64(png()), b64(png((9, 8)))],
+                "prompts": ["x"] * 2,
+                "metadata": [{}] * 2,
+            },
+            422,
+        ),
+        ({**GOOD, "prompts": []}, 422),
+        ({**GOOD, "prompts": [None]}, 422),
+        ({**GOOD, "prompts": ["x" * 200_000]}, 422),
+        ({**GOOD, "metadata": [1]}, 422),
+        ({**GOOD, "metadata": {}}, 422),
+        (b"x" * 300_000, 413),
+    ],
+)
+def test_hostile_requests_are_answered(serve, message, status):
+    url = serve({"jpeg": JpegReward()}, limits=Limits(max_bytes=250_000))
+    content = message if isinstance(message, bytes) else json.dumps(message).encode()
+    answer = requests.post(f"{url}/jpeg", data=content, timeout=20)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]
+    assert requests.post(f"{url}/jpeg", json=GOOD, timeout=20).status_code == 200
+
+
+def test_fuzzing_does_not_take_it_down(serve):
+    """A good request with bytes changed, cut out and doubled, and bare sockets that speak no HTTP."""
+    url = serve({"verifier": VerifierReward()})
+    host, port = url.removeprefix("http://").split(":")
+    rng = np.random.default_rng(0)
+    content = json.dumps(wire.encode_request(*scenes(2))).encode()
+    statuses = set()
+    for _ in range(150):
+        data = bytearray(content)
+        for _ in range(rng.integers(1, 6)):
+            at, length = int(rng.integers(len(data))), int(rng.integers(1, 40))
+            kind = rng.integers(3)
+            if kind == 0:
+                data[at : at + length] = rng.integers(0, 256, length, dtype=np.uint8).tobytes()
+            elif kind == 1:
+                del data[at : at + length]
+            else:
+                data[at:at] = data[at : at + length]
+        statuses.add(requests.post(f"{url}/verifier", data=bytes(data), timeout=20).status_code)
+    assert statuses <= {200, 400, 422}
+    assert 400 in statuses
+    for _ in range(20):
+        with socket.create_connection((host, int(port)), timeout=5) as raw:
+            raw.sendall(rng.integers(0, 256, 200, dtype=np.uint8).tobytes())
+    assert requests.get(f"{url}/nothing", timeout=5).status_code in (404, 405)
+    assert requests.post(f"{url}/nothing", json=GOOD, timeout=5).status_code == 404
+    RemoteReward(f"remote:{url}/verifier").prepare()
+
+
+def test_answers_that_are_not_ours_are_refused():
+    for message in (None, {}, {"values": [1.0]}, {"values": [True, 1.0]}, {"values": ["1", 2]}):
+        with pytest.raises(wire.WireError):
+            wire.decode_output(message, n=2)
+    found = wire.decode_output({"values": [1, None], "details": {"x": [None, 2.5]}}, n=2)
+    np.testing.assert_array_equal(found.values, [1, np.nan])
+    np.testing.assert_array_equal(found.details["x"], [np.nan, 2.5])
+
+
+def test_others_may_not_reach_it_without_a_token(capsys, monkeypatch):
+    monkeypatch.delenv(remote.TOKEN, raising=False)
+    assert cli.main(["serve-rewards", "--rewards=jpeg", "--host=0.0.0.0"]) == 2
+    assert remote.TOKEN in capsys.readouterr().err
+    assert cli.main(["serve-rewards", "--rewards=jpge"]) == 2
+    assert "did you mean 'jpeg'" in capsys.readouterr().err
