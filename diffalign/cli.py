@@ -79,9 +79,11 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "what",
         nargs="?",
         default="model",
-        choices=("model", "rewards", "geneval", "fid"),
+        choices=("model", "rewards", "geneval", "fid", "wins", "report"),
         help="model: generate and score; rewards: score the images of --images; geneval: GenEval's folders, of --model "
-        "or in --images; fid: FID and its kin of --model or --images from --reference; default: %(default)s",
+        "or in --images; fid: FID and its kin of --model or --images from --reference; "
+        "wins: how often --images are preferred to those --against; "
+        "report: a page that compares --folders; default: %(default)s",
     )
     evaluate.add_argument(
         "--images", type=Path, default=None, help="a folder with captions (docs/rewards.md)"
@@ -92,7 +94,7 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="also: geneval, or a file; default: %(default)s",
     )
     evaluate.add_argument(
-        "--rewards", default="verifier", help="comma-separated; default: %(default)s"
+        "--rewards", default=None, help="comma-separated; default: verifier, of report none"
     )
     evaluate.add_argument(
         "--max_prompts", type=int, default=None, help="score only so many prompts"
@@ -115,6 +117,10 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=("verifier", "geneval", "geneval_compat"),
         help="of geneval; default: the one that knows the prompts' classes",
     )
+    evaluate.add_argument(
+        "--folders", nargs="+", default=None, metavar="[NAME=]DIR", help="of report"
+    )
+    evaluate.add_argument("--against", type=Path, default=None, help="of wins: the other folder")
     evaluate.add_argument(
         "--reference", default=None, help="of fid: a folder, statistics (.npz), or shapes:held_out"
     )

@@ -10,14 +10,17 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from diffalign.commands.compare import evaluate_report, evaluate_wins
 from diffalign.commands.fid import evaluate_fid
 from diffalign.commands.images import batching, evaluation, load
 from diffalign.commands.output import print_scores, write_result
+from diffalign.commands.rewards import load_rewards
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.evaluation.folder import score_folder
 from diffalign.evaluation.geneval import (
+    RESULTS,
     claim,
     generate_samples,
     read_samples,
@@ -28,26 +31,31 @@ from diffalign.evaluation.geneval import (
 )
 from diffalign.evaluation.score import evaluate_model
 from diffalign.rewards.base import RewardError
-from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.detection import DetectionReward
 from diffalign.rewards.registry import create
 from diffalign.versions import versions
 
 DETECTORS = ("verifier", "geneval")
-RESULTS = "results.jsonl"
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Score a model on prompts, or a folder of images; the last line of the output is JSON."""
-    verbs = {"rewards": _evaluate_folder, "geneval": _evaluate_geneval, "fid": evaluate_fid}
+    verbs = {
+        "rewards": _evaluate_folder,
+        "geneval": _evaluate_geneval,
+        "fid": evaluate_fid,
+        "wins": evaluate_wins,
+        "report": evaluate_report,
+    }
     if args.what in verbs:
         return verbs[args.what](args)
     if args.images is not None:
         raise UsageError("--images: meant `diffalign evaluate rewards --images ...`?")
     args.images_per_prompt = args.images_per_prompt or 1
+    args.rewards = args.rewards or "verifier"
     args.prompts = args.prompts or "shapes:held_out"
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
-    reward = _rewards(args.rewards, [p.metadata for p in prompts])
+    reward = load_rewards(args.rewards, [p.metadata for p in prompts])
     model = load(args)
     found = evaluate_model(model, prompts, reward.score, evaluation(args), **batching(args))
     result = {
@@ -74,7 +82,7 @@ def _evaluate_folder(args: argparse.Namespace) -> int:
     if args.images is None:
         raise UsageError("evaluate rewards needs --images DIR")
     images = read_folder(args.images)
-    reward = _rewards(args.rewards, [i.prompt.metadata for i in images])
+    reward = load_rewards(args.rewards or "verifier", [i.prompt.metadata for i in images])
     without = sum(not i.prompt.text for i in images)
     blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
     if blind and without == len(images):
@@ -189,14 +197,3 @@ def _detector(name: str | None, metadata: Sequence[Mapping[str, Any]]) -> Detect
         detector.prepare()
         return detector
     raise UsageError("; ".join(problems))
-
-
-def _rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
-    """From names between commas, ready to score prompts with this metadata."""
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if not chosen:
-        raise UsageError("--rewards names none")
-    reward = CompositeReward.from_config(dict.fromkeys(chosen, 1.0))
-    reward.check_metadata(metadata)
-    reward.prepare()
-    return reward

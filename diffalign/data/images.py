@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ def read_folder(folder: str | Path) -> list[CaptionedImage]:
     """All images with a caption, in the order of their names.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (columns `file_name` and prompt, text or caption: an image
-    folder of datasets), else from a .txt file beside each image; an image without one has an empty caption.
+    folder of datasets), of a GenEval folder from each prompt's, else from a .txt file beside each image; an image
+    without one has an empty caption.
 
     Raises:
         ImageFolderError: there is no such folder, no image in it, or a table that is not readable.
@@ -64,10 +67,24 @@ def read_folder(folder: str | Path) -> list[CaptionedImage]:
 
 
 def _beside(path: Path) -> Prompt:
+    if path.parent.name == "samples":
+        entry = _geneval(path.parents[1] / "metadata.jsonl")
+        if entry is not None:
+            return Prompt(str(entry["prompt"]), entry)
     file = path.with_suffix(".txt")
     found = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
     text = found.strip()
     return Prompt(text, {"prompt": text})
+
+
+@lru_cache(maxsize=64)  # the images of one prompt follow each other
+def _geneval(file: Path) -> dict[str, Any] | None:
+    """A prompt of GenEval's folder layout, where the file is one."""
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) and "prompt" in entry else None
 
 
 def _rows(table: Path) -> Iterator[CaptionedImage]:

@@ -27,6 +27,7 @@ from diffalign.pipelines.sampling import EmbedCache
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 """(B, 3, H, W) uint8 and B prompts' metadata to the objects that count in each image."""
 SETTINGS = "settings.json"
+RESULTS = "results.jsonl"
 _SAMPLE = re.compile(r"\d+\.png")
 
 

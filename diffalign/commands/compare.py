@@ -1,0 +1,81 @@
+"""`diffalign evaluate wins` and `evaluate report`: folders of images beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.commands.output import print_scores, write_result
+from diffalign.commands.rewards import load_rewards
+from diffalign.data.images import read_folder
+from diffalign.errors import UsageError
+from diffalign.evaluation.comparison import Compared, read_geneval, write_comparison
+from diffalign.evaluation.folder import score_folder
+from diffalign.evaluation.preference import pair, win_rate
+from diffalign.versions import versions
+
+
+def evaluate_wins(args: argparse.Namespace) -> int:
+    """How often the images of --images are preferred to those of the same name in --against."""
+    if args.images is None or args.against is None:
+        raise UsageError("evaluate wins needs --images DIR and --against DIR")
+    folders = (args.images, args.against)
+    sets = [read_folder(folder) for folder in folders]
+    pairs = pair(sets[0], sets[1], folders)
+    chosen = [[images[p[side]] for p in pairs] for side, images in enumerate(sets)]
+    reward = load_rewards(args.rewards or "verifier", [i.prompt.metadata for i in chosen[0]])
+    rows = [score_folder(c, reward.score, batch_size=args.batch_size)[0] for c in chosen]
+    prompts = [image.prompt.text or str(i) for i, image in enumerate(chosen[0])]
+    found: dict[str, Any] = {}
+    for name in reward.rewards:
+        a, b = (np.array([r.get(name) for r in side], np.float64) for side in rows)
+        rate = win_rate(a, b, prompts)
+        found[name] = None if rate is None else vars(rate)
+    result = {
+        "images": str(args.images),
+        "against": str(args.against),
+        "pairs": len(pairs),
+        "without_partner": sum(map(len, sets)) - 2 * len(pairs),
+        "unreadable": sum("error" in r for side in rows for r in side),
+        "win_rate": found,
+        "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
+        "versions": versions(),
+    }
+    print_scores(
+        f"{args.images} wins against {args.against}",
+        {n: rate["rate"] for n, rate in found.items() if rate},
+    )
+    write_result(args.output, result)
+    print(json.dumps(result))
+    return 0
+
+
+def evaluate_report(args: argparse.Namespace) -> int:
+    """A page that compares the folders of --folders; with --rewards their images are scored first."""
+    if not args.folders or args.output is None:
+        raise UsageError("evaluate report needs --folders [NAME=]DIR ... and --output PAGE.html")
+    sides = []
+    for text in args.folders:
+        name, _, path = text.rpartition("=")
+        folder = Path(path)
+        images = read_folder(folder)
+        means: dict[str, float] = {}
+        if args.rewards:
+            reward = load_rewards(args.rewards, [i.prompt.metadata for i in images])
+            scores = score_folder(images, reward.score, batch_size=args.batch_size)[1]
+            means = {n: scores[n] for n in reward.rewards if n in scores}
+        by_name = {i.path.relative_to(folder).as_posix(): i for i in images}
+        sides.append(Compared(name or folder.name, folder, by_name, read_geneval(folder), means))
+    names = [s.name for s in sides]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"--folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
+        )
+    found = write_comparison(args.output, sides)
+    print(f"{args.output}")
+    print(json.dumps(found))
+    return 0

@@ -1,0 +1,124 @@
+"""`diffalign evaluate report`: one self-contained page that compares folders of images, whoever made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from diffalign.data.images import CaptionedImage, read_image
+from diffalign.errors import UserError
+from diffalign.evaluation.geneval import RESULTS, summary
+from diffalign.evaluation.report import png_uri
+
+EXAMPLES = 24
+THUMBNAIL = 256
+"""Pixels of the longer side of an image on the page."""
+
+
+class ReportError(UserError, ValueError):
+    """Folders that a page cannot be made of."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A folder on the page: its images by name, GenEval's summary where it has been scored, means of rewards."""
+
+    name: str
+    folder: Path
+    images: dict[str, CaptionedImage]
+    geneval: dict[str, Any] | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_geneval(folder: Path) -> dict[str, Any] | None:
+    """The summary of a scored GenEval folder; None where it has not been scored.
+
+    Raises:
+        ReportError: its results are damaged.
+    """
+    file = folder / RESULTS
+    if not file.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return summary(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{file} is damaged ({error}): score the folder again") from error
+
+
+def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
+    """Write the page and return what its table says.
+
+    Raises:
+        ReportError: no image has the same name in all folders.
+    """
+    shared = [name for name in sides[0].images if all(name in s.images for s in sides)]
+    if not shared:
+        raise ReportError(
+            f"{', '.join(str(s.folder) for s in sides)} have no image of the same name: nothing to look at side by side"
+        )
+    count = min(EXAMPLES, len(shared))
+    picks = [shared[i * len(shared) // count] for i in range(count)]
+    examples = [
+        {
+            "name": name,
+            "prompt": sides[0].images[name].prompt.text,
+            "images": [thumbnail(s.images[name].path) for s in sides],
+        }
+        for name in picks
+    ]
+    rows = table(sides)
+    environment = Environment(
+        loader=PackageLoader("diffalign.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    page = environment.get_template("comparison.html").render(
+        sides=sides, rows=rows, examples=examples, shared=len(shared)
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding="utf-8")
+    return {
+        row["name"]: dict(zip([s.name for s in sides], row["values"], strict=True)) for row in rows
+    }
+
+
+def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
+    """Rows of `name`, `values` of each side (None where it has none), their `best`, and the `width` of each one's bar
+    in percent (of 1 for shares, of the largest magnitude for rewards)."""
+    columns: list[dict[str, float]] = [
+        {**(s.geneval["tasks"] if s.geneval else {}), **s.rewards} for s in sides
+    ]
+    shares = {n for s in sides if s.geneval for n in s.geneval["tasks"]}
+    found = []
+    for name in dict.fromkeys(n for c in columns for n in c):
+        values = [c.get(name) for c in columns]
+        known = [v for v in values if v is not None]
+        full = 1.0 if name in shares else max(map(abs, known)) or 1.0
+        found.append(
+            {
+                "name": name,
+                "values": values,
+                "best": max(known),
+                "width": [0 if v is None else round(100 * max(v, 0) / full, 1) for v in values],
+            }
+        )
+    return found
+
+
+def thumbnail(path: Path) -> str | None:
+    """A data URI; None for an image that cannot be read."""
+    try:
+        pixels = read_image(path).permute(1, 2, 0).numpy()
+    except OSError:
+        return None
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return png_uri(np.asarray(image))
