@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +29,9 @@ class UnknownNetwork(UserError, ValueError):
 class FeatureNetwork(ABC):
     """Images to features."""
 
-    name: ClassVar[str]
-    weights: ClassVar[str]
-    resize: ClassVar[str]
+    name: str
+    weights: str
+    resize: str
     """What happens to an image's size, in words."""
     dimension: int
 

@@ -26,6 +26,8 @@ BUILT_IN = {
     "pickscore": "diffalign.rewards.pickscore:PickScoreReward",
     "hpsv2": "diffalign.rewards.hpsv2:HPSv2Reward",
     "hpsv2.1": "diffalign.rewards.hpsv2:HPSv21Reward",
+    "image_reward": "diffalign.rewards.image_reward:ImageReward",
+    "vlm_judge": "diffalign.rewards.vlm_judge:VlmJudgeReward",
     "aesthetic": "diffalign.rewards.aesthetic:AestheticReward",
 }
 SUMMARIES = {
@@ -39,6 +41,8 @@ SUMMARIES = {
     "pickscore": "PickScore v1: choices of users",
     "hpsv2": "Human Preference Score v2",
     "hpsv2.1": "Human Preference Score v2.1",
+    "image_reward": "ImageReward v1.0: choices of experts, by BLIP",
+    "vlm_judge": "a vision-language model over HTTP (OpenAI's chat completions)",
     "aesthetic": "LAION aesthetic predictor v2; does not look at the prompt",
 }
 

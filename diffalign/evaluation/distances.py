@@ -55,8 +55,8 @@ def kernel_distance(
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(subsets):
-        rows = [x[torch.randperm(len(x), generator=generator)[:size]].double() for x in (a, b)]
-        found.append(poly_mmd(*rows))
+        x, y = (f[torch.randperm(len(f), generator=generator)[:size]].double() for f in (a, b))
+        found.append(poly_mmd(x, y))
     values = torch.stack(found)
     return float(values.mean()), float(values.std(unbiased=False))
 

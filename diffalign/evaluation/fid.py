@@ -57,7 +57,10 @@ class FeatureSet:
 
     def save(self, file: Path) -> None:
         """As .npz."""
-        arrays = {"mu": self.moments.mean.numpy(), "sigma": self.moments.covariance.numpy()}
+        arrays: dict[str, Any] = {
+            "mu": self.moments.mean.numpy(),
+            "sigma": self.moments.covariance.numpy(),
+        }
         if self.features is not None and self.group is not None:
             arrays |= {"features": self.features.numpy(), "group": self.group.numpy()}
         notes = {"network": self.network, "resize": self.resize, "n": self.moments.n, **self.about}
