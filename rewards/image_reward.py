@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from diffalign.rewards.aesthetic import AestheticHead
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.preprocessing import Preprocessing
 from diffalign.rewards.weights import device, loading
@@ -33,7 +34,6 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' validation set: scores are about standard normal."""
 MAX_LENGTH = 35
 VISION_HEADS, TEXT_HEADS = 16, 12
-HEAD = (1024, 128, 64, 16, 1)
 MICRO_BATCH = 32
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)\.(weight|bias)$")
 BLOCK = {
@@ -61,8 +61,7 @@ class ImageRewardModel(nn.Module):
         super().__init__()
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        widths = (text.hidden_size, *HEAD)
-        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, HEAD, strict=False))
+        self.head = AestheticHead(text.hidden_size)  # the same layers, dropouts and all
 
     def forward(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
         """(B, 3, 224, 224) normalised and B tokenised prompts to (B,) scores."""
@@ -73,9 +72,7 @@ class ImageRewardModel(nn.Module):
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device, dtype=torch.long),
         ).last_hidden_state[:, 0]
-        for layer in self.head:  # no activation stands between them
-            x = layer(x)
-        return (x.squeeze(-1).float() - MEAN) / STD
+        return (self.head(x.float()) - MEAN) / STD
 
 
 class ImageReward(Reward):
@@ -149,7 +146,6 @@ def build(
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """From the release's names; what BLIP needed for its own training is left out."""
     found: dict[str, Tensor] = {}
-    heads = sorted({int(n.split(".")[2]) for n in state if n.startswith("mlp.layers.")})
     for name, value in state.items():
         if name.startswith("blip.visual_encoder."):
             found[f"vision.{_vision_name(name.removeprefix('blip.visual_encoder.'))}"] = value
@@ -158,8 +154,7 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not rest.endswith("position_ids"):  # a buffer
                 found[f"text.{rest}"] = value
         elif name.startswith("mlp.layers."):
-            _, _, number, kind = name.split(".")  # the layers between them are dropouts
-            found[f"head.{heads.index(int(number))}.{kind}"] = value
+            found[f"head.{name.removeprefix('mlp.')}"] = value
         elif not name.startswith("blip."):
             raise RewardError(f"{name} is no tensor of ImageReward")
     return found

@@ -85,7 +85,6 @@ def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunC
         "--training.num_updates=100000",
         "--training.eval_every=20",
         "--training.sample_every=0",
-        "--evaluation.rewards={shapes_clip: 1.0}",
         *arm.overrides,
         *(QUICK if options.quick else ()),
     ]
@@ -108,8 +107,6 @@ def measure(name: str, arm: Arm, options: BenchOptions, seeds: int) -> dict[str,
         "curves": curves,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
-        "second_reward_before": spread(_second(s["before"]) for s in summaries),
-        "second_reward_final": spread(_second(s["after"]) for s in summaries),
         "diversity_first": spread(log[0]["diversity"] for log in logs),
         "diversity_last": spread(log[-1]["diversity"] for log in logs),
         "forwards_per_image": round(median(r["forwards_per_image"] for r in rows), 2),
@@ -172,8 +169,3 @@ def run(options: BenchOptions) -> dict[str, Any]:
 def _speedups(fast: list[Curve], slow: list[Curve], unit: str) -> list[float]:
     """Seed by seed, as many as both have."""
     return [speedup(f, s, unit) for f, s in zip(fast, slow, strict=False)]
-
-
-def _second(evaluation: dict[str, Any]) -> float:
-    """The reward that nothing was trained on."""
-    return float(evaluation["means"]["shapes_clip"])
