@@ -18,6 +18,16 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Ode:
+    """A path's probability-flow ODE where its field is the slope itself: d `state` (B, ...) / d `time` (B,) = `field`
+    (B, ...)."""
+
+    state: Tensor
+    time: Tensor
+    field: Tensor
+
+
+@dataclass(frozen=True)
 class RectifiedFlow:
     """x_t = (1 - t) x_0 + t eps; the model predicts the velocity eps - x_0.
 
@@ -39,9 +49,22 @@ class RectifiedFlow:
         sigmas = expand(self.sigmas(timesteps), latents)
         return (1 - sigmas) * latents + sigmas * noise
 
-    def target(self, latents: Tensor, noise: Tensor) -> Tensor:
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a perfect model would predict on average."""
         return noise - latents
+
+    def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of the clean latents and of the noise, each (B,) float32."""
+        sigmas = self.sigmas(timesteps)
+        return 1 - sigmas, sigmas
+
+    def ode(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Ode:
+        """The flow is its own coordinate: dx / dt = v."""
+        return Ode(noisy_latents, self.sigmas(timesteps), model_pred)
+
+    def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents of a state of `ode`."""
+        return state
 
     def predict_latents(
         self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor
@@ -52,6 +75,82 @@ class RectifiedFlow:
     def predict_noise(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a prediction implies: eps = x_t + (1 - t) v."""
         return noisy_latents + (1 - expand(self.sigmas(timesteps), noisy_latents)) * model_pred
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """x_t = a_t x_0 + s_t eps with a^2 + s^2 = 1; the model predicts eps ("epsilon") or a eps - s x_0 ("v_prediction").
+
+    The path of SD1.5 and SDXL (Ho et al. 2020; Salimans & Ho 2022). `alphas_cumprod` (T,) are a^2 at the timesteps
+    0 .. T - 1 of a diffusers scheduler; between them a^2 is interpolated.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"unknown prediction type {self.prediction_type!r}")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s, each (B,) float32."""
+        table = self.alphas_cumprod.float().to(timesteps.device)
+        place = timesteps.float().clamp(0, len(table) - 1)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=len(table) - 1)
+        square = table[low] + (place - low) * (table[high] - table[low])
+        return square.sqrt(), (1 - square).sqrt()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents at `timesteps` (B,)."""
+        a, s = (expand(x, latents) for x in self.scales(timesteps))
+        return a * latents + s * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect model would predict on average."""
+        if self.prediction_type == "epsilon":
+            return noise
+        a, s = (expand(x, latents) for x in self.scales(timesteps))
+        return a * noise - s * latents
+
+    def predict_latents(
+        self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """The clean latents that a prediction implies: (x_t - s eps) / a, or a x_t - s v."""
+        a, s = (expand(x, noisy_latents) for x in self.scales(timesteps))
+        if self.prediction_type == "epsilon":
+            return (noisy_latents - s * model_pred) / a
+        return a * noisy_latents - s * model_pred
+
+    def predict_noise(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a prediction implies: itself, or s x_t + a v."""
+        if self.prediction_type == "epsilon":
+            return model_pred
+        a, s = (expand(x, noisy_latents) for x in self.scales(timesteps))
+        return s * noisy_latents + a * model_pred
+
+    def ode(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Ode:
+        """d(x / a) / d(s / a) = eps (Song et al. 2021, eq. 14)."""
+        a, s = self.scales(timesteps)
+        noise = self.predict_noise(model_pred, noisy_latents, timesteps)
+        return Ode(noisy_latents / expand(a, noisy_latents), s / a, noise)
+
+    def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents of a state of `ode`."""
+        return state * expand(self.scales(timesteps)[0], state)
+
+
+Path = RectifiedFlow | VariancePreserving
+
+
+def implied_noise(path: Path, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+    """The noise with which `add_noise` would have made `noisy_latents` of `latents`: (x_t - a x_0) / s."""
+    a, s = (expand(x, latents) for x in path.scales(timesteps))
+    return (noisy_latents - a * latents) / s
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

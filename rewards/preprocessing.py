@@ -19,6 +19,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PRECISION_BITS = 22
 """Pillow's weights are integers in units of 2^-22."""
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
+BAND = 32
+"""Pixels of the result that are computed in one product: few enough that most of their row is not multiplied by 0."""
 CHUNK = 16_000_000
 """Values that are resized at a time: eight bytes each, a few times over."""
 
@@ -51,12 +53,26 @@ def _weights(before: int, after: int, start: int, count: int, resample: str) -> 
     return table
 
 
+@lru_cache(maxsize=64)
+def _bands(
+    before: int, after: int, start: int, count: int, resample: str, device: torch.device
+) -> list[tuple[slice, Tensor]]:
+    """The table of `_weights` in bands of BAND rows: the columns that are not zero, and (columns, rows) of them."""
+    table = _weights(before, after, start, count, resample)
+    bands = []
+    for rows in table.split(BAND):
+        used = rows.any(0).nonzero().flatten()
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        bands.append((columns, rows[:, columns].T.contiguous().to(device)))
+    return bands
+
+
 def _along_width(images: Tensor, width: int, start: int, count: int, resample: str) -> Tensor:
     """(..., W) uint8 to `count` of `width` columns; sums of 255 x 2^22 x taps are exact in float64."""
     if images.shape[-1] == width:
         return images[..., start : start + count]
-    weights = _weights(images.shape[-1], width, start, count, resample).to(images.device)
-    sums = images.double() @ weights.T
+    bands = _bands(images.shape[-1], width, start, count, resample, images.device)
+    sums = torch.cat([images[..., columns].double() @ w for columns, w in bands], -1)
     sums = (sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)
     return sums.floor().clamp(0, 255).byte()
 

@@ -28,6 +28,7 @@ BUILT_IN = {
     "hpsv2.1": "diffalign.rewards.hpsv2:HPSv21Reward",
     "image_reward": "diffalign.rewards.image_reward:ImageReward",
     "vlm_judge": "diffalign.rewards.vlm_judge:VlmJudgeReward",
+    "hpsv3": "diffalign.rewards.hpsv3:HPSv3Reward",
     "aesthetic": "diffalign.rewards.aesthetic:AestheticReward",
 }
 SUMMARIES = {
@@ -43,6 +44,7 @@ SUMMARIES = {
     "hpsv2.1": "Human Preference Score v2.1",
     "image_reward": "ImageReward v1.0: choices of experts, by BLIP",
     "vlm_judge": "a vision-language model over HTTP (OpenAI's chat completions)",
+    "hpsv3": "Human Preference Score v3, by Qwen2-VL-7B",
     "aesthetic": "LAION aesthetic predictor v2; does not look at the prompt",
 }
 

@@ -22,6 +22,7 @@ from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.shapes.autoencoder import train_autoencoder
 from diffalign.shapes.build import build_flux_pipeline, build_sd3_pipeline, save_pipeline
+from diffalign.shapes.clip import train_clip
 from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
 from diffalign.shapes.guidance import GuidanceDistillation
 from diffalign.shapes.text import MAX_LENGTH
@@ -56,7 +57,7 @@ def load_model(family: str, work: Path) -> TextToImageModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=sorted(FAMILIES))
+    parser.add_argument("family", choices=[*sorted(FAMILIES), "clip"])
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
 
+    if args.family == "clip":
+        train_eyes(args.out, steps=args.steps)
+        return
     model = load_model(args.family, args.work)
     folder = args.work / args.family
     cache = folder / f"data-{args.images}.pt"
@@ -99,6 +103,19 @@ def main() -> None:
         "versions": versions(),
     }
     (folder / "history.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def train_eyes(out: Path, *, steps: int) -> None:
+    """`shapes-clip`, and beside it what it tells apart."""
+    record = {
+        "command": shlex.join(["python", "-m", "diffalign.scripts.train_shapes", *sys.argv[1:]]),
+        "held-out captions: share of pairs of a right and a wrong image told apart": train_clip(
+            out, steps=steps
+        ),
+        "versions": versions(),
+    }
+    file = out.with_name(f"{out.name}.json")
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def distillation(config: PretrainConfig) -> PretrainConfig:

@@ -117,7 +117,9 @@ def test_other_noise_for_the_old_policy_is_noticed_by_the_variance_of_the_ratio(
     def likelihood(noise, delta):
         noisy = PATH.add_noise(latents, noise, PATH.timesteps(sigmas))
         pred = noisy @ (weights + delta)
-        error = forward_process.matching_error(pred, PATH.target(latents, noise))
+        error = forward_process.matching_error(
+            pred, PATH.target(latents, noise, PATH.timesteps(sigmas))
+        )
         return awm.log_likelihood(error, sigmas, weight="uniform")
 
     noise, other = torch.randn(256, 16), torch.randn(256, 16)
@@ -348,7 +350,7 @@ class TestRectifiedFlow:
         latents, noise = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2)
         times = torch.tensor([0.0, 250.0, 500.0, 999.0, 1000.0])
         noisy = PATH.add_noise(latents, noise, times)
-        velocity = PATH.target(latents, noise)
+        velocity = PATH.target(latents, noise, times)
         torch.testing.assert_close(PATH.predict_latents(velocity, noisy, times), latents)
         torch.testing.assert_close(PATH.predict_noise(velocity, noisy, times), noise)
         torch.testing.assert_close(PATH.timesteps(PATH.sigmas(times)), times)

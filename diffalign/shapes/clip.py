@@ -27,8 +27,19 @@ from diffalign.geneval import RELATIONS, judge, relative_position
 from diffalign.shapes.prompts import Metadata, prompts
 from diffalign.shapes.text import MAX_LENGTH, TARGETS, WIDTH, build_clip_tokenizer, caption_targets
 from diffalign.shapes.text import clip_config as text_config
-from diffalign.shapes.world import IMAGE_SIZE, KINDS, Scene, detections, render, sample_scene
+from diffalign.shapes.world import (
+    COLORS,
+    GRID,
+    IMAGE_SIZE,
+    KINDS,
+    Scene,
+    detections,
+    render,
+    sample_scene,
+)
 
+VISION_WIDTH = 128
+CELLS, LAYERS = len(GRID) ** 2, len(KINDS) + len(COLORS)
 FAMILIES = 8
 """Families of captions in a batch."""
 RELATIVES = 16
@@ -40,8 +51,8 @@ NOISE = 6.0
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A fresh CLIP for 64 x 64 pixels in patches of 8."""
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=VISION_WIDTH,
+        intermediate_size=2 * VISION_WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
@@ -118,14 +129,41 @@ def to_pixel_values(images: np.ndarray, processor: CLIPImageProcessorPil) -> Ten
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def train_clip(
-    folder: Path, *, steps: int = 2000, lr: float = 1e-3, seed: int = 0
-) -> dict[str, float]:
-    """Train from nothing and save model, tokenizer and processor; returns how often held-out captions are told apart.
+class Heads(nn.Module):
+    """What towers must name while they are trained, thrown away afterwards: what is shown and said; where each shape
+    lies, one head for both, since captions say it in two ways and contrast alone hardly finds it; and, of the image
+    tower, a map of what lies in which cell."""
 
-    As for the text encoders, linear heads that must name what is shown help both towers and are thrown away; one head
-    for both must name where each shape lies, which captions say in two ways and contrast alone hardly finds.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = nn.ModuleList(nn.Linear(WIDTH, sum(TARGETS.values())) for _ in range(2))
+        self.places = nn.Linear(WIDTH, 4 * len(KINDS))
+        self.map = nn.Linear(VISION_WIDTH, CELLS * LAYERS)
+
+    def loss(
+        self,
+        pooled: Tensor,
+        seen: Tensor,
+        said: Tensor,
+        entries: list[Metadata],
+        scenes: list[Scene],
+    ) -> Tensor:
+        """Sum over the heads, for the pooled output of the image tower and both embeddings."""
+        maps = torch.stack([scene_map(scene) for scene in scenes])
+        return (
+            _naming_loss(self.names[0](seen), entries, shown=True)
+            + _naming_loss(self.names[1](said), entries, shown=False)
+            + _place_loss(self.places(seen), [shown_places(scene) for scene in scenes])
+            + _place_loss(self.places(said), [said_places(entry) for entry in entries])
+            + 5 * F.binary_cross_entropy_with_logits(self.map(pooled), maps)
+        )
+
+
+def train_clip(
+    folder: Path, *, steps: int = 2000, lr: float = 1e-3, seed: int = 0, batches: int = 40
+) -> dict[str, float]:
+    """Train from nothing and save model, tokenizer and processor; returns how often held-out captions are told apart,
+    of so many `batches`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_clip_tokenizer()
@@ -133,29 +171,23 @@ def train_clip(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     )
-    model = build_model(tokenizer)
-    heads = nn.ModuleList(nn.Linear(WIDTH, sum(TARGETS.values())) for _ in range(2))
-    place = nn.Linear(WIDTH, 4 * len(KINDS))
-    parameters = [*model.parameters(), *heads.parameters(), *place.parameters()]
+    model, heads = build_model(tokenizer), Heads()
+    parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     pool = families("train")
     bar = tqdm(range(steps), desc="shapes-clip", mininterval=10)
     for step in bar:
         entries, scenes, numbers = draw_batch(rng, pool)
-        images = np.stack([render(scene) for scene in scenes])
-        pixels = to_pixel_values(images, processor)
+        pixels = to_pixel_values(np.stack([render(scene) for scene in scenes]), processor)
         pixels = pixels + torch.randn_like(pixels) * (NOISE / 255 / processor.image_std[0])
         with torch.autocast("cpu", torch.bfloat16):
-            seen, said = embed(model, tokenizer, pixels, [e["prompt"] for e in entries])
-        naming = sum(
-            _naming_loss(head(x), entries, shown=x is seen)
-            for head, x in zip(heads, (seen, said), strict=True)
-        )
-        naming = naming + _place_loss(place(seen), [shown_places(scene) for scene in scenes])
-        naming = naming + _place_loss(place(said), [said_places(e) for e in entries])
+            pooled = model.vision_model(pixel_values=pixels).pooler_output
+            seen = model.visual_projection(pooled).float()
+            said = embed_texts(model, tokenizer, [e["prompt"] for e in entries])
         logits = F.normalize(seen) @ F.normalize(said).T * model.logit_scale.exp().clamp(max=100)
         loss = contrastive_loss(logits, agreement(entries, scenes, numbers))
+        naming = heads.loss(pooled.float(), seen, said, entries, scenes)
         optimizer.zero_grad()
         (loss + naming * (1 - step / steps)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -163,7 +195,7 @@ def train_clip(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
-    measured = told_apart(model, tokenizer, processor)
+    measured = told_apart(model, tokenizer, processor, batches=batches)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -174,12 +206,27 @@ def embed(
     model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: list[str]
 ) -> tuple[Tensor, Tensor]:
     """(B, D) float32 of images and of texts, before normalisation."""
+    seen = model.get_image_features(pixel_values=pixels).pooler_output
+    return seen.float(), embed_texts(model, tokenizer, texts)
+
+
+def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, D) float32, before normalisation."""
     ids = tokenizer(
         texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     )
-    seen = model.get_image_features(pixel_values=pixels).pooler_output
-    said = model.get_text_features(**ids).pooler_output
-    return seen.float(), said.float()
+    return model.get_text_features(**ids).pooler_output.float()
+
+
+def scene_map(scene: Scene) -> Tensor:
+    """(CELLS * LAYERS,): for each cell of the grid which kind and which colour lies there."""
+    found = torch.zeros(CELLS, LAYERS)
+    for item in scene:
+        column, row = (round((v - GRID[0]) / (GRID[1] - GRID[0])) for v in (item.x, item.y))
+        cell = len(GRID) * row + column
+        found[cell, KINDS.index(item.kind)] = 1
+        found[cell, len(KINDS) + list(COLORS).index(item.color)] = 1
+    return found.flatten()
 
 
 def _naming_loss(logits: Tensor, entries: list[Metadata], *, shown: bool) -> Tensor:

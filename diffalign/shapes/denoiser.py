@@ -175,7 +175,7 @@ class Pretraining:
     ) -> Tensor:
         noisy = self.model.noise.add_noise(latents, noise, timesteps)
         pred = self.model.predict(noisy, timesteps, embeds, guidance_scale=NO_GUIDANCE)
-        return (pred.float() - self.model.noise.target(latents, noise)).square().mean()
+        return (pred.float() - self.model.noise.target(latents, noise, timesteps)).square().mean()
 
     def progress(self) -> float:
         limit = self.config.stop_after_seconds

@@ -122,7 +122,7 @@ class ForwardProcessUpdate(PolicyUpdate):
         ]
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
         noisy = model.noise.add_noise(latents, noise, times)
-        target = model.noise.target(latents, noise)
+        target = model.noise.target(latents, noise, times)
         sigmas = model.noise.sigmas(times)
 
         old = None

@@ -1,0 +1,201 @@
+"""HPSv3 (Ma et al. 2025): Qwen2-VL-7B reads a questionnaire about an image, a head on one token says mean and variance.
+
+`hpsv3.txt` is the questionnaire that the weights were trained with, letter by letter (MizzenAI/HPSv3, MIT). Images are
+resized to about 200,704 pixels in multiples of 28, as the release does; only transformers is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
+
+from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
+from diffalign.rewards.preprocessing import Preprocessing, resize
+from diffalign.rewards.weights import device, loading
+from diffalign.types import RewardOutput
+
+BASE, FILE = "Qwen/Qwen2-VL-7B-Instruct", "HPSv3.safetensors"
+QUESTIONNAIRE = Path(__file__).with_name("hpsv3.txt").read_text(encoding="utf-8")
+REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+PIXELS = 256 * 28 * 28
+HEAD = (1024, 16)
+MICRO_BATCH = 8
+
+
+class RewardModel(nn.Module):
+    """Qwen2-VL without its vocabulary head, and the head on the reward token, in float32."""
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.base = Qwen2VLModel(config)
+        width = config.text_config.hidden_size
+        self.head = nn.Sequential(
+            nn.Linear(width, HEAD[0]),
+            nn.ReLU(),
+            nn.Identity(),  # a dropout while it was trained
+            nn.Linear(*HEAD),
+            nn.ReLU(),
+            nn.Linear(HEAD[1], 2),
+        )
+
+    def forward(self, inputs: Mapping[str, Tensor], reward_token: int) -> Tensor:
+        """(B, 2): mean, and logarithm of the variance."""
+        hidden = self.base(**inputs).last_hidden_state
+        return self.head(hidden[inputs["input_ids"] == reward_token].float())
+
+
+class HPSv3Reward(Reward):
+    """The mean; unbounded, ordinary images lie between 0 and 12."""
+
+    needs_prompt = True
+    card = RewardCard(
+        name="hpsv3",
+        description="mean of HPS v3, about 0 - 12",
+        model_id="MizzenAI/HPSv3",
+        input_size=448,
+        raw_range=(-10.0, 15.0),
+        scale=1 / 10,
+        license="MIT (code), Apache-2.0 (weights)",
+    )
+
+    def __init__(
+        self,
+        model: RewardModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def prepare(self) -> None:
+        if self._model is not None:
+            return
+        assert self.card.model_id is not None
+        with loading(f"{self.card.model_id}/{FILE}"):
+            config = Qwen2VLConfig.from_pretrained(BASE)
+            self._tokenizer = with_reward_token(AutoTokenizer.from_pretrained(BASE))
+            state = load_file(hf_hub_download(self.card.model_id, FILE))
+            half = device().type == "cuda"  # its bfloat16 is what it was trained in
+            self._model = build(config, state, torch.bfloat16 if half else torch.float32)
+
+    @torch.no_grad()
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        self.prepare()
+        model, tokenizer = self._model, self._tokenizer
+        assert model is not None
+        assert tokenizer is not None
+        where = next(model.parameters()).device
+        token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        found = []
+        for start in range(0, len(prompts), MICRO_BATCH):
+            part = slice(start, start + MICRO_BATCH)
+            inputs = encode(tokenizer, model.base.config, images[part].to(where), prompts[part])
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.base.dtype)
+            found.append(model({k: v.to(where) for k, v in inputs.items()}, token)[:, 0])
+        return RewardOutput(torch.cat(found).cpu().numpy())
+
+
+def with_reward_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, which now knows the token that the head reads."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def build(config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> RewardModel:
+    """The model of the released tensors, whose names are those of several versions of transformers.
+
+    Raises:
+        RewardError: tensors are missing, or are not those of HPSv3.
+    """
+    found = {}
+    for name, value in state.items():
+        if name.startswith("lm_head."):
+            continue
+        new = re.sub(r"^(model\.)?visual\.", "base.visual.", name)
+        new = re.sub(r"^model\.(language_model\.)?", "base.language_model.", new)
+        new = re.sub(r"^rm_head\.", "head.", new)
+        if not new.startswith(("base.", "head.")):
+            raise RewardError(f"{name} is no tensor of HPSv3")
+        found[new] = value
+    words = found.get("base.language_model.embed_tokens.weight")
+    if words is None:
+        raise RewardError("the checkpoint of HPSv3 has no embeddings of tokens")
+    config.text_config.vocab_size = len(words)  # the reward token made it grow
+    model = RewardModel(config)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    if missing or unexpected:
+        raise RewardError(
+            f"the checkpoint of HPSv3 lacks {missing[:3]} or has too many tensors: {unexpected[:3]}"
+        )
+    model.base.to(dtype)
+    return model.eval().requires_grad_(False).to(device())
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Qwen2VLConfig,
+    images: Tensor,
+    prompts: Sequence[str],
+) -> dict[str, Tensor]:
+    """What Qwen2-VL reads: tokens of the questionnaire about each image, and the images' patches."""
+    vision = config.vision_config
+    unit = vision.patch_size * vision.spatial_merge_size
+    height, width = resized(*images.shape[-2:], unit=unit)
+    pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
+    grid = (height // vision.patch_size, width // vision.patch_size)
+    pads = IMAGE_TOKEN * (grid[0] * grid[1] // vision.spatial_merge_size**2)
+    texts = [CHAT.format(image=pads, text=QUESTIONNAIRE.format(text_prompt=p)) for p in prompts]
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return {
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "mm_token_type_ids": (tokens["input_ids"] == image_token).int(),
+        "pixel_values": patches(
+            pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        ),
+        "image_grid_thw": torch.tensor([[1, *grid]] * len(prompts)),
+    }
+
+
+def resized(height: int, width: int, *, unit: int) -> tuple[int, int]:
+    """Multiples of `unit` near the image's proportions, of about 256 units squared.
+
+    Raises:
+        RewardError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise RewardError(f"an image of {height} x {width} is too narrow for HPSv3")
+    pixels = 256 * unit * unit
+    h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
+    if h * w > pixels:
+        shrink = math.sqrt(height * width / pixels)
+        h, w = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+    elif h * w < pixels:
+        grow = math.sqrt(pixels / (height * width))
+        h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
+    return h, w
+
+
+def patches(pixels: Tensor, size: int, merge: int, frames: int) -> Tensor:
+    """(B, 3, H, W) to (B * H/size * W/size, 3 * frames * size^2): square groups of `merge`^2 patches one after the
+    other, every image `frames` times in time."""
+    b, c, h, w = pixels.shape
+    rows, columns = h // size // merge, w // size // merge
+    x = pixels.view(b, c, rows, merge, size, columns, merge, size)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, rows, columns, merge, merge, C, size, size
+    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
+    return x.reshape(b * rows * columns * merge**2, c * frames * size**2)
