@@ -150,9 +150,9 @@ def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str 
     metadata = denoiser.peft_config[name].to_dict()
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_lora_weights(
-        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
-    )
+    part = _part(pipeline)
+    layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": metadata}
+    pipeline.save_lora_weights(folder, **layers)
     return folder / WEIGHT_NAME
 
 
@@ -168,9 +168,9 @@ def load_lora(pipeline: Any, source: str) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} could not be read as a LoRA: {error}") from error
     state = state[0] if isinstance(state, tuple) else state
-    denoiser = pipeline.transformer
+    denoiser = getattr(pipeline, _part(pipeline))
     modules = dict(denoiser.named_modules())
-    prefix = "transformer."
+    prefix = f"{_part(pipeline)}."
     pairs = {
         k
         for k in state
@@ -217,6 +217,11 @@ def load_adapter_state(denoiser: nn.Module, name: str, state: dict[str, Tensor])
             f"adapter {name!r} does not fit this model, for instance {sorted(wrong)[0]}"
         )
     set_peft_model_state_dict(denoiser, state, adapter_name=name)
+
+
+def _part(pipeline: Any) -> str:
+    """What a pipeline calls its denoiser."""
+    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
 
 
 def _layers(denoiser: nn.Module) -> list[BaseTunerLayer]:

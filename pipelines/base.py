@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffalign.errors import UsageError
-from diffalign.noise import RectifiedFlow
+from diffalign.noise import Path, RectifiedFlow
 from diffalign.types import PromptEmbeds
 
 # The eight attention projections of a joint block: what the released AWM and Flow-GRPO train.
@@ -54,9 +54,13 @@ class TextToImageModel(ABC):
     ) -> None:
         self.pipeline = pipeline
         self._default_size = default_size
-        self.noise = RectifiedFlow(pipeline.scheduler.config.num_train_timesteps)
+        self.noise = self._path()
         if max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
+
+    def _path(self) -> Path:
+        """What the model predicts along."""
+        return RectifiedFlow(self.pipeline.scheduler.config.num_train_timesteps)
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -87,7 +91,6 @@ class TextToImageModel(ABC):
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embed B prompts exactly as the stock pipeline does."""
 
-    @abstractmethod
     def predict(
         self,
         noisy_latents: Tensor,
@@ -97,7 +100,22 @@ class TextToImageModel(ABC):
         guidance_scale: float | None = None,
         negative_embeds: PromptEmbeds | None = None,
     ) -> Tensor:
-        """Model prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) of the scheduler's scale."""
+        """Model prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) of the scheduler's scale; with
+        classifier-free guidance where that is above 1."""
+        if guidance_scale is None or guidance_scale <= 1:
+            return self.forward(noisy_latents, timesteps, embeds)
+        if negative_embeds is None:
+            raise ValueError(
+                "classifier-free guidance needs `negative_embeds`, for instance encode_prompt([''])"
+            )
+        both = PromptEmbeds.cat([negative_embeds, embeds])
+        model_pred = self.forward(torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2), both)
+        uncond, cond = model_pred.chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    @abstractmethod
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The denoiser's own prediction, without guidance by a second forward."""
 
     @abstractmethod
     def image_seq_len(self, height: int, width: int) -> int:

@@ -69,6 +69,16 @@ class FluxModel(TextToImageModel):
     ) -> Tensor:
         """`guidance_scale`, one number or (B,), is embedded (default 3.5, as in the pipeline): no second forward."""
         del negative_embeds  # guidance is distilled into the model
+        return self.forward(noisy_latents, timesteps, embeds, guidance_scale=guidance_scale)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        guidance_scale: float | Tensor | None = None,
+    ) -> Tensor:
         b, _, h, w = noisy_latents.shape
         device, dtype = noisy_latents.device, embeds.prompt_embeds.dtype
         guidance = None

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
     "FluxPipeline": "diffalign.pipelines.flux:FluxModel",
+    "StableDiffusionPipeline": "diffalign.pipelines.sd:SDModel",
+    "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:SDXLModel",
 }
 
 
@@ -47,6 +49,12 @@ MODELS = {
     ),
     "sd3.5-large": ModelSpec(
         "stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3.5 large, 8 B"
+    ),
+    "sd1.5": ModelSpec(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 0.9 B"
+    ),
+    "sdxl": ModelSpec(
+        "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL base 1.0, 2.6 B"
     ),
     "flux.1-dev": ModelSpec("black-forest-labs/FLUX.1-dev", "FLUX.1 [dev], 12 B"),
     "flux.1-schnell": ModelSpec("black-forest-labs/FLUX.1-schnell", "FLUX.1 [schnell], 12 B", 256),

@@ -63,9 +63,12 @@ def sample(
             dtype=embeds.prompt_embeds.dtype,
         )
     scheduler = model.scheduler_at(num_inference_steps, height=height, width=width)
+    # schedulers of U-Nets may hold latents in other units than the denoiser reads
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    to_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
         model_pred = model.predict(
-            latents,
+            to_input(latents, t),
             t.expand(len(embeds)),
             embeds,
             guidance_scale=guidance_scale,

@@ -31,35 +31,14 @@ class SD3Model(TextToImageModel):
         )
         return PromptEmbeds(embeds, pooled)
 
-    def predict(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        embeds: PromptEmbeds,
-        *,
-        guidance_scale: float | None = None,
-        negative_embeds: PromptEmbeds | None = None,
-    ) -> Tensor:
-        guided = guidance_scale is not None and guidance_scale > 1
-        if guided:
-            if negative_embeds is None:
-                raise ValueError(
-                    "classifier-free guidance needs `negative_embeds`, for instance encode_prompt([''])"
-                )
-            embeds = PromptEmbeds.cat([negative_embeds, embeds])
-            noisy_latents = torch.cat([noisy_latents] * 2)
-            timesteps = torch.cat([timesteps] * 2)
-        model_pred = self.denoiser(
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        return self.denoiser(
             hidden_states=noisy_latents,
             timestep=timesteps,
             encoder_hidden_states=embeds.prompt_embeds,
             pooled_projections=embeds.pooled_prompt_embeds,
             return_dict=False,
         )[0]
-        if not guided:
-            return model_pred
-        uncond, cond = model_pred.chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         shape = super().latent_shape(height, width)

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign.errors import UsageError
+from diffalign.noise import Path, RectifiedFlow
+
 
 class AdamsBashforth:
     """Two-step Adams-Bashforth in sigma, its first step Euler's: second order for a rectified flow.
@@ -32,6 +35,12 @@ class AdamsBashforth:
         return (latents.float() + length * slope).to(model_pred.dtype)
 
 
-def solver_step(name: str) -> AdamsBashforth | None:
-    """The `step` for `sampling.sample` that a recipe names; None is the scheduler's own."""
+def solver_step(name: str, path: Path) -> AdamsBashforth | None:
+    """The `step` for `sampling.sample` that a recipe names; None is the scheduler's own.
+
+    Raises:
+        UsageError: the solver is not for models on this path.
+    """
+    if name != "default" and not isinstance(path, RectifiedFlow):
+        raise UsageError(f"solver {name!r} is for rectified flows (SD3, FLUX)")
     return {"default": lambda: None, "adams_bashforth": AdamsBashforth}[name]()

@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffalign.config import SOLVERS
 from diffalign.errors import UserError
+from diffalign.noise import RectifiedFlow
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import AdamsBashforth, solver_step
 
@@ -36,7 +37,7 @@ def euler(n):
 
 
 def test_every_name_of_a_recipe_is_a_solver():
-    assert {name: type(solver_step(name)).__name__ for name in SOLVERS} == {
+    assert {name: type(solver_step(name, RectifiedFlow())).__name__ for name in SOLVERS} == {
         "default": "NoneType",
         "adams_bashforth": "AdamsBashforth",
     }
@@ -88,7 +89,7 @@ def test_batches_do_not_remember_each_other(model):
             guidance_scale=None,
             micro_batch_size=micro_batch_size,
             mixed_precision="no",
-            step=solver_step("adams_bashforth"),
+            step=solver_step("adams_bashforth", model.noise),
         )[0]
 
     torch.testing.assert_close(latents(3), latents(1), rtol=1e-4, atol=1e-5)

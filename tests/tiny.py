@@ -5,15 +5,22 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 
 from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
+from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.rewards.base import Reward, RewardCard
 from diffalign.shapes import text
 from diffalign.types import RewardOutput
@@ -21,7 +28,7 @@ from diffalign.types import RewardOutput
 SIZE = 16
 
 
-def _autoencoder() -> AutoencoderKL:
+def _autoencoder(shift_factor: float | None = 0.1) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -33,7 +40,7 @@ def _autoencoder() -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
         scaling_factor=1.3,
-        shift_factor=0.1,
+        shift_factor=shift_factor,
     ).eval()
 
 
@@ -106,6 +113,72 @@ def _spread(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.5, 0.2)
 
 
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _unet(**kwargs) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        **kwargs,
+    )
+    _spread(unet)
+    return unet.eval()
+
+
+def sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    torch.manual_seed(seed)
+    clip = text.build_clip_tokenizer()
+    pipeline = StableDiffusionPipeline(
+        unet=_unet(cross_attention_dim=text.WIDTH),
+        scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        vae=_autoencoder(None),
+        text_encoder=text.build_clip(clip, projection=False).eval(),
+        tokenizer=clip,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    torch.manual_seed(seed)
+    clip = text.build_clip_tokenizer()
+    unet = _unet(
+        cross_attention_dim=2 * text.WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=text.WIDTH + 6 * 4,
+        use_linear_projection=True,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
+        vae=_autoencoder(None),
+        text_encoder=text.build_clip(clip, projection=False).eval(),
+        tokenizer=clip,
+        text_encoder_2=text.build_clip(clip, projection=True).eval(),
+        tokenizer_2=clip,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sd_model(seed: int = 0) -> SDModel:
+    return SDModel(sd_pipeline(seed), default_size=(SIZE, SIZE))
+
+
+def sdxl_model(seed: int = 0) -> SDXLModel:
+    return SDXLModel(sdxl_pipeline(seed), default_size=(SIZE, SIZE))
+
+
 def sd3_model(seed: int = 0) -> SD3Model:
     return SD3Model(sd3_pipeline(seed), max_sequence_length=16)
 
@@ -115,6 +188,7 @@ def flux_model(seed: int = 0) -> FluxModel:
 
 
 MODELS = {"sd3": sd3_model, "flux": flux_model}
+UNETS = {"sd": sd_model, "sdxl": sdxl_model}
 
 
 class Brightness(Reward):

@@ -111,7 +111,7 @@ def render(
         width=width,
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
-        step=solver_step(config.solver),
+        step=solver_step(config.solver, model.noise),
         on_images=on_images,
     )
     return images

@@ -27,6 +27,7 @@ from diffalign.config import (
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError, UserError
 from diffalign.evaluation.score import Score
+from diffalign.noise import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
 from diffalign.training.cost import ForwardCounter
@@ -70,6 +71,11 @@ class OnlineTrainer:
 
     def __post_init__(self) -> None:
         c = self.config
+        if not isinstance(self.model.noise, RectifiedFlow):
+            raise UsageError(
+                f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX), and {c.model.name} is a "
+                f"{self.model.family} model"
+            )
         targets = c.lora.targets or self.model.lora_targets
         self.parameters = lora.attach(
             self.model.denoiser,

@@ -137,7 +137,7 @@ class RolloutMaker:
                 width=self.size[1],
                 micro_batch_size=c.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
-                step=sampler or solver_step(c.solver),
+                step=sampler or solver_step(c.solver, self.model.noise),
                 on_images=score,
             )
         output = self._collect()

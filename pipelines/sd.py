@@ -1,0 +1,70 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net on a variance-preserving path, one text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from diffalign.noise import VariancePreserving
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.types import PromptEmbeds
+
+
+class SDModel(TextToImageModel):
+    """`StableDiffusionPipeline` behind the common interface."""
+
+    family = "sd"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipeline: Any, **kwargs: Any) -> None:
+        super().__init__(pipeline, **kwargs)
+        self.max_sequence_length = pipeline.tokenizer.model_max_length
+
+    def _path(self) -> VariancePreserving:
+        scheduler = self.pipeline.scheduler
+        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        return self.pipeline.unet
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        if self._default_size is not None:
+            return self._default_size
+        side = self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
+        return side, side
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        embeds, _ = self.pipeline.encode_prompt(
+            list(prompts), self.device, 1, do_classifier_free_guidance=False
+        )
+        return PromptEmbeds(embeds)
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        return self.denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=embeds.prompt_embeds,
+            return_dict=False,
+        )[0]
+
+    def prompt_shape(self) -> tuple[int, int, int]:
+        return self.max_sequence_length, self.denoiser.config.cross_attention_dim, 0
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    @property
+    def granularity(self) -> int:
+        return self.pipeline.vae_scale_factor
+
+    def image_seq_len(self, height: int, width: int) -> int:
+        scale = self.pipeline.vae_scale_factor
+        return (height // scale) * (width // scale)

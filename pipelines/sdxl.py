@@ -1,0 +1,71 @@
+"""Stable Diffusion XL: two text encoders, and an image's sizes as a condition of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.pipelines.sd import SDModel
+from diffalign.types import PromptEmbeds
+
+
+class SDXLModel(SDModel):
+    """`StableDiffusionXLPipeline` behind the common interface."""
+
+    family = "sdxl"
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """The empty prompt is zeros where the pipeline says so (`force_zeros_for_empty_prompt`): SDXL learned that."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not p for p in prompts], device=embeds.device)
+            embeds = embeds.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
+        return PromptEmbeds(embeds, pooled)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`time_ids` (B, 6): original height and width, top and left of the crop, target height and width, in pixels;
+        without them an image that was never cropped or resized."""
+        if time_ids is None:
+            scale = self.pipeline.vae_scale_factor
+            height, width = (side * scale for side in noisy_latents.shape[-2:])
+            time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
+            time_ids = time_ids.expand(len(noisy_latents), -1)
+        condition = {
+            "text_embeds": embeds.pooled_prompt_embeds,
+            "time_ids": time_ids.to(embeds.prompt_embeds.dtype),
+        }
+        return self.denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=embeds.prompt_embeds,
+            added_cond_kwargs=condition,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:  # it overflows in half precision
+            vae.to(torch.float32)
+            try:
+                return super().decode(latents.float())
+            finally:
+                vae.to(torch.float16)
+        return super().decode(latents)
+
+    def prompt_shape(self) -> tuple[int, int, int]:
+        tokens, width, _ = super().prompt_shape()
+        return tokens, width, self.pipeline.text_encoder_2.config.projection_dim
