@@ -163,3 +163,10 @@ def logit_normal_sigmas(
 ) -> Tensor:
     """(n,) sigmas in 0..1 whose logit is normal: SD3's density for training."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+
+
+def training_timesteps(path: Path, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """(n,) timesteps as models on this path are pretrained: SD3's density for flows, uniform otherwise."""
+    if isinstance(path, RectifiedFlow):
+        return path.timesteps(logit_normal_sigmas(n, generator=generator))
+    return torch.randint(path.num_train_timesteps, (n,), generator=generator)

@@ -66,6 +66,7 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
         assert {f for f in found if not f.startswith("algorithm")} <= {
             "output_dir",
             "rollout.merge_lora",  # Flow-GRPO must know its own log-probabilities
+            "optimizer.learning_rate",  # each has its own, the best of those tried
         }
 
 

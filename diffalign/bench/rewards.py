@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -64,7 +65,7 @@ PUBLISHED = {
 TINY = dict.fromkeys(PUBLISHED, Sizes((64, 2, 2), (48, 2, 2), 28, 32))
 SWIN = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}
 TINY_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
-PROMPT = {
+PROMPT: dict[str, Any] = {
     "prompt": 'a photo of a red car with "HELLO"',
     "tag": "colors",
     "include": [{"class": "car", "count": 1, "color": "red"}],
@@ -168,10 +169,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     for name in options.chosen(rewards):
         reward = rewards[name]
         part = images[: max(2, n // 4)] if name in ("geneval", "ocr") else images
-        seconds = timed(
-            lambda r=reward, x=part: r.score(x, [PROMPT["prompt"]] * len(x), [PROMPT] * len(x)),
-            repeats,
-        )
+        seconds = timed(partial(score, reward, part), repeats)
         arms[name] = {"images_per_second": round(len(part) / seconds, 2)}
         arms[name] |= preprocessing(reward, part, seconds, repeats)
         if real:
@@ -187,6 +185,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
         "pixels": SIZE,
         "arms": arms,
     }
+
+
+def score(reward: Reward, images: Tensor) -> None:
+    """One batch, for a prompt that every reward can score."""
+    reward.score(images, [PROMPT["prompt"]] * len(images), [PROMPT] * len(images))
 
 
 def preprocessing(reward: Reward, images: Tensor, total: float, repeats: int) -> dict[str, float]:

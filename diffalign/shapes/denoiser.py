@@ -17,7 +17,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from diffalign.geneval import summarize
-from diffalign.noise import logit_normal_sigmas
+from diffalign.noise import training_timesteps
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import sample
 from diffalign.precision import compute
@@ -191,7 +191,7 @@ class Pretraining:
         rows = data.rows[index]
         rows[torch.rand(n, generator=self.rng) < self.config.prompt_dropout] = 0
         noise = torch.randn(latents.shape, generator=self.rng)
-        timesteps = self.model.noise.timesteps(logit_normal_sigmas(n, generator=self.rng))
+        timesteps = training_timesteps(self.model.noise, n, generator=self.rng)
         return latents, noise, timesteps, (data.long_embeds if long else data.embeds)[rows]
 
     def update(self, data: Captioned) -> float:

@@ -123,7 +123,7 @@ class ForwardProcessUpdate(PolicyUpdate):
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
         noisy = model.noise.add_noise(latents, noise, times)
         target = model.noise.target(latents, noise, times)
-        sigmas = model.noise.sigmas(times)
+        sigmas = model.noise.scales(times)[1]
 
         old = None
         if self.off_policy:
