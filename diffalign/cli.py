@@ -30,6 +30,7 @@ VERBS = {
     "serve-rewards": "service",
 }
 """Verb to the module of commands that knows it."""
+RESUMES = ("demo", "train", "bench")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
 
     _add_images(verbs)
+    _add_evaluate(verbs)
     _add_files(verbs)
     _add_bench(verbs)
     _add_service(verbs)
@@ -66,12 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Verbs that make or score images."""
+    """Verbs that make images."""
     generate = verbs.add_parser("generate", help="make images with a model and a LoRA")
     generate.add_argument("prompts", nargs="+", help="texts, or files ending in .txt or .jsonl")
     generate.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
     generate.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
+    _model_flags(generate)
 
+
+def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Scores of everything; what a flag is for stands in its help."""
     evaluate = verbs.add_parser(
         "evaluate", help="score a model, with or without a LoRA, or a folder of images"
     )
@@ -90,8 +96,8 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     evaluate.add_argument(
         "--prompts",
-        default="shapes:held_out",
-        help="also: geneval, or a file; default: %(default)s",
+        default=None,
+        help="geneval, shapes:held_out or a file; default: shapes:held_out, of geneval with another model geneval",
     )
     evaluate.add_argument(
         "--rewards", default=None, help="comma-separated; default: verifier, of report none"
@@ -135,9 +141,13 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=None,
         help="of fid: keep the features of what is compared as .npz",
     )
-    evaluate.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
-    for verb in (generate, evaluate):
-        _model_flags(verb)
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="also write the result as JSON; of report the page",
+    )
+    _model_flags(evaluate)
 
 
 def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -223,7 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
         return int(getattr(module, args.verb.replace("-", "_"))(args) or 0)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        goes_on = args.verb in RESUMES or getattr(args, "what", None) == "geneval"
+        more = "; the same command goes on from where it was" if goes_on else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"diffalign: error: {error}", file=sys.stderr)

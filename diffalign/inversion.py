@@ -80,13 +80,10 @@ class _Field:
 
     def at(self, x: Tensor, t: float, slope: Tensor) -> Ode:
         """A known slope at another place."""
-        times = torch.full((len(x),), t, device=x.device)
-        return Ode(x, self.path.ode(slope, x, times).time, slope)
+        return Ode(x, self.time(x, t), slope)
 
     def time(self, like: Tensor, t: float) -> Tensor:
-        times = torch.full((len(like),), t, device=like.device)
-        a, s = self.path.scales(times)
-        return s if isinstance(self.path, RectifiedFlow) else s / a
+        return self.path.ode_time(torch.full((len(like),), t, device=like.device))
 
     def step(self, here: Ode, t: float) -> Tensor:
         """Noisy latents at `t`, along the slope."""

@@ -163,8 +163,9 @@ def load_lora(pipeline: Any, source: str) -> None:
     Raises:
         UsageError: nothing is there, or it names a layer that the denoiser lacks or has in another size.
     """
+    unet = {"unet_config": pipeline.unet.config} if _part(pipeline) == "unet" else {}
     try:
-        state = pipeline.lora_state_dict(source)
+        state = pipeline.lora_state_dict(source, **unet)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} could not be read as a LoRA: {error}") from error
     state = state[0] if isinstance(state, tuple) else state
@@ -177,6 +178,8 @@ def load_lora(pipeline: Any, source: str) -> None:
         if k.startswith(prefix) and k.endswith((".lora_A.weight", ".lora_B.weight"))
     }
     kind = type(denoiser).__name__
+    if unet and not pairs and any("lora" in k for k in state):
+        return _load_lora(pipeline, source)  # of kohya or an older diffusers, which it reads itself
     if not pairs:
         raise UsageError(
             f"{source} holds no LoRA for a {kind} in diffusers' keys; `diffalign convert` reads kohya's and ComfyUI's"
@@ -194,6 +197,10 @@ def load_lora(pipeline: Any, source: str) -> None:
             raise UsageError(
                 f"{source} is a LoRA of another model: {name} has {state[key].shape[side]} features there, {here} here"
             )
+    return _load_lora(pipeline, source)
+
+
+def _load_lora(pipeline: Any, source: str) -> None:
     try:
         pipeline.load_lora_weights(source)
     except (ValueError, RuntimeError, KeyError) as error:

@@ -60,7 +60,11 @@ class RectifiedFlow:
 
     def ode(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Ode:
         """The flow is its own coordinate: dx / dt = v."""
-        return Ode(noisy_latents, self.sigmas(timesteps), model_pred)
+        return Ode(noisy_latents, self.ode_time(timesteps), model_pred)
+
+    def ode_time(self, timesteps: Tensor) -> Tensor:
+        """Time of `ode` (B,)."""
+        return self.sigmas(timesteps)
 
     def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents of a state of `ode`."""
@@ -138,6 +142,11 @@ class VariancePreserving:
         a, s = self.scales(timesteps)
         noise = self.predict_noise(model_pred, noisy_latents, timesteps)
         return Ode(noisy_latents / expand(a, noisy_latents), s / a, noise)
+
+    def ode_time(self, timesteps: Tensor) -> Tensor:
+        """Time of `ode` (B,)."""
+        a, s = self.scales(timesteps)
+        return s / a
 
     def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents of a state of `ode`."""

@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from diffalign.errors import UsageError
 from diffalign.noise import VariancePreserving
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
@@ -22,7 +23,12 @@ class SDModel(TextToImageModel):
 
     def __init__(self, pipeline: Any, **kwargs: Any) -> None:
         super().__init__(pipeline, **kwargs)
-        self.max_sequence_length = pipeline.tokenizer.model_max_length
+        tokens = pipeline.tokenizer.model_max_length
+        if kwargs.get("max_sequence_length") not in (None, tokens):
+            raise UsageError(
+                f"model.max_sequence_length: prompts of {self.family} have {tokens} tokens"
+            )
+        self.max_sequence_length = tokens
 
     def _path(self) -> VariancePreserving:
         scheduler = self.pipeline.scheduler

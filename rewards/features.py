@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_HASH = "6726825d"
+"""First letters of the file's sha256, as its name has them."""
 CLIP_336 = "openai/clip-vit-large-patch14-336"
 
 
@@ -33,7 +37,6 @@ class FeatureNetwork(ABC):
     weights: str
     resize: str
     """What happens to an image's size, in words."""
-    dimension: int
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -46,7 +49,6 @@ class InceptionFeatures(FeatureNetwork):
     name = "inception"
     weights = "TensorFlow's Inception v3 of 2015-12-05, pool_3, as ported by torch-fidelity"
     resize = "299 x 299, bilinear as in TensorFlow 1 (no antialiasing)"
-    dimension = 2048
 
     def __init__(self, file: str | None = None) -> None:
         """`file`: the released weights where they are on this machine already."""
@@ -54,7 +56,11 @@ class InceptionFeatures(FeatureNetwork):
             if file is None:
                 state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu")
             else:
-                state = torch.load(Path(file), map_location="cpu", weights_only=True)
+                content = Path(file).read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                if not digest.startswith(INCEPTION_HASH):  # other weights, other features
+                    self.weights = f"an Inception v3 of sha256 {digest[:16]}"
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             model = FIDInception()
             model.load_state_dict(state)
         self.model = model.eval().requires_grad_(False).to(device())
@@ -70,11 +76,9 @@ class ClipFeatures(FeatureNetwork):
     name = "clip"
     weights = CLIP_336
     resize = "336 x 336, bicubic as in Pillow, the central square"
-    dimension = 768
 
     def __init__(self) -> None:
         self.scorer = ClipScorer.from_pretrained(self.weights)
-        self.dimension = self.scorer.model.config.projection_dim
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.scorer.image_features(images).cpu()
@@ -89,7 +93,6 @@ class ShapesFeatures(FeatureNetwork):
 
     def __init__(self) -> None:
         self.scorer = ClipScorer.from_pretrained(str(CHECKPOINTS / "shapes-clip"))
-        self.dimension = self.scorer.model.config.vision_config.hidden_size
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.scorer.pooled_features(images).cpu()

@@ -47,7 +47,7 @@ class GenEvalReward(DetectionReward):
 
     def prepare(self) -> None:
         self._detector = self._detector or ObjectDetector.from_pretrained(DETECTOR)
-        self._clip = self._clip or ClipScorer.from_pretrained(CLIP)
+        self._clip = self._clip or ClipScorer.from_pretrained(CLIP, revision=None)
 
     def detect(self, images: Tensor, metadata: Sequence[Metadata]) -> list[list[Detection]]:
         self.prepare()

@@ -29,7 +29,6 @@ CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     "<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 )
-PIXELS = 256 * 28 * 28
 HEAD = (1024, 16)
 MICRO_BATCH = 8
 
@@ -134,13 +133,21 @@ def build(config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype
     if words is None:
         raise RewardError("the checkpoint of HPSv3 has no embeddings of tokens")
     config.text_config.vocab_size = len(words)  # the reward token made it grow
-    model = RewardModel(config)
-    missing, unexpected = model.load_state_dict(found, strict=False)
+    with torch.device("meta"):  # seven billion random numbers would take minutes and 28 GB
+        model = RewardModel(config)
+    missing, unexpected = model.load_state_dict(found, strict=False, assign=True)
     if missing or unexpected:
         raise RewardError(
             f"the checkpoint of HPSv3 lacks {missing[:3]} or has too many tensors: {unexpected[:3]}"
         )
-    model.base.to(dtype)
+    # what is computed and not stored
+    base = model.base
+    base.language_model.rotary_emb = type(base.language_model.rotary_emb)(config.text_config)
+    base.visual.rotary_pos_emb = type(base.visual.rotary_pos_emb)(config.vision_config)
+    left = [name for name, x in model.named_buffers() if x.is_meta]
+    assert not left, left
+    base.to(dtype)
+    model.head.float()
     return model.eval().requires_grad_(False).to(device())
 
 

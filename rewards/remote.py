@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,19 @@ from torch import Tensor
 
 from diffalign.rewards import wire
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
+from diffalign.rewards.http import Patience, ask
 from diffalign.rewards.registry import REMOTE
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
 TOKEN = "DIFFALIGN_REWARD_TOKEN"
-RETRIES = 4
-FIRST_WAIT = 0.5
-"""Seconds before the first repetition; doubled for each further one."""
-TIMEOUT = (5.0, 330.0)
-"""Seconds to connect, and to wait for an answer."""
-TRY_AGAIN = (429, 500, 502, 503, 504)
+PATIENCE = Patience()
+TIMEOUT = 330.0
+"""Seconds to wait for an answer, until the service has said what it allows itself."""
+MARGIN = 30.0
+BATCH_BYTES = 64_000_000
+"""Pixels of a request, three bytes each: what is more is sent in parts."""
+BATCH_IMAGES = 256
 
 
 class RemoteReward(Reward):
@@ -35,7 +36,7 @@ class RemoteReward(Reward):
         base, _, name = url.removeprefix(REMOTE).rstrip("/").rpartition("/")
         if not base.startswith(("http://", "https://")) or not name:
             raise RewardError(f"{url!r}: expected {REMOTE}http://HOST:PORT/NAME")
-        self.base, self.name = base, name
+        self.base, self.name, self.timeout = base, name, TIMEOUT
         self.session = requests.Session()
         if os.environ.get(TOKEN):
             self.session.headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
@@ -45,8 +46,15 @@ class RemoteReward(Reward):
         """Is it there, and does an image arrive as it was sent? RewardError where not."""
         try:
             answer = self._ask("GET", "health")
-            known = answer["rewards"]
-        except (requests.RequestException, wire.WireError, KeyError, TypeError) as error:
+            known = dict(answer["rewards"])
+            self.timeout = float(answer["timeout"]) + MARGIN
+        except (
+            requests.RequestException,
+            wire.WireError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise RewardError(
                 f"the reward service at {self.base} does not answer: {error}"
             ) from error
@@ -54,19 +62,50 @@ class RemoteReward(Reward):
             raise RewardError(
                 f"the reward service at {self.base} has no {self.name!r}; it has {', '.join(known)}"
             )
-        fields = known[self.name]["card"] | {"name": self.card.name}
-        fields["raw_range"] = tuple(fields["raw_range"])
-        self.card = RewardCard(**fields)  # type: ignore[misc]
-        images, prompts, metadata = wire.golden()
-        expected = wire.decode_output(known[self.name]["golden"], n=1).values
-        found = self.score(images, prompts, metadata).values
-        if not np.allclose(found, expected, rtol=1e-3, atol=1e-4, equal_nan=True):
+        try:
+            there = known[self.name]
+            fields = {**there["card"], "name": self.card.name}
+            fields["raw_range"] = tuple(fields["raw_range"])
+            self.card = RewardCard(**fields)  # type: ignore[misc]
+            self.required_metadata = tuple(there["required_metadata"])  # type: ignore[misc]
+            self.needs_prompt = bool(there["needs_prompt"])  # type: ignore[misc]
+            golden = there["golden"]
+            expected = None if golden is None else wire.decode_output(golden, n=1).values
+        except (KeyError, TypeError, wire.WireError) as error:
+            raise RewardError(
+                f"the service at {self.base} speaks of {self.name!r} in another way than this version: {error!r}"
+            ) from error
+        self._send_golden(expected)
+
+    def _send_golden(self, expected: np.ndarray | None) -> None:
+        if expected is None or np.isnan(expected).all():
+            logger.warning(
+                "%s cannot score the golden image: whether images arrive as they are is not known",
+                self.card.name,
+            )
+            return
+        found = self.score(*wire.golden()).values
+        if not np.allclose(found, expected, rtol=1e-3, atol=1e-4):
             raise RewardError(
                 f"the golden image is worth {expected[0]} to {self.base}/{self.name} itself and {found[0]} when it is "
                 "sent there: something on the way changes images"
             )
 
+    def check_metadata(self, metadata: Sequence[Metadata]) -> None:
+        self.prepare()  # what it needs is known there
+        super().check_metadata(metadata)
+
     def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        size = max(1, min(BATCH_IMAGES, BATCH_BYTES // max(images[0].numel(), 1)))
+        parts = []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            parts.append(self._score(images[part], prompts[part], metadata[part]))
+        return RewardOutput.cat(parts)
+
+    def _score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
         request = wire.encode_request(images, prompts, metadata)
@@ -77,23 +116,15 @@ class RemoteReward(Reward):
             return RewardOutput(np.full(len(prompts), np.nan, np.float32))
 
     def _ask(self, method: str, path: str, message: Any = None) -> Any:
-        """The answer's JSON; what may pass is tried again, later each time."""
-        for attempt in range(RETRIES + 1):
-            try:
-                answer = self.session.request(
-                    method, f"{self.base}/{path}", json=message, timeout=TIMEOUT
-                )
-                if answer.status_code not in TRY_AGAIN:
-                    break
-                problem = f"{answer.status_code}: {answer.text[:200]}"
-            except requests.ConnectionError as error:
-                if attempt == RETRIES:
-                    raise
-                problem = str(error)
-            if attempt < RETRIES:
-                wait = FIRST_WAIT * 2**attempt
-                logger.info("%s/%s: %s; again in %g s", self.base, path, problem, wait)
-                time.sleep(wait)
+        """The answer's JSON."""
+        answer = ask(
+            self.session,
+            method,
+            f"{self.base}/{path}",
+            patience=PATIENCE,
+            timeout=self.timeout,
+            message=message,
+        )
         if answer.status_code != requests.codes.ok:
             raise wire.WireError(f"{answer.status_code}: {answer.text[:200]}")
         try:

@@ -68,7 +68,7 @@ def build_app(
     bounds = limits or Limits()
     served = {name: Served(reward) for name, reward in rewards.items()}
     for entry in served.values():
-        entry.golden = wire.encode_output(entry.reward.score(*wire.golden()))
+        entry.golden = _golden(entry.reward)
     app = FastAPI(title="diffalign rewards", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
@@ -87,10 +87,8 @@ def build_app(
         admit(request)
         return JSONResponse(
             {
-                "rewards": {
-                    name: {"card": dataclasses.asdict(s.reward.card), "golden": s.golden}
-                    for name, s in served.items()
-                }
+                "timeout": bounds.timeout,
+                "rewards": {name: _describe(s) for name, s in served.items()},
             }
         )
 
@@ -100,23 +98,51 @@ def build_app(
         if name not in served:
             raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(served)}")
         entry = served[name]
+        try:
+            content = await asyncio.wait_for(_content(request, bounds), bounds.timeout)
+        except TimeoutError as error:
+            raise Refusal(408, f"the request did not arrive within {bounds.timeout:g} s") from error
         if entry.waiting >= bounds.max_waiting:
             raise Refusal(503, "too many requests are waiting")
         entry.waiting += 1
         try:
-            return JSONResponse(await _answer(entry, request, bounds))
+            return JSONResponse(await _answer(entry, content, bounds))
         finally:
             entry.waiting -= 1
 
     return app
 
 
-async def _answer(entry: Served, request: Request, bounds: Limits) -> dict[str, Any]:
+def _describe(entry: Served) -> dict[str, Any]:
+    """What a client has to know of a reward."""
+    reward = entry.reward
+    return {
+        "card": dataclasses.asdict(reward.card),
+        "required_metadata": list(reward.required_metadata),
+        "needs_prompt": reward.needs_prompt,
+        "golden": entry.golden,
+    }
+
+
+def _golden(reward: Reward) -> dict[str, Any] | None:
+    """The golden image's reward; None where a reward cannot score it."""
+    try:
+        return wire.encode_output(reward.score(*wire.golden()))
+    except Exception:
+        logger.exception("%s cannot score the golden image", reward.card.name)
+        return None
+
+
+async def _content(request: Request, bounds: Limits) -> bytes:
     content = bytearray()
     async for part in request.stream():  # a length in the header may lie
         content += part
         if len(content) > bounds.max_bytes:
             raise Refusal(413, f"a request may have {bounds.max_bytes} bytes")
+    return bytes(content)
+
+
+async def _answer(entry: Served, content: bytes, bounds: Limits) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         try:

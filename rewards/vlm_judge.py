@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ import requests
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
+from diffalign.rewards.http import Patience, ask
 from diffalign.rewards.wire import encode_image
 from diffalign.types import RewardOutput
 
@@ -29,12 +29,10 @@ QUESTION = (
     "and how well it is drawn. Think in one or two sentences, then end with a line of the form 'Score: N', N from 0 "
     "(nothing of it) to 10 (all of it).\nPrompt: {prompt}"
 )
-_SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"score[^\n:=]*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 CONCURRENT = 8
-RETRIES = 3
-FIRST_WAIT = 1.0
-TIMEOUT = (5.0, 120.0)
-TRY_AGAIN = (429, 500, 502, 503, 504)
+PATIENCE = Patience(retries=3, first_wait=1.0, statuses=(429, 500, 502, 503, 504))
+TIMEOUT = 120.0
 
 
 class VlmJudgeReward(Reward):
@@ -106,18 +104,14 @@ class VlmJudgeReward(Reward):
         return read_score(text)
 
     def _ask(self, message: dict) -> str:
-        for attempt in range(RETRIES + 1):
-            last = attempt == RETRIES
-            try:
-                answer = self.session.post(
-                    f"{self.url}/chat/completions", json=message, timeout=TIMEOUT
-                )
-                if last or answer.status_code not in TRY_AGAIN:
-                    break
-            except requests.ConnectionError:
-                if last:
-                    raise
-            time.sleep(FIRST_WAIT * 2**attempt)
+        answer = ask(
+            self.session,
+            "POST",
+            f"{self.url}/chat/completions",
+            patience=PATIENCE,
+            timeout=TIMEOUT,
+            message=message,
+        )
         answer.raise_for_status()
         return str(answer.json()["choices"][0]["message"]["content"])
 

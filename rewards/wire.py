@@ -6,7 +6,8 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor
 from diffalign.types import RewardOutput
 
 MAX_PIXELS = 4096 * 4096
+MAX_TOTAL = 2**29
+"""Pixels of a request: 1.5 GB when they are unpacked."""
 MAX_IMAGES = 1024
 MAX_TEXT = 100_000
 
@@ -60,7 +63,10 @@ def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]
         or not all(isinstance(m, dict) for m in metadata)
     ):
         raise WireError("metadata must be a list of objects, one an image")
-    pixels = [decode_image(text) for text in images]
+    files = [_content(text) for text in images]
+    if sum(_size(content) for content in files) > MAX_TOTAL:
+        raise WireError(f"a request may have {MAX_TOTAL} pixels in all")
+    pixels = [_decode(content) for content in files]
     if len({p.shape for p in pixels}) > 1:
         raise WireError("images of one request must have one size")
     return torch.stack(pixels), prompts, metadata
@@ -76,19 +82,28 @@ def encode_image(image: Tensor) -> str:
 
 def decode_image(text: Any) -> Tensor:
     """Base64 to PNG to (3, H, W) uint8."""
+    return _decode(_content(text))
+
+
+def _content(text: Any) -> bytes:
     if not isinstance(text, str):
         raise WireError("an image must be base64 text")
     try:
-        content = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise WireError("an image is not base64") from error
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[Image.Image]:
+    """A PNG whose header is read and nothing else; WireError for whatever goes wrong with it."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
-            if file.width * file.height > MAX_PIXELS:  # before anything of it is unpacked
+            if file.width * file.height > MAX_PIXELS:
                 raise WireError(f"an image has more than {MAX_PIXELS} pixels")
             if file.mode != "RGB":
                 raise WireError("an image is not RGB with 8 bits")
-            pixels = np.array(file)
+            yield file
     except WireError:
         raise
     except (
@@ -99,7 +114,16 @@ def decode_image(text: Any) -> Tensor:
         Image.DecompressionBombError,
     ) as error:
         raise WireError("an image is no PNG") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _size(content: bytes) -> int:
+    with _opened(content) as file:
+        return file.width * file.height
+
+
+def _decode(content: bytes) -> Tensor:
+    with _opened(content) as file:
+        return torch.from_numpy(np.array(file)).permute(2, 0, 1)
 
 
 def encode_output(output: RewardOutput) -> dict[str, Any]:

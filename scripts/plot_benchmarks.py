@@ -52,13 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="JSON of `diffalign bench awm`")
     parser.add_argument("output", type=Path, help=".svg or .png")
-    parser.add_argument(
-        "--arms", default=None, help="between semicolons; default: all of the result"
-    )
+    parser.add_argument("--arms", default=None, help="between commas; default: all of the result")
     args = parser.parse_args()
     mpl.rcParams["svg.hashsalt"] = "diffalign"  # the same result, the same file
     result = json.loads(args.result.read_text(encoding="utf-8"))
-    names = [n.strip() for n in args.arms.split(";")] if args.arms else list(result["arms"])
+    names = [n.strip() for n in args.arms.split(",")] if args.arms else list(result["arms"])
     learning_curves(result, names, args.output)
 
 

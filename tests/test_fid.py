@@ -78,7 +78,8 @@ def test_inception_is_that_of_torch_fidelity(tmp_path):
         [4.607790, 4.869084, 176.287445, 91.622414, 46.068516, 54.507572],
     ]
     torch.testing.assert_close(found[:, ::400], torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    assert found.shape == (2, network.dimension)
+    assert found.shape == (2, 2048)
+    assert "sha256" in network.weights  # not the released ones, and not called so
     assert found.mean().item() == pytest.approx(26.283266, rel=1e-4)
 
 

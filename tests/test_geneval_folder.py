@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.data import geneval_prompts
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation import geneval
 from diffalign.evaluation.geneval import GenEvalError
 from diffalign.geneval import TASKS
+from diffalign.pipelines.registry import load_model
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.shapes.prompts import prompts as shapes_prompts
 from diffalign.shapes.verifier import detect
@@ -59,7 +64,7 @@ def verify(images, metadata):
 
 def test_a_folder_is_scored_with_the_official_fields_and_summary(tmp_path):
     entries = scenes(tmp_path, wrong=(0, 3))
-    images = geneval.read_samples(tmp_path)
+    images, _ = geneval.read_samples(tmp_path)
     assert len(images) == 2 * len(entries)
     rows = geneval.score_samples(images, verify, batch_size=5)
     assert [r["correct"] for r in rows].count(False) == 2
@@ -88,14 +93,18 @@ def test_what_cannot_be_read_or_is_missing_is_counted_and_wrong(tmp_path):
     (tmp_path / "00000/samples/0000.png").write_bytes(b"")
     (tmp_path / "00001/samples/0001.png").unlink()
     (tmp_path / "00002/samples/notes.txt").write_text("not an image")
-    rows = geneval.score_samples(geneval.read_samples(tmp_path), verify, batch_size=4)
-    found = geneval.summary(rows)
+    empty = tmp_path / "00900/samples"
+    empty.mkdir(parents=True)
+    empty.parent.joinpath("metadata.jsonl").write_text(json.dumps(entries[0]))
+    images, without = geneval.read_samples(tmp_path)
+    rows = geneval.score_samples(images, verify, batch_size=4)
+    found = geneval.summary(rows, empty=without)
     total = 2 * len(entries) - 1
     assert (found["images"], found["scored"], found["unreadable"], found["missing"]) == (
         total,
         total - 1,
         1,
-        1,
+        3,
     )
     assert found["correct_images"] == pytest.approx((total - 1) / total)
     assert rows[0]["reason"] == "unreadable"
@@ -163,6 +172,32 @@ def test_a_model_is_evaluated_and_resumed_from_the_command_line(tmp_path, flags,
     assert again["tasks"] == result["tasks"]
 
 
+def test_real_models_are_asked_for_the_published_prompts(tmp_path, capsys):
+    """Nothing can be loaded here: what it looks for first is the detector of photographs."""
+    flags = ["--model=sd3.5-medium", f"--output_dir={tmp_path / 'g'}"]
+    assert cli.main(["evaluate", "geneval", *flags]) == 2
+    assert "mask2former" in capsys.readouterr().err
+
+
+def test_another_lora_of_the_same_name_is_another_model(tmp_path, flags, capsys):
+    """What was made with the file as it was must not be scored as made with the file as it is."""
+    pipeline = load_model("shapes-sd3").pipeline
+    for scale in (0.1, 0.2):
+        parameters = lora.attach(
+            pipeline.transformer, rank=2, alpha=2.0, targets=["attn.to_q"], seed=0
+        )
+        with torch.no_grad():
+            for p in parameters:
+                p.fill_(scale)
+        lora.export_lora(pipeline.transformer, pipeline, tmp_path / "lora")
+        pipeline = load_model("shapes-sd3").pipeline
+        expected = 0 if scale == 0.1 else 2
+        assert cli.main([*flags, f"--lora={tmp_path / 'lora'}"]) == expected
+    assert "lora_fingerprint" in capsys.readouterr().err
+    assert cli.main([*flags, "--images_per_prompt=3"]) == 2
+    assert "images_per_prompt: 2 there" in capsys.readouterr().err
+
+
 def test_images_of_another_tool_are_not_mixed_with_ours(tmp_path, flags, capsys):
     scenes(tmp_path / "g")
     assert cli.main(flags) == 2
@@ -173,3 +208,48 @@ def test_a_detector_that_does_not_know_the_classes_is_refused(tmp_path, flags, c
     assert cli.main([*flags, "--prompts=geneval", "--detector=verifier"]) == 2
     assert "verifier" in capsys.readouterr().err
     assert not (tmp_path / "g").exists()
+
+
+def test_two_processes_share_the_work(tmp_path, flags):
+    """The same folder, rows and summary as one process; then features of it, each half by one process."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
+    launch += [
+        "--num_processes=2",
+        "--main_process_port=0",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "-m",
+        "diffalign.cli",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def run(*arguments):
+        found = subprocess.run(
+            [*launch, *arguments], capture_output=True, text=True, env=env, timeout=300, check=False
+        )
+        assert found.returncode == 0, found.stderr[-2000:]
+        return json.loads(found.stdout.strip().splitlines()[-1])
+
+    both = run(*flags)
+    assert (both["images"], both["prompts_scored"], both["missing"]) == (8, 4, 0)
+    alone = tmp_path / "alone"
+    assert cli.main([*flags, f"--output_dir={alone}"]) == 0
+    assert np.abs(pixels(alone) - pixels(tmp_path / "g")).max() <= 2
+    assert json.loads((alone / "summary.json").read_text())["tasks"] == both["tasks"]
+    rows = (tmp_path / "g/results.jsonl").read_text().splitlines()
+    assert len(rows) == len(set(rows)) == 8
+    reference = ["--reference=shapes:held_out", "--network=shapes_clip"]
+    shared = run("evaluate", "fid", f"--images={tmp_path / 'g'}", *reference)
+    assert shared["generated"]["n"] == shared["generated"]["images"] == 8
+    (tmp_path / "one.json").unlink(missing_ok=True)
+    single = [
+        "evaluate",
+        "fid",
+        f"--images={tmp_path / 'g'}",
+        *reference,
+        f"--output={tmp_path / 'one.json'}",
+    ]
+    assert cli.main(single) == 0
+    assert json.loads((tmp_path / "one.json").read_text())["fid"] == pytest.approx(
+        shared["fid"], rel=1e-6
+    )

@@ -100,7 +100,7 @@ def test_the_questionnaire_is_whole():
 )
 def test_sizes_are_qwens(height, width):
     expected = smart_resize(
-        height, width, factor=28, min_pixels=hpsv3.PIXELS, max_pixels=hpsv3.PIXELS
+        height, width, factor=28, min_pixels=256 * 28 * 28, max_pixels=256 * 28 * 28
     )
     assert resized(height, width, unit=28) == expected
 
@@ -144,6 +144,17 @@ def test_scores_are_those_of_each_image_alone(tokenizer, state):
             x = x.relu() if layer < 5 else x
         assert found[i] == pytest.approx(x[0, 0].item(), rel=1e-3, abs=1e-4)
     assert found[0] != found[1]
+
+
+def test_what_is_not_stored_is_computed(tokenizer, state):
+    """Built on the meta device, and built the ordinary way from the same tensors."""
+    model = build(config(tokenizer), state, torch.float32)
+    ordinary = RewardModel(config(tokenizer, len(tokenizer))).eval()
+    ordinary.load_state_dict(model.state_dict())
+    inputs = encode(tokenizer, ordinary.base.config, images(), ["a cow", "two"])
+    token = tokenizer.convert_tokens_to_ids("<|Reward|>")
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs, token), ordinary(inputs, token))
 
 
 def test_both_generations_of_names_are_read(tokenizer, state):

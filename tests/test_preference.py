@@ -69,7 +69,7 @@ def test_wins_from_the_command_line(tmp_path, capsys):
 
     folder(tmp_path / "c", [10, 10], prompt="another")
     assert cli.main([*flags, f"--against={tmp_path / 'c'}"]) == 2
-    assert "'x 0' in one folder and 'another 0' in the other" in capsys.readouterr().err
+    assert "'x 0' in one folder and 'another 0' in another" in capsys.readouterr().err
     assert cli.main(flags) == 2
     (tmp_path / "d").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "d" / "z.png")
@@ -84,6 +84,7 @@ def test_genevals_folders_have_captions(tmp_path):
         '{"prompt": "a photo of a cow", "tag": "x"}\n'
     )
     Image.new("RGB", (4, 4)).save(place / "0000.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "00000" / "grid.png")  # a collage, no sample
     [image] = read_folder(tmp_path)
     assert image.prompt.text == "a photo of a cow"
     assert image.prompt.task == "x"

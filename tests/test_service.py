@@ -70,8 +70,8 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "RETRIES", 2)
+    monkeypatch.setattr(remote.PATIENCE, "first_wait", 0.01)
+    monkeypatch.setattr(remote.PATIENCE, "retries", 2)
 
 
 def scenes(n=6):
@@ -120,7 +120,7 @@ def test_a_slow_reward_is_given_up_and_the_service_goes_on(serve):
     reward = RemoteReward(f"remote:{url}/moody")
     images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
     assert np.isnan(reward.score(images, ["sleep"], [{}]).values).all()
-    time.sleep(4)  # what was tried again is still asleep
+    time.sleep(2)  # it is still asleep
     assert reward.score(images, ["a"], [{}]).values.tolist() == [7]
 
 
@@ -158,6 +158,49 @@ def test_a_lossy_way_is_noticed(serve, monkeypatch):
         reward.prepare()
 
 
+def test_what_a_reward_needs_is_known_to_its_client(serve):
+    url = serve({"verifier": VerifierReward()})
+    reward = registry.create(f"remote:{url}/verifier")
+    with pytest.raises(RewardError, match="needs include"):
+        reward.check_metadata([{"prompt": "x"}])
+    assert not reward.needs_prompt
+
+
+def test_large_batches_are_sent_in_parts(serve, monkeypatch):
+    url = serve({"moody": Moody()}, limits=Limits(max_bytes=3000))
+    monkeypatch.setattr(remote, "BATCH_BYTES", 400)
+    reward = RemoteReward(f"remote:{url}/moody")
+    images = torch.arange(7)[:, None, None, None].expand(7, 3, 8, 8).to(torch.uint8)
+    found = reward.score(images, ["a"] * 7, [{}] * 7)
+    assert found.values.tolist() == list(range(7))
+
+
+def test_a_reward_that_cannot_score_the_golden_image_is_served(serve, caplog):
+    class Picky(Moody):
+        def score(self, images, prompts, metadata):
+            return RewardOutput(np.array([m["reference"] for m in metadata], np.float32))
+
+    url = serve({"picky": Picky()})
+    reward = RemoteReward(f"remote:{url}/picky")
+    reward.prepare()
+    assert "cannot score the golden image" in caplog.text
+    found = reward.score(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a"], [{"reference": 3}])
+    assert found.values.tolist() == [3]
+
+
+def test_a_stalled_upload_holds_nothing_up(serve):
+    url = serve({"jpeg": JpegReward()}, limits=Limits(timeout=0.5, max_waiting=1))
+    host, port = url.removeprefix("http://").split(":")
+    stalled = [socket.create_connection((host, int(port))) for _ in range(4)]
+    for raw in stalled:
+        raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{")
+    assert requests.post(f"{url}/jpeg", json=GOOD, timeout=5).status_code == 200
+    time.sleep(1)
+    for raw in stalled:
+        assert b" 408 " in raw.recv(1000)
+        raw.close()
+
+
 def test_tokens(serve, monkeypatch):
     url = serve({"jpeg": JpegReward()}, token="sesame")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}):
@@ -193,6 +236,13 @@ def bomb():
         chunk(b"IEND", b""),
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def flat(side):
+    """A small file of many pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, format="PNG", compress_level=9, optimize=True)
+    return buffer.getvalue()
 
 
 JPEG = io.BytesIO()
@@ -237,16 +287,25 @@ GOOD = {"images": [b64(png())], "prompts": ["x"], "metadata": [{}]}
             },
             422,
         ),
+        (
+            {
+                **GOOD,
+                "images": [b64(flat(3000))] * 60,
+                "prompts": ["x"] * 60,
+                "metadata": [{}] * 60,
+            },
+            422,
+        ),
         ({**GOOD, "prompts": []}, 422),
         ({**GOOD, "prompts": [None]}, 422),
         ({**GOOD, "prompts": ["x" * 200_000]}, 422),
         ({**GOOD, "metadata": [1]}, 422),
         ({**GOOD, "metadata": {}}, 422),
-        (b"x" * 300_000, 413),
+        (b"x" * 5_000_000, 413),
     ],
 )
 def test_hostile_requests_are_answered(serve, message, status):
-    url = serve({"jpeg": JpegReward()}, limits=Limits(max_bytes=250_000))
+    url = serve({"jpeg": JpegReward()}, limits=Limits(max_bytes=4_000_000))
     content = message if isinstance(message, bytes) else json.dumps(message).encode()
     answer = requests.post(f"{url}/jpeg", data=content, timeout=20)
     assert answer.status_code == status, answer.text

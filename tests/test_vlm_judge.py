@@ -65,7 +65,7 @@ def judge(monkeypatch):
     thread.start()
     monkeypatch.setenv(vlm_judge.URL, f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv(vlm_judge.MODEL, "judge-7b")
-    monkeypatch.setattr(vlm_judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(vlm_judge.PATIENCE, "first_wait", 0.01)
     yield Judge
     server.shutdown()
 
@@ -101,6 +101,8 @@ def test_what_is_not_there_is_an_error_before_the_first_image(judge, monkeypatch
         ("score = 7.5/10", 7.5),
         ("First Score: 2. Then\nFinal Score: **9**", 9),
         ("Score: 11", None),
+        ("Score: -1", None),
+        ("Score (0-10): 7", 7),
         ("7", None),
         ("", None),
     ],

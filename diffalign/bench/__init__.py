@@ -2,7 +2,7 @@
 
 BENCHES = {
     "demo": "the demo over seeds, and where its gain comes from",
-    "rewards": "images a second of every reward, and the share of preprocessing",
+    "rewards": "images a second of rewards with random weights, and the share of preprocessing",
     "solvers": "GenEval by number of steps of the rollout's solvers",
     "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and what each of its levers gives",
 }

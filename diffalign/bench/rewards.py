@@ -131,9 +131,8 @@ def detector(*, real: bool) -> Mask2FormerForUniversalSegmentation:
     )
 
 
-def build(*, real: bool) -> dict[str, Reward]:
-    """Every reward with weights of its own kind."""
-    torch.manual_seed(0)
+def builders(*, real: bool) -> dict[str, Callable[[], Reward]]:
+    """What makes each reward, with random weights of its own kind."""
     tokenizer = build_clip_tokenizer()
     sizes = PUBLISHED if real else TINY
     where = device()
@@ -141,21 +140,24 @@ def build(*, real: bool) -> dict[str, Reward]:
     def scorer(kind: str, preprocessing: Any = None) -> ClipScorer:
         return ClipScorer(clip_model(sizes[kind], tokenizer).to(where), tokenizer, preprocessing)
 
-    large, huge = scorer("vit_l"), scorer("vit_h")
-    head = AestheticHead(sizes["vit_l"].projection).to(where).requires_grad_(False)
-    found: dict[str, Reward] = {
-        "jpeg": JpegReward(),
-        "ocr": OcrReward(),
-        "clip_score": ClipScoreReward(large),
-        "aesthetic": AestheticReward(large, head),
-        "pickscore": PickScoreReward(huge),
-        "hpsv2.1": HPSv21Reward(scorer("vit_h", LetterboxPreprocessing())),
-        "image_reward": ImageReward(blip_model(sizes["blip"], tokenizer).to(where), tokenizer),
-        "geneval": GenEvalReward(ObjectDetector(detector(real=real).to(where)), large),
+    def aesthetic() -> Reward:
+        head = AestheticHead(sizes["vit_l"].projection).to(where).requires_grad_(False)
+        return AestheticReward(scorer("vit_l"), head)
+
+    return {
+        "jpeg": JpegReward,
+        "ocr": OcrReward,
+        "clip_score": lambda: ClipScoreReward(scorer("vit_l")),
+        "aesthetic": aesthetic,
+        "pickscore": lambda: PickScoreReward(scorer("vit_h")),
+        "hpsv2.1": lambda: HPSv21Reward(scorer("vit_h", LetterboxPreprocessing())),
+        "image_reward": lambda: ImageReward(
+            blip_model(sizes["blip"], tokenizer).to(where), tokenizer
+        ),
+        "geneval": lambda: GenEvalReward(
+            ObjectDetector(detector(real=real).to(where)), scorer("vit_l")
+        ),
     }
-    for reward in found.values():
-        reward.prepare()
-    return found
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
@@ -164,17 +166,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
     n, repeats = (8, 3) if options.quick else (32, 5)
     values = np.random.default_rng(0).integers(0, 256, (n, 3, SIZE, SIZE), dtype=np.uint8)
     images = torch.from_numpy(values).to(device())
-    rewards = build(real=real)
-    arms: dict[str, Any] = {}
-    for name in options.chosen(rewards):
-        reward = rewards[name]
+    known = builders(real=real)
+    arms = {}
+    for name in options.chosen(known):
         part = images[: max(2, n // 4)] if name in ("geneval", "ocr") else images
-        seconds = timed(partial(score, reward, part), repeats)
-        arms[name] = {"images_per_second": round(len(part) / seconds, 2)}
-        arms[name] |= preprocessing(reward, part, seconds, repeats)
-        if real:
-            arms[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            torch.cuda.reset_peak_memory_stats()
+        arms[name] = measure(known[name], part, repeats)
     headline = {
         f"preprocessing_share_{name}": arm["share"] for name, arm in arms.items() if "share" in arm
     }
@@ -185,6 +181,21 @@ def run(options: BenchOptions) -> dict[str, Any]:
         "pixels": SIZE,
         "arms": arms,
     }
+
+
+def measure(make: Callable[[], Reward], images: Tensor, repeats: int) -> dict[str, Any]:
+    """One reward, alone in memory."""
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    reward = make()
+    reward.prepare()
+    seconds = timed(partial(score, reward, images), repeats)
+    found: dict[str, Any] = {"images_per_second": round(len(images) / seconds, 2)}
+    if torch.cuda.is_available():
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found | preprocessing(reward, images, seconds, repeats)
 
 
 def score(reward: Reward, images: Tensor) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from diffalign.commands.output import print_scores, write_result
-from diffalign.commands.rewards import load_rewards
+from diffalign.commands.rewards import check_captions, load_rewards
 from diffalign.data.images import read_folder
 from diffalign.errors import UsageError
 from diffalign.evaluation.comparison import Compared, read_geneval, write_comparison
 from diffalign.evaluation.folder import score_folder
-from diffalign.evaluation.preference import pair, win_rate
+from diffalign.evaluation.preference import by_name, shared_names, win_rate
 from diffalign.versions import versions
 
 
@@ -24,10 +24,14 @@ def evaluate_wins(args: argparse.Namespace) -> int:
     if args.images is None or args.against is None:
         raise UsageError("evaluate wins needs --images DIR and --against DIR")
     folders = (args.images, args.against)
-    sets = [read_folder(folder) for folder in folders]
-    pairs = pair(sets[0], sets[1], folders)
-    chosen = [[images[p[side]] for p in pairs] for side, images in enumerate(sets)]
+    sets = [
+        by_name(read_folder(folder, flag=flag), folder)
+        for folder, flag in zip(folders, ("--images", "--against"), strict=True)
+    ]
+    pairs = shared_names(sets)
+    chosen = [[images[name] for name in pairs] for images in sets]
     reward = load_rewards(args.rewards or "verifier", [i.prompt.metadata for i in chosen[0]])
+    check_captions(reward, chosen[0], args.images)
     rows = [score_folder(c, reward.score, batch_size=args.batch_size)[0] for c in chosen]
     prompts = [image.prompt.text or str(i) for i, image in enumerate(chosen[0])]
     found: dict[str, Any] = {}
@@ -51,6 +55,8 @@ def evaluate_wins(args: argparse.Namespace) -> int:
     )
     write_result(args.output, result)
     print(json.dumps(result))
+    if not any(found.values()):
+        raise UsageError(f"no pair could be scored: {reward.last_error or 'all rewards are NaN'}")
     return 0
 
 
@@ -58,24 +64,24 @@ def evaluate_report(args: argparse.Namespace) -> int:
     """A page that compares the folders of --folders; with --rewards their images are scored first."""
     if not args.folders or args.output is None:
         raise UsageError("evaluate report needs --folders [NAME=]DIR ... and --output PAGE.html")
+    reward = load_rewards(args.rewards, []) if args.rewards else None
     sides = []
     for text in args.folders:
-        name, _, path = text.rpartition("=")
+        name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
         folder = Path(path)
-        images = read_folder(folder)
+        images = read_folder(folder, flag="--folders")
         means: dict[str, float] = {}
-        if args.rewards:
-            reward = load_rewards(args.rewards, [i.prompt.metadata for i in images])
+        if reward is not None:
+            reward.check_metadata([i.prompt.metadata for i in images])
+            check_captions(reward, images, folder)
             scores = score_folder(images, reward.score, batch_size=args.batch_size)[1]
             means = {n: scores[n] for n in reward.rewards if n in scores}
-        by_name = {i.path.relative_to(folder).as_posix(): i for i in images}
-        sides.append(Compared(name or folder.name, folder, by_name, read_geneval(folder), means))
+        found = by_name(images, folder)
+        sides.append(Compared(name or folder.name, folder, found, read_geneval(folder), means))
     names = [s.name for s in sides]
     if len(set(names)) < len(names):
         raise UsageError(
             f"--folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
         )
-    found = write_comparison(args.output, sides)
-    print(f"{args.output}")
-    print(json.dumps(found))
+    print(json.dumps(write_comparison(args.output, sides)))
     return 0

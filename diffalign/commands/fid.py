@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
 from diffalign.evaluation.fid import (
-    Batches,
     FeatureSet,
-    collect,
     compare,
     drawn_batches,
     extract,
@@ -43,13 +42,14 @@ def evaluate_fid(args: argparse.Namespace) -> int:
     on_shapes = args.reference.startswith("shapes:") or (
         args.images is None and args.model.startswith("shapes-")
     )
+    state = PartialState()  # first: it says which GPU is this process's
     network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
-    state = PartialState()
+    reference_of = _reference(args, network)  # whether it is there is to be known now
     generated = _generated(args, network, state)
     if state.is_main_process:
         if args.save_statistics is not None:
             generated.save(args.save_statistics)
-        reference = _reference(args, network)
+        reference = reference_of()
         found = compare(generated, reference)
         result = {
             **found,
@@ -65,7 +65,6 @@ def evaluate_fid(args: argparse.Namespace) -> int:
         )
         write_result(args.output, result)
         print(json.dumps(result))
-    state.wait_for_everyone()
     return 0
 
 
@@ -80,7 +79,8 @@ def _generated(
         images = read_folder(args.images)
         source = folder_batches(images, about, batch_size=args.batch_size, process=process)
     else:
-        args.images_per_prompt = args.images_per_prompt or 4
+        if args.images_per_prompt is None:
+            args.images_per_prompt = 4
         args.prompts = args.prompts or "shapes:held_out"
         prompts = load_prompts(args.prompts, limit=args.max_prompts)
         about = {
@@ -96,37 +96,27 @@ def _generated(
         }
         config = evaluation(args)
         source = model_batches(load(args), prompts, config, process=process, **batching(args))
-    return _features(network, source, about)
+    return extract(network, source, about, gather=gather_object)
 
 
-def _features(network: FeatureNetwork, source: Batches, about: dict[str, Any]) -> FeatureSet:
-    """All processes' features together."""
-    parts = [(network(pixels).float(), numbers) for pixels, numbers in source]
-    parts = gather_object(parts)
-    counts = gather_object([about])
-    for key in ("images", "unreadable"):
-        if key in about:
-            about[key] = sum(c[key] for c in counts)
-    return collect(network, [f for f, _ in parts], [n for _, g in parts for n in g], about)
-
-
-def _reference(args: argparse.Namespace, network: FeatureNetwork) -> FeatureSet:
-    """Statistics, a folder, or scenes of Shapes: computed by the main process alone."""
+def _reference(args: argparse.Namespace, network: FeatureNetwork) -> Callable[[], FeatureSet]:
+    """Statistics, a folder, or scenes of Shapes: looked for now, computed when it is called."""
     path = Path(args.reference)
     if path.suffix == ".npz":
-        return FeatureSet.load(path)
+        found = FeatureSet.load(path)
+        return lambda: found
+    about: dict[str, Any]
     if args.reference.startswith("shapes:"):
-        about: dict[str, Any] = {"drawn": args.reference, "images_per_prompt": SHAPES_IMAGES}
+        about = {"drawn": args.reference, "images_per_prompt": SHAPES_IMAGES}
+        prompts = load_prompts(args.reference, limit=args.max_prompts)
         source = drawn_batches(
-            draw_scene,
-            load_prompts(args.reference, limit=args.max_prompts),
-            images_per_prompt=SHAPES_IMAGES,
-            batch_size=args.batch_size,
+            draw_scene, prompts, images_per_prompt=SHAPES_IMAGES, batch_size=args.batch_size
         )
     else:
         about = {"folder": args.reference}
-        source = folder_batches(read_folder(path), about, batch_size=args.batch_size)
-    return extract(network, source, about)
+        images = read_folder(path, flag="--reference")
+        source = folder_batches(images, about, batch_size=args.batch_size)
+    return lambda: extract(network, source, about)
 
 
 def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:

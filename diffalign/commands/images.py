@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.types import no_reward
 
+SMALL = 500_000_000
+"""Bytes up to which a file is hashed whole."""
+
 
 def load(args: argparse.Namespace) -> TextToImageModel:
     """The model of --model, with --lora."""
@@ -29,6 +33,21 @@ def load(args: argparse.Namespace) -> TextToImageModel:
             raise UsageError(f"--lora: {args.lora} does not exist")
         load_lora(model.pipeline, args.lora)
     return model
+
+
+def fingerprint(name: str | None) -> str | None:
+    """What tells a local file or folder from what it was before: a hash of small files, sizes and times of large ones;
+    None for names and hub ids."""
+    path = Path(name) if name else None
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        whole = size < SMALL
+        digest.update(file.read_bytes() if whole else str(file.stat().st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
 
 
 def evaluation(args: argparse.Namespace) -> EvaluationConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from diffalign.data.images import CaptionedImage
 from diffalign.errors import UsageError
 from diffalign.rewards.composition import CompositeReward
 
@@ -18,3 +20,12 @@ def load_rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> Composite
     reward.check_metadata(metadata)
     reward.prepare()
     return reward
+
+
+def check_captions(reward: CompositeReward, images: Sequence[CaptionedImage], folder: Path) -> None:
+    """UsageError where rewards judge by the prompt and no image has one."""
+    blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
+    if blind and not any(i.prompt.text for i in images):
+        raise UsageError(
+            f"{', '.join(blind)} needs captions, and no image of {folder} has one; see docs/rewards.md"
+        )

@@ -9,6 +9,8 @@ from diffalign.errors import UsageError
 from diffalign.rewards import registry
 from diffalign.rewards.remote import TOKEN
 
+CONNECTIONS = 64
+
 
 def serve_rewards(args: argparse.Namespace) -> int:
     """Serve until interrupted; the token of DIFFALIGN_REWARD_TOKEN is asked for where it is set."""
@@ -33,5 +35,7 @@ def serve_rewards(args: argparse.Namespace) -> int:
     app = build_app(rewards, token=token, limits=limits)
     for name in rewards:
         print(f"remote:http://{args.host}:{args.port}/{name}", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    uvicorn.run(
+        app, host=args.host, port=args.port, log_level="warning", limit_concurrency=CONNECTIONS
+    )
     return 0

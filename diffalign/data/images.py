@@ -39,7 +39,7 @@ class CaptionedImage:
     prompt: Prompt
 
 
-def read_folder(folder: str | Path) -> list[CaptionedImage]:
+def read_folder(folder: str | Path, *, flag: str = "--images") -> list[CaptionedImage]:
     """All images with a caption, in the order of their names.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (columns `file_name` and prompt, text or caption: an image
@@ -51,17 +51,19 @@ def read_folder(folder: str | Path) -> list[CaptionedImage]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ImageFolderError(f"--images: {folder} is no folder")
+        raise ImageFolderError(f"{flag}: {folder} is no folder")
     for name in TABLES:
         if (folder / name).is_file():
             rows = list(_rows(folder / name))
             if not rows:
                 raise ImageFolderError(f"{folder / name} names no image")
             return rows
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _is_collage(p)
+    )
     if not files:
         raise ImageFolderError(
-            f"--images: no image in {folder}; expected {', '.join(sorted(SUFFIXES))}"
+            f"{flag}: no image in {folder}; expected {', '.join(sorted(SUFFIXES))}"
         )
     return [CaptionedImage(p, _beside(p)) for p in files]
 
@@ -75,6 +77,11 @@ def _beside(path: Path) -> Prompt:
     found = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
     text = found.strip()
     return Prompt(text, {"prompt": text})
+
+
+def _is_collage(path: Path) -> bool:
+    """What GenEval's script leaves beside a prompt's samples."""
+    return path.parent.name.isdigit() and (path.parent / "metadata.jsonl").is_file()
 
 
 @lru_cache(maxsize=64)  # the images of one prompt follow each other

@@ -14,8 +14,9 @@ from PIL import Image
 
 from diffalign.data.images import CaptionedImage, read_image
 from diffalign.errors import UserError
-from diffalign.evaluation.geneval import RESULTS, summary
-from diffalign.evaluation.report import png_uri
+from diffalign.evaluation.geneval import RESULTS, read_samples, summary
+from diffalign.evaluation.preference import shared_names
+from diffalign.evaluation.report import evenly, png_uri
 
 EXAMPLES = 24
 THUMBNAIL = 256
@@ -48,7 +49,7 @@ def read_geneval(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return summary(rows)
+        return summary(rows, empty=read_samples(folder)[1])
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{file} is damaged ({error}): score the folder again") from error
 
@@ -57,22 +58,16 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
     """Write the page and return what its table says.
 
     Raises:
-        ReportError: no image has the same name in all folders.
+        PairError: no image has the same name in all folders, or a name stands for two prompts.
     """
-    shared = [name for name in sides[0].images if all(name in s.images for s in sides)]
-    if not shared:
-        raise ReportError(
-            f"{', '.join(str(s.folder) for s in sides)} have no image of the same name: nothing to look at side by side"
-        )
-    count = min(EXAMPLES, len(shared))
-    picks = [shared[i * len(shared) // count] for i in range(count)]
+    shared = shared_names([s.images for s in sides])
     examples = [
         {
             "name": name,
             "prompt": sides[0].images[name].prompt.text,
             "images": [thumbnail(s.images[name].path) for s in sides],
         }
-        for name in picks
+        for name in evenly(shared, EXAMPLES)
     ]
     rows = table(sides)
     environment = Environment(

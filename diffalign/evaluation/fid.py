@@ -25,6 +25,7 @@ from diffalign.pipelines.sampling import EmbedCache
 
 NEIGHBOURS = 3
 """k of precision and recall."""
+COUNTS = ("images", "unreadable")
 Batches = Iterator[tuple[Tensor, list[int]]]
 """(B, 3, H, W) uint8, and the number of each image's prompt."""
 
@@ -90,23 +91,31 @@ class FeatureSet:
         return cls(network, resize, moments, features, group, notes)
 
 
-def extract(network: Network, images: Batches, about: dict[str, Any]) -> FeatureSet:
-    """The features of all images.
+def extract(
+    network: Network,
+    images: Batches,
+    about: dict[str, Any],
+    *,
+    gather: Callable[[list[Any]], list[Any]] = list,
+) -> FeatureSet:
+    """The features of all images; `gather` puts the lists of all processes together.
 
     Raises:
         FeatureError: there are fewer than two, or a feature is not finite.
     """
-    features, group = [], []
-    for pixels, numbers in images:
-        features.append(network(pixels).float())
-        group += numbers
-    return collect(network, features, group, about)
+    parts = [(network(pixels).float(), numbers) for pixels, numbers in images]
+    parts = gather(parts)
+    for each in gather([dict(about)])[1:]:
+        for key in COUNTS:
+            if key in about:
+                about[key] += each[key]
+    return collect(network, [f for f, _ in parts], [n for _, g in parts for n in g], about)
 
 
 def collect(
     network: Network, features: Sequence[Tensor], group: Sequence[int], about: dict[str, Any]
 ) -> FeatureSet:
-    """From features in parts, such as those of several processes, in the order of their images."""
+    """From features in parts, such as those of several processes."""
     if sum(map(len, features)) < 2:
         raise FeatureError(f"a distribution needs at least two images: {about}")
     table = torch.cat(list(features))
@@ -129,10 +138,10 @@ def folder_batches(
     count) each reads every so many-th."""
     group: dict[str, int] = {}
     numbers = [group.setdefault(x.prompt.text or str(x.path), len(group)) for x in images]
+    about["formats"] = sorted({x.path.suffix.lower().lstrip(".") for x in images})
+    about |= dict.fromkeys(COUNTS, 0)
     first, step = process
     images, numbers = images[first::step], numbers[first::step]
-    about |= {"images": 0, "unreadable": 0}
-    about["formats"] = sorted({x.path.suffix.lower().lstrip(".") for x in images})
     for rows, pixels, _ in batches(images, size=batch_size):
         about["unreadable" if pixels is None else "images"] += len(rows)
         if pixels is not None:

@@ -44,7 +44,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Note how the images of a folder are made; GenEvalError where it is being filled in another way."""
     file = folder / SETTINGS
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_settings(folder)
         other = [f"{k}: {there.get(k)} there" for k, v in settings.items() if there.get(k) != v]
         if other:
             raise GenEvalError(
@@ -56,6 +56,14 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, lambda f: f.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `claim` noted."""
+    try:
+        return dict(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise GenEvalError(f"{folder / SETTINGS} is damaged: {error}") from error
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
@@ -113,26 +121,29 @@ def generate_samples(
     return len(missing)
 
 
-def read_samples(folder: Path) -> list[CaptionedImage]:
-    """All images of a GenEval folder, prompt by prompt.
+def read_samples(folder: Path) -> tuple[list[CaptionedImage], int]:
+    """All images of a GenEval folder, prompt by prompt, and how many prompts have none.
 
     Raises:
         GenEvalError: it is none, or a prompt's metadata cannot be read.
     """
     if not folder.is_dir():
         raise GenEvalError(f"{folder} is no folder")
-    found = []
+    found: list[CaptionedImage] = []
+    empty = 0
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()):
         metadata = _metadata(place / "metadata.jsonl")
         prompt = Prompt(str(metadata.get("prompt", "")), metadata)
         samples = place / "samples"
         files = sorted(samples.iterdir()) if samples.is_dir() else []
-        found += [CaptionedImage(f, prompt) for f in files if _SAMPLE.fullmatch(f.name)]
+        images = [CaptionedImage(f, prompt) for f in files if _SAMPLE.fullmatch(f.name)]
+        empty += not images
+        found += images
     if not found:
         raise GenEvalError(
             f"no image in {folder}; GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png"
         )
-    return found
+    return found, empty
 
 
 def score_samples(
@@ -170,10 +181,10 @@ def _row(image: CaptionedImage, objects: Sequence[Detection], *, compat: bool) -
     }
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, Any]:
     """The figures of GenEval's summary: shares of correct images and of prompts with a correct one, the accuracy of
-    each task, and their mean, `overall`. `missing`: images that prompts have fewer than the prompt with the most; what
-    cannot be read counts as wrong."""
+    each task, and their mean, `overall`. `missing`: images that prompts have fewer than the prompt with the most, the
+    `empty` ones that have none included; what cannot be read counts as wrong."""
     by_prompt: dict[str, list[bool]] = {}
     for row in rows:
         by_prompt.setdefault(str(Path(row["filename"]).parents[1]), []).append(row["correct"])
@@ -183,7 +194,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "images": len(rows),
         "scored": len(rows) - unreadable,
         "unreadable": unreadable,
-        "missing": sum(most - len(found) for found in by_prompt.values()),
+        "missing": sum(most - len(found) for found in by_prompt.values()) + empty * most,
+        "prompts_without_image": empty,
         "prompts_scored": len(by_prompt),
         "correct_images": sum(row["correct"] for row in rows) / len(rows),
         "correct_prompts": sum(map(any, by_prompt.values())) / len(by_prompt),

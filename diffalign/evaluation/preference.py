@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,11 @@ def win_rate(
     _, group = np.unique(np.array(prompts, dtype=object)[valid].astype(str), return_inverse=True)
     total, count = np.bincount(group, weights=wins), np.bincount(group)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), size=RESAMPLES)
-    rates = (drawn @ total) / (drawn @ count)
+    even = np.full(len(count), 1 / len(count))
+    rates = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):  # one at a time: with many prompts a table of all would not fit
+        drawn = rng.multinomial(len(count), even)
+        rates[i] = (drawn @ total) / (drawn @ count)
     low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
     return WinRate(
         rate=float(wins.mean()),
@@ -64,28 +67,24 @@ def win_rate(
     )
 
 
-def pair(
-    a: Sequence[CaptionedImage], b: Sequence[CaptionedImage], folders: tuple[Path, Path]
-) -> list[tuple[int, int]]:
-    """Numbers of the images with the same name in both folders, whose prompts must agree.
+def by_name(images: Sequence[CaptionedImage], folder: Path) -> dict[str, CaptionedImage]:
+    """Images by their name within the folder."""
+    return {image.path.relative_to(folder).as_posix(): image for image in images}
+
+
+def shared_names(sides: Sequence[Mapping[str, CaptionedImage]]) -> list[str]:
+    """Names that all sides have, of images of the same prompt.
 
     Raises:
-        PairError: none has, or the same name stands for two prompts.
+        PairError: there is none, or a name stands for two prompts.
     """
-    names = [
-        {image.path.relative_to(folder): i for i, image in enumerate(images)}
-        for images, folder in zip((a, b), folders, strict=True)
-    ]
-    found = []
-    for name, i in names[0].items():
-        j = names[1].get(name)
-        if j is None:
-            continue
-        if a[i].prompt.text != b[j].prompt.text:
+    names = [name for name in sides[0] if all(name in side for side in sides)]
+    if not names:
+        raise PairError("the folders have no image of the same name")
+    for name in names:
+        prompts = list(dict.fromkeys(side[name].prompt.text for side in sides))
+        if len(prompts) > 1:
             raise PairError(
-                f"{name} shows {a[i].prompt.text!r} in one folder and {b[j].prompt.text!r} in the other"
+                f"{name} shows {prompts[0]!r} in one folder and {prompts[1]!r} in another"
             )
-        found.append((i, j))
-    if not found:
-        raise PairError(f"{folders[0]} and {folders[1]} have no image of the same name")
-    return found
+    return names

@@ -67,12 +67,16 @@ def curve(values: Sequence[float], *, width: int = 320, height: int = 90) -> dic
     }
 
 
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count`, spread evenly."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Pairs of the same seed, spread evenly over the held-out prompts (not picked)."""
-    count = min(EXAMPLES, len(before.prompts))
-    picks = [i * len(before.prompts) // count for i in range(count)]
     rows = []
-    for i in picks:
+    for i in evenly(range(len(before.prompts)), EXAMPLES):
         pair = [e.images[i].permute(1, 2, 0).numpy() for e in (before, after)]
         rows.append(
             {

@@ -1,0 +1,131 @@
+"""`diffalign evaluate geneval`: fill a folder in GenEval's layout, or take one, and score it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from diffalign.commands.images import batching, evaluation, fingerprint, load
+from diffalign.commands.output import print_scores, write_result
+from diffalign.data.prompts import load_prompts
+from diffalign.errors import UsageError
+from diffalign.evaluation.geneval import (
+    RESULTS,
+    SETTINGS,
+    claim,
+    generate_samples,
+    read_samples,
+    read_settings,
+    score_samples,
+    summary,
+    write_prompts,
+    write_rows,
+)
+from diffalign.rewards.base import RewardError
+from diffalign.rewards.detection import DetectionReward
+from diffalign.rewards.registry import create
+from diffalign.versions import versions
+
+DETECTORS = ("verifier", "geneval")
+
+
+def evaluate_geneval(args: argparse.Namespace) -> int:
+    """Generate what is missing of a GenEval folder, or take one that is there, and score it."""
+    state = PartialState()
+    folder = args.images or args.output_dir
+    made: dict[str, Any] = {}
+    if args.images is None:
+        made = _generate_samples(args, state)
+    elif (folder / SETTINGS).is_file():
+        made = read_settings(folder)
+    images, empty = read_samples(folder)
+    detector = _detector(args.detector, [i.prompt.metadata for i in images])
+    mine = range(state.process_index, len(images), state.num_processes)
+    rows = score_samples(
+        [images[i] for i in mine],
+        detector.detect,
+        batch_size=args.batch_size,
+        compat=detector.compat,
+    )
+    rows = sorted(gather_object(rows), key=lambda row: row["filename"])
+    if not state.is_main_process:
+        return 0
+    found = summary(rows, empty=empty)
+    result = {
+        "folder": str(folder),
+        **made,
+        "detector": vars(detector.card),
+        **found,
+        "versions": versions(),
+    }
+    print_scores(f"GenEval of {folder}, seen by {detector.card.name}", found["tasks"])
+    print(json.dumps(result))
+    try:
+        write_rows(folder / RESULTS, rows)
+        write_result(args.output or folder / "summary.json", result)
+    except OSError as error:
+        raise UsageError(f"the results could not be written: {error}") from error
+    if found["scored"] == 0:
+        raise UsageError(f"no image of {folder} could be read, for instance {rows[0]['error']}")
+    return 0
+
+
+def _generate_samples(args: argparse.Namespace, state: PartialState) -> dict[str, Any]:
+    """The images of --model that are not yet in --output_dir; how they were made."""
+    if args.images_per_prompt is None:
+        args.images_per_prompt = 4
+    shapes = args.model.startswith("shapes-")
+    args.prompts = args.prompts or ("shapes:held_out" if shapes else "geneval")
+    prompts = load_prompts(args.prompts, limit=args.max_prompts)
+    _detector(args.detector, [p.metadata for p in prompts])  # what is missing is to be known now
+    made = {
+        "model": args.model,
+        "model_fingerprint": fingerprint(args.model),
+        "lora": args.lora,
+        "lora_fingerprint": fingerprint(args.lora),
+        "prompts": args.prompts,
+        "max_prompts": args.max_prompts,
+        "images_per_prompt": args.images_per_prompt,
+        "num_inference_steps": args.num_inference_steps,
+        "solver": args.solver,
+        "guidance_scale": args.guidance_scale,
+        "height": args.height,
+        "width": args.width,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    if state.is_main_process:
+        claim(args.output_dir, made)
+        write_prompts(args.output_dir, prompts)
+    state.wait_for_everyone()
+    generate_samples(
+        load(args),
+        prompts,
+        args.output_dir,
+        evaluation(args),
+        process=(state.process_index, state.num_processes),
+        **batching(args),
+    )
+    state.wait_for_everyone()
+    return made
+
+
+def _detector(name: str | None, metadata: Sequence[Mapping[str, Any]]) -> DetectionReward:
+    """The named one, else the first that knows every class of the prompts."""
+    problems = []
+    for choice in (name,) if name else DETECTORS:
+        detector = create(choice)
+        assert isinstance(detector, DetectionReward)
+        try:
+            detector.check_metadata(metadata)
+        except RewardError as error:
+            problems.append(str(error))
+            continue
+        detector.prepare()
+        return detector
+    raise UsageError("; ".join(problems))

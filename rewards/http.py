@@ -1,0 +1,54 @@
+"""Requests that are tried again: what may pass, later each time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+logger = logging.getLogger(__name__)
+CONNECT_TIMEOUT = 5.0
+
+
+@dataclass
+class Patience:
+    """`retries` more attempts, the first after `first_wait` seconds, then twice as long each; `statuses` may pass."""
+
+    retries: int = 4
+    first_wait: float = 0.5
+    statuses: tuple[int, ...] = (429, 500, 502, 503)
+
+
+def ask(
+    session: requests.Session,
+    method: str,
+    url: str,
+    *,
+    patience: Patience,
+    timeout: float,
+    message: Any = None,
+) -> requests.Response:
+    """The answer, whatever its status in the end.
+
+    Raises:
+        requests.RequestException: no connection, after all attempts, or no answer within `timeout` seconds: then what
+            was asked for may still be at work, and asking again would make it worse.
+    """
+    for attempt in range(patience.retries + 1):
+        last = attempt == patience.retries
+        try:
+            answer = session.request(method, url, json=message, timeout=(CONNECT_TIMEOUT, timeout))
+            if last or answer.status_code not in patience.statuses:
+                return answer
+            problem = f"{answer.status_code}: {answer.text[:200]}"
+        except requests.ConnectionError as error:
+            if last:
+                raise
+            problem = str(error)
+        wait = patience.first_wait * 2**attempt
+        logger.info("%s: %s; again in %g s", url, problem, wait)
+        time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
