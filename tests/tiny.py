@@ -18,6 +18,7 @@ from diffusers import (
 )
 
 from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sampling import sample
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.pipelines.sdxl import SDXLModel
@@ -189,6 +190,20 @@ def flux_model(seed: int = 0) -> FluxModel:
 
 MODELS = {"sd3": sd3_model, "flux": flux_model}
 UNETS = {"sd": sd_model, "sdxl": sdxl_model}
+
+
+def rollout(model, prompts, *, generator, guidance_scale):
+    """(B, H, W, 3) uint8: what our sampler makes of a model, for comparison with its stock pipeline."""
+    guided = guidance_scale > 1 and not model.guidance_is_embedded
+    latents = sample(
+        model,
+        model.encode_prompt(prompts),
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        negative_embeds=model.encode_prompt([""] * len(prompts)) if guided else None,
+        generator=generator,
+    )
+    return model.decode(latents).permute(0, 2, 3, 1).numpy()
 
 
 class Brightness(Reward):

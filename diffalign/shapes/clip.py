@@ -174,7 +174,7 @@ class Heads(nn.Module):
 
 
 def train_clip(
-    folder: Path, *, steps: int = 2000, lr: float = 1e-3, seed: int = 0, batches: int = 40
+    folder: Path, *, steps: int, lr: float = 1e-3, seed: int = 0, batches: int = 40
 ) -> dict[str, float]:
     """Train from nothing and save model, tokenizer and processor; returns how often held-out captions are told apart,
     of so many `batches`."""
