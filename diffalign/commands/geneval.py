@@ -39,12 +39,13 @@ def evaluate_geneval(args: argparse.Namespace) -> int:
     state = PartialState()
     folder = args.images or args.output_dir
     made: dict[str, Any] = {}
+    detector = None
     if args.images is None:
-        made = _generate_samples(args, state)
+        made, detector = _generate_samples(args, state)
     elif (folder / SETTINGS).is_file():
         made = read_settings(folder)
     images, empty = read_samples(folder)
-    detector = _detector(args.detector, [i.prompt.metadata for i in images])
+    detector = detector or _detector(args.detector, [i.prompt.metadata for i in images])
     mine = range(state.process_index, len(images), state.num_processes)
     rows = score_samples(
         [images[i] for i in mine],
@@ -75,14 +76,16 @@ def evaluate_geneval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate_samples(args: argparse.Namespace, state: PartialState) -> dict[str, Any]:
-    """The images of --model that are not yet in --output_dir; how they were made."""
+def _generate_samples(
+    args: argparse.Namespace, state: PartialState
+) -> tuple[dict[str, Any], DetectionReward]:
+    """The images of --model that are not yet in --output_dir; how they were made, and who is to look at them."""
     if args.images_per_prompt is None:
         args.images_per_prompt = 4
     shapes = args.model.startswith("shapes-")
     args.prompts = args.prompts or ("shapes:held_out" if shapes else "geneval")
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
-    _detector(args.detector, [p.metadata for p in prompts])  # what is missing is to be known now
+    detector = _detector(args.detector, [p.metadata for p in prompts])  # is it there? better now
     made = {
         "model": args.model,
         "model_fingerprint": fingerprint(args.model),
@@ -112,7 +115,7 @@ def _generate_samples(args: argparse.Namespace, state: PartialState) -> dict[str
         **batching(args),
     )
     state.wait_for_everyone()
-    return made
+    return made, detector
 
 
 def _detector(name: str | None, metadata: Sequence[Mapping[str, Any]]) -> DetectionReward:
