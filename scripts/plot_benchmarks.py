@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -45,7 +46,7 @@ def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path)
 
 
 def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sorted(column)[len(column) // 2] for column in zip(*rows, strict=True)]
+    return [median(column) for column in zip(*rows, strict=True)]
 
 
 def main() -> None:
