@@ -142,3 +142,15 @@ def test_quick_awm_bench(quick):
 def test_quick_demo_bench(quick):
     last, _ = quick("demo")
     assert last["seeds"] == 1
+
+
+def test_rewards_are_timed_beside_the_original_preprocessing(tmp_path, capsys):
+    output = tmp_path / "rewards.json"
+    flags = ["--quick", "--arms=jpeg,clip_score", f"--work={tmp_path}", f"--output={output}"]
+    assert cli.main(["bench", "rewards", *flags]) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(last) == {"preprocessing_share_clip_score"}
+    arms = json.loads(output.read_text())["arms"]
+    assert set(arms) == {"jpeg", "clip_score"}
+    assert arms["clip_score"]["original_over_ours"] > 0
+    assert cli.main(["bench", "rewards", "--quick", "--arms=pick"]) == 2
