@@ -37,13 +37,16 @@ class RemoteReward(Reward):
         if not base.startswith(("http://", "https://")) or not name:
             raise RewardError(f"{url!r}: expected {REMOTE}http://HOST:PORT/NAME")
         self.base, self.name, self.timeout = base, name, TIMEOUT
+        self._ready = False
         self.session = requests.Session()
         if os.environ.get(TOKEN):
             self.session.headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
         self.card = RewardCard(name=url, description=f"{name} at {base}")  # type: ignore[misc]
 
     def prepare(self) -> None:
-        """Is it there, and does an image arrive as it was sent? RewardError where not."""
+        """Is it there, and does an image arrive as it was sent? RewardError where not. Asks once."""
+        if self._ready:
+            return
         try:
             answer = self._ask("GET", "health")
             known = dict(answer["rewards"])
@@ -76,6 +79,7 @@ class RemoteReward(Reward):
                 f"the service at {self.base} speaks of {self.name!r} in another way than this version: {error!r}"
             ) from error
         self._send_golden(expected)
+        self._ready = True
 
     def _send_golden(self, expected: np.ndarray | None) -> None:
         if expected is None or np.isnan(expected).all():

@@ -143,7 +143,6 @@ async def _content(request: Request, bounds: Limits) -> bytes:
 
 
 async def _answer(entry: Served, content: bytes, bounds: Limits) -> dict[str, Any]:
-
     def work() -> dict[str, Any]:
         try:
             message = json.loads(content)

@@ -8,7 +8,7 @@ import json
 from diffalign.commands.compare import evaluate_report, evaluate_wins
 from diffalign.commands.fid import evaluate_fid
 from diffalign.commands.geneval import evaluate_geneval
-from diffalign.commands.images import batching, evaluation, load
+from diffalign.commands.images import batching, drawing, evaluation, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.commands.rewards import check_captions, load_rewards
 from diffalign.data.images import read_folder
@@ -47,14 +47,8 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load(args)
     found = evaluate_model(model, prompts, reward.score, evaluation(args), **batching(args))
     result = {
-        "model": args.model,
-        "lora": args.lora,
-        "prompts": args.prompts,
-        "num_inference_steps": args.num_inference_steps,
-        "solver": args.solver,
-        "guidance_scale": args.guidance_scale,
+        **drawing(args),
         "images_per_task": args.images_per_task,
-        "seed": args.seed,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         **found.to_dict(),
         "versions": versions(),

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign.commands.images import batching, evaluation, load
+from diffalign.commands.images import batching, drawing, evaluation, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
@@ -84,15 +84,9 @@ def _generated(
         args.prompts = args.prompts or "shapes:held_out"
         prompts = load_prompts(args.prompts, limit=args.max_prompts)
         about = {
-            "model": args.model,
-            "lora": args.lora,
-            "prompts": args.prompts,
+            **drawing(args),
             "images_per_prompt": args.images_per_prompt,
-            "num_inference_steps": args.num_inference_steps,
-            "solver": args.solver,
-            "guidance_scale": args.guidance_scale,
             "dtype": args.dtype,
-            "seed": args.seed,
         }
         config = evaluation(args)
         source = model_batches(load(args), prompts, config, process=process, **batching(args))

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign.commands.images import batching, evaluation, fingerprint, load
+from diffalign.commands.images import batching, drawing, evaluation, fingerprint, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
@@ -87,20 +87,14 @@ def _generate_samples(
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     detector = _detector(args.detector, [p.metadata for p in prompts])  # is it there? better now
     made = {
-        "model": args.model,
+        **drawing(args),
         "model_fingerprint": fingerprint(args.model),
-        "lora": args.lora,
         "lora_fingerprint": fingerprint(args.lora),
-        "prompts": args.prompts,
         "max_prompts": args.max_prompts,
         "images_per_prompt": args.images_per_prompt,
-        "num_inference_steps": args.num_inference_steps,
-        "solver": args.solver,
-        "guidance_scale": args.guidance_scale,
         "height": args.height,
         "width": args.width,
         "dtype": args.dtype,
-        "seed": args.seed,
     }
     if state.is_main_process:
         claim(args.output_dir, made)

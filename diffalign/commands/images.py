@@ -62,6 +62,12 @@ def evaluation(args: argparse.Namespace) -> EvaluationConfig:
     )
 
 
+def drawing(args: argparse.Namespace) -> dict[str, Any]:
+    """How --model draws images, for a result."""
+    names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
 def batching(args: argparse.Namespace) -> dict[str, Any]:
     """In what sizes and precision."""
     return {

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffalign.data.images import CaptionedImage, read_image
 from diffalign.errors import UserError
 from diffalign.evaluation.geneval import RESULTS, read_samples, summary
 from diffalign.evaluation.preference import shared_names
-from diffalign.evaluation.report import evenly, png_uri
+from diffalign.evaluation.report import evenly, png_uri, render_page
 
 EXAMPLES = 24
 THUMBNAIL = 256
@@ -70,13 +69,8 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
         for name in evenly(shared, EXAMPLES)
     ]
     rows = table(sides)
-    environment = Environment(
-        loader=PackageLoader("diffalign.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("comparison.html").render(
-        sides=sides, rows=rows, examples=examples, shared=len(shared)
+    page = render_page(
+        "comparison.html", sides=sides, rows=rows, examples=examples, shared=len(shared)
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
+from diffalign.data.files import aside
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UserError
@@ -66,9 +67,8 @@ class FeatureSet:
             arrays |= {"features": self.features.numpy(), "group": self.group.numpy()}
         notes = {"network": self.network, "resize": self.resize, "n": self.moments.n, **self.about}
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.stem}.part.npz")
-        np.savez(aside, **arrays, notes=np.array(json.dumps(notes)))
-        aside.replace(file)
+        with aside(file) as hidden:
+            np.savez(hidden, **arrays, notes=np.array(json.dumps(notes)))
 
     @classmethod
     def load(cls, file: Path) -> FeatureSet:

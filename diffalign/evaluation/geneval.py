@@ -6,7 +6,6 @@ Layout: `00000/metadata.jsonl` (one object), `00000/samples/0000.png`, ... Folde
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
+from diffalign.data.files import aside, write_text
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt, parse_line
 from diffalign.errors import UserError
@@ -55,7 +55,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} holds images made by another tool: score them with --images, or choose another --output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, lambda f: f.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
+    write_text(file, json.dumps(settings, indent=1))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
                     f"{file} is of another prompt ({there.get('prompt')!r}, not {prompt.text!r}): choose another folder"
                 )
         file.parent.joinpath("samples").mkdir(parents=True, exist_ok=True)
-        _write(file, lambda f, m=prompt.metadata: f.write_text(json.dumps(m), encoding="utf-8"))
+        write_text(file, json.dumps(prompt.metadata))
     extra = folder / f"{len(prompts):05d}"
     if extra.exists():
         raise GenEvalError(f"{extra} is beyond the {len(prompts)} prompts: choose another folder")
@@ -117,7 +117,8 @@ def generate_samples(
         )
         for (p, k), image in zip(part, images, strict=True):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            _write(sample_path(folder, p, k), lambda f, x=picture: x.save(f, format="PNG"))
+            with aside(sample_path(folder, p, k)) as file:
+                picture.save(file, format="PNG")
     return len(missing)
 
 
@@ -207,8 +208,7 @@ def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, A
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """GenEval's results file."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    _write(file, lambda f: f.write_text(text, encoding="utf-8"))
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -220,10 +220,3 @@ def _metadata(file: Path) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise GenEvalError(f"{file} must hold one JSON object")
     return entry
-
-
-def _write(path: Path, write: Any) -> None:
-    """Aside, then renamed: an interruption leaves no half of a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(aside)
-    aside.replace(path)

@@ -73,6 +73,16 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def render_page(template: str, **content: Any) -> str:
+    """HTML of a template of this package; what the template names and nobody gives is an error."""
+    environment = Environment(
+        loader=PackageLoader("diffalign.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(template).render(**content)
+
+
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Pairs of the same seed, spread evenly over the held-out prompts (not picked)."""
     rows = []
@@ -101,17 +111,13 @@ def write_report(
     after: Evaluation,
 ) -> Path:
     """Write `folder/report.html` and return its path."""
-    environment = Environment(
-        loader=PackageLoader("diffalign.evaluation", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
     charts = [
         {"title": title, **chart}
         for key, title in CURVES.items()
         if (chart := curve([row.get(key) for row in log]))  # type: ignore[misc]
     ]
-    page = environment.get_template("report.html").render(
+    page = render_page(
+        "report.html",
         config=config,
         yaml=dump(config),
         summary=summary,

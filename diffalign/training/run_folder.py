@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from diffalign.config import ConfigError, RunConfig, decode, differences, dump, to_dict
+from diffalign.data.files import write_text
 from diffalign.errors import UserError
 
 # Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
@@ -87,9 +88,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> Path:
         """Write a text file aside and rename it."""
         file = self.path / name
-        aside = file.with_name(f".{file.name}.writing")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(file)
+        write_text(file, text)
         return file
 
     def append_log(self, row: dict[str, Any]) -> None:

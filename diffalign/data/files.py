@@ -1,0 +1,22 @@
+"""Files that an interruption leaves whole: as they were, or as they are to be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path`, with its suffix, to write to; it takes the place of `path` once that is done."""
+    hidden = path.with_name(f".{os.getpid()}.{path.name}")
+    yield hidden
+    hidden.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, aside and renamed."""
+    with aside(path) as file:
+        file.write_text(text, encoding="utf-8")
