@@ -30,7 +30,9 @@ VERBS = {
     "serve-rewards": "service",
 }
 """Verb to the module of commands that knows it."""
-RESUMES = ("demo", "train", "bench")
+RESUMES = ("demo", "train", "bench", "precompute", "pairs")
+TAKES_SETTINGS = ("train", "precompute")
+"""Verbs with a recipe, whose settings can be overridden."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -56,6 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", help="name or YAML file")
     train.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+
+    precompute = verbs.add_parser(
+        "precompute",
+        help="encode and invert the preference pairs of a recipe once",
+        description="Fill the cache of a recipe that learns from preference pairs. `train` does so, too; here alone it "
+        "can be shared among machines or be kept. Settings are overridden as with `train`.",
+    )
+    precompute.add_argument("recipe", help="name or YAML file")
 
     _add_images(verbs)
     _add_evaluate(verbs)
@@ -223,13 +233,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: returns the exit status; a user's error is one line, not a traceback."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.verb != "train":
+    if rest and args.verb not in TAKES_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.verb == "list":
             return _list(args.what)
         if args.verb == "train":
             return _train(args.recipe, rest, dry_run=args.dry_run)
+        if args.verb == "precompute":
+            from diffalign.commands.training import precompute
+
+            return precompute(args, rest)
         module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
         return int(getattr(module, args.verb.replace("-", "_"))(args) or 0)
     except KeyboardInterrupt:

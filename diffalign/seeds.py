@@ -13,4 +13,4 @@ def stream(*key: int) -> int:
 
 
 # First element of every key, so that no two purposes share a stream.
-PROMPTS, IMAGES, TIMESTEPS, EVALUATION, WINDOW = range(5)
+PROMPTS, IMAGES, TIMESTEPS, EVALUATION, WINDOW, PAIRS, GEOMETRY, STATES, VALIDATION = range(9)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,27 +17,28 @@ if TYPE_CHECKING:
 class PromptEmbeds:
     """What a text encoder says of B prompts, in the form that one model family understands.
 
-    `prompt_embeds` (B, S, D), `pooled_prompt_embeds` (B, P) or None for families without it.
+    `prompt_embeds` (B, S, D), `pooled_prompt_embeds` (B, P) or None for families without it; `time_ids` (B, 6) or None:
+    SDXL's original height and width, top and left of the crop, target height and width, in pixels.
     """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None = None
+    time_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
+        parts = (getattr(self, f.name) for f in fields(self))
+        return PromptEmbeds(*(None if part is None else change(part) for part in parts))
+
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Rows by slice, mask or (N,) index tensor."""
-        pooled = self.pooled_prompt_embeds
-        return PromptEmbeds(self.prompt_embeds[index], None if pooled is None else pooled[index])
+        return self._map(lambda part: part[index])
 
     def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
         """As `Tensor.to`, on every part."""
-        pooled = self.pooled_prompt_embeds
-        return PromptEmbeds(
-            self.prompt_embeds.to(*args, **kwargs),
-            None if pooled is None else pooled.to(*args, **kwargs),
-        )
+        return self._map(lambda part: part.to(*args, **kwargs))
 
     def repeat_first(self, n: int) -> PromptEmbeds:
         """The first prompt `n` times: one null prompt for a whole batch."""
@@ -47,11 +48,38 @@ class PromptEmbeds:
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """In a row; what one of them lacks, all lack."""
         import torch
 
-        pooled = [p.pooled_prompt_embeds for p in parts if p.pooled_prompt_embeds is not None]
+        columns = zip(*(tuple(getattr(p, f.name) for f in fields(p)) for p in parts), strict=True)
         return PromptEmbeds(
-            torch.cat([p.prompt_embeds for p in parts]), torch.cat(pooled) if pooled else None
+            *(None if any(c is None for c in column) else torch.cat(column) for column in columns)
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B pairs, the preferred image first.
+
+    `latents` (B, 2, C, H, W); `embeds` of B prompts; `preference` (B,) in 0.5..1; `weight` (B,); `pair` their numbers
+    in the cache. Inverted by the reference, where the cache has it: `states` (B, 2, K, C, H, W) at `grid_index` (B, K)
+    of the rising grid, and `reference_error` (B, 2, K), its error there. `time_ids` (B, 2, 6), where the family has
+    them.
+    """
+
+    latents: Tensor
+    embeds: PromptEmbeds
+    preference: Tensor
+    weight: Tensor
+    pair: list[int]
+    states: Tensor | None = None
+    grid_index: Tensor | None = None
+    reference_error: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> PreferenceBatch:
+        return PreferenceBatch(
+            *(None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self))
         )
 
 

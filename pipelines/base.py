@@ -42,6 +42,8 @@ class TextToImageModel(ABC):
     max_sequence_length: int
     """Tokens of the long text encoder (T5), where the family has one."""
 
+    takes_time_ids: bool = False
+    """The denoiser is told an image's original size and crop (SDXL)."""
     guidance_is_embedded: bool = False
     """Guidance is an input of the denoiser (FLUX.1-dev) and not a second forward."""
 

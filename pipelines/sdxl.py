@@ -15,6 +15,7 @@ class SDXLModel(SDModel):
     """`StableDiffusionXLPipeline` behind the common interface."""
 
     family = "sdxl"
+    takes_time_ids = True
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -28,16 +29,9 @@ class SDXLModel(SDModel):
             pooled = pooled.masked_fill(empty[:, None], 0)
         return PromptEmbeds(embeds, pooled)
 
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        embeds: PromptEmbeds,
-        *,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        """`time_ids` (B, 6): original height and width, top and left of the crop, target height and width, in pixels;
-        without them an image that was never cropped or resized."""
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """Embeds without `time_ids` stand for images that were never cropped or resized."""
+        time_ids = embeds.time_ids
         if time_ids is None:
             scale = self.pipeline.vae_scale_factor
             height, width = (side * scale for side in noisy_latents.shape[-2:])

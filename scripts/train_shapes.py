@@ -20,9 +20,15 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.shapes.autoencoder import train_autoencoder
-from diffalign.shapes.build import build_flux_pipeline, build_sd3_pipeline, save_pipeline
+from diffalign.shapes.build import (
+    build_flux_pipeline,
+    build_sd3_pipeline,
+    build_sd_pipeline,
+    save_pipeline,
+)
 from diffalign.shapes.clip import train_clip
 from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
 from diffalign.shapes.guidance import GuidanceDistillation
@@ -34,6 +40,7 @@ EYES_STEPS = 1400
 FAMILIES = {
     "sd3": (build_sd3_pipeline, SD3Model),
     "flux": (build_flux_pipeline, FluxModel),
+    "sd": (build_sd_pipeline, SDModel),
 }
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from diffalign import config
-from diffalign.config import ConfigError, RunConfig, load, loading
+from diffalign.config import ConfigError, PreferenceRunConfig, RunConfig, load, loading
 from diffalign.pipelines.registry import available
 
 
@@ -83,10 +83,11 @@ def test_an_algorithm_is_chosen_by_its_type():
 
 
 def test_every_alias_leads_to_a_setting():
-    paths = loading._all_paths(RunConfig)
-    for target in loading.ALIASES.values():
-        for path in (target,) if isinstance(target, str) else target:
-            assert path in paths
+    for run in (RunConfig, PreferenceRunConfig):
+        paths = loading._all_paths(run)
+        for target in loading.aliases_of(run).values():
+            for path in (target,) if isinstance(target, str) else target:
+                assert path in paths
 
 
 @pytest.mark.parametrize(

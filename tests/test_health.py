@@ -9,7 +9,7 @@ from tiny_runs import trainer
 
 from diffalign.training import checkpoint
 from diffalign.training.health import find_collapse
-from diffalign.training.online import TrainingError
+from diffalign.training.trainer import TrainingError
 
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "demo-collapse.json"
 

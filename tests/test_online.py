@@ -12,13 +12,13 @@ from diffusers.optimization import get_scheduler
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import ALGORITHMS, ConfigError, OptimizerConfig, PromptsConfig
+from diffalign.config import ONLINE, ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.training import checkpoint
-from diffalign.training.online import TrainingError, lr_factor
 from diffalign.training.rollout import make_plan
 from diffalign.training.scoring import BackgroundScorer
+from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
 
 
@@ -300,7 +300,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 import test_online as t
 results = {{}}
-for kind in t.ALGORITHMS:
+for kind in t.ONLINE:
     few = {{"timesteps_per_image": 2}} if kind == "diffusion_nft" else {{}}
     run = t.trainer(sys.argv[1], algorithm={{"type": kind, **few}})
     rows = [run.train_update() for _ in range(2)]
@@ -329,8 +329,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(folder / "result.pt", weights_only=False))
-    assert set(results[0]) == set(ALGORITHMS)
-    for kind in ALGORITHMS:
+    assert set(results[0]) == set(ONLINE)
+    for kind in ONLINE:
         (one, rows), (two, others) = (result[kind] for result in results)
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
         assert rows[0]["reward"] == pytest.approx(others[0]["reward"], abs=1e-4)

@@ -8,8 +8,8 @@ import pytest
 import tiny_runs
 import torch
 
-from diffalign.training.online import TrainingError
 from diffalign.training.scoring import BackgroundScorer, RewardTimeout
+from diffalign.training.trainer import TrainingError
 from diffalign.types import RewardOutput
 
 

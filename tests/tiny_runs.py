@@ -45,8 +45,8 @@ def trainer(folder, score=redness, family="sd3", **groups):
     return OnlineTrainer(
         settings(folder, **groups),
         tiny.MODELS[family](),
-        score,
-        load_prompts("shapes:train"),
         Accelerator(cpu=True),
         RunFolder(folder),
+        score,
+        load_prompts("shapes:train"),
     )

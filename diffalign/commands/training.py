@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.table import Table
 
 from diffalign.bench.record import BenchOptions, run_bench
-from diffalign.config import RunConfig, load
+from diffalign.config import AnyRunConfig, PreferenceRunConfig, load
 from diffalign.errors import UsageError, UserError
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.training.memory import forecast
-from diffalign.training.run import run
+from diffalign.training.precompute import precompute as fill_cache
+from diffalign.training.run import prepare_model, run
 from diffalign.training.run_folder import SUMMARY
 
 
-def train(config: RunConfig) -> int:
+def train(config: AnyRunConfig) -> int:
     """Run a configuration and print what it will need and what came of it."""
     if PartialState().is_main_process:
         print_forecast(config)
@@ -30,7 +32,21 @@ def train(config: RunConfig) -> int:
     return 0
 
 
-def print_forecast(config: RunConfig) -> None:
+def precompute(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Fill the cache of a recipe that learns from pairs, and say what is in it."""
+    config = load(args.recipe, overrides)
+    if not isinstance(config, PreferenceRunConfig):
+        raise UsageError(f"precompute: {config.algorithm.type} learns from no pairs")
+    accelerator = Accelerator()
+    model = prepare_model(config, accelerator.device)
+    cache = fill_cache(config, model, accelerator)
+    if accelerator.is_main_process:
+        counts = {k: v for k, v in cache.manifest.items() if k != "key"}
+        print(json.dumps({"cache": str(cache.folder), **counts}))
+    return 0
+
+
+def print_forecast(config: AnyRunConfig) -> None:
     """The memory forecast, before anything is loaded."""
     c = config.model
     try:

@@ -3,7 +3,9 @@
 Nothing here imports torch. Every error names the field and, for a misspelt one, the nearest valid name.
 """
 
+from diffalign.config.checks import ConfigError, nearest
 from diffalign.config.loading import (
+    ALGORITHMS,
     decode,
     describe_recipes,
     differences,
@@ -12,14 +14,23 @@ from diffalign.config.loading import (
     recipes,
     to_dict,
 )
+from diffalign.config.preference import (
+    DiffusionDPOConfig,
+    InversionConfig,
+    InversionDPOConfig,
+    PairsConfig,
+    PreferenceAlgorithmConfig,
+    PreferenceRunConfig,
+)
 from diffalign.config.schema import (
-    ALGORITHMS,
+    ONLINE,
     SOLVERS,
     WEIGHTS,
     AlgorithmConfig,
+    AnyRunConfig,
     AWMConfig,
-    ConfigError,
     DiffusionNFTConfig,
+    DrawingConfig,
     EvaluationConfig,
     FlowGRPOConfig,
     ForwardProcessConfig,
@@ -30,23 +41,31 @@ from diffalign.config.schema import (
     RolloutConfig,
     RunConfig,
     TrainingConfig,
-    nearest,
 )
 
 __all__ = [
     "ALGORITHMS",
+    "ONLINE",
     "SOLVERS",
     "WEIGHTS",
     "AWMConfig",
     "AlgorithmConfig",
+    "AnyRunConfig",
     "ConfigError",
+    "DiffusionDPOConfig",
     "DiffusionNFTConfig",
+    "DrawingConfig",
     "EvaluationConfig",
     "FlowGRPOConfig",
     "ForwardProcessConfig",
+    "InversionConfig",
+    "InversionDPOConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PairsConfig",
+    "PreferenceAlgorithmConfig",
+    "PreferenceRunConfig",
     "PromptsConfig",
     "RolloutConfig",
     "RunConfig",

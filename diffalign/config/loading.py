@@ -1,4 +1,4 @@
-"""Recipes: YAML with overrides to a `RunConfig` and back. The only user of draccus."""
+"""Recipes: YAML with overrides to the configuration of a run and back. The only user of draccus."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.schema import (
-    ALGORITHMS,
-    AlgorithmConfig,
-    AWMConfig,
-    ConfigError,
-    RunConfig,
-    nearest,
+from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.preference import (
+    DiffusionDPOConfig,
+    InversionDPOConfig,
+    PreferenceAlgorithmConfig,
+    PreferenceRunConfig,
 )
+from diffalign.config.schema import (
+    ONLINE,
+    AnyRunConfig,
+    AWMConfig,
+    MethodConfig,
+    RunConfig,
+)
+
+ALGORITHMS: dict[str, type[MethodConfig]] = {
+    **ONLINE,
+    "inversion_dpo": InversionDPOConfig,
+    "diffusion_dpo": DiffusionDPOConfig,
+}
 
 # Flags of diffusers' training scripts that mean the same here.
 ALIASES = {
@@ -26,7 +38,6 @@ ALIASES = {
     "rank": "lora.rank",
     "lora_alpha": "lora.alpha",
     "lora_layers": "lora.targets",
-    "resolution": ("rollout.height", "rollout.width"),
     "train_batch_size": "training.micro_batch_size",
     "max_train_steps": "training.num_updates",
     "mixed_precision": "training.mixed_precision",
@@ -40,8 +51,26 @@ ALIASES = {
     "adam_weight_decay": "optimizer.weight_decay",
     "adam_epsilon": "optimizer.epsilon",
     "max_grad_norm": "optimizer.max_grad_norm",
-    "guidance_scale": "rollout.guidance_scale",
-    "num_inference_steps": "rollout.num_inference_steps",
+}
+# And what means something in one kind of run only, or another thing.
+RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
+    RunConfig: {
+        "resolution": ("rollout.height", "rollout.width"),
+        "guidance_scale": "rollout.guidance_scale",
+        "num_inference_steps": "rollout.num_inference_steps",
+    },
+    PreferenceRunConfig: {
+        "resolution": ("images.height", "images.width"),
+        "guidance_scale": "evaluation.guidance_scale",
+        "num_inference_steps": "pairs.inversion.steps",
+        "beta_dpo": "algorithm.beta",
+        "loss_type": "algorithm.loss_type",
+        "dataset_name": "pairs.source",
+        "train_data_dir": "pairs.source",
+        "max_train_samples": "pairs.limit",
+        "random_flip": "pairs.random_flip",
+        "center_crop": "pairs.center_crop",
+    },
 }
 
 
@@ -62,28 +91,31 @@ def describe_recipes() -> dict[str, str]:
     return found
 
 
-def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`."""
+def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`: a `RunConfig`, or, where its
+    algorithm learns from pairs, a `PreferenceRunConfig`."""
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read_recipe(_find(str(recipe)))
-    parsed = _parse_overrides(overrides)
+    parsed = _parse_overrides(overrides, raw)
     _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
     for key, value in parsed:
         _assign(raw, key.split("."), value)
     return decode(raw)
 
 
-def decode(raw: Mapping[str, Any]) -> RunConfig:
-    """Validate a nested mapping and build the configuration."""
+def decode(raw: Mapping[str, Any]) -> Any:
+    """Validate a nested mapping and build the configuration, of the class that its algorithm asks for."""
     import draccus
 
-    _check_keys(RunConfig, raw, ())
+    kind = _run_class(raw)
+    _check_keys(kind, raw, ())
     groups = dict(raw)
     algorithm = dict(groups.pop("algorithm", {}))
     try:
-        config = draccus.decode(RunConfig, groups)
+        config = draccus.decode(kind, groups)
         config.algorithm = _decode_algorithm(algorithm)
+        config.__post_init__()  # checks between groups, now that the algorithm is there
         return config
     except (
         Exception
@@ -98,7 +130,14 @@ def decode(raw: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(f"{path}: {message}" if path else message) from error
 
 
-def _decode_algorithm(raw: Mapping[str, Any]) -> AlgorithmConfig:
+def _run_class(raw: Mapping[str, Any]) -> type[AnyRunConfig]:
+    """Online, or from pairs."""
+    algorithm = raw.get("algorithm")
+    found = _algorithm_class(algorithm if isinstance(algorithm, Mapping) else {})
+    return PreferenceRunConfig if issubclass(found, PreferenceAlgorithmConfig) else RunConfig
+
+
+def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
     """draccus picks no class by a field's value, and names no group that it does not see."""
     import draccus
     from draccus.utils import DecodingError
@@ -109,7 +148,7 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> AlgorithmConfig:
         raise DecodingError(("algorithm", *error.key_path), error.message) from error
 
 
-def _algorithm_class(raw: Mapping[str, Any]) -> type[AlgorithmConfig]:
+def _algorithm_class(raw: Mapping[str, Any]) -> type[MethodConfig]:
     name = raw.get("type", AWMConfig.type)
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise ConfigError(
@@ -118,7 +157,7 @@ def _algorithm_class(raw: Mapping[str, Any]) -> type[AlgorithmConfig]:
     return ALGORITHMS[name]
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: AnyRunConfig) -> str:
     """YAML that `load` reads back."""
     import yaml
 
@@ -168,7 +207,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict):
         _drop_other_algorithm(found, algorithm.get("type"))
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(_run_class(found | raw))
     for key, value in raw.items():
         group = is_dataclass(hints.get(key)) and isinstance(value, dict)
         found[key] = {**(found.get(key) or {}), **value} if group else value
@@ -194,9 +233,12 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """`--a.b=1`, `--a.b 1` and bare `--flag` (true), with diffusers' names translated."""
     result: list[tuple[str, Any]] = []
+    chosen = next((_value_of(o) for o in overrides if o.startswith("--algorithm.type=")), None)
+    run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
+    aliases = aliases_of(run)
     items = list(overrides)
     while items:
         item = items.pop(0)
@@ -207,19 +249,28 @@ def _parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             text = items.pop(0) if items and not items[0].startswith("--") else "true"
         if key == "enable_xformers_memory_efficient_attention":
             key, text = "model.attention_backend", "xformers" if text == "true" else "null"
-        names = ALIASES.get(key, key)
+        names = aliases.get(key, key)
         for name in (names,) if isinstance(names, str) else names:
-            result.append((name, _parse_value(text, _type_of(name))))
+            result.append((name, _parse_value(text, _type_of(name, run))))
     return result
 
 
-def _type_of(path: str) -> Any:
+def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:
+    """Names of diffusers' scripts to settings of this kind of run."""
+    return ALIASES | RUN_ALIASES[run]
+
+
+def _value_of(override: str) -> str:
+    return override.partition("=")[2]
+
+
+def _type_of(path: str, run: type[AnyRunConfig] = RunConfig) -> Any:
     """Type hint of a setting, None for a path that does not exist."""
     head, _, rest = path.partition(".")
     if head == "algorithm" and rest:  # a name means the same in every algorithm that has it
         hints = [typing.get_type_hints(kind) for kind in ALGORITHMS.values()]
         return next((h[rest] for h in hints if rest in h), None)
-    kind: Any = RunConfig
+    kind: Any = run
     for key in path.split("."):
         kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
     return kind
@@ -264,8 +315,10 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
     for key, value in raw.items():
         full = ".".join((*path, str(key)))
         if key not in names:
-            every = _all_paths(RunConfig) if not path else [".".join((*path, n)) for n in names]
-            raise ConfigError(f"unknown setting {full!r}{nearest(full, [*every, *ALIASES])}")
+            every = _all_paths(kind) if not path else [".".join((*path, n)) for n in names]
+            raise ConfigError(
+                f"unknown setting {full!r}{nearest(full, [*every, *aliases_of(kind)] if not path else every)}"
+            )
         kind_of_value = hints[key]
         choices = typing.get_args(kind_of_value)
         if value is None and type(None) not in choices:
@@ -289,7 +342,13 @@ def _all_paths(kind: type, prefix: str = "") -> list[str]:
     for f in fields(kind):
         result.append(prefix + f.name)
         if f.name == "algorithm":
-            inner = [p for kind in ALGORITHMS.values() for p in _all_paths(kind, "algorithm.")]
+            base = typing.cast(type, hints[f.name])
+            inner = [
+                p
+                for kind in ALGORITHMS.values()
+                if issubclass(kind, base)
+                for p in _all_paths(kind, "algorithm.")
+            ]
             result += dict.fromkeys(inner)
         elif is_dataclass(hints[f.name]):
             result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")

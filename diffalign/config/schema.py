@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diffalign.errors import UserError
+from diffalign.config.checks import check, one_of, positive
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot be run; the message names the field."""
-
-
-def _check(condition: bool, path: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path}: {message}")
-
-
-def _one_of(value: str, choices: Sequence[str], path: str) -> None:
-    _check(value in choices, path, f"unknown value {value!r}{nearest(value, choices)}")
-
-
-def _positive(config: object, names: Sequence[str], group: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint to append to a message: the closest valid name, or all of them when they are few."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid are {', '.join(sorted(valid))}" if len(valid) <= 20 else ""
 
 
 @dataclass
@@ -59,7 +30,7 @@ class ModelConfig:
     """torch.compile of the denoiser's blocks, one after the other (regional): slower to start, faster steps."""
 
     def __post_init__(self) -> None:
-        _one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")
+        one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")
 
 
 @dataclass
@@ -72,14 +43,20 @@ class LoraConfig:
     """Suffixes of linear layers; None is the family's default, its attention projections."""
 
     def __post_init__(self) -> None:
-        _positive(self, ("rank", "alpha"), "lora")
+        positive(self, ("rank", "alpha"), "lora")
 
 
 @dataclass
-class AlgorithmConfig:
-    """What all algorithms of the online loop share."""
+class MethodConfig:
+    """An algorithm's own settings; `type` names it."""
 
     type: str = ""
+
+
+@dataclass
+class AlgorithmConfig(MethodConfig):
+    """What all algorithms of the online loop share."""
+
     advantage_clip: float = 5.0
     std_scope: str = "global"
     """Standard deviation that divides the advantages: of all images ("global") or of each group ("group")."""
@@ -92,12 +69,12 @@ class AlgorithmConfig:
     the guided base is where the policy belongs. Distils guidance along the way, at the price of one more forward."""
 
     def __post_init__(self) -> None:
-        _one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
-        _one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
-        _positive(self, ("advantage_clip",), "algorithm")
-        _check(self.kl_beta >= 0, "algorithm.kl_beta", "must not be negative")
+        one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
+        one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
+        positive(self, ("advantage_clip",), "algorithm")
+        check(self.kl_beta >= 0, "algorithm.kl_beta", "must not be negative")
         guidance = self.reference_guidance_scale
-        _check(
+        check(
             guidance is None or guidance >= 1,
             "algorithm.reference_guidance_scale",
             f"must be at least 1 (no guidance), got {guidance}",
@@ -126,16 +103,16 @@ class ForwardProcessConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("ema_kl_beta", "lag_ramp"):
-            _check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
-        _check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+            check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
+        check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
         n = self.timesteps_per_image
-        _check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
-        _check(
+        check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
+        check(
             1 <= self.kl_timesteps <= n,
             "algorithm.kl_timesteps",
             f"must lie in 1..timesteps_per_image ({n}), got {self.kl_timesteps}",
         )
-        _check(
+        check(
             0 <= self.timestep_start < self.timestep_stop <= 1,
             "algorithm.timestep_start",
             "need 0 <= timestep_start < timestep_stop <= 1",
@@ -156,8 +133,8 @@ class AWMConfig(ForwardProcessConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of(self.weight, WEIGHTS, "algorithm.weight")
-        _positive(self, ("ghuber_power", "clip_range", "advantage_max"), "algorithm")
+        one_of(self.weight, WEIGHTS, "algorithm.weight")
+        positive(self, ("ghuber_power", "clip_range", "advantage_max"), "algorithm")
 
 
 @dataclass
@@ -174,7 +151,7 @@ class DiffusionNFTConfig(ForwardProcessConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, ("mix",), "algorithm")
+        positive(self, ("mix",), "algorithm")
 
 
 @dataclass
@@ -198,27 +175,27 @@ class FlowGRPOConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, ("clip_range", "noise_level"), "algorithm")
-        _one_of(self.dynamics, ("sde", "cps"), "algorithm.dynamics")
-        _check(
+        positive(self, ("clip_range", "noise_level"), "algorithm")
+        one_of(self.dynamics, ("sde", "cps"), "algorithm.dynamics")
+        check(
             self.dynamics == "sde" or not self.guard,
             "algorithm.guard",
             'is defined for algorithm.dynamics "sde" only',
         )
-        _check(
+        check(
             self.dynamics != "cps" or self.noise_level < 1,
             "algorithm.noise_level",
             f"cps needs less than 1, got {self.noise_level}",
         )
-        _check(
+        check(
             self.window_size is None or self.window_size >= 1,
             "algorithm.window_size",
             "must be at least 1",
         )
-        _check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
+        check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
 
 
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+ONLINE: dict[str, type[AlgorithmConfig]] = {
     "awm": AWMConfig,
     "diffusion_nft": DiffusionNFTConfig,
     "flow_grpo": FlowGRPOConfig,
@@ -226,18 +203,9 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 
 
 @dataclass
-class RolloutConfig:
-    """How images are made for training: global numbers, whatever the number of processes."""
+class DrawingConfig:
+    """How images are made, whatever for."""
 
-    prompts_per_update: int = 12
-    group_size: int = 16
-    """Images of one prompt that compete with each other."""
-    num_inference_steps: int = 10
-    solver: str = "default"
-    """"default": the scheduler's own step; "adams_bashforth": second order on the same timesteps, so that fewer do. For
-    losses that need clean latents alone."""
-    guidance_scale: float | None = None
-    """None: no classifier-free guidance (FLUX: its default guidance embedding)."""
     height: int | None = None
     width: int | None = None
     micro_batch_size: int = 64
@@ -250,15 +218,43 @@ class RolloutConfig:
     """Seconds without a reward after which the run stops; null waits for ever."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.reward_timeout is None or self.reward_timeout > 0,
-            "rollout.reward_timeout",
+            f"{self.group}.reward_timeout",
             "must be positive",
         )
-        _check(self.group_size >= 2, "rollout.group_size", "a group needs at least 2 images")
-        _one_of(self.solver, SOLVERS, "rollout.solver")
-        for name in ("prompts_per_update", "num_inference_steps", "micro_batch_size"):
-            _check(getattr(self, name) >= 1, f"rollout.{name}", "must be at least 1")
+        check(self.micro_batch_size >= 1, f"{self.group}.micro_batch_size", "must be at least 1")
+
+    @property
+    def group(self) -> str:
+        """What these settings are called in a run."""
+        return "images"
+
+
+@dataclass
+class RolloutConfig(DrawingConfig):
+    """How images are made for training: global numbers, whatever the number of processes."""
+
+    prompts_per_update: int = 12
+    group_size: int = 16
+    """Images of one prompt that compete with each other."""
+    num_inference_steps: int = 10
+    solver: str = "default"
+    """"default": the scheduler's own step; "adams_bashforth": second order on the same timesteps, so that fewer do. For
+    losses that need clean latents alone."""
+    guidance_scale: float | None = None
+    """None: no classifier-free guidance (FLUX: its default guidance embedding)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.group_size >= 2, "rollout.group_size", "a group needs at least 2 images")
+        one_of(self.solver, SOLVERS, "rollout.solver")
+        for name in ("prompts_per_update", "num_inference_steps"):
+            check(getattr(self, name) >= 1, f"rollout.{name}", "must be at least 1")
+
+    @property
+    def group(self) -> str:
+        return "rollout"
 
 
 @dataclass
@@ -276,25 +272,21 @@ class OptimizerConfig:
     """After the warm-up: "constant", or "linear" or "cosine" down to zero at the run's last planned step."""
 
     def __post_init__(self) -> None:
-        _positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
-        _one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
-        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
+        positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
+        one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
+        check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
 
 
 @dataclass
-class TrainingConfig:
-    """The loop."""
+class LoopConfig:
+    """What all loops share."""
 
     num_updates: int = 100
-    """Rollouts; with updates_per_rollout = 1 also optimizer steps."""
-    updates_per_rollout: int = 1
     micro_batch_size: int = 64
     """Images trained on at a time by one process; a matter of memory, never of results."""
     mixed_precision: str = "bf16"
     """Autocast of forward passes: "bf16" or "no". (The loss of a large update underflows in fp16.)"""
     seed: int = 0
-    drop_uninformative: bool = True
-    """Leave out groups whose images all got the same reward."""
     ema_max: float = 0.99
     """Largest decay of the averaged weights that are evaluated and saved; 0 evaluates the current ones."""
     checkpoint_every: int = 20
@@ -305,19 +297,32 @@ class TrainingConfig:
     """Updates between sample grids; 0 for none."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of accelerate that also get the log and the sample grids: tensorboard, wandb, trackio, ..."""
+    max_minutes: float | None = None
+    """Stop after this much time, counting updates (and rollouts) only."""
+
+    def __post_init__(self) -> None:
+        one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
+        for name in ("num_updates", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
+        check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
+        check(self.seed >= 0, "training.seed", "must not be negative")
+
+
+@dataclass
+class TrainingConfig(LoopConfig):
+    """The online loop. `num_updates` counts rollouts; with updates_per_rollout = 1 these are also optimizer steps."""
+
+    updates_per_rollout: int = 1
+    drop_uninformative: bool = True
+    """Leave out groups whose images all got the same reward."""
     on_collapse: str = "warn"
     """When the reward has fallen and the gradient has risen for good: "warn", "stop", or "rollback" to the last good
     checkpoint and go on with half the learning rate."""
-    max_minutes: float | None = None
-    """Stop after this much time, counting rollouts and updates only."""
 
     def __post_init__(self) -> None:
-        _one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
-        _one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
-        for name in ("num_updates", "updates_per_rollout", "micro_batch_size", "checkpoint_every"):
-            _check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
-        _check(self.keep_checkpoints >= 1, "training.keep_checkpoints", "must be at least 1")
-        _check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
+        super().__post_init__()
+        one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
+        check(self.updates_per_rollout >= 1, "training.updates_per_rollout", "must be at least 1")
 
 
 @dataclass
@@ -338,30 +343,34 @@ class EvaluationConfig:
     """Rewards that are only looked at, never trained on: they show whether the trained one was gamed."""
 
     def __post_init__(self) -> None:
-        _one_of(self.solver, SOLVERS, "evaluation.solver")
-        _check(
-            self.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1"
-        )
-        _check(
+        one_of(self.solver, SOLVERS, "evaluation.solver")
+        check(self.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1")
+        check(
             self.images_per_task is None or self.images_per_task >= 1,
             "evaluation.images_per_task",
             "must be at least 1",
         )
-        _check(self.images_per_prompt >= 1, "evaluation.images_per_prompt", "must be at least 1")
-        _check(
+        check(self.images_per_prompt >= 1, "evaluation.images_per_prompt", "must be at least 1")
+        check(
             self.max_prompts is None or self.max_prompts >= 1,
             "evaluation.max_prompts",
             "must be at least 1",
         )
-        _check(self.seed >= 0, "evaluation.seed", "must not be negative")
+        check(self.seed >= 0, "evaluation.seed", "must not be negative")
 
 
 @dataclass
-class PromptsConfig:
+class HeldOutPromptsConfig:
     """Where prompts come from: `shapes:train`, `shapes:held_out`, `geneval`, or a .txt / .jsonl file."""
 
-    train: str = "shapes:train"
     evaluation: str = "shapes:held_out"
+
+
+@dataclass
+class PromptsConfig(HeldOutPromptsConfig):
+    """Those of evaluation, and those that images are made of for training."""
+
+    train: str = "shapes:train"
     balance_tasks: bool = True
     """Draw every task (`tag` of the metadata) equally often, however many prompts it has."""
     task_weights: dict[str, float] | None = None
@@ -369,11 +378,11 @@ class PromptsConfig:
 
     def __post_init__(self) -> None:
         weights = self.task_weights or {}
-        _check(
+        check(
             not weights or self.balance_tasks, "prompts.task_weights", "needs prompts.balance_tasks"
         )
         for task, weight in weights.items():
-            _check(
+            check(
                 0 <= weight < math.inf,
                 f"prompts.task_weights.{task}",
                 f"must be a finite number, not negative, got {weight}",
@@ -381,35 +390,52 @@ class PromptsConfig:
 
 
 @dataclass
-class RunConfig:
-    """Everything that decides a training run."""
+class AnyRunConfig:
+    """What every run has."""
 
     output_dir: str = "runs/awm"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
+    algorithm: MethodConfig = field(default_factory=MethodConfig)
     """Of the class that `algorithm.type` names."""
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: HeldOutPromptsConfig = field(default_factory=HeldOutPromptsConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"verifier": 1.0})
     """Reward names of `diffalign list rewards` and their weights."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _check(bool(self.rewards), "rewards", "name at least one reward")
+        check(bool(self.rewards), "rewards", "name at least one reward")
         for name, weight in self.rewards.items():
-            _check(math.isfinite(weight), f"rewards.{name}", f"needs a finite weight, got {weight}")
+            check(math.isfinite(weight), f"rewards.{name}", f"needs a finite weight, got {weight}")
         for name in self.evaluation.rewards:
-            _check(
+            check(
                 name not in self.rewards,
                 f"evaluation.rewards.{name}",
                 "is trained on (rewards); a held-out reward must be another one",
             )
-        _check(self.training.seed >= 0, "training.seed", "must not be negative")
-        _check(
+        check(
             self.model.attention_backend is None or self.training.mixed_precision == "no",
             "model.attention_backend",
             "needs training.mixed_precision=no and a bfloat16 base: under autocast queries are float32, values not",
         )
+
+    @property
+    def drawing(self) -> DrawingConfig:
+        """How images are made."""
+        raise NotImplementedError
+
+
+@dataclass
+class RunConfig(AnyRunConfig):
+    """Everything that decides an online run."""
+
+    algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def drawing(self) -> DrawingConfig:
+        return self.rollout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -130,14 +132,15 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, entry
 
 
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8, turned as its EXIF says; transparency on white, 16 bits scaled to 8, an animation's first frame.
+def read_image(path: Path | bytes) -> Tensor:
+    """(3, H, W) uint8 of a file or its contents, turned as its EXIF says; transparency on white, 16 bits scaled to 8,
+    an animation's first frame.
 
     Raises:
         OSError: the file is missing, empty, cut or no image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as file:
             file.load()
             image = _upright(file)
         if image.mode.startswith("I") or image.mode == "F":
@@ -149,7 +152,8 @@ def read_image(path: Path) -> Tensor:
     except OSError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+        name = "image" if isinstance(path, bytes) else path
+        raise OSError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -170,6 +174,24 @@ def _deep(values: np.ndarray) -> Tensor:
         grey = values.clip(0, 65535) / 257
     pixels = torch.from_numpy(grey.round().astype(np.uint8))
     return pixels.expand(3, *pixels.shape).contiguous()
+
+
+def fit(
+    pixels: Tensor, height: int, width: int, *, place: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Tensor, tuple[int, int]]:
+    """(3, height, width) uint8 of (3, H, W): the least resizing that covers it, then a crop at `place` (0..1 from the
+    top, from the left); also the crop's top and left. An image of that size stays as it is."""
+    _, h, w = pixels.shape
+    scale = max(height / h, width / w)
+    if scale != 1:
+        size = max(height, round(h * scale)), max(width, round(w * scale))
+        resized = F.interpolate(
+            pixels[None].float(), size=size, mode="bicubic", antialias=True, align_corners=False
+        )
+        pixels = resized[0].round().clamp(0, 255).to(torch.uint8)
+    top = round(place[0] * (pixels.shape[1] - height))
+    left = round(place[1] * (pixels.shape[2] - width))
+    return pixels[:, top : top + height, left : left + width], (top, left)
 
 
 def batches(

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from diffalign.config import RunConfig, dump
+from diffalign.config import AnyRunConfig, dump
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Evaluation
 
@@ -103,7 +103,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
 def write_report(
     folder: Path,
     *,
-    config: RunConfig,
+    config: AnyRunConfig,
     summary: dict[str, Any],
     log: list[dict[str, Any]],
     prompts: Sequence[Prompt],

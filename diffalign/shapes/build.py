@@ -7,14 +7,21 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
 )
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 
-from diffalign.shapes.denoiser import build_flux_transformer, build_sd3_transformer
+from diffalign.shapes.denoiser import (
+    build_flux_transformer,
+    build_sd3_transformer,
+    build_sd_unet,
+)
 from diffalign.shapes.text import (
     PADDED_LENGTHS,
     WIDTH,
@@ -29,14 +36,14 @@ from diffalign.shapes.text import (
 
 
 def pretrained_clip(
-    tokenizer: CLIPTokenizer, *, projection: bool, steps: int, seed: int
+    tokenizer: CLIPTokenizer, *, projection: bool, steps: int, seed: int, last: bool = False
 ) -> PreTrainedModel:
-    """A tiny CLIP text encoder that understands Shapes' captions."""
+    """A tiny CLIP text encoder that understands Shapes' captions, in its `last` layer's tokens or those before."""
     torch.manual_seed(seed)
     encoder = build_clip(tokenizer, projection=projection)
     train_text_encoder(
         encoder,
-        encode=clip_features(encoder),
+        encode=clip_features(encoder, last=last),
         tokenizer=tokenizer,
         width=WIDTH,
         steps=steps,
@@ -104,7 +111,33 @@ def build_flux_pipeline(
     )
 
 
-def save_pipeline(pipeline: StableDiffusion3Pipeline | FluxPipeline, folder: Path) -> None:
+def build_sd_pipeline(
+    vae: AutoencoderKL, *, transformer: nn.Module | None = None, text_steps: int = 400
+) -> StableDiffusionPipeline:
+    """`shapes-sd`: one CLIP encoder, SD1.5's noise schedule with DDIM's steps."""
+    tokenizer = build_clip_tokenizer()
+    return StableDiffusionPipeline(
+        unet=transformer or build_sd_unet(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        vae=vae,
+        text_encoder=pretrained_clip(
+            tokenizer, projection=False, steps=2 * text_steps, seed=0, last=True
+        ),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """bf16 safetensors in diffusers' layout."""
     pipeline.to(dtype=torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffalign.geneval import summarize
@@ -70,6 +70,19 @@ def build_flux_transformer() -> FluxTransformer2DModel:
     )
 
 
+def build_sd_unet() -> UNet2DConditionModel:
+    """SD1.5's kind of U-Net with two resolutions: 16 x 16 latents, and 8 x 8, where attention is affordable."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # heads: what diffusers' U-Nets mean by it
+    )
+
+
 @dataclass
 class PretrainConfig:
     """How a denoiser is pretrained."""
@@ -102,6 +115,11 @@ class Captioned:
     rows: Tensor
     embeds: PromptEmbeds
     long_embeds: PromptEmbeds
+
+    @property
+    def has_long(self) -> bool:
+        """Whether there are two lengths at all: CLIP alone has one."""
+        return self.long_embeds.prompt_embeds.shape != self.embeds.prompt_embeds.shape
 
     def padded_like(self, embeds: PromptEmbeds) -> PromptEmbeds:
         """All prompts, with as many tokens as `embeds`."""
@@ -184,7 +202,7 @@ class Pretraining:
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
         """The arguments of the loss."""
-        long = torch.rand((), generator=self.rng).item() < LONG_SHARE
+        long = torch.rand((), generator=self.rng).item() < LONG_SHARE and data.has_long
         n = max(1, self.config.batch_size // (LONG_DIVISOR if long else 1))
         index = torch.randint(len(data.rows), (n,), generator=self.rng)
         latents = data.latents[index].float()

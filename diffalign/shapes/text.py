@@ -162,15 +162,16 @@ def caption_targets(entry: dict[str, Any]) -> list[int]:
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def clip_features(model: PreTrainedModel) -> Encode:
-    """What pipelines read from CLIP: token embeddings before the last layer, and the pooled embedding."""
+def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
+    """What pipelines read from CLIP: the pooled embedding, and token embeddings before the last layer or, as SD1.5
+    does, after it and its norm."""
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
         out = model(ids, output_hidden_states=True)
         pooled = (
             out.text_embeds if isinstance(model, CLIPTextModelWithProjection) else out.pooler_output
         )
-        return out.hidden_states[-2], pooled
+        return out.last_hidden_state if last else out.hidden_states[-2], pooled
 
     return encode
 

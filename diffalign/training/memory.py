@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import lora
-from diffalign.config import FlowGRPOConfig, ForwardProcessConfig, RunConfig
+from diffalign.config import (
+    AnyRunConfig,
+    FlowGRPOConfig,
+    ForwardProcessConfig,
+    PreferenceAlgorithmConfig,
+    RunConfig,
+)
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
 from diffalign.types import PromptEmbeds
@@ -46,7 +52,7 @@ class MemoryForecast:
         return f"memory forecast, GiB for a process: {self.total / GIB:.2f} ({parts})"
 
 
-def forecast(model: TextToImageModel, config: RunConfig) -> MemoryForecast:
+def forecast(model: TextToImageModel, config: AnyRunConfig) -> MemoryForecast:
     """Count a run on a model whose modules are on the meta device; they get the run's adapters.
 
     Args:
@@ -80,13 +86,13 @@ def size_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def activations(model: TextToImageModel, config: RunConfig) -> int:
+def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     """Bytes that autograd keeps of one micro-batch, with the adapters in place."""
     for parameter in model.denoiser.parameters():  # autocast computes adapters in the base's dtype
         parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     rows = config.training.micro_batch_size * _rows_per_image(config)
     height, width = model.default_size
-    size = config.rollout.height or height, config.rollout.width or width
+    size = config.drawing.height or height, config.drawing.width or width
     dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):
         latents = torch.empty(rows, *model.latent_shape(*size), dtype=dtype)
@@ -131,9 +137,12 @@ def saved_bytes(module: nn.Module, forward: object) -> int:
     return sum(size for size, _ in found.values())
 
 
-def _rows_per_image(config: RunConfig) -> int:
+def _rows_per_image(config: AnyRunConfig) -> int:
     algorithm = config.algorithm
+    if isinstance(algorithm, PreferenceAlgorithmConfig):
+        return 2 * algorithm.timesteps_per_pair
     if isinstance(algorithm, ForwardProcessConfig):
         return algorithm.timesteps_per_image
     assert isinstance(algorithm, FlowGRPOConfig)
+    assert isinstance(config, RunConfig)
     return algorithm.window_size or config.rollout.num_inference_steps - 1

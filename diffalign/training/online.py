@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import (
     FlowGRPOConfig,
     ForwardProcessConfig,
-    OptimizerConfig,
     RunConfig,
     nearest,
 )
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError, UserError
+from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 from diffalign.noise import RectifiedFlow
-from diffalign.pipelines.base import TextToImageModel
-from diffalign.training import checkpoint
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward_update import ForwardProcessUpdate
 from diffalign.training.rollout import Plan, RolloutMaker, make_plan
-from diffalign.training.run_folder import RunFolder
 from diffalign.training.scoring import RewardTimeout
+from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.training.trajectory_update import TrajectoryUpdate
 from diffalign.training.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.types import Rollout
@@ -42,32 +36,16 @@ from diffalign.types import Rollout
 logger = logging.getLogger(__name__)
 
 
-class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says since when and from where it can be resumed."""
-
-
 @dataclass
-class Progress:
-    """What outlives a process: finished updates, optimizer steps, seconds of training, and how often the run was rolled
-    back: each time halves the learning rate."""
-
-    update: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    rollbacks: int = 0
-
-
-@dataclass
-class OnlineTrainer:
+class OnlineTrainer(Trainer):
     """One run. `score` maps images, prompts and metadata to rewards; it never sees the model."""
 
     config: RunConfig
-    model: TextToImageModel
     score: Score
     prompts: Sequence[Prompt]
-    accelerator: Accelerator
-    folder: RunFolder
-    progress: Progress = field(default_factory=Progress)
+
+    policies: ClassVar[tuple[str, ...]] = (lora.LAGGED, lora.AVERAGED)
+    advice: ClassVar[str] = " or a higher algorithm.kl_beta"
 
     def __post_init__(self) -> None:
         c = self.config
@@ -76,32 +54,17 @@ class OnlineTrainer:
                 f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX), and {c.model.name} is a "
                 f"{self.model.family} model"
             )
-        targets = c.lora.targets or self.model.lora_targets
-        self.parameters = lora.attach(
-            self.model.denoiser,
-            rank=c.lora.rank,
-            alpha=c.lora.alpha,
-            targets=targets,
-            seed=c.training.seed,
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=c.optimizer.learning_rate,
-            betas=c.optimizer.betas,
-            weight_decay=c.optimizer.weight_decay,
-            eps=c.optimizer.epsilon,
-        )
-        height, width = self.model.default_size
-        self.size = (c.rollout.height or height, c.rollout.width or width)
+        super().__post_init__()
         images = c.rollout.prompts_per_update * c.rollout.group_size
         if images < self.accelerator.num_processes:
             raise UsageError(
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
         self._check_tasks()
-        self.model.latent_shape(*self.size)  # a clear error now rather than in the first rollout
         self.forwards = ForwardCounter(self.model.denoiser)
-        self.rollouts = RolloutMaker(c, self.model, self.score, self.accelerator, self.size)
+        self.rollouts = RolloutMaker(
+            c, self.model, self.score, self.accelerator, self.size, self.drawing
+        )
         self.policy_update = self._policy_update()
 
     def _check_tasks(self) -> None:
@@ -165,65 +128,16 @@ class OnlineTrainer:
             found[False].add(self.model.forward_rows(images, guidance))
         return found
 
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint of the run folder, if there is one."""
-        path = checkpoint.latest(self.folder.checkpoints)
-        if path is None:
-            if self.accelerator.is_main_process:
-                self.folder.rewind_log(0)
-            return False
-        self._load(path)
-        return True
+    @property
+    def planned_steps(self) -> int:
+        return self.config.training.num_updates * self.config.training.updates_per_rollout
 
-    def roll_back(self, good: int) -> None:
-        """Return to the newest checkpoint that is no later than update `good`, drop later ones, halve the rate.
-
-        Raises:
-            TrainingError: there is none.
-        """
-        path = checkpoint.latest(self.folder.checkpoints, until=good)
-        if path is None:
-            raise TrainingError(
-                f"no checkpoint of update {good} or before it is left to roll back to: keep more of them "
-                "(training.keep_checkpoints) or write them more often (training.checkpoint_every)"
-            )
-        rollbacks, seconds = self.progress.rollbacks + 1, self.progress.seconds
-        self._load(path)
-        self.progress.rollbacks, self.progress.seconds = rollbacks, seconds
-        if self.accelerator.is_main_process:
-            checkpoint.drop_after(path)
-        self.accelerator.wait_for_everyone()
-        self.save()  # an interruption must not undo the rollback
-
-    def _load(self, path: Path) -> None:
-        update, tensors, state = checkpoint.load(path)
-        for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED):
-            lora.load_adapter_state(self.model.denoiser, name, tensors[name])
-        checkpoint.restore_optimizer(self.optimizer, tensors["optimizer"])
-        self.progress = Progress(update, **state)
-        if self.accelerator.is_main_process:
-            self.folder.rewind_log(update)
-
-    def save(self) -> None:
-        """Write a checkpoint (main process only; every process holds the same state)."""
-        if self.accelerator.is_main_process:
-            tensors = {
-                name: lora.adapter_state(self.model.denoiser, name)
-                for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED)
-            }
-            tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer)
-            checkpoint.save(
-                self.folder.checkpoints,
-                self.progress.update,
-                tensors,
-                {
-                    "step": self.progress.step,
-                    "seconds": self.progress.seconds,
-                    "rollbacks": self.progress.rollbacks,
-                },
-                keep=self.config.training.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "reward": f"{row['reward']:.3f}",
+            "kl": f"{row.get('kl', 0):.4f}",
+            "images_per_s": f"{row['images_per_second']:.1f}",
+        }
 
     def train_update(self) -> dict[str, Any]:
         """One rollout and the updates on it; returns the row of the log."""
@@ -322,55 +236,14 @@ class OnlineTrainer:
         for inner in range(c.training.updates_per_rollout):
             self.optimizer.zero_grad()
             sums = self.policy_update.accumulate(batch, update=number, inner=inner)
-            norm = self._reduce_gradients()
             sums.table = self.accelerator.reduce(sums.table, "sum")
-            if not math.isfinite(norm):
-                raise TrainingError(
-                    f"the gradient of update {number} is not finite and was not applied; the last checkpoint is "
-                    f"{checkpoint.latest(self.folder.checkpoints) or 'none'}. The same command would meet it again: "
-                    "start in another output_dir with a lower optimizer.learning_rate or a higher algorithm.kl_beta"
-                )
-            factor = lr_factor(
-                (number - 1) * c.training.updates_per_rollout + inner,
-                c.optimizer,
-                total=c.training.num_updates * c.training.updates_per_rollout,
-            )
-            factor *= 0.5**self.progress.rollbacks
-            self.optimizer.param_groups[0]["lr"] = c.optimizer.learning_rate * factor
-            self.optimizer.step()
-            self.progress.step += 1
-            rows.append({**sums.means(), "grad_norm": norm})
-            step = self.progress.step
-            decay = min(c.training.ema_max, (1 + step) / (10 + step))
-            lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
+            index = (number - 1) * c.training.updates_per_rollout + inner
+            rows.append({"grad_norm": self.step(number, index=index), **sums.means()})
         lag = self.policy_update.lag_decay(number)
         if lag is not None:
             lora.blend(self.model.denoiser, lora.LAGGED, decay=lag)
         self.optimizer.zero_grad()
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
-
-    def _reduce_gradients(self) -> float:
-        """Sum over processes, clip, return the norm before clipping."""
-        for parameter in self.parameters:
-            if parameter.grad is None:  # a process without images still takes part
-                parameter.grad = torch.zeros_like(parameter)
-            if self.accelerator.num_processes > 1:
-                torch.distributed.all_reduce(parameter.grad)
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm).item()
-
-
-def lr_factor(step: int, config: OptimizerConfig, *, total: int) -> float:
-    """Share of the learning rate at optimizer step `step` (from 0) of `total`: a function of nothing else, so that a
-    resumed run needs no state of a scheduler."""
-    warmup = config.warmup_updates
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    if config.lr_scheduler == "linear":
-        return 1 - done
-    if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0
 
 
 def _reward_row(

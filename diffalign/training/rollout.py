@@ -6,7 +6,7 @@ one process or eight, large micro-batches or small, make the same images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign import lora
 from diffalign.config import PromptsConfig, RolloutConfig, RunConfig
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Score
@@ -90,13 +89,14 @@ def _by_task(
 
 @dataclass
 class RolloutMaker:
-    """Draws and scores; `size` is (height, width) in pixels."""
+    """Draws and scores; `size` is (height, width) in pixels, `drawing` the context of a policy."""
 
     config: RunConfig
     model: TextToImageModel
     score: Score
     accelerator: Accelerator
     size: tuple[int, int]
+    drawing: Callable[[str], AbstractContextManager[None]]
 
     def __post_init__(self) -> None:
         self.embed = EmbedCache(self.model)
@@ -147,11 +147,6 @@ class RolloutMaker:
         rewards = torch.from_numpy(self._gather(output.values, plan))
         trajectory = None if sampler is None else sampler.trajectory()
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
-
-    def drawing(self, policy: str) -> AbstractContextManager[None]:
-        """The context in which images of a policy are made."""
-        context = lora.merged if self.config.rollout.merge_lora else lora.policy
-        return context(self.model.denoiser, policy)
 
     def _collect(self) -> RewardOutput:
         """Of this process's images; a timeout is everyone's, for nobody can go on without the others."""

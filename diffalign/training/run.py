@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import lora
-from diffalign.config import ConfigError, RunConfig, to_dict
+from diffalign.config import AnyRunConfig, ConfigError, PreferenceRunConfig, RunConfig, to_dict
 from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import image_grid, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
@@ -27,9 +28,11 @@ from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.health import Collapse, find_collapse
-from diffalign.training.online import OnlineTrainer, TrainingError
+from diffalign.training.online import OnlineTrainer
+from diffalign.training.preference import PreferenceTrainer
 from diffalign.training.run_folder import SUMMARY, RunFolder
 from diffalign.training.scoring import BackgroundScorer
+from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import RewardOutput, no_reward
 from diffalign.versions import versions
 
@@ -37,7 +40,7 @@ logger = logging.getLogger(__name__)
 GRID_IMAGES = 12
 
 
-def prepare_model(config: RunConfig, device: torch.device) -> TextToImageModel:
+def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
     """Load the base model in its frozen dtype with the attention and memory settings of the configuration."""
     c = config.model
     model = load_model(
@@ -75,28 +78,29 @@ def set_attention_backend(model: TextToImageModel, backend: str) -> None:
 class Run:
     """The parts of one run, ready to start."""
 
-    config: RunConfig
+    config: AnyRunConfig
     accelerator: Accelerator
     model: TextToImageModel
     reward: CompositeReward
     held_out_reward: CompositeReward
-    train_prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
-    trainer: OnlineTrainer
+    trainer: Trainer
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> Run:
+    def prepare(cls, config: AnyRunConfig) -> Run:
         """Everything that can fail for a user's reason fails here, before the first image."""
         accelerator = trackers.make_accelerator(
             config
         )  # first: it decides on which device rewards are made
-        train = load_prompts(config.prompts.train)
         held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
         reward = CompositeReward.from_config(config.rewards)
         watched = CompositeReward.from_config(
             dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
         )
-        reward.check_metadata([p.metadata for p in train])
+        train = []
+        if isinstance(config, RunConfig):
+            train = load_prompts(config.prompts.train)
+            reward.check_metadata([p.metadata for p in train])
         for part in (reward, watched):
             part.check_metadata([p.metadata for p in held_out])
         folder = RunFolder(config.output_dir)
@@ -104,17 +108,23 @@ class Run:
         for part in (reward, watched):
             part.prepare()
         model = prepare_model(config, accelerator.device)
-        trainer = OnlineTrainer(config, model, reward.score, train, accelerator, folder)
+        trainer: Trainer
+        if isinstance(config, PreferenceRunConfig):
+            trainer = PreferenceTrainer(config, model, accelerator, folder)
+        else:
+            assert isinstance(config, RunConfig)
+            trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, train)
         if config.model.compile:
             compile_blocks(model.denoiser, trainer.full_batches())
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
             folder.claim(config)
-        return cls(config, accelerator, model, reward, watched, train, held_out, trainer)
+        return cls(config, accelerator, model, reward, watched, held_out, trainer)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end and return what `summary.json` holds."""
         started = time.perf_counter()
+        self.trainer.prepare()
         if self.trainer.resume():
             self._say(f"resumed after update {self.trainer.progress.update}")
         self._say(f"scoring {self.config.model.name} before training")
@@ -165,7 +175,8 @@ class Run:
             progress = self.trainer.progress
             last = progress.update >= c.num_updates or self._out_of_time()
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
-                row["evaluation"] = self._evaluate(self.policy).to_dict()
+                found = self._evaluate(self.policy).to_dict()
+                row["evaluation"] = {**found, **self.trainer.validate()}
             log.append(row)
             trackers.log(self.accelerator, row)
             if self.accelerator.is_main_process:
@@ -174,13 +185,10 @@ class Run:
                     self._save_grid(progress.update)
             if progress.update % c.checkpoint_every == 0 or last:
                 self.trainer.save()
-            bar.set_postfix(
-                reward=f"{row['reward']:.3f}",
-                kl=f"{row.get('kl', 0):.4f}",
-                images_per_s=f"{row['images_per_second']:.1f}",
-            )
+            bar.set_postfix(self.trainer.headline(row))
             bar.update()
-            if (collapse := find_collapse(log)) is not None:
+            online = isinstance(self.config, RunConfig)
+            if online and (collapse := find_collapse(log)) is not None:
                 log = self._collapsed(collapse)
                 bar.n = self.trainer.progress.update
                 last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
@@ -192,6 +200,7 @@ class Run:
 
     def _collapsed(self, collapse: Collapse) -> list[dict[str, Any]]:
         """Do what the configuration wants; returns the log from which the run goes on."""
+        assert isinstance(self.config, RunConfig)
         reaction = self.config.training.on_collapse
         if reaction == "stop":
             raise TrainingError(f"{collapse}; stopped, every checkpoint is kept")
@@ -215,9 +224,9 @@ class Run:
     def _evaluate(self, policy: str) -> Evaluation:
         """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
         score = BackgroundScorer(
-            self._score, timeout=self.config.rollout.reward_timeout, overlap=False
+            self._score, timeout=self.config.drawing.reward_timeout, overlap=False
         )
-        with self.trainer.rollouts.drawing(policy):
+        with self.trainer.drawing(policy):
             return evaluate_model(
                 self.model,
                 self.eval_prompts,
@@ -225,7 +234,7 @@ class Run:
                 self.config.evaluation,
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
-                micro_batch_size=self.config.rollout.micro_batch_size,
+                micro_batch_size=self.config.drawing.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
             )
 
@@ -244,7 +253,7 @@ class Run:
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with self.trainer.rollouts.drawing(self.policy):
+        with self.trainer.drawing(self.policy):
             found = evaluate_model(
                 self.model,
                 prompts,
@@ -252,7 +261,7 @@ class Run:
                 replace(self.config.evaluation, images_per_prompt=1, images_per_task=None),
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
-                micro_batch_size=self.config.rollout.micro_batch_size,
+                micro_batch_size=self.config.drawing.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
             )
         folder = self.trainer.folder.path / "samples"
@@ -267,14 +276,17 @@ class Run:
     def _summary(self, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        wins = win_rate(after.rewards, before.rewards, [p.text for p in after.prompts])
         summary = {
             "before": before.to_dict(),
-            "after": after.to_dict(),
+            "after": after.to_dict() | self.trainer.validate(),
+            "win_rate": None if wins is None else vars(wins),
             "updates": self.trainer.progress.update,
             "training_seconds": round(self.trainer.progress.seconds, 1),
             "seconds": round(seconds, 1),
             "device": name,
             "processes": self.accelerator.num_processes,
+            **self.trainer.facts(),
             "failed_rewards": self.failures,
             "rewards": {n: vars(r.card) for n, r in self.reward.rewards.items()},
             "held_out_rewards": {n: vars(r.card) for n, r in self.held_out_reward.rewards.items()},
@@ -294,6 +306,6 @@ class Run:
             tqdm.write(text)
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: AnyRunConfig) -> dict[str, Any]:
     """Prepare and execute a run."""
     return Run.prepare(config).execute()

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.config import ConfigError, RunConfig, decode, differences, dump, to_dict
+from diffalign.config import AnyRunConfig, ConfigError, decode, differences, dump, to_dict
 from diffalign.data.files import write_text
 from diffalign.errors import UserError
 
@@ -48,7 +48,7 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: AnyRunConfig) -> None:
         """RunFolderError where the folder belongs to something else; it lists what differs. Writes nothing."""
         file = self.path / CONFIG
         if file.is_file():
@@ -79,7 +79,7 @@ class RunFolder:
                 f"{self.path} is not empty and no run of diffalign; choose another --output_dir"
             )
 
-    def claim(self, config: RunConfig) -> None:
+    def claim(self, config: AnyRunConfig) -> None:
         """Check the folder, create it and note down its configuration."""
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
-from diffalign.config import ConfigError, RunConfig, nearest, to_dict
+from diffalign.config import AnyRunConfig, ConfigError, nearest, to_dict
 
 PROJECT = "diffalign"
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
+def make_accelerator(config: AnyRunConfig) -> Accelerator:
     """The process's accelerator with the configured trackers; ConfigError for one that is unknown or not installed.
 
     (accelerate itself leaves out what is not installed without a word.)
@@ -30,7 +30,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return Accelerator(log_with=list(names) or None, project_dir=config.output_dir)
 
 
-def start(accelerator: Accelerator, config: RunConfig) -> None:
+def start(accelerator: Accelerator, config: AnyRunConfig) -> None:
     """Open the trackers with the whole configuration as their parameters."""
     if config.training.trackers:
         accelerator.init_trackers(PROJECT, config=dict(_flat(to_dict(config))))

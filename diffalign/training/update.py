@@ -18,7 +18,8 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.config import AlgorithmConfig
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.precision import attention, compute
+from diffalign.precision import attention
+from diffalign.training.forward import predict
 from diffalign.types import PromptEmbeds, Trajectory
 
 
@@ -53,9 +54,9 @@ class Sums:
         row += torch.stack([values.sum(), torch.full_like(values[0], values.numel())])
 
     def means(self) -> dict[str, float]:
-        """Mean of each metric; of all processes, where `table` has been summed over them."""
+        """Mean of each metric that was added; of all processes, where `table` has been summed over them."""
         pairs = zip(self.names, self.table.tolist(), strict=True)
-        return {name: total / max(count, 1) for name, (total, count) in pairs}
+        return {name: total / count for name, (total, count) in pairs if count}
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,12 @@ class PolicyUpdate(ABC):
             guidance = self.guidance_scale
         elif negatives is not None:
             negative = negatives.repeat_first(len(noisy))
-        if (
-            self.settings.mixed_precision == "no"
-        ):  # without autocast inputs must have the dtype of the base
-            noisy = noisy.to(embeds.prompt_embeds.dtype)
-        with compute(noisy.device, self.settings.mixed_precision):
-            return self.model.predict(
-                noisy, times, embeds, guidance_scale=guidance, negative_embeds=negative
-            )
+        return predict(
+            self.model,
+            noisy,
+            times,
+            embeds,
+            mixed_precision=self.settings.mixed_precision,
+            guidance_scale=guidance,
+            negative_embeds=negative,
+        )

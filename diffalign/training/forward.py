@@ -1,0 +1,30 @@
+"""One forward of the denoiser, as all of training computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.precision import compute
+from diffalign.types import PromptEmbeds
+
+
+def predict(
+    model: TextToImageModel,
+    noisy: Tensor,
+    times: Tensor,
+    embeds: PromptEmbeds,
+    *,
+    mixed_precision: str,
+    **guidance: Any,
+) -> Tensor:
+    """The prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,), under autocast or without.
+
+    `guidance` are `guidance_scale` and `negative_embeds` of `TextToImageModel.predict`.
+    """
+    if mixed_precision == "no":  # without autocast inputs must have the dtype of the base
+        noisy = noisy.to(embeds.prompt_embeds.dtype)
+    with compute(noisy.device, mixed_precision):
+        return model.predict(noisy, times, embeds, **guidance)

@@ -1,0 +1,147 @@
+"""The loop on preference pairs: a cache made once, then updates that need the denoiser alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffalign import lora
+from diffalign.config import InversionDPOConfig, PreferenceRunConfig
+from diffalign.data.pair_cache import PairCache
+from diffalign.data.pair_tables import PairsError
+from diffalign.errors import UsageError
+from diffalign.seeds import PAIRS, TIMESTEPS, VALIDATION, stream
+from diffalign.training.cost import ForwardCounter
+from diffalign.training.precompute import grid_of, precompute
+from diffalign.training.preference_update import PreferenceUpdate
+from diffalign.training.trainer import Trainer
+
+VALIDATION_PAIRS = 256
+
+
+@dataclass
+class PreferenceTrainer(Trainer):
+    """One run on the pairs of `config.pairs`."""
+
+    config: PreferenceRunConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c = self.config
+        world = self.accelerator.num_processes
+        if c.training.pairs_per_update < world:
+            raise UsageError(
+                f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes"
+            )
+        self.forwards = ForwardCounter(self.model.denoiser)
+        self.update = PreferenceUpdate(
+            self.model,
+            c.algorithm,
+            grid=grid_of(c, self.model),
+            micro_batch_size=c.training.micro_batch_size,
+            mixed_precision=c.training.mixed_precision,
+            seed=c.training.seed,
+            guidance_scale=c.pairs.inversion.guidance_scale,
+        )
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def prepare(self) -> None:
+        self.cache: PairCache = precompute(self.config, self.model, self.accelerator)
+        self.pairs, self.kept = self.cache.split(self.config.pairs.validation)
+        if not self.pairs:
+            raise PairsError(
+                "pairs.validation: every prompt is kept for validation; use a smaller share or more pairs"
+            )
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.training.pairs_per_update // world)
+        found = self.update.rows(min(c.training.micro_batch_size, share))
+        found[False].add(
+            self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        )
+        return found
+
+    def chosen(self, number: int) -> list[int]:
+        """All pairs of an update (from 1): every pair once an epoch, in an order of that epoch."""
+        size = self.config.training.pairs_per_update
+        start = (number - 1) * size
+        return [self._at(i) for i in range(start, start + size)]
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.pairs))
+        if self._order is None or self._order[0] != epoch:
+            key = stream(PAIRS, self.config.training.seed, epoch)
+            generator = torch.Generator().manual_seed(key)
+            self._order = epoch, torch.randperm(len(self.pairs), generator=generator)
+        return self.pairs[int(self._order[1][place])]
+
+    def train_update(self) -> dict[str, Any]:
+        """One optimizer step on `pairs_per_update` pairs; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        self.forwards.take()
+        chosen = self.chosen(number)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world]
+        key = (TIMESTEPS, number)
+        batch = self.cache.batch(mine, self.accelerator.device)
+        baseline = None
+        if self.config.algorithm.loss_type == "kto":
+            gain, count = self.accelerator.reduce(self.update.gain(batch, key=key), "sum")
+            baseline = gain / count
+        self.optimizer.zero_grad()
+        sums = self.update.accumulate(batch, total=len(chosen), key=key, baseline=baseline)
+        sums.table = self.accelerator.reduce(sums.table, "sum")
+        norm = self.step(number, index=number - 1)
+        self.optimizer.zero_grad()
+        self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        return {
+            "update": number,
+            "step": self.progress.step,
+            "grad_norm": norm,
+            **sums.means(),
+            "forwards_per_pair": self.accelerator.reduce(forwards, "sum").item() / len(chosen),
+            "seconds": self.progress.seconds,
+            "update_seconds": seconds,
+            "pairs_per_second": len(chosen) / seconds,
+        }
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "loss": f"{row['loss']:.4f}",
+            "accuracy": f"{row.get('accuracy', 0):.3f}",
+            "pairs_per_s": f"{row['pairs_per_second']:.1f}",
+        }
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of pairs whose prompts are never trained on, of the policy that is saved, with the same noise."""
+        pairs = self.kept[:VALIDATION_PAIRS]
+        if not pairs:
+            return {}
+        policy = lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
+        with lora.policy(self.model.denoiser, policy):
+            batch = self.cache.batch(pairs, self.accelerator.device)
+            found = self.update.measure(batch, key=(VALIDATION,)).means()
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    def facts(self) -> dict[str, Any]:
+        c = self.config
+        manifest = self.cache.manifest
+        numbers = self.cache.batch(self.pairs[:1]).latents[0, 0].numel()
+        needs = ("states", c.states) if isinstance(c.algorithm, InversionDPOConfig) else ()
+        return {
+            "pairs": len(self.pairs),
+            "validation_pairs": len(self.kept),
+            "skipped_pairs": manifest["skipped"],
+            "precompute_seconds": manifest["seconds"],
+            "round_trip_error": manifest["round_trip_error"],
+            "beta_per_element": c.algorithm.beta / numbers,
+            **dict([needs] if needs else []),
+        }
