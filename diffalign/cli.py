@@ -24,6 +24,7 @@ VERBS = {
     "demo": "training",
     "bench": "training",
     "generate": "images",
+    "pairs": "pairs",
     "evaluate": "evaluate",
     "convert": "files",
     "merge": "files",
@@ -84,6 +85,33 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     generate.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
     generate.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
     _model_flags(generate)
+
+    pairs = verbs.add_parser(
+        "pairs",
+        help="make preference pairs with a model and a reward",
+        description="Draw images of prompts (in GenEval's layout, resumable), score them and write pairs.jsonl: which "
+        "of a prompt's images are better. `pairs.source` of a recipe takes the folder (docs/pairs.md).",
+    )
+    pairs.add_argument("--prompts", default="shapes:train", help="default: %(default)s")
+    pairs.add_argument(
+        "--rewards", default="verifier", help="comma-separated; default: %(default)s"
+    )
+    pairs.add_argument("--output_dir", type=Path, default=Path("runs/pairs"))
+    pairs.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
+    pairs.add_argument("--max_prompts", type=int, default=None, help="only so many prompts")
+    pairs.add_argument(
+        "--pick",
+        default="best_worst",
+        choices=("best_worst", "all"),
+        help="of a prompt's images: default %(default)s, one pair",
+    )
+    pairs.add_argument(
+        "--min_gap",
+        type=float,
+        default=0.0,
+        help="least difference of rewards; default: %(default)s",
+    )
+    _model_flags(pairs)
 
 
 def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -54,7 +54,7 @@ class Shard:
 
 
 def shards(
-    items: Iterable[Item], *, first: int = 0, limit: int | None = None, size: int = SHARD_PAIRS
+    items: Iterable[Item], *, first: int = 0, limit: int | None = None, size: int
 ) -> Iterator[Shard]:
     """Cut a stream where a row ends, so that a shard can be read without those before it."""
     held: list[Item] = []
@@ -154,7 +154,7 @@ def precompute(
         desc="precompute", unit="pair", initial=items, disable=not accelerator.is_main_process
     )
     stream_of_items = read_pairs(config.pairs, start=row)
-    for shard in shards(stream_of_items, first=done, limit=limit):
+    for shard in shards(stream_of_items, first=done, limit=limit, size=SHARD_PAIRS):
         done = shard.number + 1
         mine = shard.number % accelerator.num_processes == accelerator.process_index
         if mine and cache.facts(shard.number) is None:

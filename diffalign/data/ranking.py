@@ -1,0 +1,29 @@
+"""From scored images of one prompt to preference pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+PICKS = ("best_worst", "all")
+
+
+def choose_pairs(
+    scores: Sequence[float], *, pick: str = "best_worst", min_gap: float = 0.0
+) -> list[tuple[int, int]]:
+    """(better, worse) numbers of images with different scores, by more than `min_gap`; NaN is no score.
+
+    Args:
+        scores: of the images of one prompt.
+        pick: "best_worst", at most one pair, or "all" of them. Of equal scores the earlier image stands first.
+        min_gap: pairs that differ by no more say little.
+    """
+    valid = [i for i, s in enumerate(scores) if math.isfinite(s)]
+    order = sorted(valid, key=lambda i: -scores[i])
+    pairs = (
+        list(combinations(order, 2))
+        if pick == "all"
+        else [(order[0], order[-1])][: len(order) // 2]
+    )
+    return [(a, b) for a, b in pairs if scores[a] - scores[b] > max(min_gap, 0.0)]

@@ -1,0 +1,229 @@
+"""Preference data as it is found, and as it is made: one record of all of it."""
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffalign.config import PairsConfig
+from diffalign.data.pair_tables import PairsError, rows
+from diffalign.data.pairs import PreferencePair, Skipped, held_out, read_pairs
+from diffalign.data.ranking import choose_pairs
+
+
+def png(value=0):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def pick(prompt, label, **more):
+    """A row of Pick-a-Pic v2."""
+    columns = {"caption": prompt, "jpg_0": png(0), "jpg_1": png(9), "label_0": label}
+    return {**columns, "label_1": 1 - label, "has_label": True, "user_id": 3, **more}
+
+
+def parquet(path, entries, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(entries), path, **kwargs)
+    return path
+
+
+def jsonl(path, entries):
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return path
+
+
+def read(source, **kwargs):
+    return list(read_pairs(PairsConfig(source=str(source), **kwargs)))
+
+
+def facts(pairs):
+    return [(p.prompt, p.preference) for p in pairs]
+
+
+class TestLayouts:
+    def test_pickapic(self, tmp_path):
+        entries = [pick("a", 1.0), pick("b", 0.0), pick("c", 0.5), pick("d", 1.0, has_label=False)]
+        found = read(parquet(tmp_path / "train.parquet", entries))
+        assert facts(found[:3]) == [("a", 1.0), ("b", 0.0), ("c", 0.5)]
+        assert found[0].images == (png(0), png(9))
+        assert found[3] == Skipped(3, found[3].place, "no label")
+
+    def test_images_of_datasets_are_structs(self, tmp_path):
+        entries = [pick("a", 1.0, jpg_0={"bytes": png(1), "path": None})]
+        entries[0]["jpg_1"] = {"bytes": png(2), "path": "x.png"}
+        assert read(parquet(tmp_path / "a.parquet", entries))[0].images == (png(1), png(2))
+
+    def test_hpdv2_train_and_test(self, tmp_path):
+        train = [{"prompt": "a", "file_path": ["x.jpg", "y.jpg"], "human_preference": [0, 1]}]
+        (tmp_path / "train.json").write_text(json.dumps(train))
+        found = read(tmp_path / "train.json")
+        assert facts(found) == [("a", 0.0)]
+        assert found[0].images == (tmp_path / "x.jpg", tmp_path / "y.jpg")
+        test = [{"prompt": "a", "image_path": ["x", "y", "z"], "rank": [2, 1, 2]}]
+        (tmp_path / "test.json").write_text(json.dumps(test))
+        found = read(tmp_path / "test.json")
+        assert [p.preference for p in found] == [0.0, 0.5, 1.0]
+        assert [tuple(i.name for i in p.images) for p in found] == [
+            ("x", "y"),
+            ("x", "z"),
+            ("y", "z"),
+        ]
+        assert {p.row for p in found} == {0}
+
+    @pytest.mark.parametrize(("votes", "p"), [(None, 1.0), ([3, 12], 0.8), ([12, 3], 0.8)])
+    def test_hpdv3_names_the_preferred_image_first(self, tmp_path, votes, p):
+        entry = {"prompt": "a", "path1": "x", "path2": "y", "choice_dist": votes}
+        (tmp_path / "t.json").write_text(json.dumps([entry]))
+        assert facts(read(tmp_path / "t.json")) == [("a", p)]
+
+    def test_rapidata_counts_votes(self, tmp_path):
+        columns = {"prompt": "a", "image1": png(1), "image2": png(2), "votes_image2": 5}
+        entries = [{**columns, "votes_image1": 15}, {**columns, "votes_image1": -1}]
+        found = read(parquet(tmp_path / "a.parquet", entries))
+        assert facts(found[:1]) == [("a", 0.75)]
+        assert found[1].why == "votes are negative"
+
+    def test_imagereward_groups_images_of_a_prompt(self, tmp_path):
+        entries = [
+            {"prompt_id": k, "prompt": f"p{k}", "image": png(i), "rank": rank}
+            for k, ranks in enumerate([[1, 3, 2], [2, 2], [1]])
+            for i, rank in enumerate(ranks)
+        ]
+        found = read(parquet(tmp_path / "a.parquet", entries, row_group_size=2))
+        assert facts(found) == [("p0", 1.0), ("p0", 1.0), ("p0", 0.0), ("p1", 0.5)]
+        assert [p.row for p in found] == [0, 0, 0, 3]
+
+    def test_webdataset(self, tmp_path):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for k in range(3):
+                for name, value in {
+                    "original_prompt.txt": f"p{k}".encode(),
+                    "jpg_0.jpg": png(k),
+                    "jpg_1.jpg": png(k + 9),
+                    "label_0.txt": b"1" if k else b"0",
+                    "label_1.txt": b"0" if k else b"1",
+                }.items():
+                    info = tarfile.TarInfo(f"{k:05d}.{name}")
+                    info.size = len(value)
+                    archive.addfile(info, io.BytesIO(value))
+        found = read(tmp_path / "a.tar")
+        assert facts(found) == [("p0", 0.0), ("p1", 1.0), ("p2", 1.0)]
+        assert found[2].images == (png(2), png(11))
+        assert [r.columns["original_prompt"] for r in rows(tmp_path / "a.tar", start=2)] == ["p2"]
+
+    def test_an_image_folder_with_a_table_of_ones_own(self, tmp_path):
+        with (tmp_path / "metadata.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "good", "bad", "vote"])
+            writer.writeheader()
+            writer.writerow({"text": "a", "good": "x.png", "bad": "y.png", "vote": "0.9"})
+        names = {"prompt": "text", "image_0": "good", "image_1": "bad", "label": "vote"}
+        found = read(tmp_path, column_map=names)
+        assert facts(found) == [("a", 0.9)]
+        assert found[0].images == (tmp_path / "x.png", tmp_path / "y.png")
+
+    def test_two_labels_are_votes_and_other_columns_metadata(self, tmp_path):
+        entry = {"prompt": "a", "image_0": "x", "image_1": "y", "label_0": 3, "label_1": 1}
+        found = read(jsonl(tmp_path / "pairs.jsonl", [{**entry, "weight": 2, "scores": [1, 2]}]))
+        assert facts(found) == [("a", 0.75)]
+        assert found[0].weight == 2
+        assert found[0].metadata == {"scores": [1, 2]}
+
+
+ROW = {"prompt": "a", "image_0": "x", "image_1": "y", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"prompt": ""}, "no prompt"),
+        ({"prompt": None}, "no prompt"),
+        ({"label": 1.3}, "label not within 0..1"),
+        ({"label": -0.1}, "label not within 0..1"),
+        ({"label": "yes"}, "label is no number"),
+        ({"label": None}, "label is no number"),
+        ({"label": float("nan")}, "label is no number"),
+        ({"image_0": None}, "no image in image_0"),
+        ({"image_1": 7}, "no image in image_1"),
+        ({"weight": 0}, "weight not positive"),
+    ],
+)
+def test_a_bad_row_is_skipped_and_the_next_is_read(tmp_path, change, why):
+    found = read(jsonl(tmp_path / "pairs.jsonl", [ROW, {**ROW, **change}, ROW]))
+    assert [type(p) for p in found] == [PreferencePair, Skipped, PreferencePair]
+    assert found[1].why == why
+    assert found[1].row == 1
+    assert "row 1" in found[1].place
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "message"),
+    [
+        (lambda f: f / "nowhere", {}, "neither a file nor a folder"),
+        (lambda f: f, {}, "no .parquet"),
+        (lambda f: jsonl(f / "a.jsonl", []), {}, "has no rows"),
+        (lambda f: jsonl(f / "a.jsonl", [{"x": 1}]), {}, "of no known layout"),
+        (lambda f: jsonl(f / "a.jsonl", [[1]]), {}, "row 0 is no object"),
+        (lambda f: jsonl(f / "a.jsonl", [ROW, {"prompt": "a"}]), {}, "row 1 has no column"),
+        (lambda f: jsonl(f / "a.jsonl", [ROW]), {"preset": "pickpic"}, "did you mean 'pickapic'"),
+        (lambda f: jsonl(f / "a.jsonl", [ROW]), {"preset": "pickapic"}, "no column 'caption'"),
+        (lambda f: jsonl(f / "a.jsonl", [ROW]), {"column_map": {"text": "a"}}, "no column 'text'"),
+        (lambda f: jsonl(f / "a.jsonl", [ROW]), {"column_map": {"prompt": "t"}}, "no column 't'"),
+    ],
+)
+def test_bad_sources_are_one_clear_error(tmp_path, make, kwargs, message):
+    with pytest.raises(PairsError, match=message):
+        read(make(tmp_path), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar", "a.json", "a.jsonl", "a.csv"])
+def test_damaged_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00garbage{")
+    with pytest.raises(PairsError, match=name):
+        read(tmp_path / name)
+
+
+def test_a_source_must_be_named():
+    with pytest.raises(PairsError, match="names no preference pairs"):
+        list(read_pairs(PairsConfig()))
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 7, 11, 12])
+def test_rows_before_the_start_are_left_out_and_numbers_stay(tmp_path, start):
+    for part in range(2):
+        entries = [pick(f"p{part * 6 + i}", 1.0) for i in range(6)]
+        parquet(tmp_path / "data" / f"{part}.parquet", entries, row_group_size=2)
+    config = PairsConfig(source=str(tmp_path))
+    every, rest = list(read_pairs(config)), list(read_pairs(config, start=start))
+    assert [p.row for p in every] == list(range(12))
+    assert rest == every[start:]
+
+
+def test_validation_prompts_depend_on_the_prompt_alone():
+    prompts = [f"a photo of {i}" for i in range(4000)]
+    kept = [held_out(p, 0.1) for p in prompts]
+    assert np.mean(kept) == pytest.approx(0.1, abs=0.02)
+    more = [held_out(p, 0.3) for p in prompts]
+    assert all(b for a, b in zip(kept, more, strict=True) if a)
+    assert not any(held_out(p, 0.0) for p in prompts)
+
+
+class TestRanking:
+    def test_best_and_worst(self):
+        assert choose_pairs([0.2, 0.9, 0.1, 0.9]) == [(1, 2)]
+
+    def test_all_pairs_but_equal_ones(self):
+        assert choose_pairs([1, 0, 1], pick="all") == [(0, 1), (2, 1)]
+
+    def test_gaps_and_failures(self):
+        assert choose_pairs([0.5, 0.4], min_gap=0.1 + 1e-9) == []
+        assert choose_pairs([float("nan"), 1.0]) == []
+        assert choose_pairs([float("nan"), 1.0, 0.0]) == [(1, 2)]
+        assert choose_pairs([1.0, 1.0, 1.0], pick="all") == []
