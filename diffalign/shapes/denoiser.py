@@ -17,7 +17,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from torch import Tensor, nn
 
 from diffalign.geneval import summarize
-from diffalign.noise import training_timesteps
+from diffalign.noise import Path as NoisePath
+from diffalign.noise import VariancePreserving, training_timesteps
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import sample
 from diffalign.precision import compute
@@ -29,6 +30,7 @@ from diffalign.types import PromptEmbeds
 
 NULL_PROMPT = ""
 NO_GUIDANCE = 1.0
+MAX_WEIGHT = 25.0
 LONG_PADDING = 256
 LONG_SHARE = 0.03
 """Share of the batches whose T5 tokens are padded to LONG_PADDING, so that a stock call draws well, too."""
@@ -127,6 +129,15 @@ class Captioned:
         return self.embeds if embeds.prompt_embeds.shape[1] == length else self.long_embeds
 
 
+def error_weight(path: NoisePath, timesteps: Tensor) -> Tensor:
+    """(B,) what an error counts: 1, but for a model that predicts the noise as much as the same error of a velocity
+    would, up to MAX_WEIGHT. What is shown is decided where hardly anything but noise is seen; there an error of the
+    noise is small, and with equal weights the text was ignored after 7,000 updates."""
+    if not isinstance(path, VariancePreserving) or path.prediction_type != "epsilon":
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    return path.scales(timesteps)[0].square().reciprocal().clamp(max=MAX_WEIGHT)
+
+
 @torch.no_grad()
 def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
     """Render `n` scenes for training prompts (every task equally often) and encode them."""
@@ -193,7 +204,8 @@ class Pretraining:
     ) -> Tensor:
         noisy = self.model.noise.add_noise(latents, noise, timesteps)
         pred = self.model.predict(noisy, timesteps, embeds, guidance_scale=NO_GUIDANCE)
-        return (pred.float() - self.model.noise.target(latents, noise, timesteps)).square().mean()
+        errors = (pred.float() - self.model.noise.target(latents, noise, timesteps)).square()
+        return (errors.flatten(1).mean(1) * error_weight(self.model.noise, timesteps)).mean()
 
     def progress(self) -> float:
         limit = self.config.stop_after_seconds
