@@ -29,8 +29,8 @@ class PromptEmbeds:
         return self.prompt_embeds.shape[0]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
-        parts = (getattr(self, f.name) for f in fields(self))
-        return PromptEmbeds(*(None if part is None else change(part) for part in parts))
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PromptEmbeds(**{k: None if v is None else change(v) for k, v in parts.items()})
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Rows by slice, mask or (N,) index tensor."""
@@ -51,10 +51,11 @@ class PromptEmbeds:
         """In a row; what one of them lacks, all lack."""
         import torch
 
-        columns = zip(*(tuple(getattr(p, f.name) for f in fields(p)) for p in parts), strict=True)
-        return PromptEmbeds(
-            *(None if any(c is None for c in column) else torch.cat(column) for column in columns)
-        )
+        found: dict[str, Any] = {}
+        for name in (f.name for f in fields(PromptEmbeds)):
+            column = [getattr(p, name) for p in parts]
+            found[name] = None if any(c is None for c in column) else torch.cat(column)
+        return PromptEmbeds(**found)
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class PreferenceBatch:
     time_ids: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PreferenceBatch:
-        return PreferenceBatch(
-            *(None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self))
-        )
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PreferenceBatch(**{k: None if v is None else v[rows] for k, v in parts.items()})
 
 
 @dataclass(frozen=True)

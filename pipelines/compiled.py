@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
+POSITIONS = ("img_ids", "txt_ids")
 VARIANTS = 64
 """Compilations of one block class at most."""
 
@@ -38,7 +39,7 @@ def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> 
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer: the entries of its lists."""
+    """The repeated blocks of a transformer, or those of a U-Net's two sides: the entries of its lists."""
     return [b for part in denoiser.children() if isinstance(part, nn.ModuleList) for b in part]
 
 
@@ -96,8 +97,11 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _fill(name: str, value: Any, rows: int, size: int) -> Any:
-    """`value` with `size` rows, if it has a batch dimension; position ids have none."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or name.endswith("_ids"):
+    """`value` with `size` rows, if it has a batch dimension; position ids have none. A U-Net's further conditions are in
+    a mapping."""
+    if isinstance(value, dict):
+        return {key: _fill(key, part, rows, size) for key, part in value.items()}
+    if not isinstance(value, Tensor) or value.ndim == 0 or name in POSITIONS:
         return value
     if len(value) != rows:
         return value

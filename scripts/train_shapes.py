@@ -89,7 +89,8 @@ def main() -> None:
     config = PretrainConfig(
         steps=args.steps,
         images=args.images,
-        compile=not args.no_compile,
+        # torch 2.13 compiles a U-Net's blocks for CPUs such that their gradients are zero
+        compile=not args.no_compile and args.family != "sd",
         stop_after_seconds=None if minutes is None else 60 * minutes,
     )
     run = Pretraining(model, config, folder)

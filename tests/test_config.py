@@ -194,3 +194,39 @@ def test_a_circle_of_recipes_is_an_error(tmp_path):
     a.write_text("extends: demmo\n")
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         config.load(a)
+
+
+def test_flags_of_diffusers_preference_scripts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = "--train_data_dir=pairs --beta_dpo=900 --loss_type=ipo --resolution=768 --max_train_samples=50"
+    flags += " --random_flip --train_batch_size=4 --gradient_accumulation_steps=16 --num_inference_steps=20 --guidance_scale=7.5"
+    found = load("inversion-dpo-sd1.5", flags.split())
+    assert isinstance(found, PreferenceRunConfig)
+    assert (found.pairs.source, found.pairs.limit, found.pairs.random_flip) == ("pairs", 50, True)
+    assert (found.algorithm.beta, found.algorithm.loss_type) == (900, "ipo")
+    assert (found.images.height, found.images.width) == (768, 768)
+    assert (found.training.micro_batch_size, found.training.pairs_per_update) == (4, 128)
+    assert found.pairs.inversion.steps == 20
+    assert found.evaluation.guidance_scale == 7.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--algorithm.variant=figur", "did you mean 'figure'"),
+        ("--algorithm.loss_type=orpo", "algorithm.loss_type: unknown value 'orpo'"),
+        ("--algorithm.safeguard=1.5", "algorithm.safeguard: must lie in 0..1"),
+        ("--pairs.inversion.states=0", "pairs.inversion.states: inversion_dpo trains on 1 states"),
+        ("--pairs.inversion.solver=heun", "pairs.inversion.solver: unknown value 'heun'"),
+        ("--pairs.validation=1", "pairs.validation: must lie in 0..1"),
+        ("--pairs.tie=drop", "unknown setting 'pairs.tie'; did you mean 'pairs.ties'"),
+        (
+            "--gradient_accumulation_steps=many",
+            "gradient_accumulation_steps: expected a whole number",
+        ),
+        ("--rollout.group_size=4", "unknown setting 'rollout'"),
+    ],
+)
+def test_preference_settings_that_cannot_be(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load("inversion-dpo", [override])

@@ -218,8 +218,8 @@ class TestTraining:
     @pytest.mark.parametrize("name", ["chord", "dpo"])
     @pytest.mark.parametrize("mu", [None, 0.6])
     def test_what_pairs_teach(self, name, mu, tmp_path):
-        """Red against blue, on prompts that were never trained on. The plain loss tells them apart and does so by making
-        the loser worse, and the winner with it; the safeguard keeps the winner."""
+        """Red against blue, on prompts that were never trained on. The plain loss tells them apart by making the loser
+        worse, and the winner with it; the safeguard keeps the winner."""
         run = build(
             tiny_pairs.write_pairs(tmp_path / "pairs", 32),
             tmp_path,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffalign import cli
 from diffalign.rewards import registry
-from diffalign.scripts.train_awm import arguments
+from diffalign.scripts.launching import arguments
 from diffalign.training.health import Collapse
 
 SETTINGS = [
@@ -314,11 +315,14 @@ def test_listings(capsys):
 
 
 def test_launcher_translates_its_arguments():
-    assert arguments(["--config", "demo", "--seed=1"]) == ["train", "demo", "--seed=1"]
-    assert arguments(["--seed=1", "--config=x.yaml"]) == ["train", "x.yaml", "--seed=1"]
+    translate = partial(arguments, script="train_awm")
+    assert translate(["--config", "demo", "--seed=1"]) == ["train", "demo", "--seed=1"]
+    assert translate(["--seed=1", "--config=x.yaml"]) == ["train", "x.yaml", "--seed=1"]
     for argv in ([], ["--config"]):
-        with pytest.raises(SystemExit, match="--config NAME_OR_FILE is missing"):
-            arguments(argv)
+        with pytest.raises(SystemExit, match="train_awm: --config NAME_OR_FILE is missing"):
+            translate(argv)
+    started = arguments(["--rank=8"], script="train_inversion_dpo", default="inversion-dpo")
+    assert started == ["train", "inversion-dpo", "--rank=8"]
 
 
 def test_bfloat16_base_under_autocast_trains(base, prompts, tmp_path):

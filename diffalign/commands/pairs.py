@@ -75,7 +75,7 @@ def _scored(
         asked = [images[i].prompt for i in numbers]
         metadata = [p.metadata for p in asked]
         found = reward.score(pixels, [p.text for p in asked], metadata)
-        objects = eyes.detect(pixels, metadata) if eyes else [None] * len(numbers)
+        objects = eyes.detect(pixels, metadata) if eyes else None
         for k, i in enumerate(numbers):
             scores = {n: float(found.details[n][k]) for n in reward.rewards}
             rows[i] = {
@@ -84,7 +84,7 @@ def _scored(
                 "metadata": metadata[k],
                 "reward": float(found.values[k]),
                 "scores": scores,
-                "structure": None if objects[k] is None else of_image(objects[k], scores).to_dict(),
+                "structure": None if objects is None else of_image(objects[k], scores).to_dict(),
             }
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -19,6 +20,7 @@ from diffalign.config.schema import (
     ONLINE,
     AnyRunConfig,
     AWMConfig,
+    LoopConfig,
     MethodConfig,
     RunConfig,
 )
@@ -72,6 +74,10 @@ RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
         "center_crop": "pairs.center_crop",
     },
 }
+
+
+ACCUMULATION = "gradient_accumulation_steps"
+"""A flag of diffusers' scripts that says how many pairs an update has, together with two other numbers."""
 
 
 def recipes() -> dict[str, Path]:
@@ -239,6 +245,7 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
     chosen = next((_value_of(o) for o in overrides if o.startswith("--algorithm.type=")), None)
     run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
     aliases = aliases_of(run)
+    accumulation = None
     items = list(overrides)
     while items:
         item = items.pop(0)
@@ -249,10 +256,27 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
             text = items.pop(0) if items and not items[0].startswith("--") else "true"
         if key == "enable_xformers_memory_efficient_attention":
             key, text = "model.attention_backend", "xformers" if text == "true" else "null"
+        if key == ACCUMULATION and run is PreferenceRunConfig:
+            accumulation = text
+            continue
         names = aliases.get(key, key)
         for name in (names,) if isinstance(names, str) else names:
             result.append((name, _parse_value(text, _type_of(name, run))))
+    if accumulation is not None:
+        result.append(("training.pairs_per_update", _global_batch(accumulation, result, raw)))
     return result
+
+
+def _global_batch(steps: str, given: Sequence[tuple[str, Any]], raw: Mapping[str, Any]) -> int:
+    """Pairs of an update as diffusers' scripts count them: accumulated batches of all processes."""
+    group = raw.get("training")
+    recipe = group.get("micro_batch_size") if isinstance(group, Mapping) else None
+    of_one: Any = dict(given).get("training.micro_batch_size")
+    of_one = of_one or recipe or LoopConfig.micro_batch_size
+    try:
+        return int(steps) * int(of_one) * int(os.environ.get("WORLD_SIZE", "1"))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{ACCUMULATION}: expected a whole number, got {steps!r}") from error
 
 
 def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:

@@ -158,7 +158,9 @@ class PairCache:
         """Pairs by their numbers, latents and states in float32."""
         parts = [self._pair(i) for i in pairs]
         columns = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
-        embeds = PromptEmbeds(*(columns.pop(k, None) for k in PROMPT_PARTS))
+        embeds = PromptEmbeds(
+            columns.pop("prompt_embeds"), columns.pop("pooled_prompt_embeds", None)
+        )
         floats = {
             k: v if k == "grid_index" else v.float() for k, v in columns.items() if k in OPTIONAL
         }

@@ -131,8 +131,8 @@ class Captioned:
 
 def error_weight(path: NoisePath, timesteps: Tensor) -> Tensor:
     """(B,) what an error counts: 1, but for a model that predicts the noise as much as the same error of a velocity
-    would, up to MAX_WEIGHT. What is shown is decided where hardly anything but noise is seen; there an error of the
-    noise is small, and with equal weights the text was ignored after 7,000 updates."""
+    would, up to MAX_WEIGHT: what is shown is decided where hardly anything but noise is seen, and an error of the noise
+    is small there."""
     if not isinstance(path, VariancePreserving) or path.prediction_type != "epsilon":
         return torch.ones_like(timesteps, dtype=torch.float32)
     return path.scales(timesteps)[0].square().reciprocal().clamp(max=MAX_WEIGHT)
