@@ -90,7 +90,7 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "pairs",
         help="make preference pairs with a model and a reward",
         description="Draw images of prompts (in GenEval's layout, resumable), score them and write pairs.jsonl: which "
-        "of a prompt's images are better. `pairs.source` of a recipe takes the folder (docs/pairs.md).",
+        "of a prompt's images are better. `pairs.source` of a recipe takes the folder (docs/preferences.md).",
     )
     pairs.add_argument("--prompts", default="shapes:train", help="default: %(default)s")
     pairs.add_argument(

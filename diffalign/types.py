@@ -29,8 +29,11 @@ class PromptEmbeds:
         return self.prompt_embeds.shape[0]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PromptEmbeds(**{k: None if v is None else change(v) for k, v in parts.items()})
+        changed: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            part = getattr(self, name)
+            changed[name] = None if part is None else change(part)
+        return PromptEmbeds(**changed)
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Rows by slice, mask or (N,) index tensor."""
@@ -79,8 +82,11 @@ class PreferenceBatch:
     time_ids: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PreferenceBatch:
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PreferenceBatch(**{k: None if v is None else v[rows] for k, v in parts.items()})
+        found: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            part = getattr(self, name)
+            found[name] = None if part is None else part[rows]
+        return PreferenceBatch(**found)
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _fill(name: str, value: Any, rows: int, size: int) -> Any:
-    """`value` with `size` rows, if it has a batch dimension; position ids have none. A U-Net's further conditions are in
-    a mapping."""
+    """`value` with `size` rows, if it has a batch dimension; position ids have none. Further conditions of U-Nets
+    are in a mapping."""
     if isinstance(value, dict):
         return {key: _fill(key, part, rows, size) for key, part in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0 or name in POSITIONS:

@@ -199,7 +199,8 @@ def test_a_circle_of_recipes_is_an_error(tmp_path):
 def test_flags_of_diffusers_preference_scripts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = "--train_data_dir=pairs --beta_dpo=900 --loss_type=ipo --resolution=768 --max_train_samples=50"
-    flags += " --random_flip --train_batch_size=4 --gradient_accumulation_steps=16 --num_inference_steps=20 --guidance_scale=7.5"
+    flags += " --random_flip --train_batch_size=4 --gradient_accumulation_steps=16"
+    flags += " --num_inference_steps=20 --guidance_scale=7.5"
     found = load("inversion-dpo-sd1.5", flags.split())
     assert isinstance(found, PreferenceRunConfig)
     assert (found.pairs.source, found.pairs.limit, found.pairs.random_flip) == ("pairs", 50, True)

@@ -71,7 +71,7 @@ class InversionConfig:
     steps: int = 16
     """Intervals of the scheduler's own grid."""
     solver: str | None = None
-    """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; null: fireflow for flows, fixed_point
+    """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; null: fireflow for flows, midpoint
     otherwise."""
     states: int | None = None
     """Grid states that are kept of each image, the same ones of both images of a pair; 0: none. null: 4 for
@@ -102,9 +102,9 @@ class PairsConfig:
     """Where pairs come from and what is made of them once (`diffalign precompute`)."""
 
     source: str = ""
-    """A folder of `diffalign pairs`, an image folder with a table, parquet, json, csv or tar (docs/pairs.md)."""
+    """A folder of `diffalign pairs`, an image folder with a table, parquet, json, csv or tar (docs/preferences.md)."""
     preset: str | None = None
-    """A known layout, such as pickapic (docs/pairs.md); null: told by its columns."""
+    """A known layout, such as pickapic (docs/preferences.md); null: told by its columns."""
     column_map: dict[str, str] = field(default_factory=dict)
     """Of a layout of one's own: prompt, image_0, image_1, label (or label_0 and label_1) to its names."""
     cache: str | None = None

@@ -50,7 +50,7 @@ def tables(source: str | Path) -> list[Path]:
     if not path.is_dir():
         raise PairsError(
             f"pairs.source: {str(source)!r} is neither a file nor a folder; `diffalign pairs` makes one, and "
-            "docs/pairs.md lists what is read"
+            "docs/preferences.md lists what is read"
         )
     for name in TABLES:
         if (path / name).is_file():

@@ -55,7 +55,7 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
         PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
     """
     if not config.source:
-        raise PairsError("pairs.source: names no preference pairs; see docs/pairs.md")
+        raise PairsError("pairs.source: names no preference pairs; see docs/preferences.md")
     layout = _layout(config)
     numbered = enumerate(rows(config.source, start=start), start)
     if layout.per_image:  # rows of one prompt follow each other
