@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 
 from diffalign import cli, lora
 from diffalign.data import geneval_prompts
@@ -212,23 +210,10 @@ def test_a_detector_that_does_not_know_the_classes_is_refused(tmp_path, flags, c
 
 def test_two_processes_share_the_work(tmp_path, flags):
     """The same folder, rows and summary as one process; then features of it, each half by one process."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
-    launch += [
-        "--num_processes=2",
-        "--main_process_port=0",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        "-m",
-        "diffalign.cli",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
     def run(*arguments):
-        found = subprocess.run(
-            [*launch, *arguments], capture_output=True, text=True, env=env, timeout=300, check=False
-        )
-        assert found.returncode == 0, found.stderr[-2000:]
-        return json.loads(found.stdout.strip().splitlines()[-1])
+        told = launch(2, "-m", "diffalign.cli", *arguments)
+        return json.loads(told.strip().splitlines()[-1])
 
     both = run(*flags)
     assert (both["images"], both["prompts_scored"], both["missing"]) == (8, 4, 0)

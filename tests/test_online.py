@@ -1,14 +1,13 @@
 """The loop on tiny models: it learns, resumes bit for bit, and does not depend on micro-batches or processes."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers.optimization import get_scheduler
+from processes import launch
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
@@ -317,17 +316,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         folder.mkdir()
         script = folder / "script.py"
         script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
-        command += [f"--num_processes={world}", "--mixed_precision=no", "--dynamo_backend=no"]
-        command += ["--main_process_port=0"] if world > 1 else []
-        done = subprocess.run(
-            [*command, str(script), str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(world, script, folder)
         results.append(torch.load(folder / "result.pt", weights_only=False))
     assert set(results[0]) == set(ONLINE)
     for kind in ONLINE:

@@ -2,12 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import tiny_pairs
 import torch
+from processes import launch
 
 from diffalign import lora
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
@@ -300,17 +299,7 @@ def test_two_processes_give_what_one_gives(source, tmp_path):
         folder.mkdir()
         script = folder / "script.py"
         script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
-        command += [f"--num_processes={world}", "--mixed_precision=no", "--dynamo_backend=no"]
-        command += ["--main_process_port=0"] if world > 1 else []
-        done = subprocess.run(
-            [*command, str(script), str(folder), str(source)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(world, script, folder, source)
         results.append(torch.load(folder / "result.pt", weights_only=False))
     for name in results[0]:
         (one, losses, pairs), (two, others, same) = (r[name] for r in results)

@@ -60,9 +60,11 @@ class PreferenceTrainer(Trainer):
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.training.pairs_per_update // world)
         found = self.update.rows(min(c.training.micro_batch_size, share))
-        found[False].add(
-            self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        inverted = self.model.forward_rows(
+            c.pairs.micro_batch_size, c.pairs.inversion.guidance_scale
         )
+        found[False] |= {drawn, inverted} if c.states else {drawn}
         return found
 
     def chosen(self, number: int) -> list[int]:
