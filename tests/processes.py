@@ -6,6 +6,17 @@ import os
 import subprocess
 import sys
 
+import torch
+
+
+def results_of(world, source, folder, *arguments):
+    """What a script's main process saved as `result.pt` in `folder`, which is its first argument."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(source)
+    launch(world, script, folder, *arguments)
+    return torch.load(folder / "result.pt", weights_only=False)
+
 
 def launch(world, *arguments):
     """Run a script (or `-m` and a module) in `world` processes on the CPU; returns what it printed."""

@@ -211,6 +211,12 @@ def test_flags_of_diffusers_preference_scripts(monkeypatch):
     assert found.evaluation.guidance_scale == 7.5
 
 
+def test_the_algorithm_may_stand_apart_from_its_flag():
+    found = load(None, ["--resolution=64", "--algorithm.type", "diffusion_dpo"])
+    assert isinstance(found, PreferenceRunConfig)
+    assert found.images.height == 64
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers.optimization import get_scheduler
-from processes import launch
+from processes import results_of
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
@@ -310,14 +310,8 @@ if run.accelerator.is_main_process:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    results = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        script = folder / "script.py"
-        script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
-        launch(world, script, folder)
-        results.append(torch.load(folder / "result.pt", weights_only=False))
+    script = PROCESS.format(tests=os.path.dirname(__file__))
+    results = [results_of(world, script, tmp_path / str(world)) for world in (1, 2)]
     assert set(results[0]) == set(ONLINE)
     for kind in ONLINE:
         (one, rows), (two, others) = (result[kind] for result in results)

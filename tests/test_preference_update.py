@@ -6,7 +6,7 @@ import os
 import pytest
 import tiny_pairs
 import torch
-from processes import launch
+from processes import results_of
 
 from diffalign import lora
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
@@ -293,14 +293,8 @@ if run.accelerator.is_main_process:
 
 
 def test_two_processes_give_what_one_gives(source, tmp_path):
-    results = []
-    for world in (1, 2):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        script = folder / "script.py"
-        script.write_text(PROCESS.format(tests=os.path.dirname(__file__)))
-        launch(world, script, folder, source)
-        results.append(torch.load(folder / "result.pt", weights_only=False))
+    script = PROCESS.format(tests=os.path.dirname(__file__))
+    results = [results_of(world, script, tmp_path / str(world), source) for world in (1, 2)]
     for name in results[0]:
         (one, losses, pairs), (two, others, same) = (r[name] for r in results)
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from diffalign.commands.images import batching, drawing, evaluation, fingerprint, load
 from diffalign.commands.output import print_scores, write_result
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
 from diffalign.evaluation.geneval import (
     RESULTS,
@@ -86,6 +86,17 @@ def _generate_samples(
     args.prompts = args.prompts or ("shapes:held_out" if shapes else "geneval")
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     detector = _detector(args.detector, [p.metadata for p in prompts])  # is it there? better now
+    return fill_folder(args, prompts, state), detector
+
+
+def fill_folder(
+    args: argparse.Namespace, prompts: Sequence[Prompt], state: PartialState
+) -> dict[str, Any]:
+    """Draw what is missing of the prompts' images in --output_dir, all processes together; returns how they are made.
+
+    Raises:
+        GenEvalError: the folder is being filled in another way.
+    """
     made = {
         **drawing(args),
         "model_fingerprint": fingerprint(args.model),
@@ -109,7 +120,7 @@ def _generate_samples(
         **batching(args),
     )
     state.wait_for_everyone()
-    return made, detector
+    return made
 
 
 def _detector(name: str | None, metadata: Sequence[Mapping[str, Any]]) -> DetectionReward:

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign.commands.images import batching, drawing, evaluation, fingerprint, load
+from diffalign.commands.geneval import fill_folder
 from diffalign.commands.rewards import load_rewards
 from diffalign.data.files import write_text
 from diffalign.data.images import CaptionedImage, batches
@@ -21,7 +21,7 @@ from diffalign.data.prompts import load_prompts
 from diffalign.data.ranking import choose_pairs
 from diffalign.data.structures import of_image
 from diffalign.errors import UsageError
-from diffalign.evaluation.geneval import claim, generate_samples, read_samples, write_prompts
+from diffalign.evaluation.geneval import read_samples
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.detection import DetectionReward
 
@@ -33,15 +33,7 @@ def pairs(args: argparse.Namespace) -> int:
     state = PartialState()
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
-    if state.is_main_process:
-        claim(args.output_dir, _settings(args))
-        write_prompts(args.output_dir, prompts)
-    state.wait_for_everyone()
-    process = (state.process_index, state.num_processes)
-    generate_samples(
-        load(args), prompts, args.output_dir, evaluation(args), process=process, **batching(args)
-    )
-    state.wait_for_everyone()
+    fill_folder(args, prompts, state)
     images, _ = read_samples(args.output_dir)
     mine = range(state.process_index, len(images), state.num_processes)
     rows = _scored([images[i] for i in mine], reward, batch_size=args.batch_size)
@@ -49,17 +41,6 @@ def pairs(args: argparse.Namespace) -> int:
     if state.is_main_process:
         _write(args, rows, reward)
     return 0
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the images depend on."""
-    return {
-        **drawing(args),
-        "model_fingerprint": fingerprint(args.model),
-        "lora_fingerprint": fingerprint(args.lora),
-        **{k: getattr(args, k) for k in ("max_prompts", "images_per_prompt", "height", "width")},
-        "dtype": args.dtype,
-    }
 
 
 def _scored(

@@ -240,12 +240,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """`--a.b=1`, `--a.b 1` and bare `--flag` (true), with diffusers' names translated."""
-    result: list[tuple[str, Any]] = []
-    chosen = next((_value_of(o) for o in overrides if o.startswith("--algorithm.type=")), None)
+    """Settings and their values, with diffusers' names translated as the run's algorithm has them."""
+    given = _split(overrides)
+    chosen = dict(given).get("algorithm.type")
     run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
     aliases = aliases_of(run)
+    result: list[tuple[str, Any]] = []
     accumulation = None
+    for key, text in given:
+        if key == ACCUMULATION and run is PreferenceRunConfig:
+            accumulation = text
+            continue
+        names = aliases.get(key, key)
+        for name in (names,) if isinstance(names, str) else names:
+            result.append((name, _parse_value(text, _type_of(name, run))))
+    if accumulation is not None:
+        result.append(("training.pairs_per_update", _global_batch(accumulation, result, raw)))
+    return result
+
+
+def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b=1`, `--a.b 1` and bare `--flag` (true)."""
+    result: list[tuple[str, str]] = []
     items = list(overrides)
     while items:
         item = items.pop(0)
@@ -256,14 +272,7 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
             text = items.pop(0) if items and not items[0].startswith("--") else "true"
         if key == "enable_xformers_memory_efficient_attention":
             key, text = "model.attention_backend", "xformers" if text == "true" else "null"
-        if key == ACCUMULATION and run is PreferenceRunConfig:
-            accumulation = text
-            continue
-        names = aliases.get(key, key)
-        for name in (names,) if isinstance(names, str) else names:
-            result.append((name, _parse_value(text, _type_of(name, run))))
-    if accumulation is not None:
-        result.append(("training.pairs_per_update", _global_batch(accumulation, result, raw)))
+        result.append((key, text))
     return result
 
 
@@ -284,11 +293,7 @@ def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:
     return ALIASES | RUN_ALIASES[run]
 
 
-def _value_of(override: str) -> str:
-    return override.partition("=")[2]
-
-
-def _type_of(path: str, run: type[AnyRunConfig] = RunConfig) -> Any:
+def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
     """Type hint of a setting, None for a path that does not exist."""
     head, _, rest = path.partition(".")
     if head == "algorithm" and rest:  # a name means the same in every algorithm that has it

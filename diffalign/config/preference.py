@@ -108,7 +108,7 @@ class PairsConfig:
     column_map: dict[str, str] = field(default_factory=dict)
     """Of a layout of one's own: prompt, image_0, image_1, label (or label_0 and label_1) to its names."""
     cache: str | None = None
-    """Where latents, prompts and inverted states are kept; null: output_dir/cache."""
+    """Where latents, prompts and inverted states are kept; null: OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
     """Of what is kept: bfloat16 or float32."""
     ties: str = "drop"

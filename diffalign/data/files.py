@@ -10,10 +10,14 @@ from pathlib import Path
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, with its suffix, to write to; it takes the place of `path` once that is done."""
+    """A hidden name beside `path`, with its suffix, to write to; it takes the place of `path` once that is done, and is
+    gone if it cannot be."""
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
-    yield hidden
-    hidden.replace(path)
+    try:
+        yield hidden
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

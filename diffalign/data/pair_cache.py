@@ -7,7 +7,6 @@ next one starts. `manifest.json` holds everything that could make the cache stal
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +87,6 @@ class PairCache:
                     metadata={"facts": json.dumps(facts)},
                 )
         except (OSError, SafetensorError) as error:
-            for left in self.folder.glob(f".*.{path.name}"):
-                left.unlink(missing_ok=True)
             raise CacheError(
                 f"{path} could not be written ({error}); the shards before it are kept, and the same command goes on "
                 "from there"
@@ -110,25 +107,21 @@ class PairCache:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged ({error}); delete it to make it again") from error
 
-    def finish(self, shards: int, *, notes: Mapping[str, Any]) -> None:
-        """Write the index of all pairs, and the counts."""
+    def finish(self, shards: Sequence[Mapping[str, Any]], *, notes: Mapping[str, Any]) -> None:
+        """Write the index of all pairs, and the counts; `shards` are the facts of all of them."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         table: dict[str, list[Any]] = {
             k: [] for k in ("place", "prompt", "shard", "offset", "preference", "weight")
         }
-        skipped: Counter[str] = Counter()
-        for number in range(shards):
-            facts = self.facts(number)
-            assert facts is not None
-            skipped.update(facts["skipped"])
+        for number, facts in enumerate(shards):
             for offset, pair in enumerate(facts["pairs"]):
                 for name, value in {**pair, "shard": number, "offset": offset}.items():
                     table[name].append(value)
         with aside(self.folder / INDEX) as file:
             pq.write_table(pa.table(table), file)
-        counts = {"pairs": len(table["prompt"]), "skipped": dict(skipped), "shards": shards}
+        counts = {"pairs": len(table["prompt"]), "shards": len(shards)}
         key = self.manifest["key"]
         write_text(self.folder / MANIFEST, json.dumps({"key": key, **counts, **notes}, indent=1))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, repeat
 from pathlib import Path
@@ -107,12 +107,19 @@ def _parquet(file: Path, skip: int) -> Rows:
             raise PairsError(f"{file} is damaged at row {number}: {error}") from error
 
 
+def _numbered(entries: Iterable[Any], file: Path, skip: int) -> Rows:
+    """Entries of a table as rows; PairsError for one that is no object."""
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise PairsError(f"{file}, row {number} is no object")
+        row = Row(entry, f"{file}, row {number}", file.parent)
+        yield row if number >= skip else None
+
+
 def _csv(file: Path, skip: int) -> Rows:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            for number, entry in enumerate(csv.DictReader(stream)):
-                row = Row(entry, f"{file}, row {number}", file.parent)
-                yield row if number >= skip else None
+            yield from _numbered(csv.DictReader(stream), file, skip)
     except (UnicodeDecodeError, csv.Error) as error:
         raise PairsError(f"{file} is not readable: {error}") from error
 
@@ -125,14 +132,9 @@ def _json(file: Path, skip: int) -> Rows:
                 entries = json.load(stream)
                 if not isinstance(entries, list):
                     raise PairsError(f"{file} must hold a list of objects")
-                numbered = enumerate(entries)
             else:
-                numbered = enumerate(json.loads(line) for line in stream if line.strip())
-            for number, entry in numbered:
-                if not isinstance(entry, dict):
-                    raise PairsError(f"{file}, row {number} is no object")
-                row = Row(entry, f"{file}, row {number}", file.parent)
-                yield row if number >= skip else None
+                entries = (json.loads(line) for line in stream if line.strip())
+            yield from _numbered(entries, file, skip)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PairsError(f"{file} is not readable: {error}") from error
 

@@ -1,4 +1,4 @@
-"""One forward of the denoiser, as all of training computes it."""
+"""One forward of the denoiser, as all of training computes it, and the size of its images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign.config import AnyRunConfig
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.precision import compute
 from diffalign.types import PromptEmbeds
+
+
+def image_size(config: AnyRunConfig, model: TextToImageModel) -> tuple[int, int]:
+    """(height, width) in pixels: as configured, else the model's own."""
+    height, width = model.default_size
+    return config.drawing.height or height, config.drawing.width or width
 
 
 def predict(

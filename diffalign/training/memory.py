@@ -22,6 +22,7 @@ from diffalign.config import (
 )
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
+from diffalign.training.forward import image_size
 from diffalign.types import PromptEmbeds
 
 GIB = 2**30
@@ -91,8 +92,7 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     for parameter in model.denoiser.parameters():  # autocast computes adapters in the base's dtype
         parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     rows = config.training.micro_batch_size * _rows_per_image(config)
-    height, width = model.default_size
-    size = config.drawing.height or height, config.drawing.width or width
+    size = image_size(config, model)
     dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):
         latents = torch.empty(rows, *model.latent_shape(*size), dtype=dtype)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 from diffalign.precision import compute
 from diffalign.seeds import GEOMETRY, STATES, stream
-from diffalign.training.forward import predict
+from diffalign.training.forward import image_size, predict
 from diffalign.types import PromptEmbeds
 
 logger = logging.getLogger(__name__)
@@ -101,16 +101,10 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
         "pairs": pairs,
         "model": fingerprint(model),
         "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
-        "size": list(size_of(config, model)),
+        "size": list(image_size(config, model)),
         "seed": config.training.seed,
         "mixed_precision": config.training.mixed_precision,
     }
-
-
-def size_of(config: PreferenceRunConfig, model: TextToImageModel) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    height, width = model.default_size
-    return config.images.height or height, config.images.width or width
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
@@ -124,7 +118,7 @@ def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
 
 def grid_of(config: PreferenceRunConfig, model: TextToImageModel) -> Tensor:
     """The rising timesteps (N + 1,) of the model's own scheduler, from clean to noise."""
-    height, width = size_of(config, model)
+    height, width = image_size(config, model)
     scheduler = model.scheduler_at(config.pairs.inversion.steps, height=height, width=width)
     return inversion_grid(scheduler.timesteps)
 
@@ -180,10 +174,11 @@ def finish(cache: PairCache, shards: int) -> None:
         raise PairsError(f"pairs.source: no pair can be used ({reasons or 'there is none'})")
     errors = [f["round_trip_error"] for f in found if "round_trip_error" in f]
     notes = {
+        "skipped": dict(skipped),
         "round_trip_error": errors[0] if errors else None,
         "seconds": sum(f["seconds"] for f in found),
     }
-    cache.finish(shards, notes=notes)
+    cache.finish(found, notes=notes)
     if skipped:
         logger.warning(
             "pairs left out: %s", ", ".join(f"{why}: {n}" for why, n in skipped.most_common())
@@ -202,7 +197,7 @@ class PairMaker:
     def __post_init__(self) -> None:
         c = self.config
         self.embed = EmbedCache(self.model)
-        self.size = size_of(c, self.model)
+        self.size = image_size(c, self.model)
         self.dtype = getattr(torch, c.pairs.dtype)
         noise = self.model.noise.scales(self.grid)[1]
         self.allowed = [
@@ -295,11 +290,8 @@ class PairMaker:
         if self.config.states:
             embeds = self.embed([p.prompt for p in pairs for _ in range(2)])
             if self.model.takes_time_ids:
-                embeds = PromptEmbeds(
-                    embeds.prompt_embeds,
-                    embeds.pooled_prompt_embeds,
-                    times.flatten(0, 1).to(embeds.prompt_embeds.device),
-                )
+                of_images = times.flatten(0, 1).to(self.model.device)
+                embeds = replace(embeds, time_ids=of_images)
             with lora.policy(self.model.denoiser, lora.REFERENCE):
                 found |= self._inverted(latents.float(), embeds, pairs)
                 if first:
@@ -416,6 +408,4 @@ def _oriented(
     if p < 0.5:
         pixels.reverse()
         p = 1 - p
-    return PreferencePair(
-        pair.prompt, pair.images, p, pair.row, pair.place, pair.weight, pair.metadata
-    )
+    return replace(pair, preference=p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from diffalign import lora
-from diffalign.config import InversionDPOConfig, PreferenceRunConfig
+from diffalign.config import PreferenceRunConfig
 from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError
 from diffalign.errors import UsageError
@@ -127,8 +128,7 @@ class PreferenceTrainer(Trainer):
         pairs = self.kept[:VALIDATION_PAIRS]
         if not pairs:
             return {}
-        policy = lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
-        with lora.policy(self.model.denoiser, policy):
+        with lora.policy(self.model.denoiser, self.policy):
             batch = self.cache.batch(pairs, self.accelerator.device)
             found = self.update.measure(batch, key=(VALIDATION,)).means()
         return {f"validation/{name}": value for name, value in found.items()}
@@ -136,14 +136,12 @@ class PreferenceTrainer(Trainer):
     def facts(self) -> dict[str, Any]:
         c = self.config
         manifest = self.cache.manifest
-        numbers = self.cache.batch(self.pairs[:1]).latents[0, 0].numel()
-        needs = ("states", c.states) if isinstance(c.algorithm, InversionDPOConfig) else ()
         return {
             "pairs": len(self.pairs),
             "validation_pairs": len(self.kept),
             "skipped_pairs": manifest["skipped"],
             "precompute_seconds": manifest["seconds"],
             "round_trip_error": manifest["round_trip_error"],
-            "beta_per_element": c.algorithm.beta / numbers,
-            **dict([needs] if needs else []),
+            "beta_per_element": c.algorithm.beta / math.prod(self.model.latent_shape(*self.size)),
+            "states": c.states,
         }

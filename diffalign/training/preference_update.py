@@ -7,7 +7,7 @@ processes changes the gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from diffalign.precision import attention
 from diffalign.seeds import stream
 from diffalign.training.forward import predict
 from diffalign.training.update import Sums
-from diffalign.types import PreferenceBatch, PromptEmbeds
+from diffalign.types import PreferenceBatch
 
 METRICS = (
     "loss",
@@ -180,7 +180,7 @@ class PreferenceUpdate:
         embeds = batch.embeds[rows.to(batch.latents.device)]
         if batch.time_ids is not None:
             ids = batch.time_ids[:, :images, None].expand(-1, -1, count, -1).flatten(0, 2)
-            embeds = PromptEmbeds(embeds.prompt_embeds, embeds.pooled_prompt_embeds, ids)
+            embeds = replace(embeds, time_ids=ids)
         times = question.timesteps[:, None].expand(pairs, images, count).flatten()
         model_pred = predict(
             self.model,

@@ -134,7 +134,7 @@ class Run:
                 f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
             )
         self._train()
-        after = self._evaluate(self.policy)
+        after = self._evaluate(self.trainer.policy)
         summary = self._summary(before, after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self._export()
@@ -151,11 +151,6 @@ class Run:
             self._say(f"report: {self.trainer.folder.path / 'report.html'}")
         self.accelerator.wait_for_everyone()
         return summary
-
-    @property
-    def policy(self) -> str:
-        """The policy that is evaluated and saved."""
-        return lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
 
     def _train(self) -> None:
         c = self.config.training
@@ -175,7 +170,7 @@ class Run:
             progress = self.trainer.progress
             last = progress.update >= c.num_updates or self._out_of_time()
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
-                found = self._evaluate(self.policy).to_dict()
+                found = self._evaluate(self.trainer.policy).to_dict()
                 row["evaluation"] = {**found, **self.trainer.validate()}
             log.append(row)
             trackers.log(self.accelerator, row)
@@ -253,7 +248,7 @@ class Run:
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with self.trainer.drawing(self.policy):
+        with self.trainer.drawing(self.trainer.policy):
             found = evaluate_model(
                 self.model,
                 prompts,
@@ -271,7 +266,7 @@ class Run:
 
     def _export(self) -> None:
         folder = self.trainer.folder.path / "lora"
-        lora.export_lora(self.model.denoiser, self.model.pipeline, folder, name=self.policy)
+        lora.export_lora(self.model.denoiser, self.model.pipeline, folder, name=self.trainer.policy)
 
     def _summary(self, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
         device = self.accelerator.device

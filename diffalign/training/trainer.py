@@ -18,6 +18,7 @@ from diffalign.config import AnyRunConfig, OptimizerConfig
 from diffalign.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
+from diffalign.training.forward import image_size
 from diffalign.training.run_folder import RunFolder
 
 
@@ -53,8 +54,7 @@ class Trainer(ABC):
 
     def __post_init__(self) -> None:
         c = self.config
-        height, width = self.model.default_size
-        self.size = (c.drawing.height or height, c.drawing.width or width)
+        self.size = image_size(c, self.model)
         self.model.latent_shape(*self.size)  # a clear error now rather than at the first images
         self.parameters = lora.attach(
             self.model.denoiser,
@@ -94,6 +94,11 @@ class Trainer(ABC):
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         """What of a row the progress bar shows."""
         return {}
+
+    @property
+    def policy(self) -> str:
+        """The policy that is evaluated and saved."""
+        return lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
 
     def drawing(self, policy: str) -> AbstractContextManager[None]:
         """The context in which images of a policy are made."""
