@@ -44,6 +44,11 @@ MODELS = {
         16,
         (64, 64),
     ),
+    "shapes-sd": ModelSpec(
+        "package:shapes-sd",
+        "4 M parameters, Stable Diffusion 1.5's layout, 64 px Shapes; ships with diffalign",
+        16,
+    ),
     "sd3.5-medium": ModelSpec(
         "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5 medium, 2.5 B"
     ),

@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 
 import diffalign.shapes
 from diffalign import cli
@@ -15,12 +20,16 @@ from diffalign.shapes.prompts import prompts
 from diffalign.shapes.verifier import detect, verify
 
 FOLDER = Path(diffalign.shapes.__path__[0]) / "checkpoints"
-KINDS = {"shapes-sd3": StableDiffusion3Pipeline, "shapes-flux": FluxPipeline}
+KINDS = {
+    "shapes-sd3": StableDiffusion3Pipeline,
+    "shapes-flux": FluxPipeline,
+    "shapes-sd": StableDiffusionPipeline,
+}
 SHIPPED = [name for name in KINDS if (FOLDER / name).is_dir()]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_both_models_ship(name):
+def test_all_models_ship(name):
     assert name in available()
     assert MODELS[name].max_sequence_length == 16
 
