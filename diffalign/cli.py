@@ -102,8 +102,9 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     pairs.add_argument(
         "--pick",
         default="best_worst",
-        choices=("best_worst", "all"),
-        help="of a prompt's images: default %(default)s, one pair",
+        choices=("best_worst", "nested", "all"),
+        help="of a prompt's images: default %(default)s, one pair; nested: each image once, best with worst, second "
+        "with second worst",
     )
     pairs.add_argument(
         "--min_gap",

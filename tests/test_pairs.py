@@ -222,6 +222,12 @@ class TestRanking:
     def test_all_pairs_but_equal_ones(self):
         assert choose_pairs([1, 0, 1], pick="all") == [(0, 1), (2, 1)]
 
+    def test_nested_pairs_use_each_image_once(self):
+        scores = [0.3, 0.9, 0.5, 0.1, 0.5, 0.4]
+        assert choose_pairs(scores, pick="nested") == [(1, 3), (2, 0), (4, 5)]
+        assert choose_pairs([1, 1, 0], pick="nested") == [(0, 2)]
+        assert choose_pairs([1, 0, 0, 0], pick="nested") == [(0, 3)]
+
     def test_gaps_and_failures(self):
         assert choose_pairs([0.5, 0.4], min_gap=0.1 + 1e-9) == []
         assert choose_pairs([float("nan"), 1.0]) == []

@@ -184,6 +184,7 @@ class TestRefusals:
             ({"pairs": {"dtype": "bfloat16"}}, 0, "pairs.dtype"),
             ({"pairs": {"ties": "soft"}}, 0, "pairs.ties"),
             ({"pairs": {"limit": 5}}, 0, "pairs.limit"),
+            ({"pairs": {"seed": 5}}, 0, "pairs.seed"),
             ({"images": {"height": 32}}, 0, "size.*16.*32"),
         ],
     )
@@ -204,7 +205,12 @@ class TestRefusals:
     def test_what_may_change(self, source, tmp_path):
         first = fill(source, tmp_path)
         moved = source.rename(tmp_path / "moved")
-        again = fill(moved, tmp_path, pairs={"validation": 0.5, "micro_batch_size": 2})
+        again = fill(
+            moved,
+            tmp_path,
+            pairs={"validation": 0.5, "micro_batch_size": 2},
+            training={"seed": 7},
+        )
         assert again.manifest == first.manifest
 
     def test_a_folder_of_others(self, source, tmp_path):

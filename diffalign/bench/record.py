@@ -51,7 +51,7 @@ def run_bench(name: str, options: BenchOptions, *, output: Path | None = None) -
     """Run a benchmark, write its JSON, and return the headline figures."""
     if name not in BENCHES:
         raise UsageError(f"no benchmark {name!r}{nearest(name, list(BENCHES))}")
-    found = importlib.import_module(f"diffalign.bench.{name}").run(options)
+    found = importlib.import_module(f"diffalign.bench.{name.replace('-', '_')}").run(options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record(name, found, quick=options.quick), indent=1)

@@ -121,6 +121,8 @@ class PairsConfig:
     """False: at a random place, the same for both images."""
     random_flip: bool = False
     """Mirror half of the pairs, both images."""
+    seed: int = 0
+    """Of crops, flips, ties at random, and which inverted states are kept: runs of any seed share a cache."""
     micro_batch_size: int = 16
     """Images encoded and inverted at a time."""
     inversion: InversionConfig = field(default_factory=InversionConfig)

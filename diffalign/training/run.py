@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,8 @@ class Run:
     held_out_reward: CompositeReward
     eval_prompts: Sequence[Prompt]
     trainer: Trainer
+    before: Evaluation = field(init=False)
+    """Of the reference: what win rates compare with."""
 
     @classmethod
     def prepare(cls, config: AnyRunConfig) -> Run:
@@ -128,14 +130,14 @@ class Run:
         if self.trainer.resume():
             self._say(f"resumed after update {self.trainer.progress.update}")
         self._say(f"scoring {self.config.model.name} before training")
-        before = self._evaluate(lora.REFERENCE)
-        if before.failed == len(before.prompts):
+        self.before = self._evaluate(lora.REFERENCE)
+        if self.before.failed == len(self.before.prompts):
             raise RewardError(
                 f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
             )
         self._train()
         after = self._evaluate(self.trainer.policy)
-        summary = self._summary(before, after, time.perf_counter() - started)
+        summary = self._summary(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self._export()
             self.trainer.folder.write(SUMMARY, json.dumps(summary, indent=2))
@@ -145,7 +147,7 @@ class Run:
                 summary=summary,
                 log=self.trainer.folder.read_log(),
                 prompts=self.eval_prompts,
-                before=before,
+                before=self.before,
                 after=after,
             )
             self._say(f"report: {self.trainer.folder.path / 'report.html'}")
@@ -170,8 +172,8 @@ class Run:
             progress = self.trainer.progress
             last = progress.update >= c.num_updates or self._out_of_time()
             if c.eval_every and progress.update % c.eval_every == 0 and not last:
-                found = self._evaluate(self.trainer.policy).to_dict()
-                row["evaluation"] = {**found, **self.trainer.validate()}
+                found = self._evaluate(self.trainer.policy)
+                row["evaluation"] = found.to_dict() | self.trainer.validate() | self._wins(found)
             log.append(row)
             trackers.log(self.accelerator, row)
             if self.accelerator.is_main_process:
@@ -268,14 +270,20 @@ class Run:
         folder = self.trainer.folder.path / "lora"
         lora.export_lora(self.model.denoiser, self.model.pipeline, folder, name=self.trainer.policy)
 
-    def _summary(self, before: Evaluation, after: Evaluation, seconds: float) -> dict[str, Any]:
+    def _wins(self, found: Evaluation) -> dict[str, Any]:
+        """How often its images are better than the reference's of the same noise."""
+        prompts = [p.text for p in found.prompts]
+        wins = win_rate(found.rewards, self.before.rewards, prompts)
+        return {"win_rate": None if wins is None else vars(wins)}
+
+    def _summary(self, after: Evaluation, seconds: float) -> dict[str, Any]:
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        wins = win_rate(after.rewards, before.rewards, [p.text for p in after.prompts])
+        before = self.before
         summary = {
             "before": before.to_dict(),
             "after": after.to_dict() | self.trainer.validate(),
-            "win_rate": None if wins is None else vars(wins),
+            **self._wins(after),
             "updates": self.trainer.progress.update,
             "training_seconds": round(self.trainer.progress.seconds, 1),
             "seconds": round(seconds, 1),

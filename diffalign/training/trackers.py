@@ -39,8 +39,12 @@ def start(accelerator: Accelerator, config: AnyRunConfig) -> None:
 def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     """The numbers of a row of the log, at its update."""
     values = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-    scores = row.get("evaluation", {}).get("tasks", {})
+    found = row.get("evaluation", {})
+    scores = dict(found.get("tasks", {}))
+    if found.get("win_rate"):
+        scores["win_rate"] = found["win_rate"]["rate"]
     values |= {f"evaluation/{name}": score for name, score in scores.items()}
+    values |= {name: score for name, score in found.items() if name.startswith("validation/")}
     accelerator.log(values, step=row["update"])
 
 

@@ -1,0 +1,262 @@
+"""Inversion-DPO against Diffusion-DPO, its own released form, and training on winners alone.
+
+All arms have the same pairs, model, adapter and machine, and the same seconds from the first image of the pairs to the
+last update: what an arm precomputes is taken from its training. Win rates are those of held-out prompts against the
+base, image by image from the same noise.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from diffalign.bench.curves import Curve, finite
+from diffalign.bench.record import BenchOptions, run_once, spread
+from diffalign.config import PreferenceRunConfig, load
+from diffalign.precision import attention
+from diffalign.seeds import TIMESTEPS
+from diffalign.training import trackers
+from diffalign.training.precompute import precompute
+from diffalign.training.preference import PreferenceTrainer
+from diffalign.training.preference_update import METRICS
+from diffalign.training.run import Run, prepare_model
+from diffalign.training.run_folder import RunFolder
+from diffalign.training.update import Sums
+from diffalign.types import PreferenceBatch
+
+SECONDS = 240.0
+"""Of precomputing and training together."""
+RECIPES = {"shapes-sd3": "inversion-dpo-shapes", "shapes-sd": "inversion-dpo-shapes-sd"}
+ARMS: dict[str, tuple[str, ...]] = {
+    "inversion_dpo": (),
+    "diffusion_dpo": ("--algorithm.type=diffusion_dpo",),
+    "released": ("--algorithm.variant=released",),
+    "sft": ("--algorithm.type=diffusion_dpo", "--algorithm.loss_type=sft"),
+}
+"""What each changes in the recipe of its model; learning rates and betas are the best of those tried for each."""
+IMAGES_PER_PROMPT = 8
+EVALUATIONS = 6
+STEP_REPEATS = 9
+QUICK = (
+    "--model.compile=false",
+    "--training.num_updates=2",
+    "--training.eval_every=1",
+    "--training.pairs_per_update=8",
+    "--evaluation.images_per_task=4",
+    "--pairs.inversion.steps=8",
+    "--pairs.limit=24",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the comparison, with its pairs."""
+
+    name: str
+    options: BenchOptions
+
+    @property
+    def pairs(self) -> str:
+        return str(self.options.work / f"pairs-{self.name}")
+
+    def make_pairs(self) -> list[str]:
+        """`diffalign pairs`, as a user would; returns its arguments. Images that are there are kept."""
+        arguments = [
+            "pairs",
+            f"--model={self.name}",
+            f"--output_dir={self.pairs}",
+            "--pick=nested",
+            f"--images_per_prompt={2 if self.options.quick else IMAGES_PER_PROMPT}",
+            *(["--max_prompts=60"] if self.options.quick else []),
+        ]
+        command = [sys.executable, "-m", "diffalign.cli", *arguments]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return arguments
+
+    def configuration(
+        self, arm: str, seed: int, *, seconds: float = SECONDS
+    ) -> PreferenceRunConfig:
+        """The run of one arm and seed, training for `seconds`; its folder is resumed when it is there."""
+        inverted = any("diffusion_dpo" in o for o in ARMS[arm])
+        overrides = [
+            f"--output_dir={self.options.folder(f'{self.name} {arm}', seed)}",
+            f"--pairs.source={self.pairs}",
+            f"--pairs.cache={self.options.work / f'cache-{self.name}'}-{'plain' if inverted else 'inverted'}",
+            f"--training.seed={seed}",
+            f"--evaluation.seed={1000 + seed}",
+            f"--training.max_minutes={round(seconds / 60, 3)}",
+            "--training.num_updates=100000",
+            "--training.sample_every=0",
+            *ARMS[arm],
+            *(QUICK if self.options.quick else ()),
+        ]
+        config = load(RECIPES[self.name], overrides)
+        assert isinstance(config, PreferenceRunConfig)
+        return config
+
+    def precomputed(self, arm: str) -> float:
+        """Seconds that an arm's cache took; it is made where it is not there."""
+        config = self.configuration(arm, 0)
+        accelerator = trackers.make_accelerator(config)
+        model = prepare_model(config, accelerator.device)
+        return float(precompute(config, model, accelerator).manifest["seconds"])
+
+
+def score_of(name: str) -> Callable[[dict[str, Any]], float]:
+    """Reads a figure from an evaluation."""
+    return {
+        "win_rate": lambda found: found["win_rate"]["rate"],
+        "geneval": lambda found: found["tasks"]["overall"],
+    }[name]
+
+
+def read_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
+    """Of one run: what was reached after how many seconds, those of precomputing among them."""
+    read, spent = score_of(name), summary["precompute_seconds"]
+    start = 0.5 if name == "win_rate" else read(summary["before"])
+    last = {**summary["after"], "win_rate": summary["win_rate"]}
+    rows = [(row["seconds"], row["evaluation"]) for row in log[:-1] if "evaluation" in row]
+    rows.append((log[-1]["seconds"], last))
+    return Curve(
+        [start, start, *(read(found) for _, found in rows)],
+        {"seconds": [0.0, spent, *(spent + seconds for seconds, _ in rows)]},
+    )
+
+
+def measure(subject: Subject, arm: str, seeds: int) -> dict[str, Any]:
+    """All seeds of an arm."""
+    seconds = max(SECONDS - subject.precomputed(arm), 1.0)
+    configs = [subject.configuration(arm, seed, seconds=seconds) for seed in range(seeds)]
+    summaries = [run_once(config) for config in configs]
+    logs = [RunFolder(config.output_dir).read_log() for config in configs]
+    rows = [row for log in logs for row in log]
+    afters = [s["after"] for s in summaries]
+    return {
+        "curves": {
+            name: [read_curve(log, s, name) for log, s in zip(logs, summaries, strict=True)]
+            for name in ("win_rate", "geneval")
+        },
+        "win_rate": spread(s["win_rate"]["rate"] for s in summaries),
+        "win_rates": [s["win_rate"] for s in summaries],
+        "geneval_before": spread(s["geneval_before"] for s in summaries),
+        "geneval_final": spread(s["geneval_after"] for s in summaries),
+        "validation": {
+            name: spread(a[name] for a in afters) for name in afters[0] if "validation/" in name
+        },
+        "precompute_seconds": summaries[0]["precompute_seconds"],
+        "updates": spread(s["updates"] for s in summaries),
+        "pairs": summaries[0]["pairs"],
+        "pairs_per_second": round(median(r["pairs_per_second"] for r in rows), 2),
+        "forwards_per_pair": round(median(r["forwards_per_pair"] for r in rows), 2),
+        "beta_per_element": summaries[0]["beta_per_element"],
+        "overrides": list(ARMS[arm]),
+        "recipe": RECIPES[subject.name],
+    }
+
+
+def step_times(subject: Subject) -> dict[str, Any]:
+    """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, turn
+    and turn about on the same pairs; on CUDA also the peak of memory."""
+    config = subject.configuration("inversion_dpo", 0)
+    folder = f"{subject.options.work / f'step-{subject.name}'}"
+    trainer = Run.prepare(replace(config, output_dir=folder)).trainer
+    assert isinstance(trainer, PreferenceTrainer)
+    trainer.prepare()
+    pairs = trainer.chosen(1)[: config.training.micro_batch_size]
+    batch = trainer.cache.batch(pairs, trainer.accelerator.device)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    peaks: dict[bool, int] = {}
+    for _ in range(STEP_REPEATS):
+        for cached in (True, False):
+            seconds, peaks[cached] = _gradient(trainer, batch, cached=cached)
+            times[cached].append(seconds)
+    ratios = [a / b for a, b in zip(times[True], times[False], strict=True)][1:]  # once to warm up
+    found: dict[str, Any] = {"pairs": len(pairs), "ratio": spread(ratios)}
+    if torch.cuda.is_available():
+        found["peak_bytes"] = {"cached": peaks[True], "with a reference": peaks[False]}
+    return found
+
+
+def _gradient(
+    trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool
+) -> tuple[float, int]:
+    """Seconds and, on CUDA, peak bytes of one gradient."""
+    cuda = batch.latents.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    question = trainer.update.ask(batch, (TIMESTEPS, 0))
+    if not cached:
+        question = replace(question, reference_error=None)
+    loss = trainer.update.loss(batch, question, Sums(METRICS, batch.latents.device))
+    with attention(batch.latents.device):
+        loss.mean().backward()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    trainer.optimizer.zero_grad()
+    return seconds, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def run(options: BenchOptions) -> dict[str, Any]:
+    """All arms of all models over all seeds; `options.arms` chooses among "MODEL ARM"."""
+    chosen = options.chosen(f"{model} {arm}" for model in RECIPES for arm in ARMS)
+    models: dict[str, Any] = {}
+    for name in RECIPES:
+        arms = [arm for arm in ARMS if f"{name} {arm}" in chosen]
+        if not arms:
+            continue
+        subject = Subject(name, options)
+        found: dict[str, Any] = {"pairs": subject.make_pairs()}
+        found["arms"] = {arm: measure(subject, arm, options.seeds) for arm in arms}
+        if "inversion_dpo" in arms:
+            found["step"] = step_times(subject)
+        found["times"] = _times(found["arms"])
+        models[name] = found
+    headline = {
+        "win_rate": {
+            name: {arm: a["win_rate"]["median"] for arm, a in found["arms"].items()}
+            for name, found in models.items()
+        },
+        "time_ratio_to_match_diffusion_dpo": {
+            name: _middle(found["times"]) for name, found in models.items()
+        },
+        "step_time_ratio_cached": {
+            name: found["step"]["ratio"]["median"]
+            for name, found in models.items()
+            if "step" in found
+        },
+    }
+    for found in models.values():
+        for arm in found["arms"].values():
+            arm["curves"] = {k: [vars(c) for c in curves] for k, curves in arm["curves"].items()}
+    return {"headline": headline, "seconds": SECONDS, "models": models}
+
+
+def _times(arms: dict[str, Any]) -> list[float | None]:
+    """Seed by seed: seconds of Inversion-DPO until the best win rate of Diffusion-DPO, over those of Diffusion-DPO;
+    None where it does not get there, or where there was nothing to match."""
+    if not {"inversion_dpo", "diffusion_dpo"} <= set(arms):
+        return []
+    ratios: list[float | None] = []
+    curves = (arms[arm]["curves"]["win_rate"] for arm in ("inversion_dpo", "diffusion_dpo"))
+    for ours, theirs in zip(*curves, strict=True):
+        best = max(theirs.score)
+        there, here = theirs.to_reach(best, "seconds"), ours.to_reach(best, "seconds")
+        ratios.append(finite(here / there) if here is not None and there else None)
+    return ratios
+
+
+def _middle(ratios: list[float | None]) -> float | None:
+    """The median, where a run that never gets there is the slowest of all."""
+    if not ratios:
+        return None
+    return finite(median(float("inf") if r is None else r for r in ratios))

@@ -1,0 +1,274 @@
+"""What the frozen reference makes of a shard of preference pairs: latents, prompt embeddings, inverted states."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign import lora
+from diffalign.config import PreferenceRunConfig
+from diffalign.data.images import fit, read_image
+from diffalign.data.pairs import PreferencePair, Skipped
+from diffalign.errors import UsageError
+from diffalign.inversion import integrate, round_trip_error
+from diffalign.noise import RectifiedFlow, implied_noise
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache
+from diffalign.precision import compute
+from diffalign.seeds import GEOMETRY, STATES, stream
+from diffalign.training.forward import image_size, predict
+from diffalign.types import PromptEmbeds
+
+logger = logging.getLogger(__name__)
+NAMED_SKIPS = 5
+"""Of each reason, how many skipped rows are named in the log."""
+Item = PreferencePair | Skipped
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`items` that are read from the source together; the next shard starts at row `stop`."""
+
+    number: int
+    items: list[Item]
+    stop: int
+
+
+def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
+    """The configured solver, or the family's."""
+    flow = isinstance(model.noise, RectifiedFlow)
+    found = config.pairs.inversion.solver or ("fireflow" if flow else "midpoint")
+    if found == "fireflow" and not flow:
+        raise UsageError("pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX)")
+    return found
+
+
+@dataclass
+class PairMaker:
+    """Makes the tensors of shards with the frozen reference."""
+
+    config: PreferenceRunConfig
+    model: TextToImageModel
+    grid: Tensor
+    named: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.embed = EmbedCache(self.model)
+        self.size = image_size(c, self.model)
+        self.dtype = getattr(torch, c.pairs.dtype)
+        noise = self.model.noise.scales(self.grid)[1]
+        self.allowed = [
+            i for i in range(1, len(self.grid)) if noise[i] >= c.pairs.inversion.min_noise
+        ]
+        if c.states > len(self.allowed):
+            raise UsageError(
+                f"pairs.inversion.states: {c.states} of {len(self.allowed)} states with at least "
+                f"{c.pairs.inversion.min_noise} of noise; use more pairs.inversion.steps"
+            )
+
+    def make(self, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of the usable pairs, and what is to be known of the shard."""
+        skipped: Counter[str] = Counter()
+        kept: list[tuple[PreferencePair, Tensor, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
+        facts: dict[str, Any] = {"stop": shard.stop, "items": len(shard.items), "pairs": []}
+        for item in shard.items:
+            ready = self._ready(item)
+            if isinstance(ready, str):
+                skipped[ready] += 1
+                self._name(item, ready)
+                continue
+            kept.append(ready)
+            facts["pairs"].append(_facts_of(ready[0]))
+            if len(kept) * 2 >= self.config.pairs.micro_batch_size:
+                parts.append(self._tensors(kept, facts, first=shard.number == 0 and not parts))
+                kept = []
+        if kept:
+            parts.append(self._tensors(kept, facts, first=shard.number == 0 and not parts))
+        facts["skipped"] = dict(skipped)
+        tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
+        return tensors | self._prompts(facts["pairs"]), facts
+
+    def _name(self, item: Item, why: str) -> None:
+        self.named[why] += 1
+        if self.named[why] <= NAMED_SKIPS:
+            logger.warning("%s is left out: %s", item.place, why)
+
+    def _ready(self, item: Item) -> tuple[PreferencePair, Tensor, Tensor] | str:
+        """The pair with the preferred image first, its pixels (2, 3, H, W) and time ids (2, 6); or why not."""
+        if isinstance(item, Skipped):
+            return item.why
+        if item.preference == 0.5 and self.config.pairs.ties == "drop":
+            return "tie"
+        try:
+            pixels = [read_image(image) for image in item.images]
+        except OSError:
+            return "unreadable image"
+        if torch.equal(*pixels):
+            return "identical images"
+        generator = torch.Generator().manual_seed(
+            stream(GEOMETRY, self.config.pairs.seed, item.row)
+        )
+        draws = torch.rand(4, generator=generator).tolist()
+        pair = _oriented(item, pixels, tie_break=draws[0], ties=self.config.pairs.ties)
+        place = (0.5, 0.5) if self.config.pairs.center_crop else (draws[1], draws[2])
+        fitted = [fit(p, *self.size, place=place) for p in pixels]
+        flip = self.config.pairs.random_flip and draws[3] < 0.5
+        images = torch.stack([p.flip(-1) if flip else p for p, _ in fitted])
+        times = torch.tensor(
+            [
+                [*p.shape[1:], *corner, *self.size]
+                for p, (_, corner) in zip(pixels, fitted, strict=True)
+            ]
+        )
+        return pair, images, times.float()
+
+    @torch.no_grad()
+    def _tensors(
+        self,
+        kept: list[tuple[PreferencePair, Tensor, Tensor]],
+        facts: dict[str, Any],
+        *,
+        first: bool,
+    ) -> dict[str, Tensor]:
+        """Of n pairs: everything of a shard but its prompts."""
+        pairs = [pair for pair, _, _ in kept]
+        images = torch.cat([pixels for _, pixels, _ in kept])
+        with compute(self.model.device, self.config.training.mixed_precision):
+            latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
+        found = {
+            "latents": latents.unflatten(0, (len(pairs), 2)).cpu(),
+            "preference": torch.tensor([p.preference for p in pairs]),
+            "weight": torch.tensor([p.weight for p in pairs]),
+        }
+        times = torch.stack([t for _, _, t in kept])
+        if self.model.takes_time_ids:
+            found["time_ids"] = times
+        if self.config.states:
+            embeds = self.embed([p.prompt for p in pairs for _ in range(2)])
+            if self.model.takes_time_ids:
+                of_images = times.flatten(0, 1).to(self.model.device)
+                embeds = replace(embeds, time_ids=of_images)
+            with lora.policy(self.model.denoiser, lora.REFERENCE):
+                found |= self._inverted(latents.float(), embeds, pairs)
+                if first:
+                    facts["round_trip_error"] = self._round_trip(latents.float(), embeds)
+        return found
+
+    def _field(self, embeds: PromptEmbeds) -> Any:
+        """The reference's prediction for one batch of prompts, guided as the inversion is."""
+        guidance = self.config.pairs.inversion.guidance_scale
+        negative = None
+        if self.model.costs_a_forward(guidance):
+            negative = self.embed([""]).repeat_first(len(embeds))
+
+        def field_of(noisy: Tensor, times: Tensor) -> Tensor:
+            return predict(
+                self.model,
+                noisy,
+                times,
+                embeds,
+                mixed_precision=self.config.training.mixed_precision,
+                guidance_scale=guidance,
+                negative_embeds=negative,
+            )
+
+        return field_of
+
+    def _inverted(
+        self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
+    ) -> dict[str, Tensor]:
+        """K states of each image, and the reference's error at them."""
+        path, solver = self.model.noise, solver_of(self.config, self.model)
+        states = integrate(self._field(embeds), latents, self.grid, path, solver=solver)
+        index = torch.stack([self._chosen(p) for p in pairs])
+        of_image = index.repeat_interleave(2, 0)
+        every = torch.stack(states, 1)  # (2n, N + 1, C, H, W)
+        rows = torch.arange(len(every), device=every.device)
+        kept, errors = [], []
+        for k in range(self.config.states):
+            where = of_image[:, k]
+            state = every[rows, where.to(every.device)].to(self.dtype)
+            times = self.grid[where].to(every.device)
+            noise = implied_noise(path, latents, state.float(), times)
+            target = path.target(latents, noise, times)
+            guidance = self.config.pairs.inversion.guidance_scale
+            model_pred = predict(
+                self.model,
+                state.float(),
+                times,
+                embeds,
+                mixed_precision=self.config.training.mixed_precision,
+                guidance_scale=guidance if self.model.guidance_is_embedded else None,
+            )
+            errors.append((model_pred.float() - target).square().flatten(1).mean(1))
+            kept.append(state)
+        pairwise = (len(pairs), 2)
+        return {
+            "states": torch.stack(kept, 1).unflatten(0, pairwise).cpu(),
+            "grid_index": index,
+            "reference_error": torch.stack(errors, 1).unflatten(0, pairwise).cpu(),
+        }
+
+    def _chosen(self, pair: PreferencePair) -> Tensor:
+        """(K,) places on the grid, the same of both images."""
+        key = stream(STATES, self.config.pairs.seed, pair.row)
+        generator = torch.Generator().manual_seed(key)
+        order = torch.randperm(len(self.allowed), generator=generator)[: self.config.states]
+        return torch.tensor(self.allowed)[order].sort().values
+
+    def _round_trip(self, latents: Tensor, embeds: PromptEmbeds) -> float:
+        """Median relative error of inverting and sampling with the same solver."""
+        solver = solver_of(self.config, self.model)
+        errors = round_trip_error(
+            self._field(embeds),
+            latents,
+            self.grid,
+            self.model.noise,
+            solver=solver,
+            sampler="euler" if solver == "fixed_point" else solver,
+        )
+        return float(errors.median())
+
+    def _prompts(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Each prompt's embeddings once, and the row of each pair's."""
+        if not pairs:
+            return {}
+        texts = list(dict.fromkeys(p["prompt"] for p in pairs))
+        embeds = self.embed(texts).to("cpu")
+        found = {
+            "prompt_row": torch.tensor([texts.index(p["prompt"]) for p in pairs]),
+            "prompt_embeds": embeds.prompt_embeds,
+        }
+        if embeds.pooled_prompt_embeds is not None:
+            found["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
+        return found
+
+
+def _facts_of(pair: PreferencePair) -> dict[str, Any]:
+    """What the index says of a pair."""
+    return {
+        "place": pair.place,
+        "prompt": pair.prompt,
+        "preference": pair.preference,
+        "weight": pair.weight,
+    }
+
+
+def _oriented(
+    pair: PreferencePair, pixels: list[Tensor], *, tie_break: float, ties: str
+) -> PreferencePair:
+    """The preferred image first; swaps `pixels` in place along with it."""
+    p = pair.preference
+    if p == 0.5 and ties == "random":
+        p = 1.0 if tie_break < 0.5 else 0.0
+    if p < 0.5:
+        pixels.reverse()
+        p = 1 - p
+    return replace(pair, preference=p)
