@@ -62,6 +62,13 @@ def attach(
     return trainable(denoiser)
 
 
+def keep_input_dtype(denoiser: nn.Module) -> None:
+    """For forwards under autocast, which casts the adapters' weights: peft would make each adapter a float32 copy of
+    its input, of which autograd then keeps a bfloat16 copy, where q, k and v can share one."""
+    for layer in _layers(denoiser):
+        layer.cast_input_dtype_enabled = False
+
+
 def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
     """Those targets that are no suffix of any linear layer's name."""
     names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]

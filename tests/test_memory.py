@@ -9,11 +9,13 @@ from diffalign.config import load
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.training.memory import forecast, saved_bytes, size_of
 
+FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 
-@pytest.fixture(scope="module", params=["sd3", "flux"])
+
+@pytest.fixture(scope="module", params=["sd3", "flux", "sd", "sdxl"])
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    model = tiny.MODELS[request.param]()
+    model = FAMILIES[request.param]()
     model.pipeline.to(torch.bfloat16)
     model.pipeline.save_pretrained(folder)
     return request.param, folder, model
@@ -41,7 +43,7 @@ def test_forecast_agrees_with_a_real_step(family):
     config = configuration(folder)
     found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
 
-    model = tiny.MODELS[kind]()
+    model = FAMILIES[kind]()
     model.pipeline.to(torch.bfloat16)
     assert found.denoiser == size_of(model.denoiser)
     assert found.autoencoder == size_of(model.pipeline.vae)
@@ -51,10 +53,12 @@ def test_forecast_agrees_with_a_real_step(family):
     trained = sum(p.numel() * p.element_size() for p in parameters)
     assert found.adapters == found.optimizer == 3 * trained
 
+    lora.keep_input_dtype(model.denoiser)
+
     embeds = model.encode_prompt(["a cat"] * 16)
     assert model.prompt_shape() == (
         *embeds.prompt_embeds.shape[1:],
-        embeds.pooled_prompt_embeds.shape[1],
+        0 if embeds.pooled_prompt_embeds is None else embeds.pooled_prompt_embeds.shape[1],
     )
     latents, times = torch.randn(16, 4, 8, 8), torch.full((16,), 500.0)
 
@@ -64,6 +68,26 @@ def test_forecast_agrees_with_a_real_step(family):
 
     measured = saved_bytes(model.denoiser, step)
     assert found.activations == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_adapters_that_share_their_input_keep_less_and_compute_the_same(kind):
+    model = FAMILIES[kind]()
+    model.pipeline.to(torch.bfloat16)
+    lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
+    embeds = model.encode_prompt(["a cat"] * 2)
+    latents, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0)
+    found = []
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model.predict(latents, times, embeds))
+        return found[-1]
+
+    apart = saved_bytes(model.denoiser, forward)
+    lora.keep_input_dtype(model.denoiser)
+    assert saved_bytes(model.denoiser, forward) < 0.95 * apart
+    assert torch.equal(*found)
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(family):

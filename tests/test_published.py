@@ -1,17 +1,24 @@
-"""The published configurations of SD3.5-medium and FLUX.1-dev on the meta device: sizes, LoRA targets, shapes."""
+"""The published configurations of SD1.5, SDXL, SD3.5-medium and FLUX.1-dev on the meta device: sizes, LoRA targets,
+shapes."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
 )
 
 from diffalign import lora
 from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
+from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.types import PromptEmbeds
 
 SD35_MEDIUM = {
@@ -41,14 +48,38 @@ FLUX_DEV = {
     "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 
 class Pipeline:
     """What a family reads of a pipeline, without text encoders."""
 
-    def __init__(self, transformer, scheduler):
-        self.transformer = transformer
+    tokenizer = SimpleNamespace(model_max_length=77)
+
+    def __init__(self, denoiser, scheduler):
+        self.transformer = self.unet = denoiser
         self.scheduler = scheduler
         self.vae_scale_factor = 8
         self.default_sample_size = 128
@@ -68,25 +99,43 @@ class FluxOnCpu(OnCpu, FluxModel):
     pass
 
 
+class SDOnCpu(OnCpu, SDModel):
+    pass
+
+
+class SDXLOnCpu(OnCpu, SDXLModel):
+    pass
+
+
 def build(family):
     with torch.device("meta"):
         kinds = {
+            "sd": (UNet2DConditionModel, SD15),
+            "sdxl": (UNet2DConditionModel, SDXL),
             "sd3": (SD3Transformer2DModel, SD35_MEDIUM),
             "flux": (FluxTransformer2DModel, FLUX_DEV),
         }
         kind, published = kinds[family]
-        transformer = kind(**published)
-    transformer.to(torch.bfloat16)
+        denoiser = kind(**published)
+    denoiser.to(torch.bfloat16)
+    if family in ("sd", "sdxl"):
+        unet = {"sd": SDOnCpu, "sdxl": SDXLOnCpu}[family]
+        return unet(Pipeline(denoiser, DDIMScheduler(**SCALED_LINEAR)))
     if family == "sd3":
-        return SD3OnCpu(Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0)))
-    return FluxOnCpu(Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC)))
+        return SD3OnCpu(Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    return FluxOnCpu(Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC)))
 
 
 # FLUX.1-dev's denoiser is published with 11,901,408,320 parameters. SD3.5-medium's "2.5 billion" count the position
 # table, a buffer in diffusers: with the autoencoder's 84 million they fill the published file of 4.76 GiB in float16.
 @pytest.mark.parametrize(
     ("family", "parameters", "billions"),
-    [("sd3", 2_243_171_520, 2.5), ("flux", 11_901_408_320, 11.9)],
+    [
+        ("sd", 859_520_964, 0.9),
+        ("sdxl", 2_567_463_684, 2.6),
+        ("sd3", 2_243_171_520, 2.5),
+        ("flux", 11_901_408_320, 11.9),
+    ],
 )
 def test_parameter_counts_match_the_published_ones(family, parameters, billions):
     denoiser = build(family).denoiser
@@ -100,8 +149,11 @@ def test_parameter_counts_match_the_published_ones(family, parameters, billions)
 
 # matrices that carry a LoRA: SD3.5-medium has 24 joint blocks with 8 targets, the last without add_q and to_add_out,
 # and 13 blocks with a second attention of 4 (attn2.* is not a target); FLUX.1-dev has 19 double and 38 single blocks,
-# whose q, k, v are targets, too
-@pytest.mark.parametrize(("family", "matrices"), [("sd3", 24 * 8 - 1), ("flux", 19 * 8 + 38 * 3)])
+# whose q, k, v are targets, too; SD1.5 has 16 and SDXL 70 blocks of two attentions with 4 targets
+@pytest.mark.parametrize(
+    ("family", "matrices"),
+    [("sd", 16 * 8), ("sdxl", 70 * 8), ("sd3", 24 * 8 - 1), ("flux", 19 * 8 + 38 * 3)],
+)
 def test_every_lora_target_resolves(family, matrices):
     model = build(family)
     assert lora.unresolved(model.denoiser, model.lora_targets) == []
@@ -126,6 +178,20 @@ def test_a_forward_has_the_right_shape(family, tokens):
         )
         pred = model.predict(torch.zeros(2, *shape, dtype=torch.bfloat16), torch.zeros(2), embeds)
     assert pred.shape == (2, *shape)
+
+
+@pytest.mark.parametrize(("family", "width", "pooled"), [("sd", 768, 0), ("sdxl", 2048, 1280)])
+def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
+    model = build(family)
+    latents = torch.zeros(2, *model.latent_shape(512, 768), dtype=torch.bfloat16, device="meta")
+    with torch.device("meta"):
+        embeds = PromptEmbeds(
+            torch.zeros(2, 77, width, dtype=torch.bfloat16),
+            torch.zeros(2, pooled, dtype=torch.bfloat16) if pooled else None,
+            torch.zeros(2, 6) if pooled else None,
+        )
+        pred = model.predict(latents, torch.zeros(2), embeds)
+    assert pred.shape == latents.shape == (2, 4, 64, 96)
 
 
 def test_schedules_follow_the_resolution():

@@ -1,16 +1,20 @@
 """How much memory a run will need, before anything is loaded: the same graph on the meta device, its tensors counted.
 
-Activations are what autograd keeps of one micro-batch, found by running the denoiser's forward without data. Attention
-probabilities are left out: neither CUDA's kernels nor xformers keep them. Peaks inside a layer, the allocator's
+Activations are what autograd keeps of one micro-batch, found by running the denoiser's forward without data, attention
+as a fused kernel computes it (CUDA's, xformers'). Peaks inside a layer, the allocator's
 rounding and the CUDA context come on top.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffalign import lora
 from diffalign.config import (
@@ -107,7 +111,8 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
         model.denoiser.enable_gradient_checkpointing()
 
     def forward() -> Tensor:
-        return model.predict(latents, times, embeds).float().square().mean()
+        with FusedAttention():
+            return model.predict(latents, times, embeds).float().square().mean()
 
     kept = saved_bytes(model.denoiser, forward)
     if config.model.gradient_checkpointing:  # and one block at a time is computed again
@@ -117,24 +122,43 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     return kept
 
 
-def saved_bytes(module: nn.Module, forward: object) -> int:
-    """Bytes of all tensors that autograd keeps of a forward, without parameters and attention probabilities."""
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of all tensors that autograd keeps of a forward, without parameters."""
     held = {p.untyped_storage()._cdata for p in module.parameters()}
     found: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        attention = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > 1
-        if storage._cdata not in held and not attention:
-            found[storage._cdata] = (
-                storage.nbytes(),
-                tensor,
-            )  # held on to, so that no address is used again
+        if storage._cdata not in held:  # the tensor is held on to, so that no address is used again
+            found[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()  # type: ignore[operator]
+        forward()
     return sum(size for size, _ in found.values())
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device, what a fused kernel keeps: the plain one, which is taken there, keeps all probabilities."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        return _Kept.apply(given["query"], given["key"], given["value"])
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, length, _ = query.shape
+        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)  # as kernels do
+        norms = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, norms)
+        return out
 
 
 def _rows_per_image(config: AnyRunConfig) -> int:

@@ -64,6 +64,8 @@ class Trainer(ABC):
             seed=c.training.seed,
             policies=self.policies,
         )
+        if c.training.mixed_precision != "no":
+            lora.keep_input_dtype(self.model.denoiser)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=c.optimizer.learning_rate,
