@@ -217,6 +217,13 @@ def test_the_algorithm_may_stand_apart_from_its_flag():
     assert found.images.height == 64
 
 
+def test_settings_are_checked_against_the_chosen_algorithm_alone():
+    apart = ["--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0"]
+    assert load("inversion-dpo", apart).states == 0
+    with pytest.raises(ConfigError, match=r"pairs\.inversion\.states: inversion_dpo"):
+        load("inversion-dpo", ["--pairs.inversion.states=0"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -119,7 +119,8 @@ def decode(raw: Mapping[str, Any]) -> Any:
     groups = dict(raw)
     algorithm = dict(groups.pop("algorithm", {}))
     try:
-        config = draccus.decode(kind, groups)
+        # a plain algorithm, so that nothing is checked against the default one
+        config = draccus.decode(kind, {**groups, "algorithm": {}})
         config.algorithm = _decode_algorithm(algorithm)
         config.__post_init__()  # checks between groups, now that the algorithm is there
         return config
