@@ -16,33 +16,59 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 UNITS = {"seconds": ("minutes of training", 60), "images": ("thousand images", 1000)}
+SCORES = {"win_rate": "win rate over the base", "geneval": "held-out GenEval"}
 
 
 def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
-    """Held-out score over time and over images: a thin line a seed, a thick one their median where all have been
-    scored."""
+    """Held-out score over time and over images."""
     figure, axes = plt.subplots(1, len(UNITS), figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, (unit, (label, per)) in zip(axes, UNITS.items(), strict=True):
-        for number, name in enumerate(names):
-            curves = result["arms"][name]["curves"]
-            color = f"C{number}"
-            for curve in curves:
-                cost = [c / per for c in curve["cost"][unit]]
-                axis.plot(cost, curve["score"], color=color, lw=0.7, alpha=0.5)
-            # every seed is scored after the same updates, up to where its time ended
-            together = min(len(c["score"]) for c in curves)
-            if len(curves) > 1:
-                cost = _medians([c["cost"][unit][:together] for c in curves])
-                score = _medians([c["score"][:together] for c in curves])
-                axis.plot([c / per for c in cost], score, color=color, lw=2, label=name)
-            else:
-                axis.plot([], [], color=color, label=name)
+        draw(axis, {name: result["arms"][name]["curves"] for name in names}, unit=unit, per=per)
         axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out GenEval")
     axes[-1].legend(frameon=False, fontsize="small")
     figure.savefig(file)
     plt.close(figure)
+
+
+def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, file: Path) -> None:
+    """Win rate and score over time, precomputing among it; a row a model."""
+    models = result["models"]
+    figure, rows = plt.subplots(
+        len(models),
+        len(SCORES),
+        figsize=(9, 3.4 * len(models)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (model, found) in zip(rows, models.items(), strict=True):
+        chosen = [n for n in found["arms"] if names is None or n in names]
+        for axis, (score, label) in zip(axes, SCORES.items(), strict=True):
+            curves = {name: found["arms"][name]["curves"][score] for name in chosen}
+            draw(axis, curves, unit="seconds", per=60)
+            axis.set_xlabel("minutes of precomputing and training")
+            axis.set_ylabel(f"{model}: {label}")
+        axes[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def draw(axis: Any, arms: Mapping[str, Sequence[Any]], *, unit: str, per: float) -> None:
+    """A thin line a seed, a thick one their median where all have been scored."""
+    for number, (name, curves) in enumerate(arms.items()):
+        color = f"C{number}"
+        for curve in curves:
+            cost = [c / per for c in curve["cost"][unit]]
+            axis.plot(cost, curve["score"], color=color, lw=0.7, alpha=0.5)
+        # every seed is scored after the same updates, up to where its time ended
+        together = min(len(c["score"]) for c in curves)
+        if len(curves) > 1:
+            cost = _medians([c["cost"][unit][:together] for c in curves])
+            score = _medians([c["score"][:together] for c in curves])
+            axis.plot([c / per for c in cost], score, color=color, lw=2, label=name)
+        else:
+            axis.plot([], [], color=color, label=name)
+    axis.grid(alpha=0.3)
 
 
 def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -51,14 +77,19 @@ def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="JSON of `diffalign bench awm`")
+    parser.add_argument(
+        "result", type=Path, help="JSON of `diffalign bench awm` or `inversion-dpo`"
+    )
     parser.add_argument("output", type=Path, help=".svg or .png")
     parser.add_argument("--arms", default=None, help="between commas; default: all of the result")
     args = parser.parse_args()
     mpl.rcParams["svg.hashsalt"] = "diffalign"  # the same result, the same file
     result = json.loads(args.result.read_text(encoding="utf-8"))
-    names = [n.strip() for n in args.arms.split(",")] if args.arms else list(result["arms"])
-    learning_curves(result, names, args.output)
+    names = [n.strip() for n in args.arms.split(",")] if args.arms else None
+    if "models" in result:
+        preference_curves(result, names, args.output)
+    else:
+        learning_curves(result, names or list(result["arms"]), args.output)
 
 
 if __name__ == "__main__":

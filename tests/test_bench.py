@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from diffalign import cli
-from diffalign.bench import BENCHES, awm, demo, record
+from diffalign.bench import BENCHES, awm, demo, inversion_dpo, record
+from diffalign.bench.curves import Curve
 from diffalign.config import differences, to_dict
 from diffalign.errors import UsageError
 
@@ -89,6 +90,63 @@ def test_a_lever_changes_what_it_is_named_for(tmp_path):
         assert all(any(f.startswith(n) for n in named) for f in found)
 
 
+def test_preference_arms_share_everything_but_what_they_are_named_for(tmp_path):
+    options = record.BenchOptions(quick=False, work=tmp_path)
+    for model in inversion_dpo.RECIPES:
+        subject = inversion_dpo.Subject(model, options)
+        runs = {arm: subject.configuration(arm, 1, seconds=60) for arm in inversion_dpo.ARMS}
+        ours = to_dict(runs["inversion_dpo"])
+        assert {r.pairs.source for r in runs.values()} == {str(tmp_path / f"pairs-{model}")}
+        for arm, run in runs.items():
+            assert run.training.seed == 1
+            assert run.training.max_minutes == 1
+            assert bool(run.states) == (arm in ("inversion_dpo", "released"))
+            found = {line.partition(":")[0] for line in differences(ours, to_dict(run))}
+            assert {f for f in found if not f.startswith("algorithm")} <= {
+                "output_dir",
+                "optimizer.learning_rate",
+                "pairs.cache",
+                "training.eval_every",
+                "pairs.inversion.states",
+            }
+
+
+def test_seconds_to_match_count_what_was_precomputed():
+    def found(rate):
+        return {"win_rate": {"rate": rate}, "tasks": {"overall": rate}}
+
+    log = [
+        {"seconds": 10.0, "evaluation": found(0.6)},
+        {"seconds": 20.0, "evaluation": found(0.4)},
+        {"seconds": 25.0},
+    ]
+    summary = {
+        "precompute_seconds": 30.0,
+        "before": {"tasks": {"overall": 0.3}},
+        "after": {"tasks": {"overall": 0.8}},
+        "win_rate": {"rate": 0.7},
+    }
+    curve = inversion_dpo.read_curve(log, summary, "win_rate")
+    assert curve.score == [0.5, 0.5, 0.6, 0.4, 0.7]
+    assert curve.cost == {"seconds": [0, 30, 40, 50, 55]}
+    assert inversion_dpo.read_curve(log, summary, "geneval").score == [0.3, 0.3, 0.6, 0.4, 0.8]
+    slow = Curve([0.5, 0.5, 0.7], {"seconds": [0, 10, 110]})
+    never = Curve([0.5, 0.5, 0.55], {"seconds": [0, 10, 110]})
+
+    def ratios(ours, theirs):
+        arms = {"inversion_dpo": ours, "diffusion_dpo": theirs}
+        return inversion_dpo.ratios_to_match(
+            {arm: {"curves": {"win_rate": [found]}} for arm, found in arms.items()}
+        )
+
+    assert ratios(curve, slow) == [0.5]
+    assert ratios(slow, curve) == [2.0]
+    assert ratios(never, curve) == [None]
+    assert inversion_dpo.middle([0.5, None, 1.0]) == 1.0
+    assert inversion_dpo.middle([0.5, None, None]) is None
+    assert inversion_dpo.middle([]) is None
+
+
 def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):
     options = record.BenchOptions(quick=True, work=tmp_path)
     config = demo.configuration("demo", 0, options)
@@ -136,6 +194,20 @@ def test_quick_awm_bench(quick):
     )
     # rollout 6, policy 2 x 2.2, guided reference 2; less where groups are dropped
     assert 10 < last["forwards_per_image"] < 13
+
+
+@pytest.mark.slow
+def test_quick_inversion_dpo_bench(quick):
+    last, written = quick("inversion-dpo")
+    arms = {"inversion_dpo", "diffusion_dpo", "released", "sft"}
+    assert {model: set(rates) for model, rates in last["win_rate"].items()} == {
+        "shapes-sd3": arms,
+        "shapes-sd": arms,
+    }
+    assert all(0.2 < ratio < 1 for ratio in last["step_time_ratio_cached"].values())
+    for found in written["models"].values():
+        assert found["arms"]["inversion_dpo"]["precompute_seconds"] > 0
+        assert found["arms"]["sft"]["forwards_per_pair"] < 5
 
 
 @pytest.mark.slow

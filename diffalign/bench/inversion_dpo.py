@@ -31,18 +31,29 @@ from diffalign.training.run_folder import RunFolder
 from diffalign.training.update import Sums
 from diffalign.types import PreferenceBatch
 
-SECONDS = 240.0
+SECONDS = 180.0
 """Of precomputing and training together."""
 RECIPES = {"shapes-sd3": "inversion-dpo-shapes", "shapes-sd": "inversion-dpo-shapes-sd"}
+DIFFUSION_DPO = ("--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "inversion_dpo": (),
-    "diffusion_dpo": ("--algorithm.type=diffusion_dpo",),
+    "diffusion_dpo": (
+        *DIFFUSION_DPO,
+        "--algorithm.beta=500",
+        "--algorithm.timesteps_per_pair=2",
+        "--optimizer.learning_rate=1e-3",
+    ),
     "released": ("--algorithm.variant=released",),
-    "sft": ("--algorithm.type=diffusion_dpo", "--algorithm.loss_type=sft"),
+    "sft": (
+        *DIFFUSION_DPO,
+        "--algorithm.loss_type=sft",
+        "--algorithm.timesteps_per_pair=2",
+        "--optimizer.learning_rate=2e-5",
+        "--training.eval_every=200",  # its updates are short
+    ),
 }
 """What each changes in the recipe of its model; learning rates and betas are the best of those tried for each."""
 IMAGES_PER_PROMPT = 8
-EVALUATIONS = 6
 STEP_REPEATS = 9
 QUICK = (
     "--model.compile=false",
@@ -84,16 +95,18 @@ class Subject:
         self, arm: str, seed: int, *, seconds: float = SECONDS
     ) -> PreferenceRunConfig:
         """The run of one arm and seed, training for `seconds`; its folder is resumed when it is there."""
-        inverted = any("diffusion_dpo" in o for o in ARMS[arm])
+        kept = "plain" if ARMS[arm][:2] == DIFFUSION_DPO else "inverted"
         overrides = [
             f"--output_dir={self.options.folder(f'{self.name} {arm}', seed)}",
             f"--pairs.source={self.pairs}",
-            f"--pairs.cache={self.options.work / f'cache-{self.name}'}-{'plain' if inverted else 'inverted'}",
+            f"--pairs.cache={self.options.work / f'cache-{self.name}-{kept}'}",
             f"--training.seed={seed}",
             f"--evaluation.seed={1000 + seed}",
             f"--training.max_minutes={round(seconds / 60, 3)}",
             "--training.num_updates=100000",
+            "--training.eval_every=40",
             "--training.sample_every=0",
+            "--evaluation.images_per_task=128",
             *ARMS[arm],
             *(QUICK if self.options.quick else ()),
         ]
@@ -219,7 +232,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found["arms"] = {arm: measure(subject, arm, options.seeds) for arm in arms}
         if "inversion_dpo" in arms:
             found["step"] = step_times(subject)
-        found["times"] = _times(found["arms"])
+        found["times"] = ratios_to_match(found["arms"])
         models[name] = found
     headline = {
         "win_rate": {
@@ -227,7 +240,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for name, found in models.items()
         },
         "time_ratio_to_match_diffusion_dpo": {
-            name: _middle(found["times"]) for name, found in models.items()
+            name: middle(found["times"]) for name, found in models.items()
         },
         "step_time_ratio_cached": {
             name: found["step"]["ratio"]["median"]
@@ -241,7 +254,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     return {"headline": headline, "seconds": SECONDS, "models": models}
 
 
-def _times(arms: dict[str, Any]) -> list[float | None]:
+def ratios_to_match(arms: dict[str, Any]) -> list[float | None]:
     """Seed by seed: seconds of Inversion-DPO until the best win rate of Diffusion-DPO, over those of Diffusion-DPO;
     None where it does not get there, or where there was nothing to match."""
     if not {"inversion_dpo", "diffusion_dpo"} <= set(arms):
@@ -255,7 +268,7 @@ def _times(arms: dict[str, Any]) -> list[float | None]:
     return ratios
 
 
-def _middle(ratios: list[float | None]) -> float | None:
+def middle(ratios: list[float | None]) -> float | None:
     """The median, where a run that never gets there is the slowest of all."""
     if not ratios:
         return None
