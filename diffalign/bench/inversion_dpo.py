@@ -143,10 +143,21 @@ def read_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) ->
     )
 
 
-def measure(subject: Subject, arm: str, seeds: int) -> dict[str, Any]:
-    """All seeds of an arm."""
-    seconds = max(SECONDS - subject.precomputed(arm), 1.0)
-    configs = [subject.configuration(arm, seed, seconds=seconds) for seed in range(seeds)]
+def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
+    """All arms, turn and turn about: a machine that slows down slows all of them."""
+    left = {arm: max(SECONDS - subject.precomputed(arm), 1.0) for arm in arms}
+    configs = {
+        arm: [subject.configuration(arm, seed, seconds=left[arm]) for seed in range(seeds)]
+        for arm in arms
+    }
+    for seed in range(seeds):
+        for arm in arms:
+            run_once(configs[arm][seed])
+    return {arm: figures(subject, arm, configs[arm]) for arm in arms}
+
+
+def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> dict[str, Any]:
+    """Of all seeds of an arm, whose runs are finished."""
     summaries = [run_once(config) for config in configs]
     logs = [RunFolder(config.output_dir).read_log() for config in configs]
     rows = [row for log in logs for row in log]
@@ -229,7 +240,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             continue
         subject = Subject(name, options)
         found: dict[str, Any] = {"pairs": subject.make_pairs()}
-        found["arms"] = {arm: measure(subject, arm, options.seeds) for arm in arms}
+        found["arms"] = measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
             found["step"] = step_times(subject)
         found["times"] = ratios_to_match(found["arms"])
