@@ -128,7 +128,7 @@ def test_seconds_to_match_count_what_was_precomputed():
     }
     curve = inversion_dpo.read_curve(log, summary, "win_rate")
     assert curve.score == [0.5, 0.5, 0.6, 0.4, 0.7]
-    assert curve.cost == {"seconds": [0, 30, 40, 50, 55]}
+    assert curve.cost == {"seconds": [0, 30, 40, 50, 55], "training": [0, 0, 10, 20, 25]}
     assert inversion_dpo.read_curve(log, summary, "geneval").score == [0.3, 0.3, 0.6, 0.4, 0.8]
     slow = Curve([0.5, 0.5, 0.7], {"seconds": [0, 10, 110]})
     never = Curve([0.5, 0.5, 0.55], {"seconds": [0, 10, 110]})
@@ -136,7 +136,7 @@ def test_seconds_to_match_count_what_was_precomputed():
     def ratios(ours, theirs):
         arms = {"inversion_dpo": ours, "diffusion_dpo": theirs}
         return inversion_dpo.ratios_to_match(
-            {arm: {"curves": {"win_rate": [found]}} for arm, found in arms.items()}
+            {arm: {"curves": {"win_rate": [found]}} for arm, found in arms.items()}, "seconds"
         )
 
     assert ratios(curve, slow) == [0.5]

@@ -53,6 +53,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What each changes in the recipe of its model; learning rates and betas are the best of those tried for each."""
+UNITS = ("seconds", "training")
+"""With what was precomputed, and without: a cache serves many runs."""
 IMAGES_PER_PROMPT = 8
 STEP_REPEATS = 9
 QUICK = (
@@ -131,15 +133,17 @@ def score_of(name: str) -> Callable[[dict[str, Any]], float]:
 
 
 def read_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
-    """Of one run: what was reached after how many seconds, those of precomputing among them."""
+    """Of one run: what was reached after how many seconds, those of precomputing among them, and after how many of
+    training."""
     read, spent = score_of(name), summary["precompute_seconds"]
     start = 0.5 if name == "win_rate" else read(summary["before"])
     last = {**summary["after"], "win_rate": summary["win_rate"]}
     rows = [(row["seconds"], row["evaluation"]) for row in log[:-1] if "evaluation" in row]
     rows.append((log[-1]["seconds"], last))
+    trained = [0.0, *(seconds for seconds, _ in rows)]
     return Curve(
         [start, start, *(read(found) for _, found in rows)],
-        {"seconds": [0.0, spent, *(spent + seconds for seconds, _ in rows)]},
+        {"seconds": [0.0, *(spent + t for t in trained)], "training": [0.0, *trained]},
     )
 
 
@@ -243,7 +247,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found["arms"] = measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
             found["step"] = step_times(subject)
-        found["times"] = ratios_to_match(found["arms"])
+        found["times"] = {unit: ratios_to_match(found["arms"], unit) for unit in UNITS}
         models[name] = found
     headline = {
         "win_rate": {
@@ -251,7 +255,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for name, found in models.items()
         },
         "time_ratio_to_match_diffusion_dpo": {
-            name: middle(found["times"]) for name, found in models.items()
+            name: middle(found["times"]["seconds"]) for name, found in models.items()
         },
         "step_time_ratio_cached": {
             name: found["step"]["ratio"]["median"]
@@ -265,8 +269,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
     return {"headline": headline, "seconds": SECONDS, "models": models}
 
 
-def ratios_to_match(arms: dict[str, Any]) -> list[float | None]:
-    """Seed by seed: seconds of Inversion-DPO until the best win rate of Diffusion-DPO, over those of Diffusion-DPO;
+def ratios_to_match(arms: dict[str, Any], unit: str) -> list[float | None]:
+    """Seed by seed: what Inversion-DPO takes until the best win rate of Diffusion-DPO, over what Diffusion-DPO took;
     None where it does not get there, or where there was nothing to match."""
     if not {"inversion_dpo", "diffusion_dpo"} <= set(arms):
         return []
@@ -274,7 +278,7 @@ def ratios_to_match(arms: dict[str, Any]) -> list[float | None]:
     curves = (arms[arm]["curves"]["win_rate"] for arm in ("inversion_dpo", "diffusion_dpo"))
     for ours, theirs in zip(*curves, strict=True):
         best = max(theirs.score)
-        there, here = theirs.to_reach(best, "seconds"), ours.to_reach(best, "seconds")
+        there, here = theirs.to_reach(best, unit), ours.to_reach(best, unit)
         ratios.append(finite(here / there) if here is not None and there else None)
     return ratios
 
