@@ -107,6 +107,12 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "with second worst",
     )
     pairs.add_argument(
+        "--weights",
+        default="equal",
+        choices=("equal", "rankdpo"),
+        help="of pairs: default %(default)s; rankdpo, with --pick all: by gain and rank",
+    )
+    pairs.add_argument(
         "--min_gap",
         type=float,
         default=0.0,

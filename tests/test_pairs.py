@@ -14,7 +14,7 @@ from PIL import Image
 from diffalign.config import PairsConfig
 from diffalign.data.pair_tables import PairsError, rows
 from diffalign.data.pairs import PreferencePair, Skipped, held_out, read_pairs
-from diffalign.data.ranking import choose_pairs
+from diffalign.data.ranking import choose_pairs, rank_weights
 
 
 def png(value=0):
@@ -227,6 +227,15 @@ class TestRanking:
         assert choose_pairs(scores, pick="nested") == [(1, 3), (2, 0), (4, 5)]
         assert choose_pairs([1, 1, 0], pick="nested") == [(0, 2)]
         assert choose_pairs([1, 0, 0, 0], pick="nested") == [(0, 3)]
+
+    def test_weights_do_not_depend_on_the_scale_of_a_reward(self):
+        scores = [21.0, float("nan"), 19.0, 20.0]
+        pairs = choose_pairs(scores, pick="all")
+        weights = rank_weights(scores, pairs)
+        assert weights == rank_weights([s * 10 - 3 for s in scores], pairs)
+        assert max(weights) == weights[pairs.index((0, 2))]
+        assert all(w > 0 for w in weights)
+        assert rank_weights([1.0, 1.0], []) == []
 
     def test_gaps_and_failures(self):
         assert choose_pairs([0.5, 0.4], min_gap=0.1 + 1e-9) == []

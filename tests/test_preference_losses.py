@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffalign.algorithms import preference as pref
 from diffalign.algorithms.forward_process import matching_error
 from diffalign.algorithms.preference import LOSS_TYPES, PairErrors, pair_loss
+from diffalign.data.ranking import choose_pairs, rank_weights
 
 BETA = 50.0
 
@@ -174,13 +175,19 @@ def test_mapo_by_hand():
     assert tiny.grad.isfinite().all()
 
 
-def test_rank_loss_of_two_is_a_weighted_pair_loss():
-    error, reference = torch.tensor([[0.31, 0.22]]), torch.tensor([[0.3, 0.2]])
-    gains = torch.tensor([[3.0, 1.0]])
-    pair = PairErrors(error[:, 0], error[:, 1], reference[:, 0], reference[:, 1])
-    weight = 2 * abs(1 / math.log(2) - 1 / math.log(3))
-    expected = weight * -F.logsigmoid(pair.margin(BETA))
-    torch.testing.assert_close(pref.rank_loss(error, reference, gains, beta=BETA), expected)
-    turned = pref.rank_loss(error.flip(1), reference.flip(1), gains.flip(1), beta=BETA)
-    torch.testing.assert_close(turned, expected)
-    assert pref.rank_loss(error, reference, torch.ones(1, 2), beta=BETA).item() == 0
+def test_weighted_pairs_of_a_ranking_are_rankdpo():
+    """The sum over pairs as the paper writes it: ranks from 1, gains 2^score - 1."""
+    error = torch.tensor([0.31, 0.22, 0.27])
+    reference = torch.tensor([0.3, 0.2, 0.29])
+    scores = [0.5, 1.0, 0.0]
+    rank, expected = {1: 1, 0: 2, 2: 3}, torch.zeros(())
+    for better, worse in ((1, 0), (1, 2), (0, 2)):
+        gain = 2 ** scores[better] - 2 ** scores[worse]
+        discount = 1 / math.log(1 + rank[better]) - 1 / math.log(1 + rank[worse])
+        delta = (error - reference)[[better, worse]]
+        expected -= gain * discount * F.logsigmoid(-BETA / 2 * (delta[0] - delta[1]))
+    pairs = choose_pairs(scores, pick="all")
+    a, b = (list(side) for side in zip(*pairs, strict=True))
+    errors = PairErrors(error[a], error[b], reference[a], reference[b])
+    losses = pref.pair_loss(errors, torch.ones(3), beta=BETA, loss_type="sigmoid")
+    torch.testing.assert_close((torch.tensor(rank_weights(scores, pairs)) * losses).sum(), expected)

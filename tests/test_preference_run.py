@@ -146,6 +146,14 @@ class TestPairs:
             assert Image.open(folder / row["image_0"]).size == (16, 16)
         assert train(bases["sd"], folder, held_out, tmp_path / "run", "--pairs.validation=0") == 0
 
+    def test_weights_of_a_ranking(self, bases, held_out, tmp_path):
+        folder = tmp_path / "pairs"
+        assert self.make(bases["sd"], held_out, folder, "--pick=all", "--weights=rankdpo") == 0
+        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+        weights = [row["weight"] for row in rows]
+        assert sum(weights) / len(weights) == pytest.approx(1)
+        assert max(weights) > 1 > min(weights) > 0
+
     def test_another_model_does_not_fill_the_same_folder(self, bases, held_out, tmp_path, capsys):
         folder = tmp_path / "pairs"
         assert self.make(bases["sd"], held_out, folder) == 0

@@ -143,21 +143,3 @@ def _mapo_reward(error: Tensor) -> Tensor:
     small = 1 - x / 2 + x.square() / 12
     safe = torch.where(x < 1e-3, torch.ones_like(x), x)
     return torch.where(x < 1e-3, small, safe / torch.expm1(safe))
-
-
-def rank_loss(error: Tensor, reference_error: Tensor, gains: Tensor, *, beta: float) -> Tensor:
-    """(G,) RankDPO of G groups of K images (Karthik et al. 2024): -sum over pairs of
-    |G_i - G_j| |1/D_i - 1/D_j| log sigma(m_ij) with D = log(1 + rank).
-
-    Args:
-        error, reference_error: (G, K).
-        gains: (G, K), such as 2^score - 1: larger is better; equal gains say nothing.
-        beta: as for pairs.
-    """
-    delta = error - reference_error.detach()
-    margin = -beta / 2 * (delta[:, :, None] - delta[:, None, :])
-    rank = gains.argsort(1, descending=True).argsort(1) + 1
-    discount = 1 / torch.log1p(rank.float())
-    gap = gains[:, :, None] - gains[:, None, :]
-    weight = gap.clamp_min(0) * (discount[:, :, None] - discount[:, None, :]).abs()
-    return -(weight * F.logsigmoid(margin)).sum((1, 2))

@@ -18,7 +18,7 @@ from diffalign.data.files import write_text
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pair_tables import OWN
 from diffalign.data.prompts import load_prompts
-from diffalign.data.ranking import choose_pairs
+from diffalign.data.ranking import choose_pairs, rank_weights
 from diffalign.data.structures import of_image
 from diffalign.errors import UsageError
 from diffalign.evaluation.geneval import read_samples
@@ -74,11 +74,13 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]], reward: Composi
     """`pairs.jsonl`; UsageError where no prompt has a better image."""
     broken = [r for r in rows if "error" in r]
     usable = [r for r in rows if "error" not in r]
-    lines = []
-    for _, group in groupby(usable, key=lambda r: Path(r["file"]).parents[1].name):
-        images = list(group)
-        chosen = choose_pairs([r["reward"] for r in images], pick=args.pick, min_gap=args.min_gap)
-        lines += [json.dumps(_row(args.output_dir, images[a], images[b])) for a, b in chosen]
+    groups = groupby(usable, key=lambda r: Path(r["file"]).parents[1].name)
+    found = [row for _, group in groups for row in _pairs(args, list(group))]
+    if args.weights == "rankdpo" and found:
+        mean = sum(row["weight"] for row in found) / len(found)
+        for row in found:  # a learning rate means the same with and without
+            row["weight"] /= mean
+    lines = [json.dumps(row) for row in found]
     if not lines:
         raise UsageError(
             f"no prompt has images with different rewards: {reward.last_error or 'all are equal'}"
@@ -93,6 +95,17 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]], reward: Composi
         "file": str(args.output_dir / OWN),
     }
     print(json.dumps(result))
+
+
+def _pairs(args: argparse.Namespace, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one prompt's images."""
+    scores = [r["reward"] for r in images]
+    chosen = choose_pairs(scores, pick=args.pick, min_gap=args.min_gap)
+    rows = [_row(args.output_dir, images[a], images[b]) for a, b in chosen]
+    if args.weights == "rankdpo" and rows:
+        for row, weight in zip(rows, rank_weights(scores, chosen), strict=True):
+            row["weight"] = weight
+    return rows
 
 
 def _row(folder: Path, better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 PICKS = ("best_worst", "nested", "all")
+WEIGHTS = ("equal", "rankdpo")
 
 
 def choose_pairs(
@@ -28,3 +29,14 @@ def choose_pairs(
         nested = [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
         pairs = nested[:1] if pick == "best_worst" else nested
     return [(a, b) for a, b in pairs if scores[a] - scores[b] > max(min_gap, 0.0)]
+
+
+def rank_weights(scores: Sequence[float], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """RankDPO's weight of each pair (a, b) of a prompt's images, |G_a - G_b| |1 / D_a - 1 / D_b| with gain
+    G = 2^score - 1 and discount D = log(1 + rank) (Karthik et al. 2024): pairs across the top of the ranking count
+    most. With all pairs, DPO's loss so weighted is RankDPO's. Scores are scaled to 0..1 within the prompt."""
+    valid = sorted((i for i, s in enumerate(scores) if math.isfinite(s)), key=lambda i: -scores[i])
+    discount = {i: 1 / math.log(1 + rank) for rank, i in enumerate(valid, start=1)}
+    high, low = scores[valid[0]], scores[valid[-1]]
+    gain = {i: 2 ** ((scores[i] - low) / (high - low or 1)) for i in valid}
+    return [abs(gain[a] - gain[b]) * abs(discount[a] - discount[b]) for a, b in pairs]
