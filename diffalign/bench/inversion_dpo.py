@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
+from diffalign import lora
 from diffalign.bench.curves import Curve, finite
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
+from diffalign.data.pair_cache import PairCache
 from diffalign.precision import attention
-from diffalign.seeds import TIMESTEPS
+from diffalign.seeds import TIMESTEPS, VALIDATION
 from diffalign.training import trackers
 from diffalign.training.precompute import precompute
 from diffalign.training.preference import PreferenceTrainer
-from diffalign.training.preference_update import METRICS
+from diffalign.training.preference_update import METRICS, PreferenceUpdate
 from diffalign.training.run import Run, prepare_model
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.update import Sums
@@ -53,6 +55,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """What each changes in the recipe of its model; learning rates and betas are the best of those tried for each."""
+RIVALS = {"inversion_dpo": "inverted states", "diffusion_dpo": "fresh noise"}
+"""And what each asks about."""
 UNITS = ("seconds", "training")
 """With what was precomputed, and without: a cache serves many runs."""
 IMAGES_PER_PROMPT = 8
@@ -148,7 +152,8 @@ def read_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) ->
 
 
 def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
-    """All arms, turn and turn about: a machine that slows down slows all of them."""
+    """All arms, turn and turn about: a machine that slows down slows all of them; and what each learned of the other's
+    question."""
     left = {arm: max(SECONDS - subject.precomputed(arm), 1.0) for arm in arms}
     configs = {
         arm: [subject.configuration(arm, seed, seconds=left[arm]) for seed in range(seeds)]
@@ -157,7 +162,41 @@ def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
     for seed in range(seeds):
         for arm in arms:
             run_once(configs[arm][seed])
-    return {arm: figures(subject, arm, configs[arm]) for arm in arms}
+    found: dict[str, Any] = {"arms": {arm: figures(subject, arm, configs[arm]) for arm in arms}}
+    if set(RIVALS) <= set(arms):
+        found["implicit_accuracy"] = crossed(
+            [{a: configs[a][i] for a in RIVALS} for i in range(seeds)]
+        )
+    return found
+
+
+def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
+    """Implicit accuracy on held-out pairs of what each rival trained, on inverted states and with fresh noise: where
+    the two agree, the source of the noise did not matter."""
+    rates: dict[str, dict[str, list[float]]] = {a: {b: [] for b in RIVALS.values()} for a in RIVALS}
+    for of_seed in configs:
+        inverted = of_seed["inversion_dpo"]
+        for arm, config in of_seed.items():
+            trainer = Run.prepare(config).trainer
+            assert isinstance(trainer, PreferenceTrainer)
+            trainer.prepare()
+            trainer.resume()
+            cache = PairCache(str(inverted.pairs.cache))
+            batch = cache.batch(cache.split(config.pairs.validation)[1], trainer.accelerator.device)
+            for other, noise in RIVALS.items():
+                asked = replace(of_seed[other].algorithm, timesteps_per_pair=inverted.states)
+                update = PreferenceUpdate(
+                    trainer.model,
+                    asked,
+                    grid=trainer.update.grid,
+                    micro_batch_size=config.training.micro_batch_size,
+                    mixed_precision=config.training.mixed_precision,
+                    seed=0,
+                )
+                with lora.policy(trainer.model.denoiser, trainer.policy):
+                    means = update.measure(batch, key=(VALIDATION,)).means()
+                rates[arm][noise].append(means["accuracy"])
+    return {arm: {noise: spread(v) for noise, v in found.items()} for arm, found in rates.items()}
 
 
 def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> dict[str, Any]:
@@ -244,7 +283,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             continue
         subject = Subject(name, options)
         found: dict[str, Any] = {"pairs": subject.make_pairs()}
-        found["arms"] = measure(subject, arms, options.seeds)
+        found |= measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
             found["step"] = step_times(subject)
         found["times"] = {unit: ratios_to_match(found["arms"], unit) for unit in UNITS}
