@@ -110,7 +110,7 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--weights",
         default="equal",
         choices=("equal", "rankdpo"),
-        help="of pairs: default %(default)s; rankdpo, with --pick all: by gain and rank",
+        help="of pairs: default %(default)s; rankdpo, for --pick all: by gain and rank",
     )
     pairs.add_argument(
         "--min_gap",

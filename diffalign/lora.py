@@ -101,23 +101,32 @@ def blend(denoiser: nn.Module, name: str, *, decay: float) -> None:
 
 @contextmanager
 def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """Forwards inside use this policy: CURRENT, LAGGED, AVERAGED or REFERENCE (the base without adapters)."""
+    """Forwards inside use this policy: CURRENT, LAGGED, AVERAGED or REFERENCE (the base without adapters); afterwards
+    the one that was active before, so that policies can be nested."""
     layers = _layers(denoiser)
-    if name == CURRENT:
+    before = _active(layers)
+    if before == name:
         yield
         return
     try:
-        for layer in layers:
-            if name == REFERENCE:
-                layer.enable_adapters(False)
-            else:
-                layer.set_adapter(name, inference_mode=True)
+        _activate(layers, name)
         yield
     finally:
-        for layer in layers:
-            if name == REFERENCE:
-                layer.enable_adapters(True)
-            layer.set_adapter(CURRENT)
+        _activate(layers, before)
+
+
+def _active(layers: Sequence[BaseTunerLayer]) -> str:
+    """The policy that forwards use; without adapters there is the reference alone."""
+    if not layers or layers[0].disable_adapters:
+        return REFERENCE
+    return layers[0].active_adapters[0]
+
+
+def _activate(layers: Sequence[BaseTunerLayer], name: str) -> None:
+    for layer in layers:
+        layer.enable_adapters(name != REFERENCE)
+        if name != REFERENCE:
+            layer.set_adapter(name, inference_mode=name != CURRENT)
 
 
 @contextmanager

@@ -34,6 +34,10 @@ def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path)
 def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, file: Path) -> None:
     """Win rate and score over time, precomputing among it; a row a model."""
     models = result["models"]
+    known = list(dict.fromkeys(arm for found in models.values() for arm in found["arms"]))
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise SystemExit(f"no arm {sorted(unknown)}; there are {known}")
     figure, rows = plt.subplots(
         len(models),
         len(SCORES),
@@ -42,10 +46,11 @@ def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, fi
         layout="constrained",
     )
     for axes, (model, found) in zip(rows, models.items(), strict=True):
-        chosen = [n for n in found["arms"] if names is None or n in names]
+        colors = {n: f"C{i}" for i, n in enumerate(known) if n in found["arms"]}
+        chosen = [n for n in colors if names is None or n in names]
         for axis, (score, label) in zip(axes, SCORES.items(), strict=True):
             curves = {name: found["arms"][name]["curves"][score] for name in chosen}
-            draw(axis, curves, unit="seconds", per=60)
+            draw(axis, curves, unit="seconds", per=60, colors=colors)
             axis.set_xlabel("minutes of precomputing and training")
             axis.set_ylabel(f"{model}: {label}")
         axes[-1].legend(frameon=False, fontsize="small")
@@ -53,14 +58,21 @@ def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, fi
     plt.close(figure)
 
 
-def draw(axis: Any, arms: Mapping[str, Sequence[Any]], *, unit: str, per: float) -> None:
+def draw(
+    axis: Any,
+    arms: Mapping[str, Sequence[Any]],
+    *,
+    unit: str,
+    per: float,
+    colors: Mapping[str, str] | None = None,
+) -> None:
     """A thin line a seed, a thick one their median where all have been scored."""
     for number, (name, curves) in enumerate(arms.items()):
-        color = f"C{number}"
+        color = colors[name] if colors else f"C{number}"
         for curve in curves:
             cost = [c / per for c in curve["cost"][unit]]
             axis.plot(cost, curve["score"], color=color, lw=0.7, alpha=0.5)
-        # every seed is scored after the same updates, up to where its time ended
+        # seeds are scored after the same updates, but for the last time, where each one's time ended
         together = min(len(c["score"]) for c in curves)
         if len(curves) > 1:
             cost = _medians([c["cost"][unit][:together] for c in curves])

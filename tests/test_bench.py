@@ -1,6 +1,7 @@
 """Benchmarks: one form of result, every arm a recipe that loads, and a quick one from the command line."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -126,25 +127,35 @@ def test_seconds_to_match_count_what_was_precomputed():
         "after": {"tasks": {"overall": 0.8}},
         "win_rate": {"rate": 0.7},
     }
-    curve = inversion_dpo.read_curve(log, summary, "win_rate")
+    curve = inversion_dpo.preference_curve(log, summary, "win_rate")
     assert curve.score == [0.5, 0.5, 0.6, 0.4, 0.7]
     assert curve.cost == {"seconds": [0, 30, 40, 50, 55], "training": [0, 0, 10, 20, 25]}
-    assert inversion_dpo.read_curve(log, summary, "geneval").score == [0.3, 0.3, 0.6, 0.4, 0.8]
+    assert inversion_dpo.preference_curve(log, summary, "geneval").score == [
+        0.3,
+        0.3,
+        0.6,
+        0.4,
+        0.8,
+    ]
     slow = Curve([0.5, 0.5, 0.7], {"seconds": [0, 10, 110]})
     never = Curve([0.5, 0.5, 0.55], {"seconds": [0, 10, 110]})
+    flat = Curve([0.5, 0.5, 0.5], {"seconds": [0, 10, 110]})
+    for made in (slow, never, flat):
+        made.cost["training"] = [0, 0, 100]
 
-    def ratios(ours, theirs):
-        arms = {"inversion_dpo": ours, "diffusion_dpo": theirs}
-        return inversion_dpo.ratios_to_match(
-            {arm: {"curves": {"win_rate": [found]}} for arm, found in arms.items()}, "seconds"
-        )
-
-    assert ratios(curve, slow) == [0.5]
-    assert ratios(slow, curve) == [2.0]
-    assert ratios(never, curve) == [None]
-    assert inversion_dpo.middle([0.5, None, 1.0]) == 1.0
-    assert inversion_dpo.middle([0.5, None, None]) is None
-    assert inversion_dpo.middle([]) is None
+    assert inversion_dpo.ratio_to_match(curve, slow, "seconds") == 0.5
+    assert inversion_dpo.ratio_to_match(slow, curve, "seconds") == 2.0
+    assert inversion_dpo.ratio_to_match(never, curve, "seconds") == math.inf
+    assert math.isnan(inversion_dpo.ratio_to_match(curve, flat, "seconds"))
+    arms = {
+        "inversion_dpo": {"curves": {"win_rate": [curve, never, curve]}},
+        "diffusion_dpo": {"curves": {"win_rate": [slow, slow, flat]}},
+    }
+    told = inversion_dpo.times(arms)["seconds"]
+    assert told["to match"] == [0.5, None, None]
+    assert told["median to match"] is None  # of 0.5 and never; the third says nothing
+    assert told["speedup"][0] == 2.0
+    assert inversion_dpo.times({"sft": {}}) == {}
 
 
 def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):

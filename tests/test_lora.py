@@ -109,6 +109,22 @@ def test_the_current_policy_is_back_after_an_exception(model, name):
         torch.testing.assert_close(predict(model), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("outer", [lora.CURRENT, lora.LAGGED, lora.REFERENCE])
+@pytest.mark.parametrize("inner", [lora.CURRENT, lora.LAGGED, lora.REFERENCE])
+def test_policies_can_be_nested(model, outer, inner):
+    parameters = attach(model)
+    perturb(parameters)
+    lora.blend(model.denoiser, lora.LAGGED, decay=0.5)
+    with torch.no_grad():
+        alone = {name: predict(model, name) for name in (lora.CURRENT, outer, inner)}
+        with lora.policy(model.denoiser, outer):
+            with lora.policy(model.denoiser, inner):
+                assert torch.equal(predict_base(model), alone[inner])
+            assert torch.equal(predict_base(model), alone[outer])
+        assert torch.equal(predict_base(model), alone[lora.CURRENT])
+    assert all(p.requires_grad for p in parameters)
+
+
 def test_a_policy_inside_training_does_not_disturb_the_gradient(model):
     parameters = attach(model)
     perturb(parameters)

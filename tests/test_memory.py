@@ -3,12 +3,15 @@
 import pytest
 import tiny
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffalign import lora
 from diffalign.config import load
 from diffalign.pipelines.registry import load_meta_model
+from diffalign.precision import compute
 from diffalign.training.memory import forecast, saved_bytes, size_of
 
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 
 
@@ -38,9 +41,10 @@ def configuration(folder, *more):
     )
 
 
-def test_forecast_agrees_with_a_real_step(family):
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+def test_forecast_agrees_with_a_real_step(family, mixed_precision):
     kind, folder, _ = family
-    config = configuration(folder)
+    config = configuration(folder, f"--training.mixed_precision={mixed_precision}")
     found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
 
     model = FAMILIES[kind]()
@@ -53,17 +57,18 @@ def test_forecast_agrees_with_a_real_step(family):
     trained = sum(p.numel() * p.element_size() for p in parameters)
     assert found.adapters == found.optimizer == 3 * trained
 
-    lora.keep_input_dtype(model.denoiser)
+    if mixed_precision == "bf16":
+        lora.keep_input_dtype(model.denoiser)
 
     embeds = model.encode_prompt(["a cat"] * 16)
     assert model.prompt_shape() == (
         *embeds.prompt_embeds.shape[1:],
         0 if embeds.pooled_prompt_embeds is None else embeds.pooled_prompt_embeds.shape[1],
     )
-    latents, times = torch.randn(16, 4, 8, 8), torch.full((16,), 500.0)
+    latents, times = torch.randn(16, 4, 8, 8).bfloat16(), torch.full((16,), 500.0)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
+        with compute("cpu", mixed_precision), sdpa_kernel(FUSED):
             return model.predict(latents, times, embeds).float().square().mean()
 
     measured = saved_bytes(model.denoiser, step)

@@ -154,6 +154,10 @@ class TestPairs:
         assert sum(weights) / len(weights) == pytest.approx(1)
         assert max(weights) > 1 > min(weights) > 0
 
+    def test_weights_of_a_ranking_need_all_of_it(self, bases, held_out, tmp_path, capsys):
+        assert self.make(bases["sd"], held_out, tmp_path / "pairs", "--weights=rankdpo") == 2
+        assert "it needs --pick=all" in capsys.readouterr().err
+
     def test_another_model_does_not_fill_the_same_folder(self, bases, held_out, tmp_path, capsys):
         folder = tmp_path / "pairs"
         assert self.make(bases["sd"], held_out, folder) == 0

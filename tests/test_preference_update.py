@@ -239,6 +239,25 @@ class TestTraining:
         else:
             assert found["error_winner"] < found["error_winner_reference"]
 
+    @pytest.mark.parametrize("name", ["chord", "dpo", "released"])
+    def test_validation_does_not_depend_on_micro_batches(self, source, name, tmp_path):
+        """Of the averaged policy throughout, whatever the reference is asked in between."""
+        found = []
+        for size in (1, 12):
+            run = build(
+                source,
+                tmp_path / str(size),
+                name,
+                pairs={"validation": 0.5},
+                training={"micro_batch_size": 12, "pairs_per_update": 4, "ema_max": 0.9},
+            )
+            for _ in range(2):
+                run.train_update()
+            assert len(run.kept) > 1
+            run.update.micro_batch_size = size
+            found.append(run.validate())
+        assert found[0] == pytest.approx(found[1], rel=2e-3, abs=1e-6)
+
     def test_no_forward_of_the_reference_with_states(self, source, tmp_path):
         """2.2 forwards for each image and timestep: forward and backward; Diffusion-DPO needs one more."""
         costs = {}

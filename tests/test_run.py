@@ -209,7 +209,7 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts,
     [
         (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
         (["--rewards={verifer: 1}"], "did you mean 'verifier'"),
-        (["--model.name=shapes-sd"], "no model 'shapes-sd'"),
+        (["--model.name=shapes-sd2"], "no model 'shapes-sd2'"),
         (["--prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
         (["--resolution=30"], "multiples of 4 pixels"),
         (["--algorithm.timesteps_per_image=5"], "do not fit"),

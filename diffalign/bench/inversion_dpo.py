@@ -1,16 +1,16 @@
 """Inversion-DPO against Diffusion-DPO, its own released form, and training on winners alone.
 
-All arms have the same pairs, model, adapter and machine, and the same seconds from the first image of the pairs to the
-last update: what an arm precomputes is taken from its training. Win rates are those of held-out prompts against the
+All arms have the same pairs, model, adapter and machine, and the same seconds: what encoding and inverting took an arm
+is taken from its training. Win rates are those of held-out prompts against the
 base, image by image from the same noise.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diffalign import lora
-from diffalign.bench.curves import Curve, finite
+from diffalign.bench.curves import Curve, finite, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.data.pair_cache import PairCache
@@ -54,9 +54,10 @@ ARMS: dict[str, tuple[str, ...]] = {
         "--training.eval_every=200",  # its updates are short
     ),
 }
-"""What each changes in the recipe of its model; learning rates and betas are the best of those tried for each."""
-RIVALS = {"inversion_dpo": "inverted states", "diffusion_dpo": "fresh noise"}
-"""And what each asks about."""
+"""What each changes in the recipe of its model. Rates and betas are the best of those tried on shapes-sd with one seed
+(benchmarks/results/inversion-dpo-tuning.json); `released` takes ours."""
+NOISE_OF = {"inversion_dpo": "inverted states", "diffusion_dpo": "fresh noise"}
+"""The two that are compared most closely, and what each trains on."""
 UNITS = ("seconds", "training")
 """With what was precomputed, and without: a cache serves many runs."""
 IMAGES_PER_PROMPT = 8
@@ -101,7 +102,7 @@ class Subject:
         self, arm: str, seed: int, *, seconds: float = SECONDS
     ) -> PreferenceRunConfig:
         """The run of one arm and seed, training for `seconds`; its folder is resumed when it is there."""
-        kept = "plain" if ARMS[arm][:2] == DIFFUSION_DPO else "inverted"
+        kept = "plain" if DIFFUSION_DPO[0] in ARMS[arm] else "inverted"
         overrides = [
             f"--output_dir={self.options.folder(f'{self.name} {arm}', seed)}",
             f"--pairs.source={self.pairs}",
@@ -128,18 +129,14 @@ class Subject:
         return float(precompute(config, model, accelerator).manifest["seconds"])
 
 
-def score_of(name: str) -> Callable[[dict[str, Any]], float]:
-    """Reads a figure from an evaluation."""
-    return {
-        "win_rate": lambda found: found["win_rate"]["rate"],
-        "geneval": lambda found: found["tasks"]["overall"],
-    }[name]
-
-
-def read_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
+def preference_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
     """Of one run: what was reached after how many seconds, those of precomputing among them, and after how many of
     training."""
-    read, spent = score_of(name), summary["precompute_seconds"]
+
+    def read(found: dict[str, Any]) -> float:
+        return found["win_rate"]["rate"] if name == "win_rate" else found["tasks"]["overall"]
+
+    spent = summary["precompute_seconds"]
     start = 0.5 if name == "win_rate" else read(summary["before"])
     last = {**summary["after"], "win_rate": summary["win_rate"]}
     rows = [(row["seconds"], row["evaluation"]) for row in log[:-1] if "evaluation" in row]
@@ -163,17 +160,19 @@ def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
         for arm in arms:
             run_once(configs[arm][seed])
     found: dict[str, Any] = {"arms": {arm: figures(subject, arm, configs[arm]) for arm in arms}}
-    if set(RIVALS) <= set(arms):
+    if set(NOISE_OF) <= set(arms):
         found["implicit_accuracy"] = crossed(
-            [{a: configs[a][i] for a in RIVALS} for i in range(seeds)]
+            [{a: configs[a][i] for a in NOISE_OF} for i in range(seeds)]
         )
     return found
 
 
 def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
     """Implicit accuracy on held-out pairs of what each rival trained, on inverted states and with fresh noise: where
-    the two agree, the source of the noise did not matter."""
-    rates: dict[str, dict[str, list[float]]] = {a: {b: [] for b in RIVALS.values()} for a in RIVALS}
+    the two agree, the source of the noise does not show in this rate."""
+    rates: dict[str, dict[str, list[float]]] = {
+        a: {b: [] for b in NOISE_OF.values()} for a in NOISE_OF
+    }
     for of_seed in configs:
         inverted = of_seed["inversion_dpo"]
         for arm, config in of_seed.items():
@@ -183,7 +182,7 @@ def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
             trainer.resume()
             cache = PairCache(str(inverted.pairs.cache))
             batch = cache.batch(cache.split(config.pairs.validation)[1], trainer.accelerator.device)
-            for other, noise in RIVALS.items():
+            for other, noise in NOISE_OF.items():
                 asked = replace(of_seed[other].algorithm, timesteps_per_pair=inverted.states)
                 update = PreferenceUpdate(
                     trainer.model,
@@ -207,7 +206,7 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
     afters = [s["after"] for s in summaries]
     return {
         "curves": {
-            name: [read_curve(log, s, name) for log, s in zip(logs, summaries, strict=True)]
+            name: [preference_curve(log, s, name) for log, s in zip(logs, summaries, strict=True)]
             for name in ("win_rate", "geneval")
         },
         "win_rate": spread(s["win_rate"]["rate"] for s in summaries),
@@ -286,7 +285,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found |= measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
             found["step"] = step_times(subject)
-        found["times"] = {unit: ratios_to_match(found["arms"], unit) for unit in UNITS}
+        found["times"] = times(found["arms"])
         models[name] = found
     headline = {
         "win_rate": {
@@ -294,7 +293,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for name, found in models.items()
         },
         "time_ratio_to_match_diffusion_dpo": {
-            name: middle(found["times"]["seconds"]) for name, found in models.items()
+            name: found["times"]["seconds"]["median to match"]
+            for name, found in models.items()
+            if found["times"]
         },
         "step_time_ratio_cached": {
             name: found["step"]["ratio"]["median"]
@@ -308,22 +309,29 @@ def run(options: BenchOptions) -> dict[str, Any]:
     return {"headline": headline, "seconds": SECONDS, "models": models}
 
 
-def ratios_to_match(arms: dict[str, Any], unit: str) -> list[float | None]:
-    """Seed by seed: what Inversion-DPO takes until the best win rate of Diffusion-DPO, over what Diffusion-DPO took;
-    None where it does not get there, or where there was nothing to match."""
-    if not {"inversion_dpo", "diffusion_dpo"} <= set(arms):
-        return []
-    ratios: list[float | None] = []
-    curves = (arms[arm]["curves"]["win_rate"] for arm in ("inversion_dpo", "diffusion_dpo"))
-    for ours, theirs in zip(*curves, strict=True):
-        best = max(theirs.score)
-        there, here = theirs.to_reach(best, unit), ours.to_reach(best, unit)
-        ratios.append(finite(here / there) if here is not None and there else None)
-    return ratios
+def times(arms: dict[str, Any]) -> dict[str, Any]:
+    """Of Inversion-DPO and Diffusion-DPO, seed by seed, by unit: the time to match the other's best win rate, and how
+    much sooner the highest rate is reached that both reach. Win rates are noisy: a best one is partly luck."""
+    if not set(NOISE_OF) <= set(arms):
+        return {}
+    ours, theirs = (arms[arm]["curves"]["win_rate"] for arm in NOISE_OF)
+    found = {}
+    for unit in UNITS:
+        ratios = [ratio_to_match(a, b, unit) for a, b in zip(ours, theirs, strict=True)]
+        decided = [r for r in ratios if not math.isnan(r)]
+        found[unit] = {
+            "to match": [finite(r) for r in ratios],
+            "median to match": finite(median(decided)) if decided else None,
+            "speedup": [finite(speedup(a, b, unit)) for a, b in zip(ours, theirs, strict=True)],
+        }
+    return found
 
 
-def middle(ratios: list[float | None]) -> float | None:
-    """The median, where a run that never gets there is the slowest of all."""
-    if not ratios:
-        return None
-    return finite(median(float("inf") if r is None else r for r in ratios))
+def ratio_to_match(ours: Curve, theirs: Curve, unit: str) -> float:
+    """What the first takes until the best score of the second, over what the second took. Infinite where it does not
+    get there, NaN where there was nothing to match."""
+    best = max(theirs.score)
+    here, there = ours.to_reach(best, unit), theirs.to_reach(best, unit)
+    if not there:
+        return math.nan
+    return math.inf if here is None else here / there

@@ -30,6 +30,8 @@ def pairs(args: argparse.Namespace) -> int:
     """Draw what is missing of the images, score all of them, and write which of a prompt's are better."""
     if args.images_per_prompt < 2:
         raise UsageError("--images_per_prompt: a pair needs at least 2 images of a prompt")
+    if args.weights == "rankdpo" and args.pick != "all":
+        raise UsageError("--weights=rankdpo weighs all pairs of a ranking: it needs --pick=all")
     state = PartialState()
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])

@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-PICKS = ("best_worst", "nested", "all")
-WEIGHTS = ("equal", "rankdpo")
-
 
 def choose_pairs(
     scores: Sequence[float], *, pick: str = "best_worst", min_gap: float = 0.0

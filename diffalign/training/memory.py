@@ -22,6 +22,7 @@ from diffalign.config import (
     FlowGRPOConfig,
     ForwardProcessConfig,
     PreferenceAlgorithmConfig,
+    PreferenceRunConfig,
     RunConfig,
 )
 from diffalign.pipelines.base import TextToImageModel
@@ -41,7 +42,7 @@ class MemoryForecast:
     text_encoders: int
     autoencoder: int
     adapters: int
-    """Three float32 copies of the LoRA: current, lagged, averaged."""
+    """Float32 copies of the LoRA: current, averaged, and online the lagged one."""
     optimizer: int
     """Gradients and two moments, float32."""
     activations: int
@@ -79,7 +80,7 @@ def forecast(model: TextToImageModel, config: AnyRunConfig) -> MemoryForecast:
         denoiser=denoiser,
         text_encoders=sum(parts.values()) - denoiser - autoencoder,
         autoencoder=autoencoder,
-        adapters=3 * trained,
+        adapters=(2 if isinstance(config, PreferenceRunConfig) else 3) * trained,
         optimizer=3 * trained,
         activations=activations(model, config),
     )
@@ -93,11 +94,12 @@ def size_of(module: nn.Module) -> int:
 
 def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     """Bytes that autograd keeps of one micro-batch, with the adapters in place."""
-    for parameter in model.denoiser.parameters():  # autocast computes adapters in the base's dtype
-        parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+    dtype = getattr(torch, config.model.dtype)
+    if config.training.mixed_precision != "no":  # autocast computes adapters in the base's dtype
+        for parameter in model.denoiser.parameters():
+            parameter.data = parameter.data.to(dtype)
     rows = config.training.micro_batch_size * _rows_per_image(config)
     size = image_size(config, model)
-    dtype = getattr(torch, config.model.dtype)
     with torch.device("meta"):
         latents = torch.empty(rows, *model.latent_shape(*size), dtype=dtype)
         length, features, pooled = model.prompt_shape()
@@ -152,6 +154,8 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Kept(torch.autograd.Function):
+    """Forward only: nothing is ever propagated back through it."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length, _ = query.shape
@@ -164,7 +168,7 @@ class _Kept(torch.autograd.Function):
 def _rows_per_image(config: AnyRunConfig) -> int:
     algorithm = config.algorithm
     if isinstance(algorithm, PreferenceAlgorithmConfig):
-        return 2 * algorithm.timesteps_per_pair
+        return (1 if algorithm.loss_type == "sft" else 2) * algorithm.timesteps_per_pair
     if isinstance(algorithm, ForwardProcessConfig):
         return algorithm.timesteps_per_image
     assert isinstance(algorithm, FlowGRPOConfig)

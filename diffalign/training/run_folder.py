@@ -30,6 +30,11 @@ FREE = {
     "model.attention_backend",
     "model.compile",
     "rollout.reward_timeout",
+    "images.micro_batch_size",
+    "images.reward_timeout",
+    "pairs.micro_batch_size",
+    "pairs.source",  # the cache knows what it was made from
+    "pairs.cache",
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 
