@@ -203,7 +203,6 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
     summaries = [run_once(config) for config in configs]
     logs = [RunFolder(config.output_dir).read_log() for config in configs]
     rows = [row for log in logs for row in log]
-    afters = [s["after"] for s in summaries]
     return {
         "curves": {
             name: [preference_curve(log, s, name) for log, s in zip(logs, summaries, strict=True)]
@@ -213,9 +212,6 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
         "win_rates": [s["win_rate"] for s in summaries],
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
-        "validation": {
-            name: spread(a[name] for a in afters) for name in afters[0] if "validation/" in name
-        },
         "precompute_seconds": summaries[0]["precompute_seconds"],
         "updates": spread(s["updates"] for s in summaries),
         "pairs": summaries[0]["pairs"],
