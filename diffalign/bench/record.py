@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from diffalign.bench import BENCHES
-from diffalign.config import RunConfig, decode, differences, nearest, to_dict
+from diffalign.config import AnyRunConfig, decode, differences, nearest, to_dict
 from diffalign.errors import UsageError
 from diffalign.training.run import run as train
 from diffalign.training.run_folder import SUMMARY
@@ -71,7 +71,7 @@ def record(name: str, found: dict[str, Any], *, quick: bool) -> dict[str, Any]:
     }
 
 
-def run_once(config: RunConfig) -> dict[str, Any]:
+def run_once(config: AnyRunConfig) -> dict[str, Any]:
     """The summary of a run: of the folder, where it is finished there, else of training to its end."""
     file = Path(config.output_dir) / SUMMARY
     if file.is_file():
