@@ -124,7 +124,8 @@ def _active(layers: Sequence[BaseTunerLayer]) -> str:
 
 def _activate(layers: Sequence[BaseTunerLayer], name: str) -> None:
     for layer in layers:
-        layer.enable_adapters(name != REFERENCE)
+        if layer.disable_adapters != (name == REFERENCE):
+            layer.enable_adapters(name != REFERENCE)
         if name != REFERENCE:
             layer.set_adapter(name, inference_mode=name != CURRENT)
 

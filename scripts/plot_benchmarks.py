@@ -23,7 +23,8 @@ def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path)
     """Held-out score over time and over images."""
     figure, axes = plt.subplots(1, len(UNITS), figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, (unit, (label, per)) in zip(axes, UNITS.items(), strict=True):
-        draw(axis, {name: result["arms"][name]["curves"] for name in names}, unit=unit, per=per)
+        curves = {name: result["arms"][name]["curves"] for name in names}
+        draw(axis, curves, unit=unit, per=per, known=names)
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out GenEval")
     axes[-1].legend(frameon=False, fontsize="small")
@@ -46,11 +47,10 @@ def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, fi
         layout="constrained",
     )
     for axes, (model, found) in zip(rows, models.items(), strict=True):
-        colors = {n: f"C{i}" for i, n in enumerate(known) if n in found["arms"]}
-        chosen = [n for n in colors if names is None or n in names]
+        chosen = [n for n in found["arms"] if names is None or n in names]
         for axis, (score, label) in zip(axes, SCORES.items(), strict=True):
             curves = {name: found["arms"][name]["curves"][score] for name in chosen}
-            draw(axis, curves, unit="seconds", per=60, colors=colors)
+            draw(axis, curves, unit="seconds", per=60, known=known)
             axis.set_xlabel("minutes of precomputing and training")
             axis.set_ylabel(f"{model}: {label}")
         axes[-1].legend(frameon=False, fontsize="small")
@@ -64,11 +64,11 @@ def draw(
     *,
     unit: str,
     per: float,
-    colors: Mapping[str, str] | None = None,
+    known: Sequence[str],
 ) -> None:
-    """A thin line a seed, a thick one their median where all have been scored."""
-    for number, (name, curves) in enumerate(arms.items()):
-        color = colors[name] if colors else f"C{number}"
+    """A thin line a seed, a thick one their median where all have been scored; a colour for each of the known arms."""
+    for name, curves in arms.items():
+        color = f"C{known.index(name)}"
         for curve in curves:
             cost = [c / per for c in curve["cost"][unit]]
             axis.plot(cost, curve["score"], color=color, lw=0.7, alpha=0.5)

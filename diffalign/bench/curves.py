@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 
@@ -33,17 +34,21 @@ def read_curve(log: Sequence[dict[str, Any]], summary: dict[str, Any], group: in
     """From a run's log and summary; `group`: images of an update."""
     score = [summary["before"]["tasks"]["overall"]]
     cost: dict[str, list[float]] = {"seconds": [0.0], "images": [0.0], "forwards": [0.0]}
-    images = forwards = 0.0
-    last = len(log) - 1
-    for i, row in enumerate(log):
-        images += group
-        forwards += group * row["forwards_per_image"]
-        found = summary["after"] if i == last else row.get("evaluation")
-        if found is not None:
-            score.append(found["tasks"]["overall"])
-            for unit, spent in zip(cost, (row["seconds"], images, forwards), strict=True):
-                cost[unit].append(spent)
+    forwards = list(accumulate(group * row["forwards_per_image"] for row in log))
+    for i, found in evaluations(log, summary["after"]):
+        score.append(found["tasks"]["overall"])
+        spent = log[i]["seconds"], float(group * (i + 1)), forwards[i]
+        for unit, value in zip(cost, spent, strict=True):
+            cost[unit].append(value)
     return Curve(score, cost)
+
+
+def evaluations(
+    log: Sequence[dict[str, Any]], after: dict[str, Any]
+) -> list[tuple[int, dict[str, Any]]]:
+    """(row of the log, evaluation) of all that were made while training; `after` is that of the last row."""
+    found = [(i, row["evaluation"]) for i, row in enumerate(log[:-1]) if "evaluation" in row]
+    return [*found, (len(log) - 1, after)]
 
 
 def speedup(fast: Curve, slow: Curve, unit: str) -> float:

@@ -1,8 +1,8 @@
 """Inversion-DPO against Diffusion-DPO, its own released form, and training on winners alone.
 
 All arms have the same pairs, model, adapter and machine, and the same seconds: what encoding and inverting took an arm
-is taken from its training. Win rates are those of held-out prompts against the
-base, image by image from the same noise.
+is taken from its training. Win rates are those of held-out prompts against the base, image by image from the same
+noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diffalign import lora
-from diffalign.bench.curves import Curve, finite, speedup
+from diffalign.bench.curves import Curve, evaluations, finite, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.data.pair_cache import PairCache
@@ -63,12 +63,10 @@ UNITS = ("seconds", "training")
 IMAGES_PER_PROMPT = 8
 STEP_REPEATS = 9
 QUICK = (
-    "--model.compile=false",
     "--training.num_updates=2",
     "--training.eval_every=1",
     "--training.pairs_per_update=8",
     "--evaluation.images_per_task=4",
-    "--pairs.inversion.steps=8",
     "--pairs.limit=24",
 )
 
@@ -121,12 +119,15 @@ class Subject:
         assert isinstance(config, PreferenceRunConfig)
         return config
 
-    def precomputed(self, arm: str) -> float:
-        """Seconds that an arm's cache took; it is made where it is not there."""
-        config = self.configuration(arm, 0)
-        accelerator = trackers.make_accelerator(config)
-        model = prepare_model(config, accelerator.device)
-        return float(precompute(config, model, accelerator).manifest["seconds"])
+    def precomputed(self, arms: list[str]) -> dict[str, float]:
+        """Seconds that each arm's cache took; caches that are not there are made."""
+        configs = {arm: self.configuration(arm, 0) for arm in arms}
+        accelerator = trackers.make_accelerator(configs[arms[0]])
+        model = prepare_model(configs[arms[0]], accelerator.device)  # all arms have the same
+        return {
+            arm: float(precompute(config, model, accelerator).manifest["seconds"])
+            for arm, config in configs.items()
+        }
 
 
 def preference_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
@@ -138,12 +139,10 @@ def preference_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: s
 
     spent = summary["precompute_seconds"]
     start = 0.5 if name == "win_rate" else read(summary["before"])
-    last = {**summary["after"], "win_rate": summary["win_rate"]}
-    rows = [(row["seconds"], row["evaluation"]) for row in log[:-1] if "evaluation" in row]
-    rows.append((log[-1]["seconds"], last))
-    trained = [0.0, *(seconds for seconds, _ in rows)]
+    found = evaluations(log, {**summary["after"], "win_rate": summary["win_rate"]})
+    trained = [0.0, *(log[i]["seconds"] for i, _ in found)]
     return Curve(
-        [start, start, *(read(found) for _, found in rows)],
+        [start, start, *(read(evaluation) for _, evaluation in found)],
         {"seconds": [0.0, *(spent + t for t in trained)], "training": [0.0, *trained]},
     )
 
@@ -151,7 +150,7 @@ def preference_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: s
 def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
     """All arms, turn and turn about: a machine that slows down slows all of them; and what each learned of the other's
     question."""
-    left = {arm: max(SECONDS - subject.precomputed(arm), 1.0) for arm in arms}
+    left = {arm: max(SECONDS - spent, 1.0) for arm, spent in subject.precomputed(arms).items()}
     configs = {
         arm: [subject.configuration(arm, seed, seconds=left[arm]) for seed in range(seeds)]
         for arm in arms
@@ -227,7 +226,7 @@ def step_times(subject: Subject) -> dict[str, Any]:
     """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, turn
     and turn about on the same pairs; on CUDA also the peak of memory."""
     config = subject.configuration("inversion_dpo", 0)
-    folder = f"{subject.options.work / f'step-{subject.name}'}"
+    folder = str(subject.options.work / f"step-{subject.name}")
     trainer = Run.prepare(replace(config, output_dir=folder)).trainer
     assert isinstance(trainer, PreferenceTrainer)
     trainer.prepare()

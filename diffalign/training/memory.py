@@ -1,8 +1,8 @@
 """How much memory a run will need, before anything is loaded: the same graph on the meta device, its tensors counted.
 
 Activations are what autograd keeps of one micro-batch, found by running the denoiser's forward without data, attention
-as a fused kernel computes it (CUDA's, xformers'). Peaks inside a layer, the allocator's
-rounding and the CUDA context come on top.
+as a fused kernel computes it (CUDA's, xformers'). Peaks inside a layer, the allocator's rounding and the CUDA context
+come on top.
 """
 
 from __future__ import annotations
