@@ -27,11 +27,12 @@ VERBS = {
     "pairs": "pairs",
     "evaluate": "evaluate",
     "convert": "files",
+    "qsched": "tuning",
     "merge": "files",
     "serve-rewards": "service",
 }
 """Verb to the module of commands that knows it."""
-RESUMES = ("demo", "train", "bench", "precompute", "pairs")
+RESUMES = ("demo", "train", "bench", "precompute", "pairs", "qsched")
 TAKES_SETTINGS = ("train", "precompute")
 """Verbs with a recipe, whose settings can be overridden."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(verbs)
     _add_evaluate(verbs)
     _add_files(verbs)
+    _add_qsched(verbs)
     _add_bench(verbs)
     _add_service(verbs)
     listing = verbs.add_parser("list", help="what there is by name")
@@ -212,6 +214,65 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     merge.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
 
 
+def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Where names differ from the model flags', the search's own come first."""
+    qsched = verbs.add_parser(
+        "qsched",
+        help="repair a quantised few-step model by its schedule",
+        description="Search two factors a step of the scheduler (Q-Sched) that raise a reward, keep them if held-out "
+        "prompts agree, and write them into the scheduler's configuration (docs/qsched.md). Goes on where it stopped.",
+    )
+    qsched.add_argument("--prompts", required=True, help="a .txt or .jsonl file, or shapes:train")
+    qsched.add_argument("--max_prompts", type=int, default=50, help="default: %(default)s")
+    qsched.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
+    qsched.add_argument(
+        "--objective",
+        default="jaq",
+        help="jaq (CLIPScore + 2 HPSv2.1), jaq-shapes, or reward=weight,...; default: %(default)s",
+    )
+    qsched.add_argument(
+        "--reference",
+        default=None,
+        help="the model before quantisation: begin with the closed form",
+    )
+    qsched.add_argument(
+        "--engine",
+        default="cma",
+        choices=("cma", "coordinate", "grid", "none"),
+        help="none: the closed form as it is; default: %(default)s",
+    )
+    qsched.add_argument("--budget", type=int, default=200, help="candidates; default: %(default)s")
+    qsched.add_argument(
+        "--box",
+        type=float,
+        nargs=2,
+        default=(0.8, 1.2),
+        metavar=("LOW", "HIGH"),
+        help="default: 0.8 1.2",
+    )
+    qsched.add_argument("--penalty", type=float, default=0.0, help="of the squared distance from 1")
+    qsched.add_argument(
+        "--held_out",
+        type=float,
+        default=0.5,
+        help="share of the prompts that accept; default: %(default)s",
+    )
+    qsched.add_argument(
+        "--output_dir",
+        type=Path,
+        default=None,
+        help="a copy of the model; default: into --model itself",
+    )
+    qsched.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/qsched"),
+        help="scores are kept here; default: %(default)s",
+    )
+    qsched.add_argument("--plot", type=Path, default=None, help="a picture of the search")
+    _model_flags(qsched, steps=4)
+
+
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = verbs.add_parser("bench", help="measure one of the suite's claims")
     bench.add_argument("name", help="a name of `diffalign list benches`")
@@ -242,13 +303,15 @@ def _add_service(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
-def _model_flags(parser: argparse.ArgumentParser) -> None:
+def _model_flags(parser: argparse.ArgumentParser, *, steps: int = 10) -> None:
     parser.add_argument(
         "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
     )
     parser.add_argument("--lora", default=None, help="folder or file for load_lora_weights")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--num_inference_steps", type=int, default=steps, help="default: %(default)s"
+    )
     parser.add_argument(
         "--solver",
         default="default",

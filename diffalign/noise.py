@@ -66,6 +66,10 @@ class RectifiedFlow:
         """Time of `ode` (B,)."""
         return self.sigmas(timesteps)
 
+    def to_ode(self, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The state of `ode` that noisy latents are."""
+        return noisy_latents
+
     def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents of a state of `ode`."""
         return state
@@ -139,14 +143,17 @@ class VariancePreserving:
 
     def ode(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Ode:
         """d(x / a) / d(s / a) = eps (Song et al. 2021, eq. 14)."""
-        a, s = self.scales(timesteps)
         noise = self.predict_noise(model_pred, noisy_latents, timesteps)
-        return Ode(noisy_latents / expand(a, noisy_latents), s / a, noise)
+        return Ode(self.to_ode(noisy_latents, timesteps), self.ode_time(timesteps), noise)
 
     def ode_time(self, timesteps: Tensor) -> Tensor:
         """Time of `ode` (B,)."""
         a, s = self.scales(timesteps)
         return s / a
+
+    def to_ode(self, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The state of `ode` that noisy latents are."""
+        return noisy_latents / expand(self.scales(timesteps)[0], noisy_latents)
 
     def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents of a state of `ode`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,8 @@ from diffalign.errors import UserError
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
@@ -107,6 +110,46 @@ def family_of(pipeline_class: str) -> type[TextToImageModel]:
     return getattr(import_module(module), attribute)
 
 
+def load_pipeline(source: str, **kwargs: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained`, with what stock diffusers leaves lying in a folder of this suite put to use:
+    weights packed by `diffalign quantize`, and the factors that `diffalign qsched` found for the scheduler.
+
+    Args:
+        source: a folder or a hub id.
+        kwargs: of `from_pretrained`, such as `torch_dtype`.
+
+    Raises:
+        UnknownModel: nothing is there, or not all of it.
+        UserError: its factors are damaged.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise UnknownModel(f"{source} could not be loaded: {error}") from error
+    apply_factors(pipeline)
+    return pipeline
+
+
+def apply_factors(pipeline: Any) -> None:
+    """Wrap a scheduler whose configuration holds Q-Sched's factors; a warning where they are other weights'."""
+    from diffalign.fingerprint import fingerprint
+    from diffalign.schedulers import QSched
+    from diffalign.schedulers.coefficients import KEY
+
+    if pipeline.scheduler.config.get(KEY) is None:
+        return
+    pipeline.scheduler = QSched.wrap(pipeline.scheduler)
+    found_with = pipeline.scheduler.tables.fingerprint
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    if found_with not in (None, fingerprint({"denoiser": denoiser})):
+        logger.warning(
+            "Q-Sched's factors in this scheduler's configuration were found with other weights than this pipeline's"
+        )
+
+
 def load_model(
     name: str,
     *,
@@ -117,19 +160,13 @@ def load_model(
 ) -> TextToImageModel:
     """Load a stock pipeline by name, folder or hub id, and wrap it in its family. `dtype` defaults to bfloat16."""
     import torch
-    from diffusers import DiffusionPipeline
 
     spec = resolve(name)
     source = _source(spec)
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
         family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype or torch.bfloat16, revision=revision
-        )
-    except OSError as error:
-        raise UnknownModel(f"model.name: {name} could not be loaded: {error}") from error
+    pipeline = load_pipeline(source, torch_dtype=dtype or torch.bfloat16, revision=revision)
     pipeline.set_progress_bar_config(disable=True)
     return _wrap(pipeline, spec, max_sequence_length).to(device)
 
@@ -172,6 +209,11 @@ def load_meta_model(
             part.to(dtype or torch.bfloat16)
     pipeline = getattr(diffusers, index["_class_name"])(**parts)
     return _wrap(pipeline, spec, max_sequence_length)
+
+
+def wrap_pipeline(pipeline: Any, *, max_sequence_length: int | None = None) -> TextToImageModel:
+    """A pipeline that is loaded already, in its family."""
+    return family_of(type(pipeline).__name__)(pipeline, max_sequence_length=max_sequence_length)
 
 
 def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> TextToImageModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +35,90 @@ def initial_latents(
     return randn_tensor(shape, generator=generators, device=model.device, dtype=dtype)
 
 
+def scheduler_step(
+    i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Generators
+) -> Tensor:
+    """The scheduler's own step. One that is stochastic draws from the generator, where it can: without it would from
+    torch's, and images would not be a matter of their seed."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    noise = {"generator": generator} if takes else {}
+    return scheduler.step(model_pred, scheduler.timesteps[i], latents, return_dict=False, **noise)[
+        0
+    ]
+
+
+@dataclass
+class Sampling:
+    """A batch on its way: what does not change from step to step.
+
+    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding); otherwise
+    `negative_embeds` has B rows. Sizes in pixels.
+    """
+
+    model: TextToImageModel
+    embeds: PromptEmbeds
+    num_inference_steps: int
+    height: int
+    width: int
+    guidance_scale: float | None = None
+    negative_embeds: PromptEmbeds | None = None
+
+    def __post_init__(self) -> None:
+        self.scheduler = self.model.scheduler_at(
+            self.num_inference_steps, height=self.height, width=self.width
+        )
+
+    def start(self, generator: Generators = None, latents: Tensor | None = None) -> Tensor:
+        """Noise (B, C, H, W) as the scheduler wants it: those of U-Nets may hold latents in other units than the
+        denoiser reads."""
+        if latents is None:
+            latents = initial_latents(
+                self.model,
+                len(self.embeds),
+                height=self.height,
+                width=self.width,
+                generator=generator,
+                dtype=self.embeds.prompt_embeds.dtype,
+            )
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def scaled(self, i: int, latents: Tensor) -> Tensor:
+        """What the denoiser reads at step `i`; some schedulers insist on being asked before a step."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return latents
+        return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[i])
+
+    def predict(self, i: int, latents: Tensor) -> Tensor:
+        """The denoiser's prediction (B, C, H, W) at step `i`."""
+        return self.model.predict(
+            self.scaled(i, latents),
+            self.scheduler.timesteps[i].expand(len(self.embeds)),
+            self.embeds,
+            guidance_scale=self.guidance_scale,
+            negative_embeds=self.negative_embeds,
+        )
+
+    def draw(
+        self,
+        generator: Generators = None,
+        *,
+        latents: Tensor | None = None,
+        step: Step | None = None,
+        first_pred: Tensor | None = None,
+    ) -> Tensor:
+        """Clean latents; arguments as of `sample`."""
+        latents = self.start(generator, latents)
+        step = step or scheduler_step
+        for i in range(len(self.scheduler.timesteps)):
+            if i == 0 and first_pred is not None:
+                self.scaled(i, latents)
+                model_pred = first_pred
+            else:
+                model_pred = self.predict(i, latents)
+            latents = step(i, model_pred, latents, self.scheduler, generator)
+        return latents
+
+
 @torch.no_grad()
 def sample(
     model: TextToImageModel,
@@ -46,39 +132,16 @@ def sample(
     generator: Generators = None,
     latents: Tensor | None = None,
     step: Step | None = None,
+    first_pred: Tensor | None = None,
 ) -> Tensor:
     """Clean latents (B, C, H, W) for B prompts. With the same generator, the stock pipeline's image for image.
 
-    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding). `step` takes
-    the place of the scheduler's own.
+    `guidance_scale` as in `Sampling`. `step` takes the place of the scheduler's own. `first_pred` (B, C, H, W) is the
+    first prediction where it is known already.
     """
-    height, width = height or model.default_size[0], width or model.default_size[1]
-    if latents is None:
-        latents = initial_latents(
-            model,
-            len(embeds),
-            height=height,
-            width=width,
-            generator=generator,
-            dtype=embeds.prompt_embeds.dtype,
-        )
-    scheduler = model.scheduler_at(num_inference_steps, height=height, width=width)
-    # schedulers of U-Nets may hold latents in other units than the denoiser reads
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    to_input = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    for i, t in enumerate(scheduler.timesteps):
-        model_pred = model.predict(
-            to_input(latents, t),
-            t.expand(len(embeds)),
-            embeds,
-            guidance_scale=guidance_scale,
-            negative_embeds=negative_embeds,
-        )
-        if step is None:
-            latents = scheduler.step(model_pred, t, latents, return_dict=False)[0]
-        else:
-            latents = step(i, model_pred, latents, scheduler, generator)
-    return latents
+    size = height or model.default_size[0], width or model.default_size[1]
+    run = Sampling(model, embeds, num_inference_steps, *size, guidance_scale, negative_embeds)
+    return run.draw(generator, latents=latents, step=step, first_pred=first_pred)
 
 
 class EmbedCache:

@@ -33,6 +33,7 @@ ALLOWED = {
     "diffalign/config/checks.py": ("errors",),
     "diffalign/config/schema.py": ("config.checks",),
     "diffalign/config/preference.py": ("config.checks", "config.schema"),
+    "diffalign/config/distillation.py": ("config.checks", "config.schema"),
     "diffalign/config/loading.py": ("scripts", "config"),
     "diffalign/lora.py": ("errors",),
     "diffalign/lora_formats.py": ("errors",),

@@ -20,7 +20,7 @@ from diffalign.errors import UsageError
 from diffalign.inversion import integrate
 from diffalign.noise import implied_noise
 from diffalign.training import precompute as module
-from diffalign.training.precompute import fingerprint, precompute, shards
+from diffalign.training.precompute import fingerprint_of, precompute, shards
 
 
 @pytest.fixture
@@ -223,12 +223,12 @@ class TestRefusals:
         from diffalign import lora
 
         model = tiny.sd_model()
-        plain = fingerprint(model)
+        plain = fingerprint_of(model)
         lora.attach(model.denoiser, rank=2, alpha=2, targets=model.lora_targets)
-        assert fingerprint(model) == plain
+        assert fingerprint_of(model) == plain
         with torch.no_grad():
             next(model.pipeline.vae.parameters()).view(-1)[0] += 1
-        assert fingerprint(model) != plain
+        assert fingerprint_of(model) != plain
 
     def test_too_many_states(self, source, tmp_path):
         with pytest.raises(UsageError, match="7 of 5 states"):

@@ -4,6 +4,13 @@ Nothing here imports torch. Every error names the field and, for a misspelt one,
 """
 
 from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.distillation import (
+    ConsistencyConfig,
+    DistillationConfig,
+    DistillationRunConfig,
+    ReflowConfig,
+    TeacherConfig,
+)
 from diffalign.config.loading import (
     ALGORITHMS,
     decode,
@@ -52,8 +59,11 @@ __all__ = [
     "AlgorithmConfig",
     "AnyRunConfig",
     "ConfigError",
+    "ConsistencyConfig",
     "DiffusionDPOConfig",
     "DiffusionNFTConfig",
+    "DistillationConfig",
+    "DistillationRunConfig",
     "DrawingConfig",
     "EvaluationConfig",
     "FlowGRPOConfig",
@@ -67,8 +77,10 @@ __all__ = [
     "PreferenceAlgorithmConfig",
     "PreferenceRunConfig",
     "PromptsConfig",
+    "ReflowConfig",
     "RolloutConfig",
     "RunConfig",
+    "TeacherConfig",
     "TrainingConfig",
     "decode",
     "describe_recipes",

@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.distillation import (
+    ConsistencyConfig,
+    DistillationConfig,
+    DistillationRunConfig,
+    ReflowConfig,
+)
 from diffalign.config.preference import (
     DiffusionDPOConfig,
     InversionDPOConfig,
@@ -29,7 +35,15 @@ ALGORITHMS: dict[str, type[MethodConfig]] = {
     **ONLINE,
     "inversion_dpo": InversionDPOConfig,
     "diffusion_dpo": DiffusionDPOConfig,
+    "reflow": ReflowConfig,
+    "consistency": ConsistencyConfig,
 }
+RUNS: dict[type[MethodConfig], type[AnyRunConfig]] = {
+    PreferenceAlgorithmConfig: PreferenceRunConfig,
+    DistillationConfig: DistillationRunConfig,
+    MethodConfig: RunConfig,
+}
+"""Kinds of algorithms and the runs they ask for; the first that fits."""
 
 # Flags of diffusers' training scripts that mean the same here.
 ALIASES = {
@@ -73,6 +87,13 @@ RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
         "random_flip": "pairs.random_flip",
         "center_crop": "pairs.center_crop",
     },
+    DistillationRunConfig: {
+        "resolution": ("teacher.height", "teacher.width"),
+        "guidance_scale": "teacher.guidance_scale",
+        "num_inference_steps": "evaluation.num_inference_steps",
+        "num_ddim_timesteps": "teacher.num_inference_steps",
+        "huber_c": "algorithm.huber_c",
+    },
 }
 
 
@@ -98,8 +119,8 @@ def describe_recipes() -> dict[str, str]:
 
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`: a `RunConfig`, or, where its
-    algorithm learns from pairs, a `PreferenceRunConfig`."""
+    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`: a `RunConfig`, or the one of
+    `RUNS` that its algorithm asks for."""
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read_recipe(_find(str(recipe)))
@@ -138,10 +159,10 @@ def decode(raw: Mapping[str, Any]) -> Any:
 
 
 def _run_class(raw: Mapping[str, Any]) -> type[AnyRunConfig]:
-    """Online, or from pairs."""
+    """Online, from pairs, or a distillation."""
     algorithm = raw.get("algorithm")
     found = _algorithm_class(algorithm if isinstance(algorithm, Mapping) else {})
-    return PreferenceRunConfig if issubclass(found, PreferenceAlgorithmConfig) else RunConfig
+    return next(run for kind, run in RUNS.items() if issubclass(found, kind))
 
 
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:

@@ -48,23 +48,32 @@ def win_rate(
         return None
     a, b = a[valid].astype(np.float64), b[valid].astype(np.float64)
     wins = (a > b) + 0.5 * (a == b)
-    _, group = np.unique(np.array(prompts, dtype=object)[valid].astype(str), return_inverse=True)
-    total, count = np.bincount(group, weights=wins), np.bincount(group)
-    rng = np.random.default_rng(seed)
-    even = np.full(len(count), 1 / len(count))
-    rates = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):  # one at a time: with many prompts a table of all would not fit
-        drawn = rng.multinomial(len(count), even)
-        rates[i] = (drawn @ total) / (drawn @ count)
-    low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
+    low, high = interval(wins, asked, confidence=confidence, seed=seed)
     return WinRate(
         rate=float(wins.mean()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         difference=float((a - b).mean()),
         pairs=len(a),
         ties=int((a == b).sum()),
     )
+
+
+def interval(
+    values: np.ndarray, prompts: Sequence[str], *, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Of the mean of N values (N,), by a bootstrap over their prompts."""
+    _, group = np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)
+    total, count = np.bincount(group, weights=values), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    even = np.full(len(count), 1 / len(count))
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):  # one at a time: with many prompts a table of all would not fit
+        drawn = rng.multinomial(len(count), even)
+        means[i] = (drawn @ total) / (drawn @ count)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def by_name(images: Sequence[CaptionedImage], folder: Path) -> dict[str, CaptionedImage]:

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
+    DistillationConfig,
     FlowGRPOConfig,
     ForwardProcessConfig,
     PreferenceAlgorithmConfig,
-    PreferenceRunConfig,
     RunConfig,
 )
 from diffalign.pipelines.base import TextToImageModel
@@ -80,7 +80,7 @@ def forecast(model: TextToImageModel, config: AnyRunConfig) -> MemoryForecast:
         denoiser=denoiser,
         text_encoders=sum(parts.values()) - denoiser - autoencoder,
         autoencoder=autoencoder,
-        adapters=(2 if isinstance(config, PreferenceRunConfig) else 3) * trained,
+        adapters=(3 if isinstance(config, RunConfig) else 2) * trained,
         optimizer=3 * trained,
         activations=activations(model, config),
     )
@@ -169,6 +169,8 @@ def _rows_per_image(config: AnyRunConfig) -> int:
     algorithm = config.algorithm
     if isinstance(algorithm, PreferenceAlgorithmConfig):
         return (1 if algorithm.loss_type == "sft" else 2) * algorithm.timesteps_per_pair
+    if isinstance(algorithm, DistillationConfig):
+        return algorithm.states_per_image
     if isinstance(algorithm, ForwardProcessConfig):
         return algorithm.timesteps_per_image
     assert isinstance(algorithm, FlowGRPOConfig)

@@ -6,7 +6,6 @@ reference's error is one number an (image, state): no forward of the reference e
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError, tables
 from diffalign.data.pairs import read_pairs
+from diffalign.fingerprint import fingerprint
 from diffalign.inversion import inversion_grid
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.forward import image_size
@@ -49,21 +49,10 @@ def shards(
         yield Shard(number, held, held[-1].row + 1)
 
 
-def fingerprint(model: TextToImageModel) -> str:
-    """Of all weights without adapters: name, shape and the first values of each tensor."""
-    digest = hashlib.sha256()
-    parts = {
-        name: part
-        for name, part in sorted(model.pipeline.components.items())
-        if isinstance(part, torch.nn.Module)
-    }
-    for part_name, part in parts.items():
-        for name, tensor in sorted(part.state_dict().items()):
-            if "lora_" not in name:
-                plain = name.replace(".base_layer", "")
-                values = tensor.flatten()[:64].float().cpu().numpy().tobytes()
-                digest.update(f"{part_name}.{plain} {tuple(tensor.shape)}".encode() + values)
-    return digest.hexdigest()[:16]
+def fingerprint_of(model: TextToImageModel) -> str:
+    """Of all weights without adapters."""
+    parts = model.pipeline.components.items()
+    return fingerprint({n: p for n, p in parts if isinstance(p, torch.nn.Module)})
 
 
 def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:
@@ -80,7 +69,7 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
     return {
         "files": files,
         "pairs": pairs,
-        "model": fingerprint(model),
+        "model": fingerprint_of(model),
         "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
         "size": list(image_size(config, model)),
         "mixed_precision": config.training.mixed_precision,

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign.config import PromptsConfig, RolloutConfig, RunConfig
+from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherConfig
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
@@ -46,7 +46,7 @@ class Plan:
 
 def make_plan(
     prompts: Sequence[Prompt],
-    config: RolloutConfig,
+    config: RolloutConfig | TeacherConfig,
     *,
     seed: int,
     update: int,

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import lora
-from diffalign.config import AnyRunConfig, ConfigError, PreferenceRunConfig, RunConfig, to_dict
+from diffalign.config import (
+    AnyRunConfig,
+    ConfigError,
+    DistillationRunConfig,
+    PreferenceRunConfig,
+    RunConfig,
+    to_dict,
+)
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import image_grid, write_report
@@ -27,6 +34,7 @@ from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
+from diffalign.training.distillation import DistillationTrainer
 from diffalign.training.health import Collapse, find_collapse
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.preference import PreferenceTrainer
@@ -100,8 +108,9 @@ class Run:
             dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
         )
         train = []
-        if isinstance(config, RunConfig):
+        if isinstance(config, RunConfig | DistillationRunConfig):
             train = load_prompts(config.prompts.train)
+        if isinstance(config, RunConfig):
             reward.check_metadata([p.metadata for p in train])
         for part in (reward, watched):
             part.check_metadata([p.metadata for p in held_out])
@@ -113,6 +122,8 @@ class Run:
         trainer: Trainer
         if isinstance(config, PreferenceRunConfig):
             trainer = PreferenceTrainer(config, model, accelerator, folder)
+        elif isinstance(config, DistillationRunConfig):
+            trainer = DistillationTrainer(config, model, accelerator, folder, train)
         else:
             assert isinstance(config, RunConfig)
             trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, train)
@@ -139,7 +150,7 @@ class Run:
         after = self._evaluate(self.trainer.policy)
         summary = self._summary(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
-            self._export()
+            self.trainer.export(self.trainer.folder.path)
             self.trainer.folder.write(SUMMARY, json.dumps(summary, indent=2))
             write_report(
                 self.trainer.folder.path,
@@ -228,7 +239,7 @@ class Run:
                 self.model,
                 self.eval_prompts,
                 score,
-                self.config.evaluation,
+                self.trainer.evaluation(policy),
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
                 micro_batch_size=self.config.drawing.micro_batch_size,
@@ -265,10 +276,6 @@ class Run:
         folder.mkdir(exist_ok=True)
         image_grid(found.images, columns=6).save(folder / f"{update:06d}.png")
         trackers.log_images(self.accelerator, found.images, update=update)
-
-    def _export(self) -> None:
-        folder = self.trainer.folder.path / "lora"
-        lora.export_lora(self.model.denoiser, self.model.pipeline, folder, name=self.trainer.policy)
 
     def _wins(self, found: Evaluation) -> dict[str, Any]:
         """How often its images are better than the reference's of the same noise."""

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffalign import lora
-from diffalign.config import AnyRunConfig, OptimizerConfig
+from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
 from diffalign.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
@@ -106,6 +106,16 @@ class Trainer(ABC):
         """The context in which images of a policy are made."""
         context = lora.merged if self.config.drawing.merge_lora else lora.policy
         return context(self.model.denoiser, policy)
+
+    def evaluation(self, policy: str) -> EvaluationConfig:
+        """How a policy draws held-out prompts."""
+        return self.config.evaluation
+
+    def export(self, folder: Path) -> None:
+        """Write what a user takes away; the LoRA of the policy that is evaluated, as `lora/`."""
+        lora.export_lora(
+            self.model.denoiser, self.model.pipeline, folder / "lora", name=self.policy
+        )
 
     @property
     def planned_steps(self) -> int:

@@ -1,0 +1,116 @@
+"""The verb qsched: find a schedule's factors and keep them beside the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.commands.images import load
+from diffalign.data.files import write_text
+from diffalign.data.prompts import load_prompts
+from diffalign.errors import UsageError
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
+from diffalign.rewards.composition import CompositeReward
+from diffalign.tuning.evaluator import Drawing
+from diffalign.tuning.objective import parse
+from diffalign.tuning.plot import plot_history
+from diffalign.tuning.tune import Settings, TuneResult, tune
+
+RESULT = "qsched.json"
+
+
+def qsched(args: argparse.Namespace) -> int:
+    """Search, say what was found, and write it where the model is, or a copy of the model with it."""
+    if args.lora is not None:
+        raise UsageError(
+            "--lora: factors belong to one set of weights; `diffalign merge` makes it one"
+        )
+    folder = _target(args)
+    settings = Settings(
+        parse(args.objective),
+        engine=args.engine,
+        budget=args.budget,
+        low=args.box[0],
+        high=args.box[1],
+        penalty=args.penalty,
+        held_out=args.held_out,
+        seed=args.seed,
+    )
+    reward = CompositeReward.from_config(settings.objective, setting="--objective")
+    prompts = load_prompts(args.prompts, limit=args.max_prompts)
+    reward.check_metadata([p.metadata for p in prompts])
+    reward.prepare()
+    model = load(args)
+    reference = _reference(args, model)
+    drawing = Drawing(
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        images_per_prompt=args.images_per_prompt,
+        seed=args.seed,
+        micro_batch_size=args.batch_size,
+        mixed_precision="bf16" if args.dtype == "bfloat16" else "no",
+    )
+    file = args.work / "scores.jsonl"
+    result = tune(model, prompts, reward.score, settings, drawing, reference=reference, file=file)
+    result.apply(model.pipeline)
+    save(model.pipeline, folder, whole=folder != Path(args.model))
+    result.save(folder / RESULT)
+    if args.plot is not None:
+        plot_history(result, args.plot)
+    print(describe(result, folder))
+    return 0
+
+
+def _target(args: argparse.Namespace) -> Path:
+    """Where the factors go: into the model's own folder, or into a new one with a copy of the model."""
+    if args.output_dir is None:
+        if not Path(args.model).is_dir():
+            raise UsageError(
+                f"--output_dir: {args.model} is no folder of yours, so the model with its factors needs one"
+            )
+        return Path(args.model)
+    if args.output_dir.exists() and args.output_dir.resolve() != Path(args.model).resolve():
+        raise UsageError(f"--output_dir: {args.output_dir} exists already")
+    return args.output_dir
+
+
+def _reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImageModel | None:
+    if args.reference is None:
+        return None
+    return load_model(args.reference, dtype=getattr(torch, args.dtype), device=model.device)
+
+
+def save(pipeline: Any, folder: Path, *, whole: bool) -> None:
+    """The pipeline, or where it lies there already its scheduler's configuration alone: whole or not at all."""
+    if whole:
+        pipeline.save_pretrained(folder)
+        return
+    text = pipeline.scheduler.to_json_string()
+    write_text(folder / "scheduler" / "scheduler_config.json", text)
+
+
+def describe(result: TuneResult, folder: Path) -> str:
+    """A few lines for people, the last of them JSON."""
+    low, high = result.interval
+    sure = f"95 % interval {low:+.3f}..{high:+.3f}"
+    verdict = f"accepted: {result.gain:+.3f} standard deviations on held-out prompts, {sure}"
+    if not result.accepted:
+        verdict = (
+            f"not accepted: held-out prompts see {result.gain:+.3f}, {sure}, which may be nothing; "
+            "the schedule stays as it is"
+        )
+    lines = [verdict, "step  sample  model_output"]
+    pairs = zip(result.best.sample, result.best.model_output, strict=True)
+    lines += [f"{i:4}  {a:6.4f}  {b:6.4f}" for i, (a, b) in enumerate(pairs)]
+    lines.append(f"{folder}: scheduler/scheduler_config.json and {RESULT}")
+    plain = replace(result, history=[]).to_dict()
+    del plain["history"]
+    return "\n".join([*lines, json.dumps(plain)])

@@ -1,0 +1,243 @@
+"""Find Q-Sched's factors for a model, and keep them only if held-out prompts agree."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diffalign.data.files import write_text
+from diffalign.data.prompts import Prompt
+from diffalign.errors import UsageError
+from diffalign.evaluation.preference import interval
+from diffalign.evaluation.score import Score
+from diffalign.fingerprint import fingerprint
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.schedulers import Coefficients, QSched
+from diffalign.tuning.engines import ENGINES, Space
+from diffalign.tuning.evaluator import Drawing, Evaluator
+from diffalign.tuning.objective import Objective, ObjectiveError, Scores
+from diffalign.tuning.start import closed_form
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a search; see `diffalign qsched --help`."""
+
+    objective: Mapping[str, float]
+    engine: str = "cma"
+    budget: int = 200
+    """Candidates, each drawn for every calibration image."""
+    low: float = 0.8
+    high: float = 1.2
+    penalty: float = 0.0
+    """Of the squared distance from 1, in standard deviations of the objective."""
+    held_out: float = 0.5
+    """Share of the prompts that decide whether the best is accepted."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(
+                f"--engine: unknown engine {self.engine!r}; known are {', '.join(ENGINES)}"
+            )
+        if self.budget < 1:
+            raise UsageError(f"--budget must be at least 1, got {self.budget}")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"--held_out must lie in 0..1, got {self.held_out}")
+
+
+@dataclass
+class TuneResult:
+    """What a search found.
+
+    `gain` is the mean of the objective over held-out images (identity: 0), `interval` its 95 % bootstrap interval over
+    prompts; `coefficients` are the best candidate's if the interval lies above 0, otherwise ones.
+    """
+
+    best: Coefficients
+    accepted: bool
+    gain: float
+    interval: tuple[float, float]
+    calibration_value: float
+    start: Coefficients
+    fingerprint: str
+    network_rows: int
+    evaluations: int
+    seconds: float
+    held_out: dict[str, dict[str, float]]
+    """Means of each term on held-out images, for the schedule as it is and for the best candidate."""
+    history: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+    @property
+    def coefficients(self) -> Coefficients:
+        return self.best if self.accepted else Coefficients.ones(len(self.best))
+
+    def apply(self, pipeline: Any) -> None:
+        """Put the factors into a pipeline's scheduler; its next call with so many steps uses them."""
+        pipeline.scheduler = QSched.wrap(pipeline.scheduler)
+        pipeline.scheduler.set_coefficients(self.coefficients, fingerprint=self.fingerprint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        found = asdict(self)
+        for name in ("best", "start"):
+            found[name] = asdict(getattr(self, name))
+        return found | {"coefficients": asdict(self.coefficients)}
+
+    def save(self, file: Path) -> None:
+        """As JSON, whole or not at all."""
+        write_text(file, json.dumps(self.to_dict(), indent=2))
+
+
+def split(prompts: Sequence[Prompt], held_out: float) -> tuple[list[Prompt], list[Prompt]]:
+    """For calibration and for acceptance, both spread over the list.
+
+    Raises:
+        UsageError: one of them would be empty.
+    """
+    count = round(len(prompts) * held_out)
+    if not 0 < count < len(prompts):
+        raise UsageError(
+            f"--prompts: {len(prompts)} prompts cannot be split into calibration and held-out ones (--held_out "
+            f"{held_out:g}); give at least 2, better 50"
+        )
+    chosen = {i * len(prompts) // count for i in range(count)}
+    return (
+        [p for i, p in enumerate(prompts) if i not in chosen],
+        [prompts[i] for i in sorted(chosen)],
+    )
+
+
+def tune(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    score: Score,
+    settings: Settings,
+    drawing: Drawing,
+    *,
+    reference: TextToImageModel | None = None,
+    file: Path | None = None,
+) -> TuneResult:
+    """Search factors for `drawing.num_inference_steps` steps of the model's own scheduler.
+
+    Args:
+        model: quantised or not; its pipeline's scheduler is wrapped, and runs without factors meanwhile and afterwards
+            until `TuneResult.apply`.
+        prompts: some to search with, others to accept with (`split`).
+        score: as `CompositeReward.score`, with every term of the objective among its details.
+        reference: the model before it was quantised: the search then starts from the closed form.
+        file: keeps all scores; the same call goes on from there.
+
+    Raises:
+        UsageError: the scheduler's step is not linear, or there are too few prompts.
+        ObjectiveError: scores that leave nothing to maximise.
+    """
+    started = time.perf_counter()
+    pipeline = model.pipeline
+    pipeline.scheduler = QSched.wrap(pipeline.scheduler)
+    known = pipeline.scheduler.tables
+    pipeline.scheduler.clear_coefficients()
+    try:
+        return _tune(model, prompts, score, settings, drawing, reference, file, started)
+    finally:
+        for coefficients in known.steps.values():
+            pipeline.scheduler.set_coefficients(coefficients, fingerprint=known.fingerprint)
+
+
+def _tune(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    score: Score,
+    settings: Settings,
+    drawing: Drawing,
+    reference: TextToImageModel | None,
+    file: Path | None,
+    started: float,
+) -> TuneResult:
+    identity = fingerprint({"denoiser": model.denoiser})
+    terms = list(settings.objective)
+    calibration, held_out = split(prompts, settings.held_out)
+    bar = tqdm(desc="qsched", unit="candidate", total=settings.budget)
+    key = [identity, type(model.pipeline.scheduler).__name__]
+    evaluator = Evaluator(
+        model, calibration, score, terms, drawing, file=file, key=key, progress=bar.update
+    )
+    ones = Coefficients.ones(drawing.num_inference_steps)
+    objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
+    start = ones if reference is None else closed_form(evaluator, reference)
+    space = Space(len(ones), settings.low, settings.high, start)
+    history = _search(evaluator, objective, space, settings)
+    bar.close()
+    best = max(history, key=lambda row: row["value"])
+    chosen = Coefficients.from_vector(best["coefficients"])
+    fresh = Evaluator(
+        model, held_out, score, terms, replace(drawing, seed=drawing.seed + 1), file=file, key=key
+    )
+    base, found = fresh([ones, chosen])
+    gain, bounds = accept(settings.objective, base, found, [p.text for p in fresh.prompts])
+    return TuneResult(
+        best=chosen,
+        accepted=not chosen.identity and bounds[0] > 0,
+        gain=gain,
+        interval=bounds,
+        calibration_value=best["value"],
+        start=space.origin,
+        fingerprint=identity,
+        network_rows=evaluator.network_rows,
+        evaluations=len(history),
+        seconds=time.perf_counter() - started,
+        held_out={"identity": _means(base), "best": _means(found)},
+        history=history,
+    )
+
+
+def _search(
+    evaluator: Evaluator, objective: Objective, space: Space, settings: Settings
+) -> list[dict[str, Any]]:
+    """All candidates in the order they were tried, the schedule as it is first."""
+    ones = Coefficients.ones(space.steps)
+    history = [{"coefficients": ones.vector, "value": 0.0, "rows": evaluator.network_rows}]
+    engine = ENGINES[settings.engine](space, budget=settings.budget, seed=settings.seed)
+    values: list[float] | None = None
+    while True:
+        try:
+            candidates = next(engine) if values is None else engine.send(values)
+        except StopIteration:
+            return history
+        values = []
+        for candidate, scores in zip(candidates, evaluator(candidates), strict=True):
+            values.append(objective(candidate, scores))
+            history.append(
+                {
+                    "coefficients": candidate.vector,
+                    "value": values[-1],
+                    "rows": evaluator.network_rows,
+                }
+            )
+
+
+def accept(
+    weights: Mapping[str, float], base: Scores, found: Scores, prompts: Sequence[str]
+) -> tuple[float, tuple[float, float]]:
+    """Mean gain over images and its 95 % interval over prompts, on the scale of the schedule as it is.
+
+    Raises:
+        ObjectiveError: no image could be scored with both.
+    """
+    gains = Objective(weights, base).per_image(found)
+    valid = np.isfinite(gains)
+    if not valid.any():
+        raise ObjectiveError("no held-out image could be scored with both schedules")
+    asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
+    return float(gains[valid].mean()), interval(gains[valid], asked)
+
+
+def _means(scores: Scores) -> dict[str, float]:
+    return {name: float(np.nanmean(values)) for name, values in scores.items()}

@@ -1,0 +1,346 @@
+"""The search for factors: objective, engines, closed form, shared work, and what is accepted."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchLCMScheduler
+from tiny import flux_model, sd_model
+
+from diffalign.data.prompts import Prompt
+from diffalign.errors import UsageError
+from diffalign.schedulers import Coefficients, QSched
+from diffalign.schedulers.closed_form import best_factors
+from diffalign.tuning.engines import ENGINES, Space
+from diffalign.tuning.evaluator import Drawing, Evaluator
+from diffalign.tuning.objective import Objective, ObjectiveError, parse
+from diffalign.tuning.start import closed_form
+from diffalign.tuning.tune import Settings, accept, split, tune
+from diffalign.types import RewardOutput
+
+PROMPTS = [Prompt(f"a photo of {n} things") for n in range(6)]
+
+
+def brightness(images, prompts, metadata):
+    """Two terms that a step's factors move."""
+    values = images.float().mean((1, 2, 3)).numpy()
+    spread = images.float().std((1, 2, 3)).numpy()
+    return RewardOutput(values, {"light": values, "spread": spread})
+
+
+def drawing(**kwargs):
+    return Drawing(
+        **{"num_inference_steps": 3, "micro_batch_size": 4, "mixed_precision": "no"} | kwargs
+    )
+
+
+def flux():
+    model = flux_model()
+    model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
+    return model
+
+
+def evaluator(model, **kwargs):
+    options = {k: kwargs.pop(k) for k in ("file", "key") if k in kwargs}
+    terms = ["light", "spread"]
+    return Evaluator(model, PROMPTS[:3], brightness, terms, drawing(**kwargs), **options)
+
+
+# --- objective
+
+
+def test_objective_is_a_sum_of_z_scores():
+    base = {"a": np.array([1.0, 2.0, 3.0]), "b": np.array([10.0, 10.0, 40.0])}
+    objective = Objective({"a": 1.0, "b": 2.0}, base, penalty=3.0)
+    scores = {"a": base["a"] + 0.5, "b": base["b"] - 7.0}
+    expected = 0.5 / np.std(base["a"]) - 2 * 7 / np.std(base["b"])
+    c = Coefficients((0.9, 1.0), (1.0, 1.2))
+    assert objective(c, scores) == pytest.approx(expected - 3 * (0.01 + 0.04))
+    assert objective(Coefficients.ones(2), base) == 0
+
+
+def test_the_objective_decides_and_not_its_first_term():
+    """The released search ranks by the first entry of its scores, CLIPScore, whatever the criterion."""
+    base = {"clip_score": np.array([0.2, 0.3]), "hpsv2.1": np.array([0.5, 0.7])}
+    objective = Objective({"clip_score": 1.0, "hpsv2.1": 2.0}, base)
+    clip_likes = {"clip_score": base["clip_score"] + 0.05, "hpsv2.1": base["hpsv2.1"] - 0.2}
+    jaq_likes = {"clip_score": base["clip_score"] - 0.01, "hpsv2.1": base["hpsv2.1"] + 0.1}
+    ones = Coefficients.ones(1)
+    assert objective(ones, jaq_likes) > 0 > objective(ones, clip_likes)
+
+
+def test_images_without_a_score_are_left_out_and_no_way_to_win():
+    base = {"a": np.array([1.0, 2.0, 3.0, np.nan])}
+    objective = Objective({"a": 1.0}, base)
+    ones = Coefficients.ones(1)
+    assert objective(ones, {"a": np.array([1.0, 2.0, np.nan, 9.0])}) == 0
+    assert objective(ones, {"a": np.array([9.0, np.nan, np.nan, np.nan])}) == -np.inf
+    with pytest.raises(ObjectiveError, match="a gave no score"):
+        Objective({"a": 1.0}, {"a": np.array([np.nan, np.nan])})
+    with pytest.raises(ObjectiveError, match="a is 2 for every"):
+        Objective({"a": 1.0}, {"a": np.array([2.0, 2.0])})
+
+
+def test_objectives_by_name_and_by_weights():
+    assert parse("jaq") == {"clip_score": 1.0, "hpsv2.1": 2.0}
+    assert parse("pickscore=2, ocr") == {"pickscore": 2.0, "ocr": 1.0}
+    for text in ("pickscore=x", "=1", "a=inf"):
+        with pytest.raises(UsageError, match="reward=weight"):
+            parse(text)
+
+
+# --- engines
+
+
+def maximise(engine, space, function, budget, seed=0):
+    """The best candidate, its value, and how many were tried."""
+    run = ENGINES[engine](space, budget=budget, seed=seed)
+    best, tried, values = (None, -np.inf), 0, None
+    while True:
+        try:
+            candidates = next(run) if values is None else run.send(values)
+        except StopIteration:
+            return *best, tried
+        values = [function(np.array(c.vector)) for c in candidates]
+        tried += len(candidates)
+        for c, v in zip(candidates, values, strict=True):
+            assert all(space.low <= x <= space.high for x in c.vector)
+            best = (c, v) if v > best[1] else best
+
+
+@pytest.mark.parametrize("engine", ["cma", "coordinate"])
+def test_engines_find_the_top_of_a_hill_in_a_tenth_of_the_grids_evaluations(engine):
+    top = np.array([0.93, 1.02, 1.08, 1.1, 0.97, 1.0])
+
+    def hill(x):
+        return -(((x - top) / 0.1) ** 2).sum() - ((x[0] - top[0]) / 0.1) * ((x[3] - top[3]) / 0.1)
+
+    best, value, tried = maximise(engine, Space(3), hill, 250)
+    assert tried <= 260
+    assert value > -0.05, best
+    again = maximise(engine, Space(3), hill, 250)
+    assert again[0] == best  # seeded
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("budget", [1, 7, 50])
+def test_engines_keep_to_their_budget(engine, budget):
+    _, _, tried = maximise(engine, Space(2), lambda x: -abs(x - 1.1).sum(), budget)
+    assert tried <= max(budget + 2, 4)
+
+
+def test_coordinate_search_goes_on_where_a_side_cannot_be_scored():
+    best, _, _ = maximise(
+        "coordinate", Space(1), lambda x: -np.inf if x[0] < 1 else -abs(x[1] - 1.1), 60
+    )
+    assert best.model_output[0] == pytest.approx(1.1, abs=0.02)
+
+
+def test_the_grid_is_the_published_one():
+    run = ENGINES["grid"](Space(3, 0.8, 1.2), budget=9)
+    found = next(run)
+    assert len(found) == 9
+    assert found[0] == Coefficients.ramp(0.8, 0.8, 3)
+    assert found[5] == Coefficients.ramp(1.0, 1.2, 3)
+    with pytest.raises(UsageError, match="must hold 1"):
+        Space(3, 1.1, 1.2)
+
+
+# --- closed form
+
+
+def test_closed_form_of_a_scaled_prediction():
+    u, m = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    v = -0.3 * m
+    assert best_factors(u, v, u + v) == pytest.approx((1, 1))
+    assert best_factors(u, 1.25 * v, u + v) == pytest.approx((1, 0.8))
+    assert best_factors(u, 1.25 * v, u + v, ridge=1e6) == pytest.approx((1, 1), abs=1e-3)
+    expected = np.linalg.lstsq(torch.stack([u, v], 1).numpy(), (0.9 * u + 0.2).numpy(), rcond=None)[
+        0
+    ]
+    assert best_factors(u, v, 0.9 * u + 0.2) == pytest.approx(tuple(expected), abs=1e-5)
+    assert best_factors(u, 0 * v, u) == (1.0, 1.0)  # nothing to learn from
+
+
+@pytest.mark.parametrize("family", ["flux", "flux lcm", "sd", "sd ancestral"])
+def test_closed_form_undoes_a_scaled_denoiser(family):
+    """A denoiser whose output is kappa times the reference's: factors (1, 1 / kappa) at every step, and (1, 1) for the
+    reference itself."""
+    make = flux_model if family.startswith("flux") else sd_model
+    model, reference = make(), make()
+    if family == "flux lcm":
+        model.pipeline.scheduler = FlowMatchLCMScheduler.from_config(
+            model.pipeline.scheduler.config
+        )
+    elif family == "sd ancestral":
+        model.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
+            model.pipeline.scheduler.config
+        )
+    elif family == "sd":
+        model.pipeline.scheduler = DDIMScheduler.from_config(
+            model.pipeline.scheduler.config, clip_sample=False
+        )
+    model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
+    same = closed_form(evaluator(model), reference, ridge=0.0)
+    assert same.vector == pytest.approx([1] * 6, abs=2e-3)
+    model.denoiser.register_forward_hook(lambda module, args, out: (out[0] * 0.8,))
+    found = closed_form(evaluator(model), reference, ridge=0.0)
+    assert found.sample == pytest.approx((1, 1, 1), abs=5e-3)
+    assert found.model_output == pytest.approx((1.25,) * 3, abs=1e-2)
+
+
+def test_closed_form_wants_the_same_kind_of_model():
+    with pytest.raises(UsageError, match="sd model cannot stand for a flux"):
+        closed_form(evaluator(flux()), sd_model())
+
+
+# --- evaluator
+
+
+def test_scores_are_those_of_the_plain_pipeline_with_the_factors():
+    """Shared batches and the reused first prediction change nothing."""
+    model = flux()
+    candidates = [
+        Coefficients.ones(3),
+        Coefficients.ramp(0.9, 1.1, 3),
+        Coefficients.ramp(1.1, 0.8, 3),
+    ]
+    found = evaluator(model)(candidates)
+    for candidate, scores in zip(candidates, found, strict=True):
+        model.pipeline.scheduler.set_coefficients(candidate)
+        check = evaluator(model)
+        run, generators = check.batch(range(3))
+        images = model.decode(run.draw(generators))
+        np.testing.assert_allclose(scores["light"], brightness(images, [], []).values, rtol=1e-5)
+        model.pipeline.scheduler.clear_coefficients()
+
+
+def test_batches_do_not_matter():
+    model = flux()
+    candidates = [
+        Coefficients.ones(3),
+        Coefficients.ramp(0.9, 1.1, 3),
+        Coefficients.ramp(1.1, 0.8, 3),
+    ]
+    a = evaluator(model, micro_batch_size=2)(candidates)
+    b = evaluator(model, micro_batch_size=64)(candidates)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x["light"], y["light"], rtol=1e-4)
+
+
+def test_network_rows_are_counted():
+    model = flux()
+    found = evaluator(model)
+    found([Coefficients.ones(3)])
+    assert found.network_rows == 3 * 3
+    found([Coefficients.ramp(0.9, 1, 3), Coefficients.ramp(0.9, 1, 3), Coefficients.ones(3)])
+    assert found.network_rows == 3 * 3 + 3 * 2  # the first call is known, and so are two candidates
+
+
+def test_a_search_goes_on_where_it_was(tmp_path):
+    model, file = flux(), tmp_path / "scores.jsonl"
+    first = evaluator(model, file=file)
+    known = first([Coefficients.ones(3), Coefficients.ramp(0.9, 1, 3)])
+    with file.open("a") as f:
+        f.write('{"key": "cut')  # by a crash
+    again = evaluator(model, file=file)
+    assert again.known == 2
+    assert again([Coefficients.ones(3)])[0]["light"].tolist() == known[0]["light"].tolist()
+    assert again.network_rows == 0
+    assert evaluator(model, file=file, key="another model").known == 0
+    assert evaluator(model, file=file, seed=1).known == 0
+
+
+def test_no_prompts_is_an_error():
+    with pytest.raises(UsageError, match="no prompt"):
+        Evaluator(flux(), [], brightness, ["light"], drawing())
+
+
+# --- the whole
+
+
+def test_split_keeps_prompts_apart():
+    a, b = split(PROMPTS, 0.5)
+    assert len(a) == len(b) == 3
+    assert {p.text for p in a}.isdisjoint(p.text for p in b)
+    with pytest.raises(UsageError, match="cannot be split"):
+        split(PROMPTS[:1], 0.5)
+
+
+def test_acceptance_is_sure_or_it_is_not():
+    rng = np.random.default_rng(0)
+    base = {"a": rng.normal(size=40)}
+    prompts = [str(i) for i in range(40)]
+    gain, (low, high) = accept({"a": 1.0}, base, {"a": base["a"] + 0.5}, prompts)
+    assert low > 0
+    assert low <= gain <= high
+    _, (low, high) = accept({"a": 1.0}, base, {"a": base["a"] + rng.normal(size=40)}, prompts)
+    assert low < 0.5
+    with pytest.raises(ObjectiveError):
+        accept({"a": 1.0}, base, {"a": np.full(40, np.nan)}, prompts)
+
+
+@pytest.mark.parametrize("engine", ["cma", "coordinate", "grid"])
+def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, tmp_path):
+    model = flux_model()
+    settings = Settings({"spread": 1.0}, engine=engine, budget=81, held_out=0.5)
+    prompts = [Prompt(f"a photo of {n} things") for n in range(16)]
+    options = dict(file=tmp_path / "scores.jsonl")
+    result = tune(model, prompts, brightness, settings, drawing(micro_batch_size=64), **options)
+    assert result.accepted
+    assert result.gain > 0
+    assert result.interval[0] > 0
+    assert result.held_out["best"]["spread"] > result.held_out["identity"]["spread"]
+    assert not model.pipeline.scheduler.tables.steps  # until it is asked for
+    again = tune(flux_model(), prompts, brightness, settings, drawing(micro_batch_size=64), **options)
+    assert again.best == result.best
+    assert again.network_rows == 0
+    result.apply(model.pipeline)
+    model.pipeline.save_pretrained(tmp_path / "pipe")
+    config = json.loads((tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["qsched"]["steps"]["3"]["sample"] == list(result.best.sample)
+    result.save(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["accepted"] is True
+
+
+def test_what_does_not_hold_on_other_prompts_is_not_kept():
+    """A term that is noise of the image: the best candidate is luck."""
+
+    def noise(images, prompts, metadata):
+        seeds = images.long().sum((1, 2, 3)).tolist()
+        values = np.array([np.random.default_rng(s).normal() for s in seeds], np.float32)
+        return RewardOutput(values, {"noise": values})
+
+    model = flux_model()
+    result = tune(model, PROMPTS, noise, Settings({"noise": 1.0}, budget=12), drawing())
+    assert not result.accepted
+    assert result.coefficients == Coefficients.ones(3)
+    result.apply(model.pipeline)
+    assert model.pipeline.scheduler.tables.steps[3].identity
+
+
+def test_scores_that_are_nan_stop_the_search_and_change_nothing():
+    def nothing(images, prompts, metadata):
+        values = np.full(len(images), np.nan, np.float32)
+        return RewardOutput(values, {"a": values})
+
+    model = flux()
+    model.pipeline.scheduler.set_coefficients(Coefficients.ramp(0.9, 1, 3))
+    with pytest.raises(ObjectiveError, match="no score for any"):
+        tune(model, PROMPTS, nothing, Settings({"a": 1.0}), drawing())
+    assert model.pipeline.scheduler.tables.steps[3] == Coefficients.ramp(0.9, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "annealing"}, "unknown engine"),
+        ({"budget": 0}, "budget"),
+        ({"held_out": 1}, "held_out"),
+    ],
+)
+def test_settings_that_cannot_be(change, message):
+    with pytest.raises(UsageError, match=message):
+        dataclasses.replace(Settings({"a": 1.0}), **change)
