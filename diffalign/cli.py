@@ -211,6 +211,15 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     merge.add_argument("--model", default="shapes-sd3", help="name, folder or hub id")
     merge.add_argument("--lora", required=True, help="folder or file for load_lora_weights")
     merge.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    merge.add_argument(
+        "--scheduler", type=Path, default=None, help="of a distilled student: its run's scheduler/"
+    )
+    merge.add_argument(
+        "--fold_guidance",
+        type=float,
+        default=None,
+        help="of FLUX: for this guidance scale alone, in FLUX.1-schnell's layout",
+    )
     merge.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
 
 

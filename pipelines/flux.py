@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from diffalign.errors import UsageError
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
@@ -34,6 +36,29 @@ def image_ids(h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tenso
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
     return ids.reshape(-1, 3).to(device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def fold_guidance(transformer: FluxTransformer2DModel, scale: float) -> FluxTransformer2DModel:
+    """The same network for one guidance scale, without that input: FLUX.1-schnell's layout from FLUX.1-dev's.
+
+    The embedding of a constant is a constant, which the bias of the time embedding can hold.
+
+    Raises:
+        UsageError: it has no guidance embedding.
+    """
+    if not transformer.config.guidance_embeds:
+        raise UsageError("--fold_guidance: this transformer has no guidance embedding to fold")
+    embed = transformer.time_text_embed
+    weight = embed.guidance_embedder.linear_1.weight
+    guidance = torch.tensor([1000 * scale], dtype=torch.float32, device=weight.device)
+    constant = embed.guidance_embedder(embed.time_proj(guidance).to(weight.dtype))[0]
+    found = type(transformer).from_config(transformer.config, guidance_embeds=False)
+    state = {k: v for k, v in transformer.state_dict().items() if "guidance_embedder" not in k}
+    bias = "time_text_embed.timestep_embedder.linear_2.bias"
+    state[bias] = (state[bias].float() + constant.float()).to(state[bias].dtype)
+    found.to(dtype=weight.dtype, device=weight.device).load_state_dict(state)
+    return found.eval()
 
 
 class FluxModel(TextToImageModel):

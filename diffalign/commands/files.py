@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import FluxPipeline
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from diffalign.commands.images import load
 from diffalign.errors import UsageError
 from diffalign.lora import WEIGHT_NAME
 from diffalign.lora_formats import read, write
+from diffalign.pipelines.flux import fold_guidance
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -20,6 +27,15 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _scheduler(folder: Path) -> Any:
+    """Of a folder with `scheduler_config.json`, of whatever class that names."""
+    try:
+        config = json.loads((folder / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
+        return getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        raise UsageError(f"--scheduler: {folder} holds no scheduler: {error}") from error
+
+
 def merge(args: argparse.Namespace) -> int:
     """Save a pipeline whose weights hold the LoRA: it loads and runs without adapters, at the base's speed."""
     if args.output_dir.exists():
@@ -27,6 +43,13 @@ def merge(args: argparse.Namespace) -> int:
     pipeline = load(args).pipeline
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+    if args.fold_guidance is not None:
+        if not isinstance(pipeline, FluxPipeline):
+            raise UsageError(f"--fold_guidance is for FLUX, and {args.model} is none")
+        folded = fold_guidance(pipeline.transformer, args.fold_guidance)
+        pipeline.register_modules(transformer=folded)
+    if args.scheduler is not None:
+        pipeline.register_modules(scheduler=_scheduler(args.scheduler))
     pipeline.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
     return 0
