@@ -70,8 +70,9 @@ def keep_input_dtype(denoiser: nn.Module) -> None:
 
 
 def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Those targets that are no suffix of any linear layer's name."""
-    names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    """Those targets that are no suffix of the name of any linear layer or convolution."""
+    kinds = nn.Linear | nn.Conv2d
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
     return [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
 
 

@@ -240,3 +240,27 @@ def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model)
     with pytest.raises(UsageError, match="LoRA"):
         lora.load_lora(model.pipeline, str(tmp_path / "none.safetensors"))
     assert not getattr(model.denoiser, "peft_config", {})
+
+
+def test_convolutions_carry_adapters_too(tmp_path):
+    """As LCM-LoRA's do: the same merged and exported, for stock `load_lora_weights`."""
+    model = tiny.sd_model()
+    parameters = lora.attach(model.denoiser, rank=2, alpha=4, targets=("to_q", "conv1", "conv_shortcut"))
+    lora.keep_input_dtype(model.denoiser)
+    assert any(p.ndim == 4 for p in parameters)
+    perturb(parameters)
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(2, *model.latent_shape(16, 16), generator=generator)
+    embeds, times = model.encode_prompt(["a ring", "a circle"]), torch.tensor([300.0, 800.0])
+    with torch.no_grad():
+        expected = model.predict(noisy, times, embeds)
+        with lora.merged(model.denoiser, lora.CURRENT):
+            torch.testing.assert_close(
+                model.predict(noisy, times, embeds), expected, rtol=1e-4, atol=1e-5
+            )
+        lora.export_lora(model.denoiser, model.pipeline, tmp_path)
+        other = tiny.sd_model()
+        assert not torch.allclose(other.predict(noisy, times, embeds), expected, atol=1e-3)
+        lora.load_lora(other.pipeline, str(tmp_path))
+        found = other.predict(noisy, times, embeds)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -40,7 +40,7 @@ class LoraConfig:
     rank: int = 32
     alpha: float = 64.0
     targets: list[str] | None = None
-    """Suffixes of linear layers; None is the family's default, its attention projections."""
+    """Suffixes of linear layers and convolutions; None is the family's default, its attention projections."""
 
     def __post_init__(self) -> None:
         positive(self, ("rank", "alpha"), "lora")
