@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "evaluate",
     "convert": "files",
     "qsched": "tuning",
+    "quantize": "quantize",
     "merge": "files",
     "serve-rewards": "service",
 }
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(verbs)
     _add_evaluate(verbs)
     _add_files(verbs)
+    _add_quantize(verbs)
     _add_qsched(verbs)
     _add_bench(verbs)
     _add_service(verbs)
@@ -221,6 +223,54 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="of FLUX: for this guidance scale alone, in FLUX.1-schnell's layout",
     )
     merge.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
+
+
+def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    quantize = verbs.add_parser(
+        "quantize",
+        help="a smaller copy of a model: 8 or 4 bits a weight, convolutions too",
+        description="Quantise a model's denoiser and save a folder that `diffalign.load` and every verb read "
+        "(docs/qsched.md). Prints true bytes in memory and on disk, and the time of a forward beside the original's.",
+    )
+    quantize.add_argument(
+        "--backend",
+        default="auto",
+        help="auto, int8, int4, torchao-int8, torchao-int8wo, torchao-fp8, torchao-fp8wo, bnb-nf4, bnb-int8; "
+        "default: %(default)s, by device",
+    )
+    quantize.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
+    quantize.add_argument(
+        "--components",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="besides the denoiser, such as text_encoder_2",
+    )
+    quantize.add_argument(
+        "--group_size",
+        type=int,
+        default=64,
+        help="weights with one scale, of int4 and int8; default: %(default)s",
+    )
+    quantize.add_argument(
+        "--svd_rank",
+        type=int,
+        default=0,
+        help="of a low-rank branch beside int4 or int8 (SVDQuant); default: none",
+    )
+    quantize.add_argument(
+        "--prompts",
+        default=None,
+        help="fit that branch to what the model sees while it draws these",
+    )
+    quantize.add_argument("--max_prompts", type=int, default=32, help="default: %(default)s")
+    quantize.add_argument(
+        "--latency",
+        type=int,
+        default=1,
+        help="images of the forward that is timed; 0: none; default: %(default)s",
+    )
+    _model_flags(quantize, steps=4)
 
 
 def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -40,7 +40,10 @@ class TextToImageModel(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     """Suffixes of the linear layers that carry a LoRA by default."""
     max_sequence_length: int
-    """Tokens of the long text encoder (T5), where the family has one."""
+    """Tokens of the long text encoder (T5), where the family has one: as many as the stock pipeline's default, or fewer
+    where its tokenizer says so."""
+    long_tokenizer: ClassVar[str | None] = None
+    """What the pipeline calls that encoder's tokenizer."""
 
     takes_time_ids: bool = False
     """The denoiser is told an image's original size and crop (SDXL)."""
@@ -57,8 +60,11 @@ class TextToImageModel(ABC):
         self.pipeline = pipeline
         self._default_size = default_size
         self.noise = self._path()
+        tokenizer = getattr(pipeline, self.long_tokenizer or "", None)
         if max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
+        elif tokenizer is not None:
+            self.max_sequence_length = min(self.max_sequence_length, tokenizer.model_max_length)
 
     def _path(self) -> Path:
         """What the model predicts along."""
@@ -118,6 +124,20 @@ class TextToImageModel(ABC):
     @abstractmethod
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """The denoiser's own prediction, without guidance by a second forward."""
+
+    def random_inputs(
+        self, rows: int, height: int, width: int
+    ) -> tuple[Tensor, Tensor, PromptEmbeds]:
+        """Arguments of `forward` for so many images, on the denoiser's device and in its dtype: for what depends on
+        shapes alone, such as memory and time."""
+        options: dict[str, Any] = {"device": self.device, "dtype": self.denoiser.dtype}
+        length, features, pooled = self.prompt_shape()
+        embeds = PromptEmbeds(
+            torch.randn(rows, length, features, **options),
+            torch.randn(rows, pooled, **options) if pooled else None,
+        )
+        latents = torch.randn(rows, *self.latent_shape(height, width), **options)
+        return latents, torch.full((rows,), 500.0, device=self.device), embeds
 
     @abstractmethod
     def image_seq_len(self, height: int, width: int) -> int:

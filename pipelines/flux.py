@@ -67,6 +67,13 @@ class FluxModel(TextToImageModel):
     family = "flux"
     lora_targets = JOINT_ATTENTION
     max_sequence_length = 512
+    long_tokenizer = "tokenizer_2"
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Its transformer has no size of its own; the autoencoder's is that of FLUX.1's pipeline, 1024 px."""
+        side = self.pipeline.vae.config.sample_size
+        return self._default_size or (side, side)
 
     @property
     def guidance_is_embedded(self) -> bool:  # type: ignore[override]

@@ -32,25 +32,20 @@ class ModelSpec:
     source: str
     description: str
     max_sequence_length: int | None = None
-    size: tuple[int, int] | None = None
 
 
 MODELS = {
     "shapes-sd3": ModelSpec(
         "package:shapes-sd3",
         "8 M parameters, SD3.5's layout, 64 px Shapes; ships with diffalign",
-        16,
     ),
     "shapes-flux": ModelSpec(
         "package:shapes-flux",
         "6 M parameters, FLUX.1's layout, 64 px Shapes; ships with diffalign",
-        16,
-        (64, 64),
     ),
     "shapes-sd": ModelSpec(
         "package:shapes-sd",
         "4 M parameters, Stable Diffusion 1.5's layout, 64 px Shapes; ships with diffalign",
-        16,
     ),
     "sd3.5-medium": ModelSpec(
         "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5 medium, 2.5 B"
@@ -125,9 +120,11 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
+
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ImportError) as error:  # a backend that is not installed
         raise UnknownModel(f"{source} could not be loaded: {error}") from error
     apply_factors(pipeline)
     return pipeline
@@ -157,8 +154,10 @@ def load_model(
     revision: str | None = None,
     max_sequence_length: int | None = None,
     device: Any = "cpu",
+    **kwargs: Any,
 ) -> TextToImageModel:
-    """Load a stock pipeline by name, folder or hub id, and wrap it in its family. `dtype` defaults to bfloat16."""
+    """Load a stock pipeline by name, folder or hub id, and wrap it in its family. `dtype` defaults to bfloat16; further
+    arguments are of `from_pretrained`."""
     import torch
 
     spec = resolve(name)
@@ -166,7 +165,9 @@ def load_model(
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
         family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    pipeline = load_pipeline(source, torch_dtype=dtype or torch.bfloat16, revision=revision)
+    pipeline = load_pipeline(
+        source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
+    )
     pipeline.set_progress_bar_config(disable=True)
     return _wrap(pipeline, spec, max_sequence_length).to(device)
 
@@ -220,7 +221,6 @@ def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> Te
     return family_of(type(pipeline).__name__)(
         pipeline,
         max_sequence_length=max_sequence_length or spec.max_sequence_length,
-        default_size=spec.size,
     )
 
 

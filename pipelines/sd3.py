@@ -18,6 +18,7 @@ class SD3Model(TextToImageModel):
     family = "sd3"
     lora_targets = JOINT_ATTENTION
     max_sequence_length = 256
+    long_tokenizer = "tokenizer_3"
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:

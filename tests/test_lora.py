@@ -245,7 +245,9 @@ def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model)
 def test_convolutions_carry_adapters_too(tmp_path):
     """As LCM-LoRA's do: the same merged and exported, for stock `load_lora_weights`."""
     model = tiny.sd_model()
-    parameters = lora.attach(model.denoiser, rank=2, alpha=4, targets=("to_q", "conv1", "conv_shortcut"))
+    parameters = lora.attach(
+        model.denoiser, rank=2, alpha=4, targets=("to_q", "conv1", "conv_shortcut")
+    )
     lora.keep_input_dtype(model.denoiser)
     assert any(p.ndim == 4 for p in parameters)
     perturb(parameters)

@@ -1,6 +1,7 @@
 """The shipped checkpoints: stock pipelines load and run them, and they draw."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from diffusers import (
 
 import diffalign.shapes
 from diffalign import cli
-from diffalign.pipelines.registry import MODELS, available, load_model
+from diffalign.pipelines.registry import available, load_model
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.verifier import detect, verify
 
@@ -31,7 +32,16 @@ SHIPPED = [name for name in KINDS if (FOLDER / name).is_dir()]
 @pytest.mark.parametrize("name", KINDS)
 def test_all_models_ship(name):
     assert name in available()
-    assert MODELS[name].max_sequence_length == 16
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_copy_in_a_folder_knows_its_size_and_its_tokens(name, tmp_path):
+    """By its own files, not by its name: a merged or quantised model is a folder."""
+    folder = shutil.copytree(FOLDER / name, tmp_path / "copy")
+    for source in (name, str(folder)):
+        model = load_model(source)
+        assert model.max_sequence_length == 16
+        assert model.default_size == (64, 64)
 
 
 def test_all_checkpoints_are_safetensors_and_fit():

@@ -294,7 +294,9 @@ def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, 
     assert result.interval[0] > 0
     assert result.held_out["best"]["spread"] > result.held_out["identity"]["spread"]
     assert not model.pipeline.scheduler.tables.steps  # until it is asked for
-    again = tune(flux_model(), prompts, brightness, settings, drawing(micro_batch_size=64), **options)
+    again = tune(
+        flux_model(), prompts, brightness, settings, drawing(micro_batch_size=64), **options
+    )
     assert again.best == result.best
     assert again.network_rows == 0
     result.apply(model.pipeline)

@@ -28,7 +28,6 @@ from diffalign.config import (
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
 from diffalign.training.forward import image_size
-from diffalign.types import PromptEmbeds
 
 GIB = 2**30
 FLOAT32 = 4
@@ -100,14 +99,7 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
             parameter.data = parameter.data.to(dtype)
     rows = config.training.micro_batch_size * _rows_per_image(config)
     size = image_size(config, model)
-    with torch.device("meta"):
-        latents = torch.empty(rows, *model.latent_shape(*size), dtype=dtype)
-        length, features, pooled = model.prompt_shape()
-        embeds = PromptEmbeds(
-            torch.empty(rows, length, features, dtype=dtype),
-            torch.empty(rows, pooled, dtype=dtype) if pooled else None,
-        )
-        times = torch.empty(rows)
+    latents, times, embeds = model.random_inputs(rows, *size)
     model.denoiser.train()
     if config.model.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()

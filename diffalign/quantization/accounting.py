@@ -1,0 +1,147 @@
+"""What a model weighs: bytes of its tensors, inner tensors of torchao's, bitsandbytes' and quanto's weights included.
+
+`get_memory_footprint` of diffusers counts a torchao weight as if it were still in 16 bits. Works on the meta device, so
+that a model's size is known before its weights are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffalign.quantization.layers import PackedLayer
+
+BF16 = 2
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's data; of a tensor subclass those of the tensors inside it."""
+    return sum(t.numel() * t.element_size() for t in _inner(tensor))
+
+
+@dataclass
+class Tally:
+    """Of some layers."""
+
+    weights: int = 0
+    """Numbers that the tensors stand for, biases and buffers included."""
+    quantised: int = 0
+    """Those of them that are held in fewer than 16 bits."""
+    bytes: int = 0
+
+    def add(self, weights: int, size: int, quantised: bool) -> None:
+        self.weights += weights
+        self.quantised += weights * quantised
+        self.bytes += size
+
+
+@dataclass
+class ModuleReport:
+    """What a module weighs; tensors that several layers share are counted once."""
+
+    kinds: dict[str, Tally] = field(default_factory=dict)
+    """By "linear", "conv" and "other"."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(k.bytes for k in self.kinds.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(k.weights for k in self.kinds.values())
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Of the same module with every number in bfloat16."""
+        return BF16 * self.weights
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than in bfloat16."""
+        return self.bf16_bytes / self.bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+    @property
+    def quantised_fraction(self) -> float:
+        return sum(k.quantised for k in self.kinds.values()) / self.weights
+
+    def __str__(self) -> str:
+        lines = [f"{'':8}{'weights':>16}{'quantised':>11}{'bytes':>16}{'bits':>7}"]
+        for name, kind in [*self.kinds.items(), ("all", self._all())]:
+            if kind.weights:
+                share = 100 * kind.quantised / kind.weights
+                bits = 8 * kind.bytes / kind.weights
+                lines.append(f"{name:8}{kind.weights:16,}{share:10.1f}%{kind.bytes:16,}{bits:7.2f}")
+        return "\n".join([*lines, f"{self.ratio:.2f} times smaller than in bfloat16"])
+
+    def _all(self) -> Tally:
+        kinds = self.kinds.values()
+        return Tally(self.weights, sum(k.quantised for k in kinds), self.bytes)
+
+
+def report(module: nn.Module) -> ModuleReport:
+    """Weigh a module, quantised or not, on any device."""
+    found = ModuleReport({"linear": Tally(), "conv": Tally(), "other": Tally()})
+    seen: set[Any] = set()
+    for layer in module.modules():
+        tally = found.kinds[_kind(layer)]
+        for name, tensor in _tensors(layer):
+            inner = [t for t in _inner(tensor) if not _known(t, seen)]
+            if not inner:
+                continue
+            size = sum(t.numel() * t.element_size() for t in inner)
+            weights = _numbers(layer, name, tensor)
+            tally.add(weights, size, quantised=size < BF16 * weights)
+    return found
+
+
+def folder_bytes(folder: Path | str) -> int:
+    """Of all safetensors files under a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    return "conv" if isinstance(layer, nn.Conv2d) else "other"
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from layer.named_parameters(recurse=False)
+    yield from layer.named_buffers(recurse=False)
+
+
+def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
+    """How many of a model's numbers a tensor stands for: none where it is part of a weight's form, such as a scale."""
+    if isinstance(layer, PackedLayer) and name != "bias":
+        return layer.shape.numel() if name == "weight" else 0
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
+def _inner(tensor: Any) -> Iterator[Tensor]:
+    """The plain tensors that a tensor consists of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _inner(getattr(tensor, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        yield state.absmax
+        yield state.code
+
+
+def _known(tensor: Tensor, seen: set[Any]) -> bool:
+    """Whether the same place in memory was counted before."""
+    place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+    known = place in seen
+    seen.add(place)
+    return known
