@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,6 +34,8 @@ VERBS = {
     "serve-rewards": "service",
 }
 """Verb to the module of commands that knows it."""
+TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Where torchao is installed, both warn on import of what concerns nobody here."""
 RESUMES = ("demo", "train", "bench", "precompute", "pairs", "qsched")
 TAKES_SETTINGS = ("train", "precompute")
 """Verbs with a recipe, whose settings can be overridden."""
@@ -211,10 +214,15 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
     merge = verbs.add_parser("merge", help="a whole pipeline with a LoRA added into its weights")
     merge.add_argument("--model", default="shapes-sd3", help="name, folder or hub id")
-    merge.add_argument("--lora", required=True, help="folder or file for load_lora_weights")
+    merge.add_argument(
+        "--lora", required=True, help="folder, file or hub id; behind a colon the file in it"
+    )
     merge.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     merge.add_argument(
-        "--scheduler", type=Path, default=None, help="of a distilled student: its run's scheduler/"
+        "--scheduler",
+        default=None,
+        help="of a distilled student: its run's scheduler/, or a class such as LCMScheduler or "
+        "TCDScheduler,timestep_spacing=trailing",
     )
     merge.add_argument(
         "--fold_guidance",
@@ -226,6 +234,8 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from diffalign.quantization.backends import BACKENDS
+
     quantize = verbs.add_parser(
         "quantize",
         help="a smaller copy of a model: 8 or 4 bits a weight, convolutions too",
@@ -235,8 +245,7 @@ def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     quantize.add_argument(
         "--backend",
         default="auto",
-        help="auto, int8, int4, torchao-int8, torchao-int8wo, torchao-fp8, torchao-fp8wo, bnb-nf4, bnb-int8; "
-        "default: %(default)s, by device",
+        help=f"auto, {', '.join(BACKENDS)}; default: %(default)s, by device",
     )
     quantize.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
     quantize.add_argument(
@@ -261,7 +270,7 @@ def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     quantize.add_argument(
         "--prompts",
         default=None,
-        help="fit that branch to what the model sees while it draws these",
+        help="calibrate that branch, or int8-static, on what the model sees while it draws these",
     )
     quantize.add_argument("--max_prompts", type=int, default=32, help="default: %(default)s")
     quantize.add_argument(
@@ -366,7 +375,9 @@ def _model_flags(parser: argparse.ArgumentParser, *, steps: int = 10) -> None:
     parser.add_argument(
         "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
     )
-    parser.add_argument("--lora", default=None, help="folder or file for load_lora_weights")
+    parser.add_argument(
+        "--lora", default=None, help="folder, file or hub id; behind a colon the file in it"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument(
         "--num_inference_steps", type=int, default=steps, help="default: %(default)s"
@@ -392,6 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.verb not in TAKES_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if args.verb == "list":
             return _list(args.what)

@@ -178,12 +178,16 @@ def load_lora(pipeline: Any, source: str) -> None:
     """Stock `load_lora_weights`, after a look at whether the file is for this model: diffusers drops what has no place
     and warns, or raises pages of shapes.
 
+    Args:
+        source: a folder, a file or a hub id; behind a colon the file in it, "wangfuyun/PCM_Weights:sd15/FILE".
+
     Raises:
         UsageError: nothing is there, or it names a layer that the denoiser lacks or has in another size.
     """
+    place, where = _place(source)
     unet = {"unet_config": pipeline.unet.config} if _part(pipeline) == "unet" else {}
     try:
-        state = pipeline.lora_state_dict(source, **unet)
+        state = pipeline.lora_state_dict(place, **where, **unet)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} could not be read as a LoRA: {error}") from error
     state = state[0] if isinstance(state, tuple) else state
@@ -197,7 +201,9 @@ def load_lora(pipeline: Any, source: str) -> None:
     }
     kind = type(denoiser).__name__
     if unet and not pairs and any("lora" in k for k in state):
-        return _load_lora(pipeline, source)  # of kohya or an older diffusers, which it reads itself
+        return _load_lora(
+            pipeline, place, where
+        )  # of kohya or an older diffusers, which it reads itself
     if not pairs:
         raise UsageError(
             f"{source} holds no LoRA for a {kind} in diffusers' keys; `diffalign convert` reads kohya's and ComfyUI's"
@@ -215,12 +221,21 @@ def load_lora(pipeline: Any, source: str) -> None:
             raise UsageError(
                 f"{source} is a LoRA of another model: {name} has {state[key].shape[side]} features there, {here} here"
             )
-    return _load_lora(pipeline, source)
+    return _load_lora(pipeline, place, where)
 
 
-def _load_lora(pipeline: Any, source: str) -> None:
+def _place(source: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub id, and what diffusers takes to find the file in it."""
+    if Path(source).exists() or ":" not in source:
+        return source, {}
+    place, _, file = source.rpartition(":")
+    subfolder, _, name = file.rpartition("/")
+    return place, {"weight_name": name, **({"subfolder": subfolder} if subfolder else {})}
+
+
+def _load_lora(pipeline: Any, source: str, where: dict[str, str]) -> None:
     try:
-        pipeline.load_lora_weights(source)
+        pipeline.load_lora_weights(source, **where)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UsageError(f"{source} could not be loaded by diffusers: {error}") from error
 

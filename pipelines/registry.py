@@ -47,6 +47,14 @@ MODELS = {
         "package:shapes-sd",
         "4 M parameters, Stable Diffusion 1.5's layout, 64 px Shapes; ships with diffalign",
     ),
+    "shapes-flux-schnell": ModelSpec(
+        "package:shapes-flux-schnell",
+        "a student of shapes-flux for 1 to 4 steps without guidance; ships with diffalign",
+    ),
+    "shapes-sd-lcm": ModelSpec(
+        "package:shapes-sd-lcm",
+        "a student of shapes-sd for 2 to 8 steps without guidance; ships with diffalign",
+    ),
     "sd3.5-medium": ModelSpec(
         "stabilityai/stable-diffusion-3.5-medium", "Stable Diffusion 3.5 medium, 2.5 B"
     ),
@@ -59,6 +67,7 @@ MODELS = {
     "sdxl": ModelSpec(
         "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL base 1.0, 2.6 B"
     ),
+    "sdxl-turbo": ModelSpec("stabilityai/sdxl-turbo", "SDXL Turbo, 2.6 B, for 1 to 4 steps"),
     "flux.1-dev": ModelSpec("black-forest-labs/FLUX.1-dev", "FLUX.1 [dev], 12 B"),
     "flux.1-schnell": ModelSpec("black-forest-labs/FLUX.1-schnell", "FLUX.1 [schnell], 12 B", 256),
 }
@@ -111,7 +120,8 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
 
     Args:
         source: a folder or a hub id.
-        kwargs: of `from_pretrained`, such as `torch_dtype`.
+        kwargs: of `from_pretrained`, such as `torch_dtype`: float32, unless it is given. (Left to themselves diffusers
+            loads its parts in float32 and transformers its own in the dtype of their files, and the two do not fit.)
 
     Raises:
         UnknownModel: nothing is there, or not all of it.
@@ -119,9 +129,12 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
+    from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
 
+    if not {"torch_dtype", "dtype"} & set(kwargs):
+        kwargs["torch_dtype"] = float32
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
     except (OSError, SafetensorError, ImportError) as error:  # a backend that is not installed

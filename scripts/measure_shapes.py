@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from diffalign.pipelines.registry import load_model
@@ -15,16 +19,20 @@ from diffalign.shapes.denoiser import evaluate_shapes
 from diffalign.versions import versions
 
 SEEDS = (1, 2, 3)
-GUIDANCE = {"without guidance": 1.0, "guidance 3": 3.0}
 
 
-def measure(name: str, steps: int) -> dict[str, dict[str, float]]:
-    """Median over seeds of every task, by guidance; 98 held-out prompts, two images each."""
+def measure(
+    name: str, steps: Sequence[int], guidance: Sequence[float]
+) -> dict[str, dict[str, float]]:
+    """Median over seeds of every task, by guidance and number of steps; 98 held-out prompts, two images each."""
     model = load_model(name)
     found = {}
-    for label, scale in GUIDANCE.items():
+    for scale, number in product(guidance, steps):
+        label = f"guidance {scale:g}" if scale > 1 else "without guidance"
+        if len(steps) > 1:
+            label += f", {number} steps"
         rows = [
-            evaluate_shapes(model, seed=s, num_inference_steps=steps, guidance_scale=scale)
+            evaluate_shapes(model, seed=s, num_inference_steps=number, guidance_scale=scale)
             for s in SEEDS
         ]
         found[label] = {k: round(statistics.median(r[k] for r in rows), 4) for k in rows[0]}
@@ -37,14 +45,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--num_inference_steps", type=int, default=10)
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[10])
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 3.0])
     args = parser.parse_args()
     result = {
-        "command": f"python -m diffalign.scripts.measure_shapes {args.model} --output {args.output}",
+        "command": shlex.join(["python", "-m", "diffalign.scripts.measure_shapes", *sys.argv[1:]]),
         "model": args.model,
         "num_inference_steps": args.num_inference_steps,
         "seeds": SEEDS,
-        "held_out": measure(args.model, args.num_inference_steps),
+        "held_out": measure(args.model, args.num_inference_steps, args.guidance_scale),
         "versions": versions(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,32 @@ def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, fi
     plt.close(figure)
 
 
+def quality_of_forms(result: Mapping[str, Any], file: Path) -> None:
+    """Score and distance by number of steps, a row a student: forms of weights in colours, dashed with their schedules
+    as they are, full with the factors found."""
+    students = result["students"]
+    figure, rows = plt.subplots(
+        len(students),
+        2,
+        figsize=(9, 3.4 * len(students)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (student, found) in zip(rows, students.items(), strict=True):
+        for axis, score in zip(axes, ("geneval", "fid"), strict=True):
+            for i, (form, cells) in enumerate(found["forms"].items()):
+                steps = list(cells["steps"])
+                for how, line in (("plain", "--"), ("qsched", "-")):
+                    values = [cells["steps"][s][how][score]["median"] for s in steps]
+                    label = form if how == "qsched" else None
+                    axis.plot(steps, values, line, color=f"C{i}", marker="o", label=label)
+            axis.set_xlabel("steps; dashed: the schedule as it is")
+            axis.set_ylabel(f"{student}: {score}")
+        axes[-1].legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+    plt.close(figure)
+
+
 def draw(
     axis: Any,
     arms: Mapping[str, Sequence[Any]],
@@ -90,7 +116,7 @@ def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "result", type=Path, help="JSON of `diffalign bench awm` or `inversion-dpo`"
+        "result", type=Path, help="JSON of `diffalign bench` awm, inversion-dpo or qsched"
     )
     parser.add_argument("output", type=Path, help=".svg or .png")
     parser.add_argument("--arms", default=None, help="between commas; default: all of the result")
@@ -98,7 +124,9 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "diffalign"  # the same result, the same file
     result = json.loads(args.result.read_text(encoding="utf-8"))
     names = [n.strip() for n in args.arms.split(",")] if args.arms else None
-    if "models" in result:
+    if "students" in result:
+        quality_of_forms(result, args.output)
+    elif "models" in result:
         preference_curves(result, names, args.output)
     else:
         learning_curves(result, names or list(result["arms"]), args.output)

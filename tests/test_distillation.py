@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 
 from diffalign import cli, lora
@@ -325,7 +326,38 @@ def test_merge_says_what_it_cannot_do(tmp_path, capsys):
     assert "--fold_guidance is for FLUX" in capsys.readouterr().err
     assert cli.main([*merge, f"--scheduler={tmp_path / 'nowhere'}"]) == 2
     assert "holds no scheduler" in capsys.readouterr().err
+    assert cli.main([*merge, "--scheduler=MagicScheduler"]) == 2
+    assert "diffusers has no MagicScheduler" in capsys.readouterr().err
+    assert cli.main([*merge, "--scheduler=TCDScheduler,spacing=trailing"]) == 2
+    assert "TCDScheduler has no spacing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_students_lora_and_scheduler_make_a_pipeline(tmp_path):
+    """As LCM and PCM are published: a LoRA in a subfolder of a repository, and a scheduler's class."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
+    model = tiny.sd_model()
+    parameters = lora.attach(model.denoiser, rank=2, alpha=2, targets=["to_q"])
+    torch.manual_seed(0)
+    for parameter in parameters:
+        parameter.data.normal_()
+    lora.export_lora(model.denoiser, model.pipeline, tmp_path / "published" / "sd15")
+    file = next((tmp_path / "published" / "sd15").glob("*.safetensors"))
+    file.rename(file.with_name("pcm_4step.safetensors"))
+    merge = ["merge", f"--model={tmp_path / 'base'}", f"--output_dir={tmp_path / 'student'}"]
+    merge += [f"--lora={tmp_path / 'published'}:sd15/pcm_4step.safetensors"]
+    asked = "TCDScheduler,timestep_spacing=trailing,set_alpha_to_one=false"
+    assert cli.main([*merge, f"--scheduler={asked}", "--dtype=float32"]) == 0
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    base = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    assert type(pipe.scheduler) is TCDScheduler
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    assert pipe.scheduler.config.set_alpha_to_one is False
+    assert pipe.scheduler.config.beta_end == base.scheduler.config.beta_end
+    here, there = pipe.unet.state_dict(), base.unet.state_dict()
+    changed = {k for k in here if not torch.equal(here[k], there[k])}
+    assert changed
+    assert all(k.endswith("to_q.weight") for k in changed)
 
 
 def test_folded_guidance_is_the_same_function():

@@ -20,6 +20,15 @@ FORBIDDEN = {
     "diffalign/bench": ("cli", "commands"),
     "diffalign/evaluation": ("training", "rewards", "cli", "commands"),
     "diffalign/training": ("cli", "commands", "shapes", "bench"),
+    "diffalign/schedulers": (
+        *("pipelines", "rewards", "training", "evaluation", "algorithms", "data", "config"),
+        *("tuning", "quantization", "commands", "cli", "bench"),
+    ),
+    "diffalign/quantization": (
+        *("pipelines", "rewards", "training", "evaluation", "algorithms", "data", "config"),
+        *("tuning", "schedulers", "commands", "cli", "bench"),
+    ),
+    "diffalign/tuning": ("training", "rewards", "algorithms", "shapes", "commands", "cli", "bench"),
     "pipelines": ("rewards", "training", "evaluation", "algorithms", "data", "config"),
     "rewards": ("pipelines", "training", "evaluation", "algorithms", "data", "config", "lora"),
 }

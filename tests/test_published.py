@@ -9,66 +9,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
 )
 
 from diffalign import lora
+from diffalign.bench import layouts
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.types import PromptEmbeds
 
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-FLUX_DEV = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+LAYOUTS = {"sd": "sd1.5", "sdxl": "sdxl", "sd3": "sd3.5-medium", "flux": "flux.1-dev"}
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
@@ -108,16 +59,7 @@ class SDXLOnCpu(OnCpu, SDXLModel):
 
 
 def build(family):
-    with torch.device("meta"):
-        kinds = {
-            "sd": (UNet2DConditionModel, SD15),
-            "sdxl": (UNet2DConditionModel, SDXL),
-            "sd3": (SD3Transformer2DModel, SD35_MEDIUM),
-            "flux": (FluxTransformer2DModel, FLUX_DEV),
-        }
-        kind, published = kinds[family]
-        denoiser = kind(**published)
-    denoiser.to(torch.bfloat16)
+    denoiser = layouts.denoiser(LAYOUTS[family])
     if family in ("sd", "sdxl"):
         unet = {"sd": SDOnCpu, "sdxl": SDXLOnCpu}[family]
         return unet(Pipeline(denoiser, DDIMScheduler(**SCALED_LINEAR)))

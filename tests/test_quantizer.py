@@ -285,6 +285,7 @@ def test_skipped_layers_are_written_down(flux):
         "bits": 4,
         "group_size": 64,
         "svd_rank": 2,
+        "activation_timesteps": [],
         "skip": list(SKIP),
         "min_weights": 64,
     }

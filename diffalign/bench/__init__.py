@@ -5,5 +5,6 @@ BENCHES = {
     "rewards": "images a second of rewards with random weights, and the share of preprocessing",
     "solvers": "GenEval by number of steps of the rollout's solvers",
     "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and what each of its levers gives",
+    "qsched": "smaller weights, and factors of the schedule that repair them, on few-step students",
     "inversion-dpo": "Inversion-DPO against Diffusion-DPO, its released form and training on winners",
 }

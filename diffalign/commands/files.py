@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import FluxPipeline
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from diffalign.commands.images import load
+from diffalign.data.files import folder_aside
 from diffalign.errors import UsageError
 from diffalign.lora import WEIGHT_NAME
 from diffalign.lora_formats import read, write
@@ -27,13 +29,33 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _scheduler(folder: Path) -> Any:
-    """Of a folder with `scheduler_config.json`, of whatever class that names."""
+def _scheduler(asked: str, own: Any) -> Any:
+    """Of a folder with `scheduler_config.json`, of whatever class that names; or of a class of diffusers with the
+    configuration of the pipeline's own and what is given besides: "TCDScheduler,timestep_spacing=trailing"."""
+    folder = Path(asked)
+    if not folder.exists() and "Scheduler" in asked and "/" not in asked:
+        name, *settings = asked.split(",")
+        kind: Any = getattr(diffusers, name, None)
+        if kind is None:
+            raise UsageError(f"--scheduler: diffusers has no {name}")
+        changes = dict(s.partition("=")[::2] for s in settings)
+        unknown = set(changes) - set(inspect.signature(kind).parameters)
+        if unknown:
+            raise UsageError(f"--scheduler: {name} has no {', '.join(sorted(unknown))}")
+        return kind.from_config(own.config, **{k: _value(v) for k, v in changes.items()})
     try:
         config = json.loads((folder / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder)
     except (OSError, KeyError, AttributeError, ValueError) as error:
         raise UsageError(f"--scheduler: {folder} holds no scheduler: {error}") from error
+
+
+def _value(text: str) -> Any:
+    """JSON where it is some, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def merge(args: argparse.Namespace) -> int:
@@ -49,7 +71,8 @@ def merge(args: argparse.Namespace) -> int:
         folded = fold_guidance(pipeline.transformer, args.fold_guidance)
         pipeline.register_modules(transformer=folded)
     if args.scheduler is not None:
-        pipeline.register_modules(scheduler=_scheduler(args.scheduler))
-    pipeline.save_pretrained(args.output_dir)
+        pipeline.register_modules(scheduler=_scheduler(args.scheduler, pipeline.scheduler))
+    with folder_aside(args.output_dir) as folder:
+        pipeline.save_pretrained(folder)
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
     return 0

@@ -29,7 +29,8 @@ def load(args: argparse.Namespace) -> TextToImageModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args.model, dtype=getattr(torch, args.dtype), device=device)
     if args.lora is not None:
-        if not Path(args.lora).exists() and args.lora.count("/") != 1:
+        place = args.lora.rpartition(":")[0] or args.lora
+        if not any(Path(p).exists() for p in (args.lora, place)) and place.count("/") != 1:
             raise UsageError(f"--lora: {args.lora} does not exist")
         load_lora(model.pipeline, args.lora)
     return model

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import PipelineQuantizationConfig
-from torch import Tensor, nn
 
 from diffalign.commands.images import load
+from diffalign.data.files import folder_aside
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
-from diffalign.pipelines.sampling import EmbedCache, Sampling
-from diffalign.precision import attention
 from diffalign.quantization.accounting import folder_bytes, report
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
-from diffalign.quantization.lowrank import collect_input_scales
+from diffalign.quantization.latency import latency
+from diffalign.tuning.calibration import Calibration
+from diffalign.tuning.evaluator import Drawing
 from diffalign.versions import versions
 
 REPORT = "quantization.json"
@@ -38,13 +35,19 @@ def quantize(args: argparse.Namespace) -> int:
             "--lora: weights are quantised with the LoRA in them; `diffalign merge` first"
         )
     prompts = load_prompts(args.prompts, limit=args.max_prompts) if args.prompts else None
-    if prompts and not args.svd_rank:
-        raise UsageError("--prompts: calibration is for the low-rank branch; give --svd_rank, too")
+    static = args.backend in BACKENDS and BACKENDS[args.backend].activations
+    if static and not prompts:
+        raise UsageError(f"--backend {args.backend} is calibrated on images: give --prompts")
+    if prompts and not (args.svd_rank or static):
+        raise UsageError(
+            "--prompts: calibration is for int8-static and for the low-rank branch; give --svd_rank, too"
+        )
     model = load(args)
     before = report(model.denoiser)
-    seconds = latency(model, args) if args.latency else None
+    seconds = _latency(model, args) if args.latency else None
     model, backends = _quantise(model, args, prompts)
-    after = report(model.denoiser)
+    ratio = _latency(model, args) / seconds if seconds is not None else None
+    after = report(model.denoiser)  # with what layers keep once they have run
     found: dict[str, Any] = {
         "model": args.model,
         "backends": backends,
@@ -55,15 +58,16 @@ def quantize(args: argparse.Namespace) -> int:
         "bits_per_weight": round(after.bits_per_weight, 3),
         "quantised_fraction": round(after.quantised_fraction, 4),
     }
-    if seconds is not None:
-        found["latency_ratio"] = round(latency(model, args) / seconds, 3)
-    model.pipeline.save_pretrained(args.output_dir)
-    part = "unet" if (args.output_dir / "unet").is_dir() else "transformer"
-    found["disk_bytes"] = folder_bytes(args.output_dir / part)
-    found["disk_ratio_to_bf16"] = round(after.bf16_bytes / found["disk_bytes"], 4)
-    found["pipeline_disk_bytes"] = folder_bytes(args.output_dir)
-    result = {**found, "versions": versions()}
-    (args.output_dir / REPORT).write_text(json.dumps(result, indent=2), encoding="utf-8")
+    if ratio is not None:
+        found["latency_ratio"] = round(ratio, 3)
+    with folder_aside(args.output_dir) as folder:
+        model.pipeline.save_pretrained(folder)
+        part = "unet" if (folder / "unet").is_dir() else "transformer"
+        found["disk_bytes"] = folder_bytes(folder / part)
+        found["disk_ratio_to_bf16"] = round(after.bf16_bytes / found["disk_bytes"], 4)
+        found["pipeline_disk_bytes"] = folder_bytes(folder)
+        result = {**found, "versions": versions()}
+        (folder / REPORT).write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(after)
     print(f"{args.output_dir}: {part} of {found['disk_bytes']:,} bytes; diffalign.load reads it")
     print(json.dumps(found))
@@ -78,11 +82,18 @@ def _quantise(
     options = {"group_size": args.group_size, "svd_rank": args.svd_rank}
     chosen = BACKENDS[name]
     if chosen.is_packed or chosen.settings:
-        scales = None if prompts is None else input_scales(model, prompts, args)
-        done = quantize_pipeline(model.pipeline, name, input_scales=scales, **options)
+        scales: dict[str, Any] = {}
+        if prompts:
+            watched = calibration(model, prompts, args)
+            if args.svd_rank:
+                scales["input_scales"] = watched.input_scales()
+            if chosen.activations:
+                scales["activations"] = watched.activation_scales()
+        done = quantize_pipeline(model.pipeline, name, **scales, **options)
         if args.components:
+            other = "int8" if chosen.activations else name  # text encoders meet no timesteps
             done |= quantize_pipeline(
-                model.pipeline, name, components=args.components, group_size=args.group_size
+                model.pipeline, other, components=args.components, group_size=args.group_size
             )
         return model, done
     part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
@@ -97,48 +108,20 @@ def _quantise(
     return again, {part: name}
 
 
-@torch.no_grad()
-def input_scales(
+def calibration(
     model: TextToImageModel, prompts: list[Prompt], args: argparse.Namespace
-) -> dict[str, Tensor]:
-    """Of the denoiser's layers while it draws the prompts with its own steps: a few-step model is
-    calibrated on all the timesteps that it ever sees."""
-    embed = EmbedCache(model)
-    guided = model.costs_a_forward(args.guidance_scale)
-    size = args.height or model.default_size[0], args.width or model.default_size[1]
-
-    def draw() -> None:
-        for start in range(0, len(prompts), args.batch_size):
-            texts = [p.text for p in prompts[start : start + args.batch_size]]
-            negative = embed([""]).repeat_first(len(texts)) if guided else None
-            run = Sampling(
-                model, embed(texts), args.num_inference_steps, *size, args.guidance_scale, negative
-            )
-            run.draw(
-                [torch.Generator().manual_seed(args.seed + start + i) for i in range(len(texts))]
-            )
-
-    with attention(model.device):
-        return collect_input_scales(model.denoiser, draw)
+) -> Calibration:
+    """The denoiser, drawing the prompts as the flags say."""
+    drawing = Drawing(
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        seed=args.seed,
+        micro_batch_size=args.batch_size,
+    )
+    return Calibration(model, prompts, drawing)
 
 
-@torch.no_grad()
-def latency(model: TextToImageModel, args: argparse.Namespace) -> float:
-    """Median seconds of one forward of the denoiser for --latency images."""
-    size = args.height or model.default_size[0], args.width or model.default_size[1]
-    inputs = model.random_inputs(args.latency, *size)
-    with attention(model.device):
-        return timed(model.denoiser, lambda: model.forward(*inputs))
-
-
-def timed(module: nn.Module, call: Callable[[], Any], *, repeats: int = 7) -> float:
-    """Median seconds of a call, after two to warm up."""
-    device = next(module.parameters()).device
-    found = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[2:])
+def _latency(model: TextToImageModel, args: argparse.Namespace) -> float:
+    return latency(model, args.latency, height=args.height, width=args.width)

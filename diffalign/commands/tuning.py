@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffalign.commands.images import load
-from diffalign.data.files import write_text
+from diffalign.data.files import folder_aside, write_text
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
@@ -61,8 +61,7 @@ def qsched(args: argparse.Namespace) -> int:
     file = args.work / "scores.jsonl"
     result = tune(model, prompts, reward.score, settings, drawing, reference=reference, file=file)
     result.apply(model.pipeline)
-    save(model.pipeline, folder, whole=folder != Path(args.model))
-    result.save(folder / RESULT)
+    save(model.pipeline, result, folder, whole=folder != Path(args.model))
     if args.plot is not None:
         plot_history(result, args.plot)
     print(describe(result, folder))
@@ -88,13 +87,16 @@ def _reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImage
     return load_model(args.reference, dtype=getattr(torch, args.dtype), device=model.device)
 
 
-def save(pipeline: Any, folder: Path, *, whole: bool) -> None:
+def save(pipeline: Any, result: TuneResult, folder: Path, *, whole: bool) -> None:
     """The pipeline, or where it lies there already its scheduler's configuration alone: whole or not at all."""
     if whole:
-        pipeline.save_pretrained(folder)
+        with folder_aside(folder) as hidden:
+            pipeline.save_pretrained(hidden)
+            result.save(hidden / RESULT)
         return
     text = pipeline.scheduler.to_json_string()
     write_text(folder / "scheduler" / "scheduler_config.json", text)
+    result.save(folder / RESULT)
 
 
 def describe(result: TuneResult, folder: Path) -> str:

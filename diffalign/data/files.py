@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,18 @@ def aside(path: Path) -> Iterator[Path]:
         hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """The same for a folder, which must not be there yet."""
+    hidden = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        hidden.rename(path)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

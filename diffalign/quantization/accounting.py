@@ -99,6 +99,7 @@ def report(module: nn.Module) -> ModuleReport:
             size = sum(t.numel() * t.element_size() for t in inner)
             weights = _numbers(layer, name, tensor)
             tally.add(weights, size, quantised=size < BF16 * weights)
+        tally.bytes += getattr(layer, "cached_bytes", 0)
     return found
 
 

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from diffalign.errors import UsageError
 from diffalign.quantization.backends import BACKENDS, Backend, resolve
 from diffalign.quantization.layers import PackSpec
+from diffalign.quantization.observer import ActivationScales
 from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, pack_model, packable, refuse_twice
 from diffalign.quantization.quantizer import PackedConfig, PackedTextConfig
 
@@ -51,6 +52,7 @@ def quantize_model(
     group_size: int | None = 64,
     svd_rank: int = 0,
     input_scales: Mapping[str, Tensor] | None = None,
+    activations: ActivationScales | None = None,
     skip: Sequence[str] = SKIP,
     min_weights: int = MIN_WEIGHTS,
 ) -> str:
@@ -62,6 +64,7 @@ def quantize_model(
         group_size: of packed weights, as in `layers.PackSpec`.
         svd_rank: of packed weights, likewise.
         input_scales: from `lowrank.collect_input_scales`, to fit the branch of `svd_rank` to.
+        activations: from `observer.InputObserver`, which "int8-static" needs.
         skip: as in `packed.packable`.
         min_weights: likewise.
 
@@ -74,18 +77,21 @@ def quantize_model(
     """
     name = resolve(backend, device=model.device, model=model, training=training)
     chosen = BACKENDS[name]
-    spec = PackSpec(chosen.bits, group_size, svd_rank)
+    spec = _spec(name, group_size, svd_rank, activations)
     refuse_twice(model)
     if input_scales is not None and not svd_rank:
         raise UsageError("input scales are for a low-rank branch: set svd_rank, too")
     if chosen.is_packed:
         config = _packed_config(model, spec, skip, min_weights)
+        if activations is not None:
+            config.activation_timesteps = list(activations.timesteps)
         pack_model(
             model,
             spec=spec,
             skip=config.skip,
             min_weights=min_weights,
             input_scales=input_scales,
+            activations=activations,
         )
     else:
         _refuse_options(name, spec)
@@ -123,7 +129,7 @@ def quantization_config(
     """
     name = resolve(backend, device=device, model=model, training=training)
     chosen = BACKENDS[name]
-    spec = PackSpec(chosen.bits, group_size, svd_rank)
+    spec = _spec(name, group_size, svd_rank, None)
     if chosen.is_packed:
         return PackedConfig(spec.bits, group_size, skip, svd_rank=svd_rank)
     _refuse_options(name, spec)
@@ -141,6 +147,21 @@ def quantization_config(
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=list(skip),
     )
+
+
+def _spec(
+    name: str, group_size: int | None, svd_rank: int, activations: ActivationScales | None
+) -> PackSpec:
+    backend = BACKENDS[name]
+    if backend.activations != (activations is not None):
+        raise UsageError(
+            f"{name} needs scales of activations: calibrate a loaded model (`diffalign quantize --prompts`)"
+            if backend.activations
+            else f"{name} leaves activations in 16 bits and takes no scales of them; int8-static does"
+        )
+    if activations is not None:
+        return PackSpec(backend.bits, None, svd_rank, len(activations.timesteps))
+    return PackSpec(backend.bits, group_size, svd_rank)
 
 
 def _packed_config(

@@ -9,6 +9,7 @@ and `torchao-int8` from 8.0, which multiply int8: both want `torch.compile`. Eve
 - text encoders, which run once an image and gain nothing by speed.
 
 The `int8` and `int4` of this project run wherever torch does. They multiply unpacked weights: memory, not speed.
+`int8-static` multiplies integers: speed on CPUs, for a model that has been calibrated on its few steps.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Backend:
     """The oldest CUDA device that works; None: any device, CPUs too."""
     settings: str = ""
     """Of torchao: the name of its configuration."""
+    activations: bool = False
+    """Inputs of linear layers are rounded, too, by scales that are calibrated before."""
     trains: bool = True
     """Gradients reach a layer's input, as those of adapters before it must. torchao 0.18 drops them where it rounds
     activations, without a word."""
@@ -52,6 +55,12 @@ _AO = ("torchao", "0.16")
 BACKENDS = {
     "int8": Backend("8 bits in groups of 64, convolutions too", 8),
     "int4": Backend("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
+    "int8-static": Backend(
+        "8-bit weights, and activations of linear layers with scales calibrated for each step",
+        8,
+        activations=True,
+        trains=False,
+    ),
     "torchao-int8": Backend(
         "8-bit weights and activations",
         8,

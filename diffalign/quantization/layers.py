@@ -35,11 +35,14 @@ class PackSpec:
         group_size: weights of an output's row (input channels, height and width flattened) that share a scale; None:
             the whole row.
         svd_rank: of the low-rank branch in 16 bits; 0: none.
+        activation_steps: timesteps for which the inputs of linear layers have scales, so that they are multiplied as
+            integers (see `integer`); 0: inputs keep 16 bits.
     """
 
     bits: int = 4
     group_size: int | None = 64
     svd_rank: int = 0
+    activation_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -50,6 +53,8 @@ class PackSpec:
             )
         if self.svd_rank < 0:
             raise UsageError(f"svd_rank must not be negative, is {self.svd_rank}")
+        if self.activation_steps and (self.bits, self.group_size) != (8, None):
+            raise UsageError("integer products take 8 bits and one scale for each row of weights")
 
 
 class PackedLayer(nn.Module):
@@ -272,8 +277,3 @@ class _Product(torch.autograd.Function):
             channels = grad.movedim(ctx.layer.channel_dim, -1)
             bias = channels.reshape(-1, channels.shape[-1]).sum(0)
         return ctx.layer._transposed(grad, weight, ctx.input_shape), bias, None, None, None
-
-
-def packed_like(layer: nn.Linear | nn.Conv2d, spec: PackSpec) -> PackedLinear | PackedConv2d:
-    """An empty packed layer of the same geometry and with the same bias."""
-    return PackedConv2d(layer, spec) if isinstance(layer, nn.Conv2d) else PackedLinear(layer, spec)

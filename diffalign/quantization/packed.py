@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from diffalign.errors import UsageError
-from diffalign.quantization.layers import PackSpec, packed_like
+from diffalign.quantization.integer import IntegerLinear, StepClock, packed_like
+from diffalign.quantization.layers import PackSpec
+from diffalign.quantization.observer import ActivationScales
 
 SKIP = (
     "conv_in",
@@ -63,12 +65,14 @@ def pack_model(
     skip: Sequence[str] = SKIP,
     min_weights: int = MIN_WEIGHTS,
     input_scales: Mapping[str, Tensor] | None = None,
+    activations: ActivationScales | None = None,
 ) -> list[str]:
     """Pack a model's layers in place, one at a time. On the meta device only shapes change.
 
     Args:
         module: without adapters.
         input_scales: from `lowrank.collect_input_scales`, for a low-rank branch.
+        activations: from `observer.InputObserver`, for as many timesteps as `spec.activation_steps`.
 
     Returns:
         Names of the packed layers.
@@ -85,7 +89,11 @@ def pack_model(
         packed = packed_like(layer, spec)
         if not layer.weight.is_meta:
             packed.fill(layer.weight, name=name, input_scale=(input_scales or {}).get(name))
+            if isinstance(packed, IntegerLinear):
+                packed.calibrate(activations.scales.get(name) if activations else None)
         replace(module, name, packed)
+    if activations is not None:
+        StepClock(activations.timesteps).attach(module)
     return names
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from diffalign.errors import UsageError
-from diffalign.quantization.layers import PackedLayer, PackSpec, packed_like
+from diffalign.quantization.integer import StepClock, packed_like
+from diffalign.quantization.layers import PackedLayer, PackSpec
 from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, packable, replace
 
 FORMAT = 1
@@ -42,6 +43,8 @@ class PackedConfig(QuantizationConfigMixin):
         skip: layers that keep their weights, as in `packed.packable`.
         min_weights: smaller layers keep theirs, too.
         svd_rank: of SVDQuant's low-rank branch; 0: none.
+        activation_timesteps: for which the inputs of linear layers have scales, in the denoiser's units; none: inputs
+            keep 16 bits.
 
     Raises:
         UsageError: a value out of range, or a folder of a later format.
@@ -54,6 +57,7 @@ class PackedConfig(QuantizationConfigMixin):
         skip: Sequence[str] = SKIP,
         min_weights: int = MIN_WEIGHTS,
         svd_rank: int = 0,
+        activation_timesteps: Sequence[float] = (),
         format: int = FORMAT,
         quant_method: str = Method.PACKED,
     ) -> None:
@@ -64,12 +68,14 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method = Method(quant_method)
         self.bits, self.group_size, self.svd_rank = bits, group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
+        self.activation_timesteps = list(activation_timesteps)
         self.format = format
         self.spec()
 
     def spec(self) -> PackSpec:
         """How each layer is packed."""
-        return PackSpec(self.bits, self.group_size, self.svd_rank)
+        steps = len(self.activation_timesteps)
+        return PackSpec(self.bits, self.group_size, self.svd_rank, steps)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         """Those that it packs."""
@@ -79,6 +85,8 @@ class PackedConfig(QuantizationConfigMixin):
         """Put empty packed layers, for a loader to fill, in the place of those that it packs."""
         for name, layer in self.layers(model).items():
             replace(model, name, packed_like(layer, self.spec()))
+        if self.activation_timesteps:
+            StepClock(self.activation_timesteps).attach(model)
 
     def keep(self, names: Sequence[str]) -> None:
         """Skip parts of names that a model's class wants in float32."""
@@ -119,6 +127,10 @@ class PackedQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             config.make_layers(model)
         else:
+            if config.activation_timesteps:
+                raise UsageError(
+                    "scales of activations are calibrated on a loaded model: use quantize_model"
+                )
             config.keep(keep_in_fp32_modules)
             self.targets = config.layers(model)
         model.config.quantization_config = config  # type: ignore[union-attr]

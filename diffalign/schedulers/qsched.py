@@ -224,7 +224,7 @@ def _wrapped(stock: type) -> type:
 
 def _restore(stock: type, state: dict[str, Any]) -> Any:
     kind = _wrapped(stock)
-    found = kind.__new__(kind)
+    found: Any = object.__new__(kind)
     found.__dict__.update(state)
     found._updates = {}
     found._warned = set(state.get("_warned", ()))

@@ -69,7 +69,7 @@ class Evaluator:
         *,
         file: Path | None = None,
         key: Any = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         if not prompts:
             raise UsageError("--prompts: there is no prompt to calibrate with")

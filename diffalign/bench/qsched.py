@@ -1,0 +1,312 @@
+"""Q-Sched on Shapes: what smaller weights cost a few-step model, and what factors of its schedule give back.
+
+A cell is a student, a form of its weights, a number of steps and a seed. Each is drawn twice, with the schedule as it
+is and with the factors that a search found for it on training prompts; so is the student in full precision, the
+control that tells repair from improvement. Finished cells are kept in the work folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.bench.record import BenchOptions, spread
+from diffalign.bench.weights import published_sizes, speeds
+from diffalign.config import EvaluationConfig
+from diffalign.data.files import write_text
+from diffalign.data.prompts import load_prompts
+from diffalign.evaluation.fid import FeatureSet, collect, compare, drawn_batches, extract
+from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
+from diffalign.quantization.accounting import report
+from diffalign.quantization.apply import quantize_model
+from diffalign.quantization.backends import BACKENDS
+from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.features import load_network
+from diffalign.schedulers import QSched
+from diffalign.shapes.world import render, sample_scene
+from diffalign.tuning.calibration import Calibration
+from diffalign.tuning.evaluator import Drawing
+from diffalign.tuning.objective import parse
+from diffalign.tuning.tune import Settings, tune
+
+STUDENTS = ("shapes-flux-schnell", "shapes-sd-lcm")
+STEPS = (2, 4, 8)
+OBJECTIVE = "jaq-shapes"
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of a denoiser's weights: a backend, none for bfloat16, and the rank of a low-rank branch."""
+
+    backend: str | None = None
+    svd_rank: int = 0
+
+    @property
+    def calibrated(self) -> bool:
+        """On what the model draws."""
+        return self.svd_rank > 0 or self.backend == "int8-static"
+
+
+FORMS = {
+    "bf16": Form(),
+    "int8": Form("int8"),
+    "int8 static": Form("int8-static"),
+    "int4": Form("int4"),
+    "int4 svd": Form("int4", svd_rank=16),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn."""
+
+    budget: int = 64
+    prompts: int = 96
+    images_per_task: int = 64
+    grid: int = 50
+    grid_images: int = 16
+    steps: tuple[int, ...] = STEPS
+
+
+FULL = Size()
+QUICK = Size(budget=4, prompts=12, images_per_task=4, grid=4, grid_images=4, steps=(2,))
+
+
+class Student:
+    """A few-step model in all its forms."""
+
+    def __init__(self, name: str, options: BenchOptions) -> None:
+        self.name, self.options = name, options
+        self.size = QUICK if options.quick else FULL
+        self.held_out = load_prompts("shapes:held_out")
+        self.training = load_prompts("shapes:train", limit=self.size.prompts)
+        self.objective = parse(OBJECTIVE)
+        self.reward = CompositeReward.from_config(self.objective)
+        self.models: dict[tuple[str, int], TextToImageModel] = {}
+        self.drawn: dict[tuple[int, int], Tensor] = {}
+
+    @cached_property
+    def network(self) -> Any:
+        return load_network("shapes_clip")
+
+    @cached_property
+    def reference(self) -> FeatureSet:
+        """Right images of the held-out prompts."""
+        batches = drawn_batches(
+            lambda p, seed: render(sample_scene(p.metadata, np.random.default_rng(seed))),
+            self.held_out,
+            images_per_prompt=8,
+            batch_size=64,
+        )
+        return extract(self.network, batches, {})
+
+    def model(self, form: str, steps: int) -> TextToImageModel:
+        """With its denoiser in that form; made once. Calibrated forms are made for a number of steps."""
+        wanted = FORMS[form]
+        key = form, steps if wanted.calibrated else 0
+        if key not in self.models:
+            found = load_model(self.name)
+            if wanted.backend is not None:
+                watched = Calibration(found, self.training[::2], Drawing(steps))
+                static = BACKENDS[wanted.backend].activations
+                quantize_model(
+                    found.denoiser,
+                    wanted.backend,
+                    svd_rank=wanted.svd_rank,
+                    input_scales=watched.input_scales() if wanted.svd_rank else None,
+                    activations=watched.activation_scales() if static else None,
+                )
+            self.models[key] = found
+        return self.models[key]
+
+    def cell(self, form: str, steps: int, seed: int) -> dict[str, Any]:
+        """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
+        folder = self.options.folder(f"{self.name} {form} {steps}", seed)
+        file = folder / "cell.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        model = self.model(form, steps)
+        model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
+        result = tune(
+            model,
+            self.training,
+            self.reward.score,
+            Settings(self.objective, budget=self.size.budget, seed=seed),
+            Drawing(num_inference_steps=steps, seed=seed),
+            reference=None if form == "bf16" else self.model("bf16", steps),
+            file=folder / "scores.jsonl",
+        )
+        plain = self.scores(form, steps, seed)
+        model.pipeline.scheduler.set_coefficients(result.best)
+        best = self.scores(form, steps, seed)
+        model.pipeline.scheduler.clear_coefficients()
+        accepted = best if result.accepted else plain
+        found: dict[str, Any] = {"plain": plain, "best": best, "qsched": accepted}
+        found["search"] = {
+            "accepted": result.accepted,
+            "gain": round(result.gain, 4),
+            "interval": [round(v, 4) for v in result.interval],
+            "calibration_value": round(result.calibration_value, 4),
+            "coefficients": asdict(result.best),
+            "network_rows": result.network_rows,
+            "seconds": round(result.seconds, 1),
+        }
+        write_text(file, json.dumps(found, indent=1))
+        return found
+
+    def scores(self, form: str, steps: int, seed: int) -> dict[str, float]:
+        """Of held-out prompts, with the schedule that the model has now."""
+        drawn = self.evaluate(form, steps, seed)
+        n = len(drawn.prompts)
+        features = collect(self.network, [self.network(drawn.images)], list(range(n)), {})
+        found = {
+            "geneval": drawn.tasks["overall"],
+            "fid": compare(features, self.reference)["fid"],
+            **{term: drawn.means[term] for term in self.objective},
+        }
+        if form != "bf16":
+            found["psnr"] = psnr(drawn.images, self.full_precision(steps, seed))
+        return {name: round(float(value), 4) for name, value in found.items()}
+
+    def evaluate(self, form: str, steps: int, seed: int) -> Evaluation:
+        return evaluate_model(
+            self.model(form, steps),
+            self.held_out,
+            self.reward.score,
+            EvaluationConfig(
+                num_inference_steps=steps,
+                images_per_task=self.size.images_per_task,
+                seed=1000 + seed,
+            ),
+        )
+
+    def full_precision(self, steps: int, seed: int) -> Tensor:
+        """Images of the student in bfloat16, with the schedule as it is."""
+        key = steps, seed
+        if key not in self.drawn:
+            model = self.model("bf16", steps)
+            if isinstance(model.pipeline.scheduler, QSched):
+                model.pipeline.scheduler.clear_coefficients()
+            self.drawn[key] = self.evaluate("bf16", steps, seed).images
+        return self.drawn[key]
+
+    def grid(self, seed: int) -> dict[str, Any]:
+        """Rows of the denoiser's forwards until CMA-ES is as good as the best of the published grid of two numbers, on
+        the same images; 4-bit weights, 4 steps (a quick bench: 2)."""
+        file = self.options.folder(f"{self.name} grid", seed) / "cell.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size, steps = self.size, max(s for s in self.size.steps if s <= 4)
+        prompts = load_prompts("shapes:train", limit=2 * size.grid_images)
+        results = {
+            engine: tune(
+                self.model("int4", steps),
+                prompts,
+                self.reward.score,
+                Settings(self.objective, engine=engine, budget=budget, seed=seed),
+                Drawing(num_inference_steps=steps, seed=seed),
+            )
+            for engine, budget in (("grid", size.grid**2), ("cma", size.grid**2 // 10))
+        }
+        best = results["grid"].calibration_value
+        reached = [row["rows"] for row in results["cma"].history if row["value"] >= best]
+        rows = results["grid"].network_rows
+        found = {
+            "grid_value": round(best, 4),
+            "grid_rows": rows,
+            "grid_rows_without_reuse": size.grid**2 * size.grid_images * steps,
+            "cma_value": round(results["cma"].calibration_value, 4),
+            "cma_rows_to_match": reached[0] if reached else None,
+            "ratio": round(rows / reached[0], 2) if reached else None,
+        }
+        write_text(file, json.dumps(found, indent=1))
+        return found
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images (N, 3, H, W) uint8, dB."""
+    error = (images.float() - reference.float()).square().flatten(1).mean(1).clamp_min(1e-3)
+    return float((10 * torch.log10(255**2 / error)).mean())
+
+
+def run(options: BenchOptions) -> dict[str, Any]:
+    """All students, forms and steps over all seeds; `options.arms` chooses among students, "sizes" and "speeds"."""
+    chosen = options.chosen((*STUDENTS, "sizes", "speeds"))
+    found: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
+    headline: dict[str, Any] = {}
+    students = {n: Student(n, options) for n in STUDENTS if n in chosen}
+    found["students"] = {n: measure(s, options.seeds) for n, s in students.items()}
+    if students:
+        headline["quality_recovered"] = recovered(found["students"].values(), "geneval")
+        grids = [g["ratio"] for s in found["students"].values() for g in s["grid"]]
+        decided = [g for g in grids if g is not None]
+        headline["network_calls_vs_grid"] = median(decided) if len(decided) == len(grids) else None
+    if "sizes" in chosen:
+        found["sizes"] = published_sizes()
+        headline["bytes_ratio"] = {
+            name: sizes["int4"]["ratio"] for name, sizes in found["sizes"].items()
+        }
+    if "speeds" in chosen:
+        found["speeds"] = speeds(quick=options.quick)
+        headline["int8_latency_vs_bf16"] = found["speeds"]["int8_latency_vs_bf16"]
+    return {"headline": headline, **found}
+
+
+def measure(student: Student, seeds: int) -> dict[str, Any]:
+    """Cells of all forms, their bytes, and the grid."""
+    forms: dict[str, Any] = {}
+    for form in FORMS:
+        weight = report(student.model(form, student.size.steps[0]).denoiser)
+        cells = {
+            str(steps): [student.cell(form, steps, seed) for seed in range(seeds)]
+            for steps in student.size.steps
+        }
+        forms[form] = {
+            "bytes": weight.bytes,
+            "ratio_to_bf16": round(weight.ratio, 3),
+            "quantised_fraction": round(weight.quantised_fraction, 4),
+            "steps": {steps: table(found) for steps, found in cells.items()},
+        }
+    return {"forms": forms, "grid": [student.grid(seed) for seed in range(seeds)]}
+
+
+def table(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one form and number of steps: with the schedule as it is, with the best candidate, and with that where it was
+    accepted; and what the searches found."""
+    return {
+        **{
+            how: {name: spread(c[how][name] for c in cells) for name in cells[0][how]}
+            for how in ("plain", "best", "qsched")
+        },
+        "searches": [c["search"] for c in cells],
+    }
+
+
+def recovered(students: Any, score: str, form: str = "int4") -> dict[str, Any]:
+    """What the factors give back of a score that quantising took, over all students, steps and seeds; `sums` tells how
+    much there was to give back. `control` is what they give to the student in full precision."""
+    lost = gained = control = 0.0
+    for student in students:
+        full, small = (student["forms"][f]["steps"] for f in ("bf16", form))
+        for steps in full:
+            lost += _sum(full[steps]["plain"], score) - _sum(small[steps]["plain"], score)
+            gained += _sum(small[steps]["qsched"], score) - _sum(small[steps]["plain"], score)
+            control += _sum(full[steps]["qsched"], score) - _sum(full[steps]["plain"], score)
+    return {
+        "share": round(gained / lost, 3) if lost > 0 else None,
+        "sums": {"lost": round(lost, 4), "gained": round(gained, 4), "control": round(control, 4)},
+    }
+
+
+def _sum(scores: dict[str, Any], name: str) -> float:
+    return sum(scores[name]["values"])

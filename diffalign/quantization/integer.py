@@ -1,0 +1,153 @@
+"""Linear layers that multiply integers: int8 weights by inputs in int8, whose scales were calibrated for each timestep.
+
+A few-step model meets N timesteps and no others, so a layer needs N numbers, and none is looked for while an image is
+drawn. (Shang et al. 2023, "PTQ4DM", arXiv 2211.15736, has both the calibration and the idea of scales by timestep.)
+
+On CPUs the product is oneDNN's, AMX where there is some: it wants the weights in an order of its own, so these lie in
+memory twice. Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass, a layer multiplies
+unpacked weights as any packed layer does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.quantization.layers import PackedConv2d, PackedLinear, PackSpec
+
+TIMESTEP = "timestep"
+"""What denoisers of diffusers call it."""
+
+
+class StepClock:
+    """Which of its calibrated timesteps a denoiser is at: the nearest.
+
+    Args:
+        timesteps: in the denoiser's own units.
+    """
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        self.timesteps = list(timesteps)
+        self.index = 0
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at the timestep of every forward, and let all integer layers of the model ask."""
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
+        for layer in model.modules():
+            if isinstance(layer, IntegerLinear):
+                layer.clock = self
+
+    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A method, so that a copy of the model looks at the copy of its clock."""
+        timestep = timestep_of(model, args, kwargs)
+        distances = [abs(t - timestep) for t in self.timesteps]
+        self.index = distances.index(min(distances))
+
+
+def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """That of the first row, of arguments of a denoiser's forward."""
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments[TIMESTEP]
+    return float(torch.as_tensor(given).flatten()[0])
+
+
+class IntegerLinear(PackedLinear):
+    """A packed layer with a scale for its inputs at every calibrated timestep, in `activation_scale` as bits of
+    bfloat16; a scale of 0 says that the layer was not seen in calibration and keeps its inputs."""
+
+    activation_scale: Tensor
+    clock: StepClock
+
+    def __init__(self, like: nn.Linear, spec: PackSpec) -> None:
+        super().__init__(like, spec)
+        self._keep(
+            "activation_scale",
+            torch.zeros(spec.activation_steps, dtype=torch.int16, device="meta"),
+        )
+        self.clock = StepClock([0.0])
+        self._scales: tuple[Any, list[float]] = (None, [])
+        self._ready: tuple[Any, Any] = (None, None)
+
+    def calibrate(self, scales: Tensor | None) -> None:
+        """Take over (timesteps,) scales; None: zeros."""
+        if scales is None:
+            scales = torch.zeros(self.spec.activation_steps)
+        self._keep("activation_scale", scales.bfloat16().view(torch.int16).to(self.weight.device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self._input_scale()
+        rows = input[..., 0].numel()
+        gradients = torch.is_grad_enabled() and input.requires_grad
+        if gradients or not scale or not self._multiplies(input.device, rows):
+            return super().forward(input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        codes = (
+            (input.reshape(rows, self.in_features) * (1 / scale))
+            .round_()
+            .clamp_(-128, 127)
+            .to(torch.int8)
+        )
+        out = self._integers(codes, scale, input.dtype).view(*input.shape[:-1], -1)
+        if self.svd_up is not None and self.svd_down is not None:
+            out = out + self._branch(
+                input, self.svd_down.to(input.dtype), self.svd_up.to(input.dtype)
+            )
+        return out
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of the second copy of the weights."""
+        return 0 if self._ready[1] is None else self.weight.numel()
+
+    def _input_scale(self) -> float:
+        """At the clock's timestep; numbers are read off the tensor once."""
+        key = id(self.activation_scale), self.activation_scale._version
+        if self._scales[0] != key:
+            found = self.activation_scale.detach().view(torch.bfloat16).float().tolist()
+            self._scales = key, found
+        return self._scales[1][self.clock.index]
+
+    def _multiplies(self, device: torch.device, rows: int) -> bool:
+        if not rows:
+            return False
+        if device.type == "cuda":  # of cuBLAS
+            return rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
+        return device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+    def _integers(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """(rows, K) int8 times the weights, and both scales."""
+        weight_scale = self.weight_scale.view(torch.bfloat16).flatten().float()
+        bias = None if self.bias is None else self.bias.float()
+        if codes.device.type == "cpu":
+            zeros = torch.zeros(self.out_features, dtype=torch.int64)
+            ready = self._in_onednn_order()
+            tail: tuple[Any, ...] = (bias, 1.0, 0, dtype, "none", [], "")
+            return torch.ops.onednn.qlinear_pointwise(
+                codes, scale, 0, ready, weight_scale, zeros, *tail
+            )
+        out = torch._int_mm(codes, self.weight.t()).float() * (weight_scale * scale)
+        return (out if bias is None else out + bias).to(dtype)
+
+    def _in_onednn_order(self) -> Tensor:
+        key = id(self.weight), self.weight._version
+        if self._ready[0] != key:
+            self._ready = key, torch.ops.onednn.qlinear_prepack(self.weight.detach(), None)
+        return self._ready[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make what is kept besides the parameters themselves."""
+        return {**super().__getstate__(), "_scales": (None, []), "_ready": (None, None)}
+
+
+def packed_like(
+    layer: nn.Linear | nn.Conv2d, spec: PackSpec
+) -> PackedLinear | PackedConv2d | IntegerLinear:
+    """An empty packed layer of the same geometry and with the same bias."""
+    if isinstance(layer, nn.Conv2d):
+        return PackedConv2d(layer, spec)
+    return IntegerLinear(layer, spec) if spec.activation_steps else PackedLinear(layer, spec)

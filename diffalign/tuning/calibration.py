@@ -1,0 +1,116 @@
+"""Calibration: a model draws prompts while somebody watches the inputs of its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.data.prompts import Prompt
+from diffalign.errors import UsageError
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache, Sampling, scheduler_step
+from diffalign.precision import attention
+from diffalign.quantization.lowrank import collect_input_scales
+from diffalign.quantization.observer import ActivationScales, InputObserver
+from diffalign.quantization.packed import packable
+from diffalign.seeds import EVALUATION, stream
+from diffalign.tuning.evaluator import Drawing
+
+MAX_TIMESTEPS = 16
+"""That get scales of their own."""
+Before = Callable[[range, int, Sampling], None]
+
+
+@dataclass
+class Calibration:
+    """Draws `prompts` as `drawing` says, with the scheduler's own steps: a few-step model is calibrated on all the
+    timesteps that it ever sees.
+
+    Raises:
+        UsageError: there is no prompt.
+    """
+
+    model: TextToImageModel
+    prompts: Sequence[Prompt]
+    drawing: Drawing
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UsageError("--prompts: there is no prompt to calibrate with")
+
+    @torch.no_grad()
+    def run(self, before: Before | None = None) -> None:
+        """Once through all prompts, in batches of `micro_batch_size`; `before` is called ahead of every prediction with
+        the numbers of the batch's images, the step and the batch."""
+        drawing, size = self.drawing, self.drawing.micro_batch_size
+        embed = EmbedCache(self.model)
+        guided = self.model.costs_a_forward(drawing.guidance_scale)
+        default = self.model.default_size
+        with attention(self.model.device):
+            for start in range(0, len(self.prompts), size):
+                texts = [p.text for p in self.prompts[start : start + size]]
+                run = Sampling(
+                    self.model,
+                    embed(texts),
+                    drawing.num_inference_steps,
+                    drawing.height or default[0],
+                    drawing.width or default[1],
+                    drawing.guidance_scale,
+                    embed([""]).repeat_first(len(texts)) if guided else None,
+                )
+                numbers = range(start, start + len(texts))
+                seeds = [stream(EVALUATION, drawing.seed, i) for i in numbers]
+                generators = [torch.Generator().manual_seed(s) for s in seeds]
+                latents = run.start(generators)
+                for i in range(len(run.scheduler.timesteps)):
+                    if before is not None:
+                        before(numbers, i, run)
+                    model_pred = run.predict(i, latents)
+                    latents = scheduler_step(i, model_pred, latents, run.scheduler, generators)
+
+    def input_scales(self) -> dict[str, Tensor]:
+        """Root mean squares (channels,) of the inputs of the denoiser's layers, to fit low-rank branches to."""
+        return collect_input_scales(self.model.denoiser, self.run)
+
+    def activation_scales(self) -> ActivationScales:
+        """Scales for the inputs of the linear layers that get packed: for each timestep, or of more than
+        `MAX_TIMESTEPS` one for all, which sees each image at the step nearest to a timestep of its own
+        (`normal_timesteps`)."""
+        layers = packable(self.model.denoiser)
+        names = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+        if not names:
+            raise UsageError("no linear layer of this model is large enough for integer products")
+        few = self.drawing.num_inference_steps <= MAX_TIMESTEPS
+        observer = InputObserver(self.model.denoiser, names, by_timestep=few)
+        drawn = normal_timesteps(len(self.prompts), self.drawing.seed)
+
+        def choose(numbers: range, i: int, run: Sampling) -> None:
+            observer.rows = rows_at(i, run.scheduler, drawn[numbers.start : numbers.stop])
+            if run.negative_embeds is not None:  # guidance doubles the batch
+                observer.rows = torch.cat([observer.rows, observer.rows + len(numbers)])
+
+        with observer.watching():
+            self.run(None if few else choose)
+        return observer.scales()
+
+
+def normal_timesteps(n: int, seed: int, *, mean: float = 0.4, std: float = 0.4) -> Tensor:
+    """(n,) timesteps in 0..1, from clean to noise, of a normal law without what lies outside. PTQ4DM clamps it,
+    and so puts a sixth of all images at the very end of the trajectory."""
+    generator = torch.Generator().manual_seed(stream(EVALUATION, seed, n))
+    low, high = ((bound - mean) / std / 2**0.5 for bound in (0.0, 1.0))
+    uniform = torch.rand(n, generator=generator)
+    low, high = math.erf(low), math.erf(high)
+    return mean + std * 2**0.5 * torch.erfinv(low + (high - low) * uniform)
+
+
+def rows_at(i: int, scheduler: Any, drawn: Tensor) -> Tensor:
+    """Those whose drawn timestep (of 0..1) is nearest to step `i`'s. By timestep and not by the number of the step:
+    PTQ4DM's code pairs the two the wrong way round, and calibrates on the mirrored law."""
+    scaled = scheduler.timesteps.float().cpu() / scheduler.config.num_train_timesteps
+    return (drawn[:, None] - scaled[None]).abs().argmin(1).eq(i).nonzero().flatten()
