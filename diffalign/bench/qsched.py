@@ -26,9 +26,11 @@ from diffalign.evaluation.fid import FeatureSet, collect, compare, drawn_batches
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
+from diffalign.precision import attention
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantize_model
 from diffalign.quantization.backends import BACKENDS
+from diffalign.quantization.latency import interleaved
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.features import load_network
 from diffalign.schedulers import QSched
@@ -59,7 +61,6 @@ class Form:
 FORMS = {
     "bf16": Form(),
     "int8": Form("int8"),
-    "int8 static": Form("int8-static"),
     "int4": Form("int4"),
     "int4 svd": Form("int4", svd_rank=16),
 }
@@ -69,16 +70,17 @@ FORMS = {
 class Size:
     """How much is drawn."""
 
-    budget: int = 64
+    budget: int = 48
     prompts: int = 96
     images_per_task: int = 64
     grid: int = 50
     grid_images: int = 16
+    rows: int = 16
     steps: tuple[int, ...] = STEPS
 
 
 FULL = Size()
-QUICK = Size(budget=4, prompts=12, images_per_task=4, grid=4, grid_images=4, steps=(2,))
+QUICK = Size(budget=4, prompts=24, images_per_task=4, grid=4, grid_images=12, steps=(2,))
 
 
 class Student:
@@ -173,8 +175,7 @@ class Student:
             "fid": compare(features, self.reference)["fid"],
             **{term: drawn.means[term] for term in self.objective},
         }
-        if form != "bf16":
-            found["psnr"] = psnr(drawn.images, self.full_precision(steps, seed))
+        found["psnr"] = psnr(drawn.images, self.full_precision(steps, seed))
         return {name: round(float(value), 4) for name, value in found.items()}
 
     def evaluate(self, form: str, steps: int, seed: int) -> Evaluation:
@@ -198,6 +199,17 @@ class Student:
                 model.pipeline.scheduler.clear_coefficients()
             self.drawn[key] = self.evaluate("bf16", steps, seed).images
         return self.drawn[key]
+
+    @torch.no_grad()
+    def latency(self, form: str) -> dict[str, Any]:
+        """Of a forward for a few images, over that in bfloat16: eager, turn and turn about."""
+        models = [self.model(f, self.size.steps[0]) for f in ("bf16", form)]
+        inputs = models[0].random_inputs(self.size.rows, *models[0].default_size)
+        device = models[0].device
+        with attention(device):
+            calls = [lambda m=m: m.forward(*inputs) for m in models]
+            base, times = interleaved(calls, device)
+        return spread(t / b for t, b in zip(times, base, strict=True))
 
     def grid(self, seed: int) -> dict[str, Any]:
         """Rows of the denoiser's forwards until CMA-ES is as good as the best of the published grid of two numbers, on
@@ -234,7 +246,7 @@ class Student:
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over images (N, 3, H, W) uint8, dB."""
+    """Mean over images (N, 3, H, W) uint8, dB; of equal images 78."""
     error = (images.float() - reference.float()).square().flatten(1).mean(1).clamp_min(1e-3)
     return float((10 * torch.log10(255**2 / error)).mean())
 
@@ -275,6 +287,7 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
             "bytes": weight.bytes,
             "ratio_to_bf16": round(weight.ratio, 3),
             "quantised_fraction": round(weight.quantised_fraction, 4),
+            "latency_ratio": student.latency(form),
             "steps": {steps: table(found) for steps, found in cells.items()},
         }
     return {"forms": forms, "grid": [student.grid(seed) for seed in range(seeds)]}

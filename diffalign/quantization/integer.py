@@ -3,15 +3,17 @@
 A few-step model meets N timesteps and no others, so a layer needs N numbers, and none is looked for while an image is
 drawn. (Shang et al. 2023, "PTQ4DM", arXiv 2211.15736, has both the calibration and the idea of scales by timestep.)
 
-On CPUs the product is oneDNN's, AMX where there is some: it wants the weights in an order of its own, so these lie in
-memory twice. Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass, a layer multiplies
-unpacked weights as any packed layer does.
+On CPUs with AMX or VNNI the product is oneDNN's: it wants the weights in an order of its own, so these lie in memory
+twice, and inputs without a sign, so codes are counted from 128 (signed ones go through its reference kernel where there
+is no AMX, thousands of times slower). Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass,
+a layer multiplies unpacked weights as any packed layer does.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from diffalign.quantization.layers import PackedConv2d, PackedLinear, PackSpec
 
 TIMESTEP = "timestep"
 """What denoisers of diffusers call it."""
+ZERO_POINT = 128
+"""The code of 0 among codes without a sign."""
 
 
 class StepClock:
@@ -86,12 +90,7 @@ class IntegerLinear(PackedLinear):
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        codes = (
-            (input.reshape(rows, self.in_features) * (1 / scale))
-            .round_()
-            .clamp_(-128, 127)
-            .to(torch.int8)
-        )
+        codes = (input.reshape(rows, self.in_features) * (1 / scale)).round_().clamp_(-128, 127)
         out = self._integers(codes, scale, input.dtype).view(*input.shape[:-1], -1)
         if self.svd_up is not None and self.svd_down is not None:
             out = out + self._branch(
@@ -117,20 +116,21 @@ class IntegerLinear(PackedLinear):
             return False
         if device.type == "cuda":  # of cuBLAS
             return rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
-        return device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return device.type == "cpu" and _multiplies_on_cpu()
 
     def _integers(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """(rows, K) int8 times the weights, and both scales."""
+        """(rows, K) whole numbers of 8 bits times the weights, and both scales."""
         weight_scale = self.weight_scale.view(torch.bfloat16).flatten().float()
         bias = None if self.bias is None else self.bias.float()
         if codes.device.type == "cpu":
             zeros = torch.zeros(self.out_features, dtype=torch.int64)
             ready = self._in_onednn_order()
             tail: tuple[Any, ...] = (bias, 1.0, 0, dtype, "none", [], "")
+            unsigned = (codes + ZERO_POINT).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise(
-                codes, scale, 0, ready, weight_scale, zeros, *tail
+                unsigned, scale, ZERO_POINT, ready, weight_scale, zeros, *tail
             )
-        out = torch._int_mm(codes, self.weight.t()).float() * (weight_scale * scale)
+        out = torch._int_mm(codes.to(torch.int8), self.weight.t()).float() * (weight_scale * scale)
         return (out if bias is None else out + bias).to(dtype)
 
     def _in_onednn_order(self) -> Tensor:
@@ -142,6 +142,13 @@ class IntegerLinear(PackedLinear):
     def __getstate__(self) -> dict[str, Any]:
         """Copies make what is kept besides the parameters themselves."""
         return {**super().__getstate__(), "_scales": (None, []), "_ready": (None, None)}
+
+
+@cache
+def _multiplies_on_cpu() -> bool:
+    """Exact sums of products of integers: without VNNI or AMX they would saturate at 16 bits."""
+    fast = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and fast
 
 
 def packed_like(

@@ -171,8 +171,12 @@ def _tune(
     )
     ones = Coefficients.ones(drawing.num_inference_steps)
     objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
-    start = ones if reference is None else closed_form(evaluator, reference)
-    space = Space(len(ones), settings.low, settings.high, start)
+    space = Space(len(ones), settings.low, settings.high, ones)
+    if reference is not None:
+        found = replace(space, start=closed_form(evaluator, reference))
+        # it is the best for the latents of a step, which coarse rounding can draw far from the best for images
+        if objective(found.origin, evaluator([found.origin])[0]) > 0 or settings.engine == "none":
+            space = found
     history = _search(evaluator, objective, space, settings)
     bar.close()
     best = max(history, key=lambda row: row["value"])
