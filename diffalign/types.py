@@ -18,12 +18,14 @@ class PromptEmbeds:
     """What a text encoder says of B prompts, in the form that one model family understands.
 
     `prompt_embeds` (B, S, D), `pooled_prompt_embeds` (B, P) or None for families without it; `time_ids` (B, 6) or None:
-    SDXL's original height and width, top and left of the crop, target height and width, in pixels.
+    SDXL's original height and width, top and left of the crop, target height and width, in pixels;
+    `prompt_attention_mask` (B, S), 1 where a token counts, or None for families that mask nothing.
     """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor | None = None
     time_ids: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]

@@ -47,6 +47,8 @@ class TextToImageModel(ABC):
 
     takes_time_ids: bool = False
     """The denoiser is told an image's original size and crop (SDXL)."""
+    latents_dtype: ClassVar[torch.dtype | None] = None
+    """In which the stock pipeline draws noise; None: that of the prompt embeddings."""
     guidance_is_embedded: bool = False
     """Guidance is an input of the denoiser (FLUX.1-dev) and not a second forward."""
 
@@ -189,22 +191,33 @@ class TextToImageModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        latents = latents / vae.config.scaling_factor + shift_factor(vae)
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
         return (pixels * 255).round().to(torch.uint8)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 to latents (B, C, H, W): the mode of the posterior, scaled and shifted."""
+        """Images (B, 3, H, W) uint8 to latents (B, C, H, W), scaled and shifted; of a posterior the mode."""
         vae = self.pipeline.vae
         pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-        latents = vae.encode(pixels).latent_dist.mode()
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return (raw_latents(vae, pixels) - shift_factor(vae)) * vae.config.scaling_factor
 
     def to(self, device: torch.device | str) -> TextToImageModel:
         self.pipeline.to(device)
         return self
+
+
+def raw_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """What an autoencoder makes of pixels (B, 3, H, W) in -1..1, unscaled: latents (AutoencoderDC), or a posterior
+    (AutoencoderKL), of which this is the mode."""
+    found = vae.encode(pixels, return_dict=False)[0]
+    return found if isinstance(found, Tensor) else found.mode()
+
+
+def shift_factor(vae: Any) -> float:
+    """0 where an autoencoder has none."""
+    return vae.config.get("shift_factor") or 0.0
 
 
 def dynamic_shift(config: Any, image_seq_len: int) -> float:

@@ -22,6 +22,7 @@ FAMILIES = {
     "FluxPipeline": "diffalign.pipelines.flux:FluxModel",
     "StableDiffusionPipeline": "diffalign.pipelines.sd:SDModel",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:SDXLModel",
+    "SanaPipeline": "diffalign.pipelines.sana:SanaModel",
 }
 
 
@@ -70,6 +71,9 @@ MODELS = {
     "sdxl-turbo": ModelSpec("stabilityai/sdxl-turbo", "SDXL Turbo, 2.6 B, for 1 to 4 steps"),
     "flux.1-dev": ModelSpec("black-forest-labs/FLUX.1-dev", "FLUX.1 [dev], 12 B"),
     "flux.1-schnell": ModelSpec("black-forest-labs/FLUX.1-schnell", "FLUX.1 [schnell], 12 B", 256),
+    "sana-1.6b": ModelSpec(
+        "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "SANA 1.6 B, 1024 px"
+    ),
 }
 
 

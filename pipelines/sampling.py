@@ -78,7 +78,7 @@ class Sampling:
                 height=self.height,
                 width=self.width,
                 generator=generator,
-                dtype=self.embeds.prompt_embeds.dtype,
+                dtype=self.model.latents_dtype or self.embeds.prompt_embeds.dtype,
             )
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 

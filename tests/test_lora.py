@@ -27,6 +27,12 @@ def predict(model, name=lora.CURRENT):
         return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
 
 
+def last_bit(model):
+    """Tolerances between policies that hold the same numbers: torch folds a product where a weight wants gradients, and
+    on the transposed output of SANA's linear attention that is another sum."""
+    return {"rtol": 1e-4, "atol": 1e-5} if model.family == "sana" else {"rtol": 0, "atol": 0}
+
+
 def perturb(parameters, scale=0.3):
     torch.manual_seed(5)
     with torch.no_grad():
@@ -75,7 +81,7 @@ def test_policies_differ_after_training_and_the_reference_does_not_move(model):
         for name in (lora.LAGGED, lora.AVERAGED, lora.REFERENCE):
             torch.testing.assert_close(predict(model, name), before, rtol=0, atol=0)
         lora.blend(model.denoiser, lora.LAGGED, decay=0.0)
-        torch.testing.assert_close(predict(model, lora.LAGGED), predict(model), rtol=0, atol=0)
+        torch.testing.assert_close(predict(model, lora.LAGGED), predict(model), **last_bit(model))
 
 
 def test_blend_is_the_moving_average(model):
@@ -143,7 +149,7 @@ def test_a_policy_inside_training_does_not_disturb_the_gradient(model):
 
 def test_targets_that_do_not_exist_are_named(model):
     with pytest.raises(ValueError, match="match no layer of .*: attn.to_x"):
-        lora.attach(model.denoiser, rank=2, alpha=2, targets=["attn.to_q", "attn.to_x"])
+        lora.attach(model.denoiser, rank=2, alpha=2, targets=[model.lora_targets[0], "attn.to_x"])
 
 
 def test_exported_lora_loads_into_the_stock_pipeline(model, tmp_path):
@@ -172,7 +178,7 @@ def test_adapter_state_goes_back_and_a_foreign_one_is_refused(model):
     state = lora.adapter_state(model.denoiser, lora.CURRENT)
     lora.load_adapter_state(model.denoiser, lora.AVERAGED, state)
     with torch.no_grad():
-        torch.testing.assert_close(predict(model, lora.AVERAGED), predict(model), rtol=0, atol=0)
+        torch.testing.assert_close(predict(model, lora.AVERAGED), predict(model), **last_bit(model))
     state.pop(next(iter(state)))
     with pytest.raises(ValueError, match="does not fit"):
         lora.load_adapter_state(model.denoiser, lora.CURRENT, state)
@@ -226,7 +232,7 @@ def test_a_lora_of_ours_is_loaded_and_works(tmp_path, model):
 
 
 def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model):
-    other = {"sd3": "flux", "flux": "sd3"}[model.family]
+    other = {"sd3": "flux", "flux": "sd3", "sana": "flux"}[model.family]
     exported(tmp_path / "other", other)
     with pytest.raises(UsageError, match="LoRA of another model: this .* has no "):
         lora.load_lora(model.pipeline, str(tmp_path / "other"))

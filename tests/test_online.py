@@ -25,7 +25,7 @@ def weights(run):
     return torch.cat([p.detach().flatten() for p in run.parameters])
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sana"])
 def test_the_reward_rises(tmp_path, family):
     run = trainer(
         tmp_path,

@@ -212,7 +212,7 @@ def unpack_model(model):
     return plain
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sana", "sd", "sdxl"])
 def test_lora_trains_over_packed_weights_as_over_the_unpacked(family):
     gradients, outs = [], []
     packed = families()[family]()

@@ -71,21 +71,26 @@ class TestContents:
     @pytest.mark.parametrize("family", list(tiny_pairs.FAMILIES))
     def test_states_errors_and_embeddings_are_the_reference_s(self, family, source, tmp_path):
         """Recomputed here from the images, one pair at a time."""
+        model = tiny_pairs.FAMILIES[family]()
+        height, width = model.default_size
+        tiny_pairs.write_pairs(source, size=height)
         cache = fill(source, tmp_path, family)
         batch = cache.batch(range(12))
-        model = tiny_pairs.FAMILIES[family]()
         path = model.noise
         grid = module.grid_of(tiny_pairs.settings(source, tmp_path), model)
         solver = "fireflow" if family in tiny.MODELS else "midpoint"
         for i in (0, 7):
             prompt = cache.index["prompt"][i]
             embeds = model.encode_prompt([prompt] * 2)
-            torch.testing.assert_close(
-                batch.embeds[i : i + 1].prompt_embeds, embeds[:1].prompt_embeds
-            )
+            kept = batch.embeds[i : i + 1]
+            torch.testing.assert_close(kept.prompt_embeds, embeds[:1].prompt_embeds)
+            assert (kept.prompt_attention_mask is None) == (family != "sana")
+            if family == "sana":
+                mask = embeds[:1].prompt_attention_mask
+                torch.testing.assert_close(kept.prompt_attention_mask, mask)
             pictures = [Image.open(source / f"{i}-{k}.png") for k in range(2)]
             pixels = torch.stack(
-                [torch.tensor(list(p.getdata())).view(16, 16, 3) for p in pictures]
+                [torch.tensor(list(p.getdata())).view(height, width, 3) for p in pictures]
             )
             latents = model.encode(pixels.permute(0, 3, 1, 2).to(torch.uint8))
             torch.testing.assert_close(batch.latents[i], latents, rtol=1e-4, atol=1e-5)

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sana import INSTRUCTION, SanaModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.rewards.base import Reward, RewardCard
 from diffalign.shapes import text
+from diffalign.shapes.prompts import prompts
 from diffalign.types import RewardOutput
 
 SIZE = 16
@@ -102,6 +109,77 @@ def flux_pipeline(seed: int = 0) -> FluxPipeline:
         tokenizer=clip,
         text_encoder_2=text.build_t5(t5).eval(),
         tokenizer_2=t5,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _gemma_tokenizer() -> GemmaTokenizerFast:
+    """Each word of Shapes and of SANA's instruction is a token; other text falls to pieces, at last to characters.
+
+    Merges grow words from their front, one character at a time, so that none gets in another's way.
+    """
+    words = {word for entry in prompts("train") for word in entry["prompt"].split()}
+    words |= {word for line in INSTRUCTION.default for word in line.split()}
+    fronts = {f"▁{word}"[:n] for word in words for n in range(2, len(word) + 2)}
+    merges = [(front[:-1], front[-1]) for front in sorted(fronts, key=lambda f: (len(f), f))]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *map(chr, range(33, 127))]
+    tokens += [first + last for first, last in merges]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return GemmaTokenizerFast(vocab=vocab, merges=merges, add_bos_token=True)
+
+
+def _deep_autoencoder() -> AutoencoderDC:
+    """A quarter of the size, with the two kinds of blocks that DC-AE has."""
+    shape = {
+        "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8, 8),
+        "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), (5,)),
+    }
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in shape.items()}
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, scaling_factor=1.3, **sides
+    ).eval()
+
+
+def sana_pipeline(seed: int = 0) -> SanaPipeline:
+    torch.manual_seed(seed)
+    tokenizer = _gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+    )
+    _spread(transformer)
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(gemma).eval(),
+        vae=_deep_autoencoder(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -188,7 +266,12 @@ def flux_model(seed: int = 0) -> FluxModel:
     return FluxModel(flux_pipeline(seed), max_sequence_length=16, default_size=(SIZE, SIZE))
 
 
-MODELS = {"sd3": sd3_model, "flux": flux_model}
+def sana_model(seed: int = 0) -> SanaModel:
+    """Of 32 pixels, the least that the stock pipeline makes; latents are as large as the other models'."""
+    return SanaModel(sana_pipeline(seed), max_sequence_length=16)
+
+
+MODELS = {"sd3": sd3_model, "flux": flux_model, "sana": sana_model}
 UNETS = {"sd": sd_model, "sdxl": sdxl_model}
 
 

@@ -24,7 +24,7 @@ from diffalign.errors import UserError
 from diffalign.types import PreferenceBatch, PromptEmbeds
 
 MANIFEST, INDEX = "manifest.json", "index.parquet"
-PROMPT_PARTS = ("prompt_embeds", "pooled_prompt_embeds")
+PROMPT_PARTS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 OPTIONAL = ("states", "grid_index", "reference_error", "time_ids")
 
 
@@ -151,9 +151,7 @@ class PairCache:
         """Pairs by their numbers, latents and states in float32."""
         parts = [self._pair(i) for i in pairs]
         columns = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
-        embeds = PromptEmbeds(
-            columns.pop("prompt_embeds"), columns.pop("pooled_prompt_embeds", None)
-        )
+        embeds = PromptEmbeds(**{k: columns.pop(k) for k in PROMPT_PARTS if k in columns})
         floats = {
             k: v if k == "grid_index" else v.float() for k, v in columns.items() if k in OPTIONAL
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.config import PreferenceRunConfig
 from diffalign.data.images import fit, read_image
+from diffalign.data.pair_cache import PROMPT_PARTS
 from diffalign.data.pairs import PreferencePair, Skipped
 from diffalign.errors import UsageError
 from diffalign.inversion import integrate, round_trip_error
@@ -242,13 +243,9 @@ class PairMaker:
             return {}
         texts = list(dict.fromkeys(p["prompt"] for p in pairs))
         embeds = self.embed(texts).to("cpu")
-        found = {
-            "prompt_row": torch.tensor([texts.index(p["prompt"]) for p in pairs]),
-            "prompt_embeds": embeds.prompt_embeds,
-        }
-        if embeds.pooled_prompt_embeds is not None:
-            found["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
-        return found
+        parts = {name: getattr(embeds, name) for name in PROMPT_PARTS}
+        row = torch.tensor([texts.index(p["prompt"]) for p in pairs])
+        return {"prompt_row": row} | {k: v for k, v in parts.items() if v is not None}
 
 
 def _facts_of(pair: PreferencePair) -> dict[str, Any]:

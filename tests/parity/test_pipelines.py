@@ -1,5 +1,7 @@
 """Our rollouts against the stock pipelines, image for image."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -7,16 +9,20 @@ import torch
 from diffusers import FluxPipeline
 
 from diffalign.pipelines import flux
-from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.sampling import EmbedCache, generate, sample
+from diffalign.pipelines.sana import INSTRUCTION
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "zebra 漢字 ?!"]
 
 
 def stock(model, *, generator, **kwargs):
+    height, width = model.default_size
+    if model.family == "sana":
+        kwargs["use_resolution_binning"] = False
     images = model.pipeline(
         PROMPTS,
-        height=tiny.SIZE,
-        width=tiny.SIZE,
+        height=height,
+        width=width,
         num_inference_steps=4,
         max_sequence_length=16,
         generator=generator,
@@ -60,14 +66,24 @@ def test_rollout_with_a_generator_an_image_equals_stock_pipeline(model):
 
 def test_embeddings_equal_stock_pipeline(model):
     embeds = model.encode_prompt(PROMPTS)
-    if model.family == "sd3":
+    pooled = mask = None
+    if model.family == "sana":
+        expected, mask, _, _ = model.pipeline.encode_prompt(
+            PROMPTS, False, max_sequence_length=16, complex_human_instruction=INSTRUCTION.default
+        )
+    elif model.family == "sd3":
         expected, _, pooled, _ = model.pipeline.encode_prompt(
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
         )
     else:
         expected, pooled, _ = model.pipeline.encode_prompt(PROMPTS, None, max_sequence_length=16)
     torch.testing.assert_close(embeds.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(embeds.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-5)
+    assert (embeds.pooled_prompt_embeds is None) == (pooled is None)
+    if pooled is not None:
+        torch.testing.assert_close(embeds.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-5)
+    assert (embeds.prompt_attention_mask is None) == (mask is None)
+    if mask is not None:
+        torch.testing.assert_close(embeds.prompt_attention_mask, mask)
 
 
 def test_embed_cache_returns_what_the_encoder_returns_and_encodes_once(model):
@@ -119,6 +135,61 @@ def test_flux_guidance_reaches_the_denoiser():
     torch.testing.assert_close(seen["timestep"], times / 1000)
 
 
+def test_sana_is_guided_away_from_the_bare_empty_prompt():
+    model = tiny.sana_model()
+    _, _, expected, mask = model.pipeline.encode_prompt(
+        PROMPTS, max_sequence_length=16, complex_human_instruction=INSTRUCTION.default
+    )
+    mixed = model.encode_prompt(["", PROMPTS[0], "", PROMPTS[1]])
+    torch.testing.assert_close(mixed.prompt_embeds[[0, 2]], expected[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed.prompt_attention_mask[[0, 2]], mask[:2])
+    assert mask.sum(1).tolist() == [1, 1, 1]  # <bos>
+    plain = model.encode_prompt(PROMPTS[:2])
+    torch.testing.assert_close(
+        mixed.prompt_embeds[[1, 3]], plain.prompt_embeds, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_sana_reads_no_padding():
+    model = tiny.sana_model()
+    embeds = model.encode_prompt(["a red circle"])
+    latents, times = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    padding = embeds.prompt_attention_mask[0] == 0
+    assert 0 < padding.sum() < 16
+    noise = torch.where(padding[:, None], torch.randn(16, 16), embeds.prompt_embeds[0])
+    with torch.no_grad():
+        plain = model.predict(latents, times, embeds)
+        other = model.predict(latents, times, replace(embeds, prompt_embeds=noise[None]))
+        unmasked = model.predict(latents, times, replace(embeds, prompt_attention_mask=None))
+    torch.testing.assert_close(other, plain)
+    assert (unmasked - plain).abs().max() > 1e-3
+
+
+def test_sana_steps_in_float32_whatever_the_denoiser_is():
+    model = tiny.sana_model()
+    model.pipeline.to(torch.bfloat16)
+    expected = model.pipeline(
+        PROMPTS,
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+        use_resolution_binning=False,
+    ).images
+    found = sample(
+        model,
+        model.encode_prompt(PROMPTS),
+        num_inference_steps=4,
+        guidance_scale=4.5,
+        negative_embeds=model.encode_prompt([""] * 3),
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_guidance_without_negative_embeddings_is_refused(sd3):
     with pytest.raises(ValueError, match="negative_embeds"):
         sd3.predict(
@@ -129,20 +200,23 @@ def test_guidance_without_negative_embeddings_is_refused(sd3):
         )
 
 
-@pytest.mark.parametrize(("height", "width"), [(17, 16), (16, 0), (-16, 16), (16, 18)])
+@pytest.mark.parametrize(("height", "width"), [(17, 32), (32, 0), (-32, 32), (32, 34)])
 def test_impossible_resolution_names_the_nearest(model, height, width):
-    with pytest.raises(ValueError, match=r"multiples of 4 pixels.*nearest is"):
+    step = {"sana": 32}.get(model.family, 4)
+    with pytest.raises(ValueError, match=rf"multiples of {step} pixels.*nearest is"):
         model.latent_shape(height, width)
 
 
 def test_decode_and_encode_are_scaled_like_the_pipeline(model):
-    images = torch.randint(0, 256, (2, 3, tiny.SIZE, tiny.SIZE), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3, *model.default_size), dtype=torch.uint8)
     latents = model.encode(images)
     vae = model.pipeline.vae
     pixels = model.pipeline.image_processor.preprocess(images.float() / 255)
-    expected = (vae.encode(pixels).latent_dist.mode() - 0.1) * 1.3
-    torch.testing.assert_close(latents, expected)
-    decoded = model.pipeline.vae.decode(latents / 1.3 + 0.1).sample
+    encoded = vae.encode(pixels)
+    deep = model.family == "sana"
+    raw, shift = (encoded.latent, 0.0) if deep else (encoded.latent_dist.mode(), 0.1)
+    torch.testing.assert_close(latents, (raw - shift) * 1.3)
+    decoded = vae.decode(latents / 1.3 + shift).sample
     stock_image = model.pipeline.image_processor.postprocess(decoded.detach(), output_type="np")
     np.testing.assert_array_equal(
         model.decode(latents).permute(0, 2, 3, 1).numpy(),
