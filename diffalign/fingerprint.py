@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from diffalign.errors import UsageError
 
-def fingerprint(modules: Mapping[str, nn.Module]) -> str:
-    """16 hex digits of name, shape and the first values of each tensor of these modules, adapters left out."""
+SMALLEST = 2.0**-14
+"""Of float16's normal numbers."""
+
+
+class UnknownWeights(UsageError):
+    """Weights that are not in memory: offloaded to disk, or on the meta device."""
+
+
+def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> str:
+    """16 hex digits of name, shape and the first values of each tensor of these modules, adapters left out.
+
+    Args:
+        rounded: floats count as bfloat16, and as 0 below float16's normal numbers. So weights that were saved in
+            bfloat16 are the same in whatever dtype they are loaded, as are those loaded in bfloat16 or float32 from
+            any file.
+
+    Raises:
+        UnknownWeights: some have no values here.
+    """
     digest = hashlib.sha256()
     for part_name, part in sorted(modules.items()):
         for name, tensor in sorted(part.state_dict().items()):
@@ -17,8 +37,23 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
                 plain = name.replace(".base_layer", "")
                 digest.update(f"{part_name}.{plain} {tuple(tensor.shape)}".encode())
                 for inner in plain_tensors(tensor):
-                    digest.update(inner.flatten()[:64].float().cpu().numpy().tobytes())
+                    if inner.is_meta:
+                        raise UnknownWeights(f"weights of {part_name} are offloaded ({name})")
+                    values = inner.flatten()[:64].float().cpu()
+                    digest.update((_coarse(values) if rounded else values).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def of_denoiser(pipeline: Any) -> str:
+    """Rounded, of the part of a diffusers pipeline that Q-Sched's factors belong to."""
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    return fingerprint({"denoiser": denoiser}, rounded=True)
+
+
+def _coarse(values: Tensor) -> Tensor:
+    """Integers up to 256, such as codes of quantised weights, stay what they are."""
+    nearest = values.bfloat16().float()
+    return torch.where(nearest.abs() < SMALLEST, 0.0, nearest)
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

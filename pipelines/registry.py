@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,6 @@ from diffalign.errors import UserError
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
 
-logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
@@ -129,39 +127,27 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
 
     Raises:
         UnknownModel: nothing is there, or not all of it.
-        UserError: its factors are damaged.
+        UserError: the backend that its weights are quantised with is missing, or its factors are damaged.
     """
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
     from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
+    from diffalign.pipelines.loading import apply_factors, check_backends
 
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
+    check_backends(source, kwargs)
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
-    except (OSError, SafetensorError, ImportError) as error:  # a backend that is not installed
-        raise UnknownModel(f"{source} could not be loaded: {error}") from error
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ImportError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UnknownModel(f"{source} could not be loaded: {reason}") from error
     apply_factors(pipeline)
     return pipeline
-
-
-def apply_factors(pipeline: Any) -> None:
-    """Wrap a scheduler whose configuration holds Q-Sched's factors; a warning where they are other weights'."""
-    from diffalign.fingerprint import fingerprint
-    from diffalign.schedulers import QSched
-    from diffalign.schedulers.coefficients import KEY
-
-    if pipeline.scheduler.config.get(KEY) is None:
-        return
-    pipeline.scheduler = QSched.wrap(pipeline.scheduler)
-    found_with = pipeline.scheduler.tables.fingerprint
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
-    if found_with not in (None, fingerprint({"denoiser": denoiser})):
-        logger.warning(
-            "Q-Sched's factors in this scheduler's configuration were found with other weights than this pipeline's"
-        )
 
 
 def load_model(

@@ -15,11 +15,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    FluxImg2ImgPipeline,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     TCDScheduler,
 )
-from tiny import sd_pipeline
+from tiny import flux_pipeline, sd_pipeline
 
 from diffalign.errors import UsageError
 from diffalign.schedulers import Coefficients, QSched
@@ -256,6 +257,62 @@ def test_factors_of_another_denoiser_are_forgotten():
     assert not scheduler.tables.steps
 
 
+def test_factors_found_with_other_weights_leave_the_schedule_as_it_is(caplog):
+    tuned = QSched.wrap(FlowMatchEulerDiscreteScheduler())
+    tuned.set_coefficients(Coefficients.ramp(0.9, 1.1, 4), fingerprint="a")
+    for denoiser, expected in (("a", 0.9), (None, 0.9), ("b", 1.0)):
+        stock = FlowMatchEulerDiscreteScheduler.from_config(tuned.config)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = QSched.wrap(stock, fingerprint=denoiser)
+            found.set_timesteps(4)
+        assert found.coefficients.sample[0] == expected
+        assert bool(caplog.records) == (denoiser == "b")
+    assert [r.message for r in caplog.records] == [
+        "Q-Sched's factors were found with other weights than this pipeline's: the schedule stays as it is"
+    ]
+    plain, _ = made("flow")
+    assert torch.equal(draw(plain, {})[0][-1][0], draw(found, {})[0][-1][0])
+    assert found.tables == tuned.tables  # kept for those whose they are
+    found.set_coefficients(Coefficients.ramp(1.1, 0.9, 2))
+    assert set(found.tables.steps) == {2}
+    assert found.tables.fingerprint == "b"
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (EulerDiscreteScheduler, {}, "a scheduler of class LCMScheduler, this is EulerDis"),
+        (TCDScheduler, {}, "a scheduler of class LCMScheduler, this is TCDScheduler"),
+        (LCMScheduler, {"prediction_type": "v_prediction"}, "prediction_type epsilon, this is v_"),
+        (LCMScheduler, {"timestep_spacing": "trailing"}, "timestep_spacing leading, this is trai"),
+        (LCMScheduler, {"beta_end": 0.02}, "beta_end 0.012, this is 0.02"),
+    ],
+)
+def test_factors_are_of_a_scheduler_and_its_settings(make, changes, message, caplog):
+    """diffusers' from_config hands unknown keys on to any other class."""
+    tuned, _ = wrapped("lcm", Coefficients.ramp(0.9, 1.1, 4))
+    other = make.from_config(tuned.config, **changes)
+    with caplog.at_level(logging.WARNING):
+        found = QSched.wrap(other)
+    assert message in caplog.text
+    found.set_timesteps(4)
+    assert found.coefficients.identity
+    stock = make(**{k: v for k, v in other.config.items() if k != "qsched"})
+    stock.set_timesteps(4)
+    assert torch.equal(draw(stock, {})[0][-1][0], draw(found, {})[0][-1][0])
+    found.set_coefficients(Coefficients.ramp(1.1, 0.9, 4))
+    assert found.coefficients == Coefficients.ramp(1.1, 0.9, 4)
+
+
+def test_configurations_that_do_not_say_whose_they_are_count_as_ours():
+    tuned, _ = wrapped("lcm", Coefficients.ramp(0.9, 1.1, 4))
+    del tuned.config["qsched"]["scheduler"]
+    found = QSched.wrap(LCMScheduler.from_config(tuned.config))
+    found.set_timesteps(4)
+    assert found.coefficients == Coefficients.ramp(0.9, 1.1, 4)
+
+
 @each
 def test_saved_configurations_come_back_byte_for_byte(case, tmp_path):
     scheduler, _ = wrapped(case, Coefficients.ramp(0.97, 1.03, 4))
@@ -287,32 +344,45 @@ def test_copies_and_pickles_keep_the_factors():
     assert torch.equal(draw(scheduler, {})[0][-1][0], expected[-1][0])
 
 
-def test_image_to_image_counts_steps_from_where_it_begins():
+IMAGE_TO_IMAGE = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "tcd": (TCDScheduler, {}),
+    "flow": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+    "flow lcm": (FlowMatchLCMScheduler, {"shift": 3.0}),
+}
+
+
+@pytest.mark.parametrize("case", IMAGE_TO_IMAGE)
+def test_image_to_image_counts_steps_from_where_it_begins(case, monkeypatch):
     """Half of the strength leaves out half of the steps; the factors of the others are at their own steps."""
-    pipe = sd_pipeline()
-    coefficients = Coefficients((5.0, 5.0, 0.9, 1.1), (5.0, 5.0, 1.05, 0.95))
-    for cls in (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler):
-        scheduler = QSched.wrap(
-            cls(**DDPM, **({"clip_sample": False} if "DDIM" in str(cls) else {}))
-        )
-        scheduler.set_coefficients(coefficients)
-        used = []
-        original = type(scheduler)._factors
+    cls, config = IMAGE_TO_IMAGE[case]
+    if case.startswith("flow"):
+        pipe, kind, options = flux_pipeline(), FluxImg2ImgPipeline, {"max_sequence_length": 16}
+        kept, side = {}, 16
+    else:
+        pipe, kind, options = sd_pipeline(), StableDiffusionImg2ImgPipeline, {}
+        config, kept = DDPM | {"steps_offset": 1} | config, {"requires_safety_checker": False}
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    scheduler = QSched.wrap(cls(**config))
+    scheduler.set_coefficients(Coefficients((5.0, 5.0, 0.9, 1.1), (5.0, 5.0, 1.05, 0.95)))
+    used = []
+    original = QSched._factors
 
-        def spy(self, index, sample, original=original, used=used):
-            used.append(original(self, index, sample))
-            return used[-1]
+    def spy(self, index, sample):
+        used.append((index, original(self, index, sample)))
+        return used[-1][1]
 
-        type(scheduler)._factors = spy
-        try:
-            parts = {**pipe.components, "scheduler": scheduler}
-            image = torch.zeros(1, 3, *[pipe.unet.config.sample_size * pipe.vae_scale_factor] * 2)
-            StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)(
-                "a", image=image, strength=0.5, num_inference_steps=4, output_type="latent"
-            )
-        finally:
-            type(scheduler)._factors = original
-        assert used == [(0.9, 1.05), (1.1, 0.95)]
+    monkeypatch.setattr(QSched, "_factors", spy)
+    parts = {**pipe.components, "scheduler": scheduler}
+    parts.pop("image_encoder", None)
+    image = torch.zeros(1, 3, side, side)
+    kind(**parts, **kept)(
+        "a", image=image, strength=0.5, num_inference_steps=4, output_type="latent", **options
+    )
+    assert used == [(2, (0.9, 1.05)), (3, (1.1, 0.95))]
 
 
 @each
@@ -357,6 +427,10 @@ def test_what_is_not_linear_is_refused():
         ((), (), "as many factors"),
         ((float("nan"),), (1.0,), "finite"),
         ((1.0,), ("x",), "finite"),
+        ((float("inf"),), (1.0,), "finite"),
+        ((0.0,), (1.0,), r"must lie in 0\.1\.\.10, got 0\.0"),
+        ((1.0,), (-1.0,), r"must lie in 0\.1\.\.10"),
+        ((1.0,), (10.5,), r"must lie in 0\.1\.\.10"),
     ],
 )
 def test_factors_that_cannot_be_used(sample, model_output, message):
@@ -373,6 +447,8 @@ def test_factors_that_cannot_be_used(sample, model_output, message):
         {"version": 1, "steps": {"4": {"sample": [1.0]}}},
         {"version": 1, "steps": {"4": {"sample": [1.0], "model_output": [1.0]}}},
         {"version": 1, "steps": {"x": {"sample": [1.0], "model_output": [1.0]}}},
+        {"version": 1, "steps": {"1": {"sample": [-1.0], "model_output": [1.0]}}},
+        {"version": 1, "steps": {}, "scheduler": "EulerDiscreteScheduler"},
     ],
 )
 def test_damaged_configurations_are_refused(raw):

@@ -15,9 +15,10 @@ The `int8` and `int4` of this project run wherever torch does. They multiply unp
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign.errors import UsageError
 
@@ -108,19 +109,44 @@ def resolve(
         hint = f"did you mean {close[0]}?" if close else f"known are auto, {', '.join(BACKENDS)}"
         raise UsageError(f"no quantisation backend {backend!r}; {hint}")
     chosen = BACKENDS[backend]
-    instead = f"int{chosen.bits} runs anywhere"
-    if chosen.library and _version(chosen.library) < _numbers(chosen.least):
-        needed = f"{chosen.library}>={chosen.least}"
-        raise UsageError(f"{backend} needs {needed}: pip install '{needed}'; {instead}")
-    if chosen.capability and _capability(device) < chosen.capability:
-        needed = ".".join(map(str, chosen.capability))
-        kind = f"a CUDA device of compute capability {needed}" if any(chosen.capability) else "CUDA"
-        raise UsageError(f"{backend} needs {kind}, this is {_describe(device)}; {instead}")
+    missing = _missing(chosen, device)
+    if missing:
+        raise UsageError(f"{backend} needs {missing}; int{chosen.bits} runs anywhere")
     if training and not chosen.trains:
         raise UsageError(
             f"no gradient passes through {backend}, which rounds activations: train over int8 or int4"
         )
     return backend
+
+
+def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str | None:
+    """What a device lacks to run a saved model, in words; None: nothing that is known here.
+
+    Args:
+        config: the `quantization_config` of its config.json.
+    """
+    if config.get("load_in_8bit") or config.get("load_in_4bit"):
+        return _missing(BACKENDS["bnb-int8"], device)
+    if config.get("quant_method") != "torchao":
+        return None
+    # {"default": {"_type": NAME}}; older versions of torchao wrote a name of their own
+    kind = config.get("quant_type")
+    inner = kind.get("default") if isinstance(kind, Mapping) else None
+    name = inner.get("_type") if isinstance(inner, Mapping) else None
+    known = [b for b in BACKENDS.values() if name and b.settings == name]
+    return _missing(known[0] if known else BACKENDS["torchao-int8wo"], device)
+
+
+def _missing(backend: Backend, device: torch.device | str) -> str | None:
+    """What a device lacks for a backend, in words."""
+    if backend.library and _version(backend.library) < _numbers(backend.least):
+        needed = f"{backend.library}>={backend.least}"
+        return f"{needed}: pip install '{needed}'"
+    if backend.capability and _capability(device) < backend.capability:
+        needed = ".".join(map(str, backend.capability))
+        kind = f"a CUDA device of compute capability {needed}"
+        return f"{kind if any(backend.capability) else 'CUDA'}, this is {_describe(device)}"
+    return None
 
 
 def _choose(device: torch.device | str, model: nn.Module | type | None) -> str:

@@ -23,7 +23,9 @@ def best_factors(u: Tensor, v: Tensor, y: Tensor, *, ridge: float = 0.0) -> tupl
     rho = ridge * (uu + vv) / 2
     matrix = torch.stack([torch.stack([uu + rho, uv]), torch.stack([uv, vv + rho])])
     right = torch.stack([u @ y + rho, v @ y + rho])
-    if torch.linalg.cond(matrix) > 1e12:  # one of them is nothing, or they are one
-        return 1.0, 1.0
+    if not torch.isfinite(matrix).all() or torch.linalg.cond(matrix) > 1e12:
+        return 1.0, 1.0  # one of them is nothing, or they are one
     found = torch.linalg.solve(matrix, right)
+    if not torch.isfinite(found).all():
+        return 1.0, 1.0
     return float(found[0]), float(found[1])

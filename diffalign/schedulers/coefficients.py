@@ -11,6 +11,8 @@ from diffalign.errors import UserError
 
 KEY = "qsched"
 VERSION = 1
+LEAST, MOST = 0.1, 10.0
+"""Of a factor: searches stay within 0.8 to 1.2, and what lies beyond these is damage and no schedule."""
 
 
 class CoefficientsError(UserError, ValueError):
@@ -34,6 +36,8 @@ class Coefficients:
         for value in (*self.sample, *self.model_output):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise CoefficientsError(f"factors must be finite numbers, got {value!r}")
+            if not LEAST <= value <= MOST:
+                raise CoefficientsError(f"factors must lie in {LEAST:g}..{MOST:g}, got {value!r}")
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -71,17 +75,19 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Tables:
-    """What a configuration keeps: `steps`, coefficients for each number of steps that was tuned, and the `fingerprint`
-    of the denoiser that they were found with."""
+    """What a configuration keeps: `steps`, coefficients for each number of steps that was tuned, and what they were
+    found with: the `fingerprint` of the denoiser, and class and settings of the `scheduler`. None: not known."""
 
     steps: Mapping[int, Coefficients]
     fingerprint: str | None = None
+    scheduler: Mapping[str, Any] | None = None
 
     def to_config(self) -> dict[str, Any]:
         """Plain JSON."""
         return {
             "version": VERSION,
             "fingerprint": self.fingerprint,
+            "scheduler": None if self.scheduler is None else dict(self.scheduler),
             "steps": {
                 str(n): {"sample": list(c.sample), "model_output": list(c.model_output)}
                 for n, c in sorted(self.steps.items())
@@ -110,4 +116,7 @@ class Tables:
         for n, c in steps.items():
             if n != len(c):
                 raise CoefficientsError(f"{KEY!r} holds {len(c)} factors for {n} steps")
-        return cls(steps, raw.get("fingerprint"))
+        scheduler = raw.get("scheduler")
+        if not isinstance(scheduler, Mapping | None):
+            raise CoefficientsError(f"{KEY!r} holds a damaged scheduler: {scheduler!r}")
+        return cls(steps, raw.get("fingerprint"), scheduler)

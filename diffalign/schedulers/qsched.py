@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,42 +58,77 @@ class QSched:
     _active: Coefficients | None
     _trial: tuple[Tensor, Tensor] | None = None
     _updates: dict[Any, dict[str, Update]]
-    _warned: set[int]
+    _warned: set[Any]
+    _denoiser: str | None = None
 
     @staticmethod
-    def wrap(scheduler: Any) -> Any:
-        """The same scheduler, ready for factors; those that its configuration holds are in force.
+    def wrap(scheduler: Any, *, fingerprint: str | None = None) -> Any:
+        """The same scheduler, ready for factors; those that its configuration holds are in force. With a warning they
+        are not where they were found for another class of scheduler, for other settings, or with another denoiser.
+
+        Args:
+            fingerprint: of the denoiser that the scheduler serves; None: any.
 
         Raises:
             UsageError: its step is not linear in both inputs.
             CoefficientsError: its configuration holds damaged factors.
         """
         if isinstance(scheduler, QSched):
+            if fingerprint is not None:
+                scheduler._denoiser = fingerprint
+                scheduler._look_up()
             return scheduler
         _check_linear(scheduler)
-        return _restore(type(scheduler), copy.copy(scheduler.__dict__))
+        state = copy.copy(scheduler.__dict__)
+        return _restore(type(scheduler), state | {"_denoiser": fingerprint})
 
     @property
     def tables(self) -> Tables:
         """All that the configuration holds."""
         return Tables.from_config(self.config.get(KEY))  # type: ignore[attr-defined]
 
+    @tables.setter
+    def tables(self, tables: Tables) -> None:
+        raw = tables.to_config() if tables.steps else None
+        self.register_to_config(**{KEY: raw})  # type: ignore[attr-defined]
+        self._look_up()
+
     def set_coefficients(
         self, coefficients: Coefficients, *, fingerprint: str | None = None
     ) -> None:
         """Keep factors for len(coefficients) steps in the configuration. Those for other numbers of steps stay, unless
-        they were found with another denoiser."""
+        they were found with another denoiser or another scheduler."""
         known = self.tables
-        kept = known.steps if fingerprint in (None, known.fingerprint) else {}
-        steps = {**kept, len(coefficients): coefficients}
-        tables = Tables(steps, fingerprint or known.fingerprint)
-        self.register_to_config(**{KEY: tables.to_config()})  # type: ignore[attr-defined]
-        self._look_up()
+        denoiser = fingerprint or self._denoiser
+        if self._foreign(known, denoiser):
+            known = Tables({})
+        steps = {**known.steps, len(coefficients): coefficients}
+        self.tables = Tables(steps, denoiser or known.fingerprint, self.settings)
 
     def clear_coefficients(self) -> None:
         """Forget all factors."""
-        self.register_to_config(**{KEY: None})  # type: ignore[attr-defined]
-        self._look_up()
+        self.tables = Tables({})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about its updates, as plain JSON: its class, and its configuration but for the factors."""
+        own = {
+            name: value
+            for name, value in self.config.items()  # type: ignore[attr-defined]
+            if name in _parameters(self.stock, "__init__") and name != KEY
+        }
+        return {"_class_name": self.stock.__name__, **json.loads(json.dumps(own, default=str))}
+
+    def _foreign(self, tables: Tables, denoiser: str | None) -> str | None:
+        """Why factors are not this scheduler's or this denoiser's, in words."""
+        own = self.settings
+        for name, value in (tables.scheduler or {}).items():
+            if name in own and own[name] != value:
+                what = name.replace("_class_name", "a scheduler of class")
+                return f"{what} {value}, this is {own[name]}"
+        if None not in (denoiser, tables.fingerprint) and denoiser != tables.fingerprint:
+            return "other weights than this pipeline's"
+        return None
 
     @property
     def coefficients(self) -> Coefficients:
@@ -115,7 +151,17 @@ class QSched:
         self._look_up()
 
     def _look_up(self) -> None:
-        steps, number = self.tables.steps, len(self.timesteps)  # type: ignore[attr-defined]
+        tables, number = self.tables, len(self.timesteps)  # type: ignore[attr-defined]
+        foreign = self._foreign(tables, self._denoiser) if tables.steps else None
+        if foreign is not None:
+            self._active = None
+            if foreign not in self._warned:
+                self._warned.add(foreign)
+                logger.warning(
+                    "Q-Sched's factors were found with %s: the schedule stays as it is", foreign
+                )
+            return
+        steps = tables.steps
         self._active = steps.get(number)
         if self._active is not None and self._active.identity:
             self._active = None
@@ -276,5 +322,5 @@ def _read_off(
 
 
 @functools.cache
-def _parameters(stock: type) -> frozenset[str]:
-    return frozenset(inspect.signature(stock.step).parameters)  # type: ignore[attr-defined]
+def _parameters(stock: type, method: str = "step") -> frozenset[str]:
+    return frozenset(inspect.signature(getattr(stock, method)).parameters)

@@ -12,6 +12,7 @@ import numpy as np
 
 from diffalign.errors import UsageError
 from diffalign.schedulers import Coefficients
+from diffalign.schedulers.coefficients import LEAST, MOST
 
 Engine = Generator[list[Coefficients], Sequence[float], None]
 
@@ -27,8 +28,11 @@ class Space:
     start: Coefficients | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= 1 <= self.high:
-            raise UsageError(f"--box: must hold 1 and be positive, got {self.low:g}..{self.high:g}")
+        if not (LEAST <= self.low <= 1 <= self.high <= MOST and self.low < self.high):
+            raise UsageError(
+                f"--box: must hold 1 and something else, within {LEAST:g}..{MOST:g}; got "
+                f"{self.low:g}..{self.high:g}"
+            )
 
     @property
     def origin(self) -> Coefficients:

@@ -13,6 +13,7 @@ from diffalign.pipelines.sampling import Sampling, scheduler_step
 from diffalign.precision import compute
 from diffalign.schedulers import Coefficients
 from diffalign.schedulers.closed_form import best_factors
+from diffalign.schedulers.coefficients import LEAST, MOST
 from diffalign.tuning.evaluator import Evaluator
 
 RIDGE = 1e-3
@@ -43,7 +44,8 @@ def closed_form(
         u = update[0] * torch.cat(both.ours)
         v = update[1] * torch.cat(ours)
         y = update[0] * torch.cat(both.theirs) + update[1] * torch.cat(theirs)
-        found.append(best_factors(u, v, y, ridge=ridge))
+        pair = best_factors(u, v, y, ridge=ridge)
+        found.append((min(max(pair[0], LEAST), MOST), min(max(pair[1], LEAST), MOST)))
         both.step(i, ours, theirs, found[-1])
     return Coefficients(tuple(a for a, _ in found), tuple(b for _, b in found))
 

@@ -17,7 +17,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.preference import interval
 from diffalign.evaluation.score import Score
-from diffalign.fingerprint import fingerprint
+from diffalign.fingerprint import of_denoiser
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.engines import ENGINES, Space
@@ -80,8 +80,9 @@ class TuneResult:
         return self.best if self.accepted else Coefficients.ones(len(self.best))
 
     def apply(self, pipeline: Any) -> None:
-        """Put the factors into a pipeline's scheduler; its next call with so many steps uses them."""
-        pipeline.scheduler = QSched.wrap(pipeline.scheduler)
+        """Put the factors into a pipeline's scheduler; its next call with so many steps uses them, if its weights are
+        those that they were found with."""
+        pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=of_denoiser(pipeline))
         pipeline.scheduler.set_coefficients(self.coefficients, fingerprint=self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,8 +148,7 @@ def tune(
     try:
         return _tune(model, prompts, score, settings, drawing, reference, file, started)
     finally:
-        for coefficients in known.steps.values():
-            pipeline.scheduler.set_coefficients(coefficients, fingerprint=known.fingerprint)
+        pipeline.scheduler.tables = known
 
 
 def _tune(
@@ -161,11 +161,11 @@ def _tune(
     file: Path | None,
     started: float,
 ) -> TuneResult:
-    identity = fingerprint({"denoiser": model.denoiser})
+    identity = of_denoiser(model.pipeline)
     terms = list(settings.objective)
     calibration, held_out = split(prompts, settings.held_out)
     bar = tqdm(desc="qsched", unit="candidate", total=settings.budget)
-    key = [identity, type(model.pipeline.scheduler).__name__]
+    key = [identity, model.pipeline.scheduler.settings]
     evaluator = Evaluator(
         model, calibration, score, terms, drawing, file=file, key=key, progress=bar.update
     )

@@ -1,0 +1,70 @@
+"""What a folder of this suite holds besides what stock diffusers reads: quantised weights, and Q-Sched's factors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
+
+from diffalign.errors import UsageError
+from diffalign.fingerprint import UnknownWeights, of_denoiser
+from diffalign.quantization.backends import missing_for
+from diffalign.schedulers import QSched
+from diffalign.schedulers.coefficients import KEY
+
+logger = logging.getLogger(__name__)
+QUANTISED = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Components that may be."""
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+"""Of `from_pretrained`, that say where files are."""
+
+
+class _ModelConfig(ConfigMixin):
+    config_name = "config.json"
+
+
+def check_backends(source: str, given: Mapping[str, Any]) -> None:
+    """Refuse weights that nothing here can run, before they are read: what diffusers says of them depends on the
+    backend and seldom names a package.
+
+    Args:
+        source: a folder or a hub id.
+        given: arguments of `from_pretrained`; components among them are not looked at.
+
+    Raises:
+        UsageError: a package or a device is missing; the message says which.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = {k: v for k, v in given.items() if k in HUB_OPTIONS}
+    try:
+        index = DiffusionPipeline.load_config(source, **where)
+    except (OSError, ValueError):  # from_pretrained says what is wrong
+        return
+    for part in set(QUANTISED) & set(index) - set(given):
+        try:
+            config = _ModelConfig.load_config(source, subfolder=part, **where)
+        except (OSError, ValueError):
+            continue
+        method = config.get("quantization_config") or {}
+        missing = missing_for(method, device=device)
+        if missing:
+            raise UsageError(
+                f"{source} could not be loaded: its {part} is quantised with {method.get('quant_method')}, which "
+                f"needs {missing}"
+            )
+
+
+def apply_factors(pipeline: Any) -> None:
+    """Wrap a scheduler whose configuration holds Q-Sched's factors. Those of other weights stay out of force, with a
+    warning."""
+    if pipeline.scheduler.config.get(KEY) is None:
+        return
+    try:
+        found = of_denoiser(pipeline)
+    except UnknownWeights as error:
+        logger.warning("Q-Sched's factors are in force unchecked: %s", error)
+        found = None
+    pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=found)
