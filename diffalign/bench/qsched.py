@@ -70,11 +70,12 @@ FORMS = {
 class Size:
     """How much is drawn."""
 
-    budget: int = 48
+    budget: int = 24
     prompts: int = 96
-    images_per_task: int = 64
+    images_per_task: int = 48
     grid: int = 50
-    grid_images: int = 16
+    grid_images: int = 8
+    grid_seeds: int = 1
     rows: int = 16
     steps: tuple[int, ...] = STEPS
 
@@ -290,7 +291,10 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
             "latency_ratio": student.latency(form),
             "steps": {steps: table(found) for steps, found in cells.items()},
         }
-    return {"forms": forms, "grid": [student.grid(seed) for seed in range(seeds)]}
+    return {
+        "forms": forms,
+        "grid": [student.grid(s) for s in range(min(seeds, student.size.grid_seeds))],
+    }
 
 
 def table(cells: list[dict[str, Any]]) -> dict[str, Any]:
