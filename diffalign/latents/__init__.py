@@ -1,0 +1,1 @@
+"""Latent spaces: what maps pixels to them, and how a denoiser moves from one to another."""

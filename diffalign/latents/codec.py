@@ -1,0 +1,150 @@
+"""`LatentCodec`: all that lies between pixels and a denoiser's tokens, for any autoencoder of diffusers.
+
+A denoiser sees tokens: patches of scaled latents. How many pixels a token stands for, how many numbers it holds, where
+it lies and which autoencoder reads it back is one thing, and only here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+
+from diffalign.fingerprint import fingerprint
+
+
+def encoded(vae: nn.Module, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:
+    """Latents as the autoencoder makes them, not scaled, and a penalty on them.
+
+    Args:
+        vae: with a posterior (AutoencoderKL) or without one (AutoencoderDC).
+        pixels: (B, 3, H, W) in -1..1.
+        sample: draw from the posterior instead of taking its mode.
+
+    Returns:
+        (B, C, h, w), and the posterior's divergence from a standard normal, a mean over everything: 0 without one.
+    """
+    found = vae.encode(pixels)
+    if hasattr(found, "latent"):
+        return found.latent, pixels.new_zeros(())
+    posterior = found.latent_dist
+    latents = posterior.sample() if sample else posterior.mode()
+    penalty = posterior.kl().mean() / latents[0].numel() if sample else pixels.new_zeros(())
+    return latents, penalty
+
+
+def compression(vae: nn.Module) -> int:
+    """Pixels of a side of the image for one of the latents."""
+    if isinstance(vae, AutoencoderDC):
+        return int(vae.spatial_compression_ratio)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def pack(latents: Tensor, patch_size: int) -> Tensor:
+    """(B, C, h, w) to tokens (B, h/p * w/p, C p p): each p x p patch becomes one token, its numbers in the order
+    (channel, row, column)."""
+    b, c, h, w = latents.shape
+    p = patch_size
+    patches = latents.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def unpack(tokens: Tensor, patch_size: int, *, height: int, width: int) -> Tensor:
+    """The inverse of `pack`; `height` and `width` are those of the latents."""
+    b, _, numbers = tokens.shape
+    p = patch_size
+    patches = tokens.reshape(b, height // p, width // p, numbers // (p * p), p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, numbers // (p * p), height, width)
+
+
+def position_ids(rows: int, columns: int) -> Tensor:
+    """(rows * columns, 3) float32: FLUX's ids (0, row, column) of a grid of tokens, with steps of 1."""
+    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    ids = torch.stack([torch.zeros_like(places[0]), *places], dim=-1)
+    return ids.reshape(-1, 3).float()
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one)."""
+
+    vae: nn.Module
+    patch_size: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers in a token."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def compression(self) -> int:
+        return compression(self.vae)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Of a side of the image; height and width must be multiples of it."""
+        return self.compression * self.patch_size
+
+    @property
+    def scale(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def shift(self) -> float:
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
+    def tokens(self, height: int, width: int) -> int:
+        """Of an image of that size in pixels."""
+        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of one image."""
+        return self.channels, height // self.compression, width // self.compression
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 to latents (B, C, h, w): the mode of the posterior, scaled and shifted."""
+        pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
+        return (encoded(self.vae, pixels)[0] - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W) uint8, as the stock pipelines make them."""
+        latents = latents / self.vae.config.scaling_factor + self.shift
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+        return (pixels * 255).round().to(torch.uint8)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """As the function."""
+        return pack(latents, self.patch_size)
+
+    def unpack(self, tokens: Tensor, *, height: int, width: int) -> Tensor:
+        """As the function."""
+        return unpack(tokens, self.patch_size, height=height, width=width)
+
+    @cached_property
+    def identity(self) -> str:
+        """16 hex digits: the same for the same weights, wherever and in whatever dtype they are loaded."""
+        return fingerprint({"vae": self.vae})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {
+            "autoencoder": type(self.vae).__name__,
+            "identity": self.identity,
+            "compression": self.compression,
+            "channels": self.channels,
+            "patch_size": self.patch_size,
+            "scale": self.scale,
+            "shift": self.shift,
+        }

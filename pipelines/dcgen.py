@@ -1,0 +1,324 @@
+"""Stock pipelines over a deeply compressed autoencoder: one token for each place of its latents.
+
+Transformer, autoencoder and scheduler are stock classes. A saved folder carries this file, which needs nothing but
+diffusers, so that it loads in any environment:
+
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+"""
+
+import functools
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+from diffusers import FluxPipeline, SanaPipeline, StableDiffusion3Pipeline
+from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
+from diffusers.utils.torch_utils import randn_tensor
+
+MODULE = "pipeline_dcgen"
+BINS = {
+    512: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
+    1024: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
+    2048: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
+}
+"""Sizes of SANA's images by the side of a square one, in pixels."""
+
+
+def compression_of(vae):
+    """Pixels of a side of the image for one of the latents."""
+    if hasattr(vae, "spatial_compression_ratio"):
+        return vae.spatial_compression_ratio
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+class DeepLatents:
+    """What the pipelines share. `image_size` is the side in pixels of what they draw by default, `max_sequence_length`
+    the number of text tokens that the denoiser was trained with; both stand in `model_index.json`."""
+
+    def _use(self, vae, image_size, max_sequence_length):
+        """Take the autoencoder in, after the stock pipeline has been set up without one."""
+        if vae is not None and vae.config.latent_channels != self.transformer.config.in_channels:
+            raise ValueError(
+                f"this transformer reads {self.transformer.config.in_channels} channels, the autoencoder's latents have "
+                f"{vae.config.latent_channels}: it is another autoencoder"
+            )
+        self.register_modules(vae=vae)
+        self.register_to_config(image_size=image_size, max_sequence_length=max_sequence_length)
+        self.vae_scale_factor = 32 if vae is None else compression_of(vae)
+        if vae is not None and getattr(vae.config, "shift_factor", None) is None:
+            vae.register_to_config(shift_factor=0.0)  # stock pipelines read it; not saved
+        self.default_sample_size = (
+            image_size or 32 * self.vae_scale_factor
+        ) // self.vae_scale_factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def _check_size(self, height, width):
+        f = self.vae_scale_factor
+        if height % f or width % f or height <= 0 or width <= 0:
+            near = [max(f, round(side / f) * f) for side in (height, width)]
+            raise ValueError(
+                f"`height` and `width` must be multiples of {f} pixels, not {height} and {width}; the nearest are "
+                f"{near[0]} and {near[1]}"
+            )
+
+    def _text_length(self, asked):
+        trained = self.config.max_sequence_length
+        if None not in (asked, trained) and asked != trained:
+            raise ValueError(
+                f"`max_sequence_length` is {asked}, but this model was trained with {trained} text tokens; leave it out"
+            )
+        return asked or trained
+
+    def _latents(self, shape, latents, dtype, device, generator):
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != tuple(shape):
+            raise ValueError(
+                f"`latents` must have the shape {tuple(shape)}, not {tuple(latents.shape)}"
+            )
+        return latents.to(device=device, dtype=dtype)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the stock method; the folder names this file and holds it."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "save the folder first and upload it as a whole: it holds a file of code"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        _edit(
+            folder / "model_index.json",
+            lambda c: c | {"_class_name": [MODULE, type(self).__name__]},
+        )
+        if self.vae is not None and self.vae.config.get("shift_factor") == 0.0:
+            _edit(
+                folder / "vae" / "config.json",
+                lambda c: {k: c[k] for k in c if k != "shift_factor"},
+            )
+        shutil.copyfile(inspect.getfile(type(self)), folder / f"{MODULE}.py")
+
+
+def _edit(file, change):
+    found = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class DCGenFluxPipeline(DeepLatents, FluxPipeline):
+    """`FluxPipeline`; `latents`, where they are given, are packed as there: (B, h w, C)."""
+
+    def __init__(
+        self,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        text_encoder_2,
+        tokenizer_2,
+        transformer,
+        image_encoder=None,
+        feature_extractor=None,
+        image_size: int | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        super().__init__(
+            scheduler=scheduler,
+            vae=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self._use(vae, image_size, max_sequence_length)
+
+    def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
+        self._check_size(height, width)
+        factor = self.vae_scale_factor
+        self.vae_scale_factor = 1  # the stock check only warns of sizes, in patches of two
+        try:
+            super().check_inputs(prompt, prompt_2, 2 * height, 2 * width, *args, **kwargs)
+        finally:
+            self.vae_scale_factor = factor
+
+    @staticmethod
+    def _pack_latents(latents, batch_size, num_channels_latents, height, width):
+        return latents.flatten(2).transpose(1, 2)
+
+    @staticmethod
+    def _unpack_latents(latents, height, width, vae_scale_factor):
+        size = int(height) // vae_scale_factor, int(width) // vae_scale_factor
+        return latents.transpose(1, 2).unflatten(2, size)
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents=None,
+    ):
+        h, w = int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
+        channels = self.transformer.config.in_channels
+        ids = self._prepare_latent_image_ids(batch_size, h, w, device, dtype)
+        if latents is not None:
+            return self._latents(
+                (batch_size, h * w, channels), latents, dtype, device, generator
+            ), ids
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images")
+        noise = self._latents((batch_size, channels, h, w), None, dtype, device, generator)
+        return self._pack_latents(noise, batch_size, channels, h, w), ids
+
+    @functools.wraps(FluxPipeline.__call__)
+    def __call__(self, *args, max_sequence_length=None, **kwargs):
+        return super().__call__(
+            *args, max_sequence_length=self._text_length(max_sequence_length) or 512, **kwargs
+        )
+
+
+class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline`."""
+
+    def __init__(
+        self,
+        transformer,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        text_encoder_2,
+        tokenizer_2,
+        text_encoder_3,
+        tokenizer_3,
+        image_encoder=None,
+        feature_extractor=None,
+        image_size: int | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        super().__init__(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        self._use(vae, image_size, max_sequence_length)
+
+    def check_inputs(self, prompt, prompt_2, prompt_3, height, width, *args, **kwargs):
+        self._check_size(height, width)
+        super().check_inputs(prompt, prompt_2, prompt_3, height, width, *args, **kwargs)
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents=None,
+    ):
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images")
+        f = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, int(height) // f, int(width) // f)
+        return self._latents(shape, latents, dtype, device, generator)
+
+    @functools.wraps(StableDiffusion3Pipeline.__call__)
+    def __call__(self, *args, max_sequence_length=None, **kwargs):
+        return super().__call__(
+            *args, max_sequence_length=self._text_length(max_sequence_length) or 256, **kwargs
+        )
+
+
+class DCGenSanaPipeline(DeepLatents, SanaPipeline):
+    """`SanaPipeline`, which takes the table of aspect ratios for the size that it draws by default: the stock one goes
+    by the side of the latents, and a deeper autoencoder halves that."""
+
+    def __init__(
+        self,
+        tokenizer,
+        text_encoder,
+        vae,
+        transformer,
+        scheduler,
+        image_size: int | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=None,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self._use(vae, image_size, max_sequence_length)
+        self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents=None,
+    ):
+        self._check_size(height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images")
+        f = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, int(height) // f, int(width) // f)
+        return self._latents(shape, latents, dtype, device, generator)
+
+    @functools.wraps(SanaPipeline.__call__)
+    def __call__(
+        self,
+        *args,
+        height=None,
+        width=None,
+        output_type="pil",
+        return_dict=True,
+        use_resolution_binning=True,
+        max_sequence_length=None,
+        **kwargs,
+    ):
+        side = self.config.image_size or 1024
+        asked = height or side, width or side
+        size, bins = asked, BINS.get(side)
+        binned = use_resolution_binning and bins is not None
+        if binned:
+            size = self.image_processor.classify_height_width_bin(*asked, ratios=bins)
+        # what is cut to size afterwards comes as a tensor first
+        tensor = binned and size != asked and output_type != "latent"
+        output = super().__call__(
+            *args,
+            height=size[0],
+            width=size[1],
+            output_type="pt" if tensor else output_type,
+            use_resolution_binning=False,
+            max_sequence_length=self._text_length(max_sequence_length) or 300,
+            **kwargs,
+        )
+        if tensor:
+            images = self.image_processor.resize_and_crop_tensor(
+                2 * output.images - 1, asked[1], asked[0]
+            )
+            output.images = self.image_processor.postprocess(images, output_type=output_type)
+        return output if return_dict else (output.images,)
