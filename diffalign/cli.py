@@ -279,7 +279,7 @@ def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=1,
         help="images of the forward that is timed; 0: none; default: %(default)s",
     )
-    _model_flags(quantize, steps=4)
+    _model_flags(quantize, steps=4, solver=False)
 
 
 def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -301,7 +301,7 @@ def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     qsched.add_argument(
         "--reference",
         default=None,
-        help="the model before quantisation: begin with the closed form",
+        help="the model before quantisation: begin with the closed form, where that is better",
     )
     qsched.add_argument(
         "--engine",
@@ -337,8 +337,10 @@ def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=Path("runs/qsched"),
         help="scores are kept here; default: %(default)s",
     )
-    qsched.add_argument("--plot", type=Path, default=None, help="a picture of the search")
-    _model_flags(qsched, steps=4)
+    qsched.add_argument(
+        "--plot", type=Path, default=None, help="a picture of the search (.png, .svg, .pdf)"
+    )
+    _model_flags(qsched, steps=4, solver=False)
 
 
 def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -371,7 +373,8 @@ def _add_service(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
-def _model_flags(parser: argparse.ArgumentParser, *, steps: int = 10) -> None:
+def _model_flags(parser: argparse.ArgumentParser, *, steps: int = 10, solver: bool = True) -> None:
+    """`solver`: whether the verb draws with another than the model's own."""
     parser.add_argument(
         "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
     )
@@ -382,12 +385,13 @@ def _model_flags(parser: argparse.ArgumentParser, *, steps: int = 10) -> None:
     parser.add_argument(
         "--num_inference_steps", type=int, default=steps, help="default: %(default)s"
     )
-    parser.add_argument(
-        "--solver",
-        default="default",
-        choices=("default", "adams_bashforth"),
-        help="see docs/awm.md",
-    )
+    if solver:
+        parser.add_argument(
+            "--solver",
+            default="default",
+            choices=("default", "adams_bashforth"),
+            help="see docs/awm.md",
+        )
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: none")
     parser.add_argument("--height", type=int, default=None, help="pixels; default: the model's")
     parser.add_argument("--width", type=int, default=None, help="pixels; default: the model's")

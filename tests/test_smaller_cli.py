@@ -158,6 +158,40 @@ def test_a_named_model_gets_a_folder_of_its_own(tmp_path, capsys):
     assert image(diffalign.load(tmp_path / "tuned")).std() > 0
 
 
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../own", "{}/transformer/..", "link", "relative"])
+def test_a_folder_is_itself_however_it_is_spelled(spelling, own, tmp_path, capsys, monkeypatch):
+    (tmp_path / "link").symlink_to(own)
+    monkeypatch.chdir(own.parent)
+    other = {"link": tmp_path / "link", "relative": own.name}.get(spelling, spelling.format(own))
+    for model, output in ((own, other), (other, own)):
+        (own / "qsched.json").unlink(missing_ok=True)
+        flags = ("--prompts=shapes:train", "--engine=none", f"--output_dir={output}")
+        assert qsched(model, tmp_path, *flags) == 0
+        assert (own / "qsched.json").is_file()
+    capsys.readouterr()
+
+
+def test_a_models_name_is_no_folder_of_that_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shapes-flux").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert qsched("shapes-flux", tmp_path, "--prompts=shapes:train") == 2
+    assert "--output_dir: shapes-flux is no folder of yours" in capsys.readouterr().err
+
+
+def test_the_picture_of_a_search_is_written(own, tmp_path, capsys):
+    plot = tmp_path / "pictures" / "search.png"
+    assert qsched(own, tmp_path, "--prompts=shapes:train", f"--plot={plot}") == 0
+    assert plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("verb", ["quantize", "qsched"])
+def test_verbs_that_draw_with_the_models_own_scheduler_take_no_solver(verb, tmp_path, capsys):
+    flags = [f"--output_dir={tmp_path / 'new'}", "--prompts=shapes:train", "--solver=default"]
+    with pytest.raises(SystemExit):
+        cli.main([verb, MODEL, *flags])
+    assert "unrecognized arguments: --solver" in capsys.readouterr().err
+
+
 def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
@@ -173,6 +207,9 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
         (own, (asked, "--objective=nonsense"), "nonsense"),
         (own, (asked, "--objective=verifier=many"), "no reward=weight"),
         (own, (asked, "--box", "1.1", "1.2"), "--box: must hold 1"),
+        (own, (asked, "--box", "0.8", "inf"), "--box: must hold 1"),
+        (own, (asked, "--box", "1", "1"), "--box: must hold 1"),
+        (own, (asked, f"--plot={tmp_path / 'a.docx'}"), "a.docx must end in"),
         (own, (asked, "--lora=somewhere"), "`diffalign merge`"),
         (own, (asked, f"--output_dir={tmp_path}"), "exists already"),
         (own, (asked, "--max_prompts=1"), "cannot be split"),

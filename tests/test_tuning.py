@@ -16,6 +16,7 @@ from diffalign.schedulers.closed_form import best_factors
 from diffalign.tuning.engines import ENGINES, Space
 from diffalign.tuning.evaluator import Drawing, Evaluator
 from diffalign.tuning.objective import Objective, ObjectiveError, parse
+from diffalign.tuning.plot import check_plot, plot_history
 from diffalign.tuning.start import closed_form
 from diffalign.tuning.tune import Settings, accept, split, tune
 from diffalign.types import RewardOutput
@@ -144,8 +145,17 @@ def test_the_grid_is_the_published_one():
     assert len(found) == 9
     assert found[0] == Coefficients.ramp(0.8, 0.8, 3)
     assert found[5] == Coefficients.ramp(1.0, 1.2, 3)
-    with pytest.raises(UsageError, match="must hold 1"):
-        Space(3, 1.1, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(1.1, 1.2), (0.8, np.inf), (1, 1), (0.8, np.nan), (0.01, 1.2), (-1, 1), (0.8, 20)],
+)
+def test_boxes_that_cannot_be(low, high):
+    with pytest.raises(
+        UsageError, match=r"--box: must hold 1 and something else, within 0\.1\.\.10"
+    ):
+        Space(3, low, high)
 
 
 # --- closed form
@@ -189,6 +199,17 @@ def test_closed_form_undoes_a_scaled_denoiser(family):
     found = closed_form(evaluator(model), reference, ridge=0.0)
     assert found.sample == pytest.approx((1, 1, 1), abs=5e-3)
     assert found.model_output == pytest.approx((1.25,) * 3, abs=1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.01, -1.0, float("nan")])
+def test_closed_form_of_a_broken_denoiser_is_still_factors(scale):
+    """Where least squares would take a factor out of all sense, or there is nothing to solve."""
+    model = flux()
+    model.denoiser.register_forward_hook(lambda module, args, out: (out[0] * scale,))
+    found = closed_form(evaluator(model), flux_model(), ridge=0.0)
+    assert all(0.1 <= v <= 10 for v in found.vector)
+    if np.isnan(scale):
+        assert found.identity
 
 
 def test_closed_form_wants_the_same_kind_of_model():
@@ -247,10 +268,74 @@ def test_a_search_goes_on_where_it_was(tmp_path):
         f.write('{"key": "cut')  # by a crash
     again = evaluator(model, file=file)
     assert again.known == 2
+    again([Coefficients.ramp(1.1, 1, 3)])  # and the cut line does not swallow what follows
+    assert evaluator(model, file=file).known == 3
+    again = evaluator(model, file=file)
     assert again([Coefficients.ones(3)])[0]["light"].tolist() == known[0]["light"].tolist()
     assert again.network_rows == 0
     assert evaluator(model, file=file, key="another model").known == 0
     assert evaluator(model, file=file, seed=1).known == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "12",
+        "[]",
+        '{"key": "KEY"}',
+        '{"key": "KEY", "candidate": "a", "scores": {"light": 1}}',
+        "\ufffd",
+    ],
+)
+def test_damaged_lines_are_left_out(line, tmp_path):
+    model, file = flux(), tmp_path / "scores.jsonl"
+    first = evaluator(model, file=file)
+    first([Coefficients.ones(3)])
+    with file.open("a") as f:
+        f.write(line.replace("KEY", first.key) + "\n")
+    assert evaluator(model, file=file).known == 1
+
+
+def test_what_could_not_be_scored_is_tried_again_by_the_next_search(tmp_path):
+    model, file = flux(), tmp_path / "scores.jsonl"
+    away = True
+
+    def score(images, prompts, metadata):
+        found = brightness(images, prompts, metadata)
+        if away:
+            found.details["light"][-1] = np.nan
+        return found
+
+    def search():
+        terms = ["light", "spread"]
+        return Evaluator(model, PROMPTS[:3], score, terms, drawing(), file=file)
+
+    ones = [Coefficients.ones(3)]
+    first = search()
+    assert np.isnan(first(ones)[0]["light"][-1])
+    spent = first.network_rows
+    first(ones)
+    assert first.network_rows == spent  # not within one search
+    away = False
+    second = search()
+    assert second.known == 0
+    assert np.isfinite(second(ones)[0]["light"]).all()
+    assert search().known == 1
+
+
+@pytest.mark.parametrize("other", [None, 3.0])
+def test_scores_of_another_schedule_are_no_scores_of_this(other, tmp_path):
+    """The same weights and class of scheduler, but a setting that moves its timesteps."""
+    file, settings = tmp_path / "scores.jsonl", Settings({"spread": 1.0}, engine="grid", budget=4)
+    rows = []
+    for shift in (1.0, 1.0 if other is None else other):
+        model = flux_model()
+        config = model.pipeline.scheduler.config
+        model.pipeline.scheduler = type(model.pipeline.scheduler).from_config(
+            config, shift=shift, use_dynamic_shifting=False
+        )
+        rows.append(tune(model, PROMPTS, brightness, settings, drawing(), file=file).network_rows)
+    assert (rows[1] == 0) == (other is None)
 
 
 def test_no_prompts_is_an_error():
@@ -305,6 +390,123 @@ def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, 
     assert config["qsched"]["steps"]["3"]["sample"] == list(result.best.sample)
     result.save(tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["accepted"] is True
+
+
+def calls(model):
+    """Of a denoiser, counted."""
+    count = []
+    model.denoiser.register_forward_hook(lambda *_: count.append(1))
+    return count
+
+
+@pytest.mark.parametrize("engine", ["cma", "coordinate", "grid", "none"])
+@pytest.mark.parametrize("good", [True, False])
+def test_a_search_starts_at_the_closed_form_where_that_beats_the_schedule(engine, good):
+    """The reference predicts twice as much: its trajectories have more contrast, and are either wanted or not."""
+    model, reference = flux_model(), flux_model()
+    model.denoiser.register_forward_hook(lambda module, args, out: (out[0] * 0.8,))
+    asked = calls(reference)
+    term = {"spread": 1.0 if good else -1.0}
+    result = tune(
+        model,
+        PROMPTS,
+        brightness,
+        Settings(term, engine=engine, budget=4),
+        drawing(),
+        reference=reference,
+    )
+    if engine == "grid":  # starts nowhere, and so does not pay for a start
+        assert not asked
+        assert result.start.identity
+        return
+    assert len(asked) == 3
+    closed = result.start.model_output == pytest.approx((1.2,) * 3)  # 1.25, drawn into the box
+    assert closed == (good or engine == "none")
+    assert result.start.identity == (not closed)
+    assert result.history[1]["coefficients"] == result.start.vector
+    assert result.calibration_value >= 0
+
+
+class Bar:
+    """What the search does with tqdm."""
+
+    def __init__(self, **kwargs):
+        self.total, self.n, self.best, self.closed = kwargs["total"], 0, [], False
+        bars.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+
+    def set_postfix(self, *, best, refresh):
+        self.best.append(best)
+
+    def update(self, n):
+        self.n += n
+
+
+bars: list[Bar] = []
+
+
+def test_progress_shows_the_best_and_counts_what_was_scored_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffalign.tuning.tune.tqdm", Bar)
+    bars.clear()
+    settings = Settings({"spread": 1.0}, budget=9, engine="grid")
+    for _ in range(2):
+        result = tune(
+            flux_model(), PROMPTS, brightness, settings, drawing(), file=tmp_path / "scores.jsonl"
+        )
+    for bar in bars:
+        assert bar.n == bar.total == 9
+        assert bar.best[-1] == f"{result.calibration_value:+.3f}"
+        assert bar.closed
+
+
+def test_progress_is_closed_by_an_error(monkeypatch):
+    monkeypatch.setattr("diffalign.tuning.tune.tqdm", Bar)
+    bars.clear()
+    drawn = []
+
+    def score(images, prompts, metadata):
+        drawn.append(len(images))
+        if len(drawn) > 3:
+            raise RuntimeError("the service is gone")
+        return brightness(images, prompts, metadata)
+
+    with pytest.raises(RuntimeError, match="gone"):
+        tune(flux_model(), PROMPTS, score, Settings({"spread": 1.0}, budget=9), drawing())
+    assert [bar.closed for bar in bars] == [True]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_picture_of_a_search(suffix, tmp_path):
+    settings = Settings({"spread": 1.0}, budget=6)
+    file, scores = tmp_path / "new" / f"search.{suffix}", tmp_path / "scores.jsonl"
+    check_plot(file)
+    sizes = []
+    for _ in range(2):  # a search that goes on from its scores has done no work to plot
+        result = tune(flux_model(), PROMPTS, brightness, settings, drawing(), file=scores)
+        plot_history(result, file)
+        sizes.append(file.stat().st_size)
+    assert result.network_rows == 0
+    assert min(sizes) > 1000
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_a_picture_that_cannot_be_is_refused_before_the_search(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"search\.docx must end in \.png, \.svg"):
+        check_plot(tmp_path / "search.docx")
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        check_plot(tmp_path / "a.png")
+    monkeypatch.setattr("diffalign.tuning.plot.find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"--plot needs matplotlib: pip install 'diffalign\[plots\]'"
+    ):
+        check_plot(tmp_path / "search.png")
 
 
 def test_what_does_not_hold_on_other_prompts_is_not_kept():

@@ -15,11 +15,11 @@ from diffalign.data.files import folder_aside, write_text
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.registry import available, load_model
 from diffalign.rewards.composition import CompositeReward
 from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.objective import parse
-from diffalign.tuning.plot import plot_history
+from diffalign.tuning.plot import check_plot, plot_history
 from diffalign.tuning.tune import Settings, TuneResult, tune
 
 RESULT = "qsched.json"
@@ -31,7 +31,9 @@ def qsched(args: argparse.Namespace) -> int:
         raise UsageError(
             "--lora: factors belong to one set of weights; `diffalign merge` makes it one"
         )
-    folder = _target(args)
+    folder, whole = _target(args)
+    if args.plot is not None:
+        check_plot(args.plot)
     settings = Settings(
         parse(args.objective),
         engine=args.engine,
@@ -61,24 +63,27 @@ def qsched(args: argparse.Namespace) -> int:
     file = args.work / "scores.jsonl"
     result = tune(model, prompts, reward.score, settings, drawing, reference=reference, file=file)
     result.apply(model.pipeline)
-    save(model.pipeline, result, folder, whole=folder != Path(args.model))
+    save(model.pipeline, result, folder, whole=whole)
     if args.plot is not None:
         plot_history(result, args.plot)
     print(describe(result, folder))
     return 0
 
 
-def _target(args: argparse.Namespace) -> Path:
-    """Where the factors go: into the model's own folder, or into a new one with a copy of the model."""
-    if args.output_dir is None:
-        if not Path(args.model).is_dir():
-            raise UsageError(
-                f"--output_dir: {args.model} is no folder of yours, so the model with its factors needs one"
-            )
-        return Path(args.model)
-    if args.output_dir.exists() and args.output_dir.resolve() != Path(args.model).resolve():
-        raise UsageError(f"--output_dir: {args.output_dir} exists already")
-    return args.output_dir
+def _target(args: argparse.Namespace) -> tuple[Path, bool]:
+    """Where the factors go: into the model's own folder, or with a copy of the model (True) into a new one."""
+    named = args.model in available()  # such a name is no folder, even if there is one of that name
+    own = Path(args.model) if not named and Path(args.model).is_dir() else None
+    target = args.output_dir or own
+    if target is None:
+        raise UsageError(
+            f"--output_dir: {args.model} is no folder of yours, so the model with its factors needs one"
+        )
+    if own is not None and target.resolve() == own.resolve():
+        return own, False
+    if target.exists():
+        raise UsageError(f"--output_dir: {target} exists already")
+    return target, True
 
 
 def _reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImageModel | None:

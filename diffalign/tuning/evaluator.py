@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ class Evaluator:
         file: where scores are kept, or None.
         key: what else scores depend on; with another key nothing of the file is used.
 
+    `on_scores` is called with every candidate and its scores, whether they were drawn now or lay in the file.
+
     `network_rows` counts rows of the denoiser's forwards, two an image under classifier-free guidance.
     """
 
@@ -69,7 +72,6 @@ class Evaluator:
         *,
         file: Path | None = None,
         key: Any = None,
-        progress: Callable[[int], object] | None = None,
     ) -> None:
         if not prompts:
             raise UsageError("--prompts: there is no prompt to calibrate with")
@@ -80,7 +82,7 @@ class Evaluator:
         count = range(len(self.prompts))
         self.seeds = [stream(EVALUATION, drawing.seed, i) for i in count]
         self.embed = EmbedCache(model)
-        self.progress = progress
+        self.on_scores: Callable[[Coefficients, Scores], object] | None = None
         self.network_rows = 0
         self._first: list[Tensor] | None = None
         self._file = file
@@ -94,7 +96,12 @@ class Evaluator:
     def __call__(self, candidates: Sequence[Coefficients]) -> list[Scores]:
         """Scores (P,) of every term for every candidate."""
         names = [self._name(c) for c in candidates]
-        new = {n: c for n, c in zip(names, candidates, strict=True) if n not in self._known}
+        new: dict[str, Coefficients] = {}
+        for name, candidate in zip(names, candidates, strict=True):
+            if name in self._known:
+                self._tell(candidate, self._known[name])
+            else:
+                new[name] = candidate
         if new:
             self._evaluate(list(new.values()), list(new))
         return [self._known[n] for n in names]
@@ -127,6 +134,7 @@ class Evaluator:
                 waiting = {term: [joined[term][each:]] for term in self.terms}
                 held -= each
                 self._keep(names[done], scores)
+                self._tell(candidates[done], scores)
                 done += 1
 
     def _draw(self, rows: range, candidates: list[Coefficients]) -> dict[str, np.ndarray]:
@@ -188,27 +196,38 @@ class Evaluator:
             self.count_rows(len(part), forwards=1)
         return found
 
+    def _tell(self, candidate: Coefficients, scores: Scores) -> None:
+        if self.on_scores is not None:
+            self.on_scores(candidate, scores)
+
     def _read(self) -> dict[str, Scores]:
-        """Of this key; a line that a crash cut is left out."""
+        """Of this key; a line that a crash cut is left out, and what could not be scored is tried again: a service may
+        have been away."""
         found: dict[str, Scores] = {}
         if self._file is None or not self._file.is_file():
             return found
-        for line in self._file.read_text(encoding="utf-8").splitlines():
+        for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["key"] == self.key:
                 scores = {k: np.array(v, np.float32) for k, v in row["scores"].items()}
-                found[row["candidate"]] = scores
+                key, name = row["key"], row["candidate"]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+            whole = set(scores) == set(self.terms)
+            if key == self.key and whole and all(np.isfinite(v).all() for v in scores.values()):
+                found[name] = scores
         return found
 
     def _keep(self, name: str, scores: Scores) -> None:
         self._known[name] = scores
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            plain = {k: [float(v) for v in values] for k, values in scores.items()}
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self.key, "candidate": name, "scores": plain}) + "\n")
-        if self.progress is not None:
-            self.progress(1)
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        plain = {k: [float(v) for v in values] for k, values in scores.items()}
+        line = json.dumps({"key": self.key, "candidate": name, "scores": plain})
+        with self._file.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the last line was cut
+                    line = f"\n{line}"
+            file.write(f"{line}\n".encode())

@@ -133,7 +133,8 @@ def tune(
             until `TuneResult.apply`.
         prompts: some to search with, others to accept with (`split`).
         score: as `CompositeReward.score`, with every term of the objective among its details.
-        reference: the model before it was quantised: the search then starts from the closed form.
+        reference: the model before it was quantised: the search then starts from the closed form, if that is better on
+            the calibration prompts than the schedule as it is. ("grid" starts nowhere and "none" is that alone.)
         file: keeps all scores; the same call goes on from there.
 
     Raises:
@@ -164,21 +165,16 @@ def _tune(
     identity = of_denoiser(model.pipeline)
     terms = list(settings.objective)
     calibration, held_out = split(prompts, settings.held_out)
-    bar = tqdm(desc="qsched", unit="candidate", total=settings.budget)
     key = [identity, model.pipeline.scheduler.settings]
-    evaluator = Evaluator(
-        model, calibration, score, terms, drawing, file=file, key=key, progress=bar.update
-    )
+    evaluator = Evaluator(model, calibration, score, terms, drawing, file=file, key=key)
     ones = Coefficients.ones(drawing.num_inference_steps)
-    objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
     space = Space(len(ones), settings.low, settings.high, ones)
+    objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
     if reference is not None:
-        found = replace(space, start=closed_form(evaluator, reference))
-        # it is the best for the latents of a step, which coarse rounding can draw far from the best for images
-        if objective(found.origin, evaluator([found.origin])[0]) > 0 or settings.engine == "none":
-            space = found
-    history = _search(evaluator, objective, space, settings)
-    bar.close()
+        space = _start(evaluator, objective, space, settings, reference)
+    with tqdm(desc="qsched", unit="candidate", total=settings.budget) as bar:
+        evaluator.on_scores = _Progress(bar, objective)
+        history = _search(evaluator, objective, space, settings)
     best = max(history, key=lambda row: row["value"])
     chosen = Coefficients.from_vector(best["coefficients"])
     fresh = Evaluator(
@@ -200,6 +196,37 @@ def _tune(
         held_out={"identity": _means(base), "best": _means(found)},
         history=history,
     )
+
+
+@dataclass
+class _Progress:
+    """Counts candidates, those that were scored before, too, and shows the best value so far."""
+
+    bar: Any
+    objective: Objective
+    best: float = 0.0
+
+    def __call__(self, candidate: Coefficients, scores: Scores) -> None:
+        self.best = max(self.best, self.objective(candidate, scores))
+        self.bar.set_postfix(best=f"{self.best:+.3f}", refresh=False)
+        self.bar.update(1)
+
+
+def _start(
+    evaluator: Evaluator,
+    objective: Objective,
+    space: Space,
+    settings: Settings,
+    reference: TextToImageModel,
+) -> Space:
+    """With the closed form as its start, where that beats the schedule as it is: it is the best for the latents of a
+    step, which coarse rounding can draw far from the best for images. An engine that starts nowhere pays nothing."""
+    if settings.engine == "grid":
+        return space
+    found = replace(space, start=closed_form(evaluator, reference))
+    if settings.engine == "none" or objective(found.origin, evaluator([found.origin])[0]) > 0:
+        return found
+    return space
 
 
 def _search(
