@@ -15,7 +15,7 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux", "sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd3", "flux", "sana", "sd", "sdxl"])
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = FAMILIES[request.param]()
@@ -25,6 +25,7 @@ def family(request, tmp_path_factory):
 
 
 def configuration(folder, *more):
+    side = 32 if folder.name.startswith("sana") else 16
     return load(
         None,
         [
@@ -32,8 +33,8 @@ def configuration(folder, *more):
             "--model.max_sequence_length=16",
             "--lora.rank=4",
             "--lora.alpha=8",
-            "--rollout.height=16",
-            "--rollout.width=16",
+            f"--rollout.height={side}",
+            f"--rollout.width={side}",
             "--training.micro_batch_size=8",
             "--algorithm.timesteps_per_image=2",
             *more,

@@ -94,7 +94,8 @@ def size_of(module: nn.Module) -> int:
 def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     """Bytes that autograd keeps of one micro-batch, with the adapters in place."""
     dtype = getattr(torch, config.model.dtype)
-    if config.training.mixed_precision != "no":  # autocast computes adapters in the base's dtype
+    autocast = config.training.mixed_precision != "no"
+    if autocast:  # it computes adapters in the base's dtype
         for parameter in model.denoiser.parameters():
             parameter.data = parameter.data.to(dtype)
     rows = config.training.micro_batch_size * _rows_per_image(config)
@@ -105,7 +106,7 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
         model.denoiser.enable_gradient_checkpointing()
 
     def forward() -> Tensor:
-        with FusedAttention():
+        with AsOnDevice(dtype if autocast else None):
             return model.predict(latents, times, embeds).float().square().mean()
 
     kept = saved_bytes(model.denoiser, forward)
@@ -132,13 +133,21 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(size for size, _ in found.values())
 
 
-class FusedAttention(TorchFunctionMode):
-    """On the meta device, what a fused kernel keeps: the plain one, which is taken there, keeps all probabilities."""
+class AsOnDevice(TorchFunctionMode):
+    """On the meta device, what a fused attention kernel keeps, where the plain one, which is taken there, keeps all
+    probabilities; and products of float32 tensors (SANA's linear attention) in the dtype of autocast, which meta has
+    none of."""
+
+    def __init__(self, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self._autocast = autocast
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.matmul and self._autocast is not None:
+            args = tuple(a.to(self._autocast) for a in args)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
