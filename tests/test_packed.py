@@ -324,10 +324,17 @@ def test_what_cannot_be_packed_is_named():
         pack_model(model.denoiser, min_weights=0)
 
 
-# with every number at 4.25 bits it would be 3.76; SD3.5-medium holds a position table of 227 million numbers
+# with every number at 4.25 bits it would be 3.76; SD3.5-medium holds a position table of 227 million numbers,
+# and 36 of SANA's 1604 million are where time enters
 @pytest.mark.parametrize(
     ("family", "int4", "int8"),
-    [("sd", 3.73, 1.93), ("sdxl", 3.73, 1.93), ("sd3", 2.98, 1.78), ("flux", 3.73, 1.93)],
+    [
+        ("sd", 3.73, 1.93),
+        ("sdxl", 3.73, 1.93),
+        ("sd3", 2.98, 1.78),
+        ("flux", 3.73, 1.93),
+        ("sana", 3.54, 1.90),
+    ],
 )
 def test_published_models_become_so_many_times_smaller(family, int4, int8):
     for bits, ratio in ((4, int4), (8, int8)):
@@ -338,7 +345,7 @@ def test_published_models_become_so_many_times_smaller(family, int4, int8):
         assert before.bytes == before.bf16_bytes == after.bf16_bytes
         assert before.weights == after.weights
         assert after.ratio == pytest.approx(ratio, abs=0.01)
-        assert after.quantised_fraction > (0.9 if family == "sd3" else 0.996)
+        assert after.quantised_fraction > {"sd3": 0.9, "sana": 0.97}.get(family, 0.996)
         assert all(p.is_meta for p in denoiser.parameters())
 
 

@@ -1,26 +1,37 @@
-"""The published configurations of SD1.5, SDXL, SD3.5-medium and FLUX.1-dev on the meta device: sizes, LoRA targets,
-shapes."""
+"""The published configurations of SD1.5, SDXL, SD3.5-medium, FLUX.1-dev and SANA 1.6 B on the meta device: sizes, LoRA
+targets, shapes."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 
 from diffalign import lora
 from diffalign.bench import layouts
+from diffalign.errors import UsageError
 from diffalign.pipelines.flux import FluxModel
+from diffalign.pipelines.sana import SanaModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
 from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.types import PromptEmbeds
 
-LAYOUTS = {"sd": "sd1.5", "sdxl": "sdxl", "sd3": "sd3.5-medium", "flux": "flux.1-dev"}
+LAYOUTS = {
+    "sd": "sd1.5",
+    "sdxl": "sdxl",
+    "sd3": "sd3.5-medium",
+    "flux": "flux.1-dev",
+    "sana": "sana-1.6b",
+}
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW_DPM = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -29,10 +40,10 @@ class Pipeline:
 
     tokenizer = SimpleNamespace(model_max_length=77)
 
-    def __init__(self, denoiser, scheduler):
+    def __init__(self, denoiser, scheduler, vae_scale_factor=8):
         self.transformer = self.unet = denoiser
         self.scheduler = scheduler
-        self.vae_scale_factor = 8
+        self.vae_scale_factor = vae_scale_factor
         self.default_sample_size = 128
 
 
@@ -47,6 +58,10 @@ class SD3OnCpu(OnCpu, SD3Model):
 
 
 class FluxOnCpu(OnCpu, FluxModel):
+    pass
+
+
+class SanaOnCpu(OnCpu, SanaModel):
     pass
 
 
@@ -65,6 +80,8 @@ def build(family):
         return unet(Pipeline(denoiser, DDIMScheduler(**SCALED_LINEAR)))
     if family == "sd3":
         return SD3OnCpu(Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.0)))
+    if family == "sana":
+        return SanaOnCpu(Pipeline(denoiser, DPMSolverMultistepScheduler(**FLOW_DPM), 32))
     return FluxOnCpu(Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC)))
 
 
@@ -77,6 +94,7 @@ def build(family):
         ("sdxl", 2_567_463_684, 2.6),
         ("sd3", 2_243_171_520, 2.5),
         ("flux", 11_901_408_320, 11.9),
+        ("sana", 1_604_462_752, 1.6),
     ],
 )
 def test_parameter_counts_match_the_published_ones(family, parameters, billions):
@@ -91,10 +109,16 @@ def test_parameter_counts_match_the_published_ones(family, parameters, billions)
 
 # matrices that carry a LoRA: SD3.5-medium has 24 joint blocks with 8 targets, the last without add_q and to_add_out,
 # and 13 blocks with a second attention of 4 (attn2.* is not a target); FLUX.1-dev has 19 double and 38 single blocks,
-# whose q, k, v are targets, too; SD1.5 has 16 and SDXL 70 blocks of two attentions with 4 targets
+# whose q, k, v are targets, too; SD1.5 has 16, SDXL 70 and SANA 20 blocks of two attentions with 4 targets
 @pytest.mark.parametrize(
     ("family", "matrices"),
-    [("sd", 16 * 8), ("sdxl", 70 * 8), ("sd3", 24 * 8 - 1), ("flux", 19 * 8 + 38 * 3)],
+    [
+        ("sd", 16 * 8),
+        ("sdxl", 70 * 8),
+        ("sd3", 24 * 8 - 1),
+        ("flux", 19 * 8 + 38 * 3),
+        ("sana", 20 * 8),
+    ],
 )
 def test_every_lora_target_resolves(family, matrices):
     model = build(family)
@@ -122,6 +146,24 @@ def test_a_forward_has_the_right_shape(family, tokens):
     assert pred.shape == (2, *shape)
 
 
+def test_sana_s_forward_has_the_right_shape():
+    model = build("sana")
+    assert model.default_size == (1024, 1024)
+    assert model.image_seq_len(1024, 1024) == 1024
+    shape = model.latent_shape(512, 768)
+    assert shape == (32, 16, 24)
+    tokens, width, pooled = model.prompt_shape()
+    assert (tokens, width, pooled) == (300, 2304, 0)
+    with torch.device("meta"):
+        embeds = PromptEmbeds(
+            torch.zeros(2, tokens, width), prompt_attention_mask=torch.ones(2, tokens)
+        )
+        pred = model.predict(torch.zeros(2, *shape), torch.zeros(2), embeds)
+    assert pred.shape == (2, *shape)
+    with pytest.raises(UsageError, match="multiples of 32 pixels"):
+        model.latent_shape(512, 528)
+
+
 @pytest.mark.parametrize(("family", "width", "pooled"), [("sd", 768, 0), ("sdxl", 2048, 1280)])
 def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
     model = build(family)
@@ -139,6 +181,9 @@ def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
 def test_schedules_follow_the_resolution():
     sd3 = build("sd3").scheduler_at(28, height=1024, width=1024)
     flux = build("flux")
+    sana = build("sana").scheduler_at(20, height=1024, width=1024)
+    # shift 3 of an even grid: 3 s / (1 + 2 s), its middle at 0.75
+    assert sana.sigmas[10].item() == pytest.approx(0.75, abs=1e-3)
     small, large = (flux.scheduler_at(28, height=s, width=s).sigmas[14] for s in (512, 1024))
     assert len(sd3.timesteps) == 28
     # mu = 0.5 + 0.65 / 3840 * (4096 - 256) = 1.15 at 1024 px, where sigma(1/2) = e^mu / (e^mu + 1)
@@ -161,3 +206,23 @@ def test_the_published_autoencoders_have_the_channels_that_the_denoisers_expect(
         vae.config.latent_channels == build("sd3").latent_channels == build("flux").latent_channels
     )
     assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 84
+
+
+def test_dc_ae_has_the_channels_that_sana_expects():
+    shape = {
+        "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "block_out_channels": (128, 256, 512, 512, 1024, 1024),
+        "qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+    }
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in shape.items()}
+    layers = {
+        "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+        "decoder_layers_per_block": (3,) * 6,
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+    }
+    with torch.device("meta"):
+        vae = AutoencoderDC(**sides, **layers, latent_channels=32, scaling_factor=0.41407)
+    assert vae.config.latent_channels == build("sana").latent_channels
+    assert vae.spatial_compression_ratio == build("sana").pipeline.vae_scale_factor
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 312

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SanaPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,20 +28,23 @@ PIPELINES = {
     "sdxl": (tiny.sdxl_pipeline, "unet"),
     "sd3": (tiny.sd3_pipeline, "transformer"),
     "flux": (tiny.flux_pipeline, "transformer"),
+    "sana": (tiny.sana_pipeline, "transformer"),
 }
 
 
 def image(pipeline):
-    long = {"max_sequence_length": 16} if "transformer" in pipeline.components else {}
+    options = {"height": 16, "width": 16}
+    if "transformer" in pipeline.components:
+        options["max_sequence_length"] = 16
+    if isinstance(pipeline, SanaPipeline):
+        options |= {"height": 32, "width": 32, "use_resolution_binning": False}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         "a photo of a circle",
-        height=16,
-        width=16,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
-        **long,
+        **options,
     ).images
 
 
@@ -78,9 +81,10 @@ def test_a_pipeline_is_packed_while_loading_and_reloads_bit_equal(
     packed = load(tmp_path / "plain", dtype, **{part: small(**settings)})
     kinds = {type(m) for m in getattr(packed, part).modules()}
     assert PackedLinear in kinds
-    assert (PackedConv2d in kinds) == (part == "unet")
+    assert (PackedConv2d in kinds) == (part == "unet" or family == "sana")
     expected = image(packed)
-    assert np.abs(expected - image(plain)).max() < 0.15
+    # SANA's linear attention divides by sums of what is packed
+    assert np.abs(expected - image(plain)).max() < (0.4 if family == "sana" else 0.15)
     assert expected.std() > 0.01  # not all black
 
     packed.save_pretrained(tmp_path / "packed")

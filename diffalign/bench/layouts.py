@@ -6,7 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 
 SD15 = {
     "sample_size": 64,
@@ -56,12 +61,27 @@ FLUX = {
     "guidance_embeds": False,
     "axes_dims_rope": (16, 56, 56),
 }
+SANA = {
+    "sample_size": 32,
+    "patch_size": 1,
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_layers": 20,
+    "attention_head_dim": 32,
+    "num_attention_heads": 70,
+    "cross_attention_head_dim": 112,
+    "num_cross_attention_heads": 20,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+}
 LAYOUTS: dict[str, tuple[type, dict[str, Any]]] = {
     "sd1.5": (UNet2DConditionModel, SD15),
     "sdxl": (UNet2DConditionModel, SDXL),
     "sd3.5-medium": (SD3Transformer2DModel, SD35_MEDIUM),
     "flux.1-dev": (FluxTransformer2DModel, {**FLUX, "guidance_embeds": True}),
     "flux.1-schnell": (FluxTransformer2DModel, FLUX),
+    "sana-1.6b": (SanaTransformer2DModel, SANA),
 }
 
 
