@@ -42,5 +42,5 @@ def solver_step(name: str, path: Path) -> AdamsBashforth | None:
         UsageError: the solver is not for models on this path.
     """
     if name != "default" and not isinstance(path, RectifiedFlow):
-        raise UsageError(f"solver {name!r} is for rectified flows (SD3, FLUX)")
+        raise UsageError(f"solver {name!r} is for rectified flows (SD3, FLUX, SANA)")
     return {"default": lambda: None, "adams_bashforth": AdamsBashforth}[name]()

@@ -51,7 +51,7 @@ class OnlineTrainer(Trainer):
         c = self.config
         if not isinstance(self.model.noise, RectifiedFlow):
             raise UsageError(
-                f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX), and {c.model.name} is a "
+                f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX, SANA), and {c.model.name} is a "
                 f"{self.model.family} model"
             )
         super().__post_init__()

@@ -45,7 +45,9 @@ def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
     flow = isinstance(model.noise, RectifiedFlow)
     found = config.pairs.inversion.solver or ("fireflow" if flow else "midpoint")
     if found == "fireflow" and not flow:
-        raise UsageError("pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX)")
+        raise UsageError(
+            "pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX, SANA)"
+        )
     return found
 
 
