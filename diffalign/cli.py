@@ -296,7 +296,8 @@ def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     qsched.add_argument(
         "--objective",
         default="jaq",
-        help="jaq (CLIPScore + 2 HPSv2.1), jaq-shapes, or reward=weight,...; default: %(default)s",
+        help="jaq (CLIPScore + 2 HPSv2.1), jaq-lcm (CLIPScore + 2 CLIP-IQA), jaq-shapes, or reward=weight,...; "
+        "default: %(default)s",
     )
     qsched.add_argument(
         "--reference",

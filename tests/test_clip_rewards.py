@@ -7,11 +7,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchmetrics.functional.multimodal.clip_iqa import (
+    _clip_iqa_compute,
+    _clip_iqa_format_prompts,
+)
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from diffalign.rewards import aesthetic, clip, hpsv2, open_clip, preprocessing
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
+from diffalign.rewards.clip_iqa import ClipIqaReward
 from diffalign.rewards.clip_score import ClipScoreReward
 from diffalign.rewards.pickscore import PickScoreReward
 from diffalign.rewards.preprocessing import (
@@ -157,6 +162,26 @@ def test_scores_are_those_of_transformers(checkpoint, monkeypatch):
     np.testing.assert_allclose(hps, cosines, rtol=1e-4, atol=1e-5)
 
 
+def test_clip_iqa_is_that_of_torchmetrics(checkpoint):
+    """Its formula, on features that transformers computes."""
+    prompts, names = _clip_iqa_format_prompts(("quality",))
+    model = CLIPModel.from_pretrained(checkpoint).eval()
+    tokens = text.build_clip_tokenizer()(prompts, padding=True, return_tensors="pt")
+    images = pictures(6, 40, 52)
+    pixels = CLIPImageProcessorPil.from_pretrained(checkpoint)(
+        images=pil(images), return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**tokens, **pixels)  # embeddings of length 1
+    expected = _clip_iqa_compute(found.image_embeds, found.text_embeds, names)
+    assert expected.std() > 1e-3
+    reward = ClipIqaReward(ClipScorer.from_pretrained(str(checkpoint)))
+    for asked in (["a"] * 6, [""] * 6):
+        here = reward.score(images, asked, [{}] * 6).values
+        np.testing.assert_allclose(here, expected.numpy(), rtol=1e-3, atol=1e-5)
+    assert not reward.needs_prompt
+
+
 def test_a_prompt_is_embedded_once_and_batches_change_nothing(checkpoint, monkeypatch):
     scorer = ClipScorer.from_pretrained(str(checkpoint))
     images = pictures(4, 28, 28)
@@ -192,7 +217,13 @@ def test_weights_that_are_not_there_are_an_error_before_the_first_image(monkeypa
     monkeypatch.setattr(hpsv2, "hf_hub_download", _nothing)
     monkeypatch.setattr(aesthetic, "hf_hub_download", _nothing)
     monkeypatch.setattr(CLIPModel, "from_pretrained", _nothing)
-    for kind in (ClipScoreReward, PickScoreReward, hpsv2.HPSv2Reward, aesthetic.AestheticReward):
+    for kind in (
+        ClipScoreReward,
+        ClipIqaReward,
+        PickScoreReward,
+        hpsv2.HPSv2Reward,
+        aesthetic.AestheticReward,
+    ):
         with pytest.raises(RewardError, match="could not be loaded"):
             kind().prepare()
 

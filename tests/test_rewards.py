@@ -13,7 +13,7 @@ from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.registry import UnknownReward
 from diffalign.shapes.prompts import prompts
-from diffalign.shapes.world import render, sample_scene
+from diffalign.shapes.world import BACKGROUND, COLORS, render, sample_scene
 from diffalign.types import RewardOutput
 
 
@@ -171,6 +171,33 @@ def test_a_reward_of_the_wrong_shape_is_refused():
     images, entries = scenes(2)
     with pytest.raises(RewardError, match=r"returned shape \(2, 2\) for 2 images"):
         composite(shape=(2, 2)).score(images, ["a", "b"], entries)
+
+
+def test_flatness_is_a_distance_to_the_nearest_colour():
+    """By hand: pure colours have 1, and a pixel that is d away from all of them loses d over the longest distance."""
+    flatness = registry.create("flatness")
+    palette = np.array([BACKGROUND, *COLORS.values()], float)
+    distances = np.linalg.norm(palette[:, None] - palette[None], axis=-1)
+    pure = torch.tensor(np.array([BACKGROUND, COLORS["red"]], np.uint8))
+    images = pure.view(2, 3, 1, 1).expand(2, 3, 8, 8).clone()
+    assert flatness.score(images, ["", ""], [{}, {}]).values.tolist() == [1, 1]
+    odd = np.array([100, 30, 200])
+    images[1, :, :4] = torch.tensor(odd, dtype=torch.uint8).view(3, 1, 1)
+    lost = np.linalg.norm(palette - odd, axis=-1).min() / distances.max() / 2
+    found = flatness.score(images, ["", ""], [{}, {}]).values
+    np.testing.assert_allclose(found, [1, 1 - lost], rtol=1e-4)
+
+
+def test_flatness_falls_with_what_coarse_weights_do_to_an_image():
+    drawn, entries = scenes(4)
+    flatness = registry.create("flatness")
+    noise = 20 * torch.randn(drawn.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (drawn + noise).clamp(0, 255).to(torch.uint8)
+    blurred = torch.nn.functional.avg_pool2d(drawn.float(), 9, 1, 4).to(torch.uint8)
+    scores = [flatness.score(x, [""] * 4, entries).values for x in (drawn, blurred, noisy)]
+    assert scores[0].min() > 0.98
+    assert (scores[1] < scores[0]).all()
+    assert (scores[2] < scores[0]).all()
 
 
 def test_the_documentation_says_what_the_cards_say():

@@ -9,13 +9,16 @@ import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchLCMScheduler
 from tiny import flux_model, sd_model
 
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.errors import UsageError
+from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.registry import BUILT_IN
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.schedulers.closed_form import best_factors
+from diffalign.shapes.world import render, sample_scene
 from diffalign.tuning.engines import ENGINES, Space
 from diffalign.tuning.evaluator import Drawing, Evaluator
-from diffalign.tuning.objective import Objective, ObjectiveError, parse
+from diffalign.tuning.objective import PRESETS, Objective, ObjectiveError, parse
 from diffalign.tuning.plot import check_plot, plot_history
 from diffalign.tuning.start import closed_form
 from diffalign.tuning.tune import Settings, accept, split, tune
@@ -86,10 +89,39 @@ def test_images_without_a_score_are_left_out_and_no_way_to_win():
 
 def test_objectives_by_name_and_by_weights():
     assert parse("jaq") == {"clip_score": 1.0, "hpsv2.1": 2.0}
+    assert parse("jaq-lcm") == {"clip_score": 1.0, "clip_iqa": 2.0}
+    assert set(parse("jaq-shapes")) == {"verifier", "flatness"}
+    assert all(name in BUILT_IN for terms in PRESETS.values() for name in terms)
     assert parse("pickscore=2, ocr") == {"pickscore": 2.0, "ocr": 1.0}
     for text in ("pickscore=x", "=1", "a=inf"):
         with pytest.raises(UsageError, match="reward=weight"):
             parse(text)
+
+
+def test_the_objective_of_shapes_weighs_obedience_and_quality():
+    """On rendered scenes, asked for by their own prompts, and worse ones."""
+    rng = np.random.default_rng(0)
+    entries = [p.metadata for p in load_prompts("shapes:train", limit=8)]
+    pixels = np.stack([render(sample_scene(e, rng)) for e in entries])
+    right = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    reward = CompositeReward.from_config(parse("jaq-shapes"))
+
+    def scores(images):
+        return reward.score(images, [e["prompt"] for e in entries], entries).details
+
+    wrong, dirty = right.roll(1, 0), right.clone()
+    dirty[:, :, ::2] //= 2
+    base = scores(torch.cat([right[:4], wrong[4:]]))
+    objective = Objective(parse("jaq-shapes"), base)
+    ones = Coefficients.ones(1)
+    assert objective(ones, base) == 0
+    assert objective(ones, scores(right)) > 0 > objective(ones, scores(wrong))
+    gain = objective(ones, scores(dirty)) - objective(ones, scores(right))
+    lost = (scores(dirty)["flatness"] - scores(right)["flatness"]).mean()
+    told = (scores(dirty)["verifier"] - scores(right)["verifier"]).mean()
+    weight = parse("jaq-shapes")["flatness"]
+    expected = weight * lost / base["flatness"].std() + told / base["verifier"].std()
+    assert gain == pytest.approx(expected, rel=1e-4)
 
 
 # --- engines

@@ -19,11 +19,12 @@ from diffalign.schedulers import Coefficients
 K = 2.0
 PRESETS: dict[str, dict[str, float]] = {
     "jaq": {"clip_score": 1.0, "hpsv2.1": K},
+    "jaq-lcm": {"clip_score": 1.0, "clip_iqa": K},
     # with k = 2 the searches on Shapes sold obedience for flatness: see docs/qsched.md
     "jaq-shapes": {"verifier": 1.0, "flatness": 0.25},
 }
-"""The released script's second term, HPSv2.1; its first, AQ-Map, needs a parser and another CLIP, and CLIPScore is what
-the paper takes for LCM and PCM."""
+"""`jaq-lcm` is the paper's for LCM and PCM. `jaq` has the second term of its script for SDXL-Turbo and FLUX, HPSv2.1,
+and CLIPScore instead of the first, AQ-Map (docs/qsched.md)."""
 Scores = Mapping[str, np.ndarray]
 """Name of a term to its values (P,) for P images."""
 
