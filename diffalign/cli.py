@@ -277,7 +277,7 @@ def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--latency",
         type=int,
         default=1,
-        help="images of the forward that is timed; 0: none; default: %(default)s",
+        help="images of the forward that is timed beside bfloat16; 0: none; default: %(default)s",
     )
     _model_flags(quantize, steps=4, solver=False)
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import diffalign
+import diffalign.commands.quantize as quantizing
 import diffalign.commands.tuning as verb
 from diffalign import cli
 from diffalign.data.prompts import load_prompts
@@ -61,9 +62,32 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     assert [p.name for p in folder.parent.iterdir()] == ["small"]  # nothing hidden is left
 
 
-def test_the_latency_beside_the_originals_is_told(tmp_path, capsys):
-    assert quantize(tmp_path / "small", "--backend=int8", "--latency=1") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["latency_ratio"] > 0
+@pytest.mark.parametrize(
+    ("backend", "note"), [("int8", "(both eager)"), ("torchao-int8", "torch.compile)")]
+)
+def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, monkeypatch):
+    """In milliseconds, with the other model in bfloat16 whatever the dtype of this."""
+    compared = []
+
+    def compare(model, plain, rows, **size):
+        compared.append((model.denoiser.dtype, plain.denoiser.dtype))
+        assert plain.denoiser is not model.denoiser
+        assert plain.pipeline.vae is model.pipeline.vae  # only the denoiser is read again
+        return stock(model, plain, rows, **size)
+
+    stock = quantizing.compare
+    monkeypatch.setattr(quantizing, "compare", compare)
+    flags = (f"--backend={backend}", "--latency=1", "--dtype=float32")
+    assert quantize(tmp_path / "small", *flags) == 0
+    assert compared == [(torch.float32, torch.bfloat16)]
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert told["latency_ms"] > 0
+    assert told["bf16_latency_ms"] > 0
+    assert told["latency_ratio"] > 0
+    line = next(x for x in lines if x.startswith("a forward for 1 images: "))
+    assert f"{told['latency_ms']:.1f} ms" in line
+    assert line.endswith(note)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import folder_bytes, report
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
-from diffalign.quantization.latency import latency
+from diffalign.quantization.latency import Comparison, compare
 from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.evaluator import Drawing
 from diffalign.versions import versions
@@ -44,9 +44,8 @@ def quantize(args: argparse.Namespace) -> int:
         )
     model = load(args)
     before = report(model.denoiser)
-    seconds = _latency(model, args) if args.latency else None
     model, backends = _quantise(model, args, prompts)
-    ratio = _latency(model, args) / seconds if seconds is not None else None
+    times = _latency(model, args) if args.latency else None
     after = report(model.denoiser)  # with what layers keep once they have run
     found: dict[str, Any] = {
         "model": args.model,
@@ -58,8 +57,10 @@ def quantize(args: argparse.Namespace) -> int:
         "bits_per_weight": round(after.bits_per_weight, 3),
         "quantised_fraction": round(after.quantised_fraction, 4),
     }
-    if ratio is not None:
-        found["latency_ratio"] = round(ratio, 3)
+    if times is not None:
+        found["latency_ms"] = round(times.ms, 2)
+        found["bf16_latency_ms"] = round(times.plain_ms, 2)
+        found["latency_ratio"] = round(times.ratio, 3)
     with folder_aside(args.output_dir) as folder:
         model.pipeline.save_pretrained(folder)
         part = "unet" if (folder / "unet").is_dir() else "transformer"
@@ -69,6 +70,8 @@ def quantize(args: argparse.Namespace) -> int:
         result = {**found, "versions": versions()}
         (folder / REPORT).write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(after)
+    if times is not None:
+        print(_told(times, args, set(backends.values())))
     print(f"{args.output_dir}: {part} of {found['disk_bytes']:,} bytes; diffalign.load reads it")
     print(json.dumps(found))
     return 0
@@ -123,5 +126,18 @@ def calibration(
     return Calibration(model, prompts, drawing)
 
 
-def _latency(model: TextToImageModel, args: argparse.Namespace) -> float:
-    return latency(model, args.latency, height=args.height, width=args.width)
+def _latency(model: TextToImageModel, args: argparse.Namespace) -> Comparison:
+    """Beside the model as it was, in bfloat16 whatever --dtype; of that the denoiser alone is read again."""
+    kept = ("unet", "transformer", "scheduler")
+    others = {n: part for n, part in model.pipeline.components.items() if n not in kept}
+    plain = load_model(args.model, dtype=torch.bfloat16, device=model.device, **others)
+    return compare(model, plain, args.latency, height=args.height, width=args.width)
+
+
+def _told(times: Comparison, args: argparse.Namespace, backends: set[str]) -> str:
+    compiled = [n for n in sorted(backends) if BACKENDS[n].settings and not BACKENDS[n].trains]
+    more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
+    return (
+        f"a forward for {args.latency} images: {times.ms:.1f} ms, {times.ratio:.2f} of the {times.plain_ms:.1f} ms in "
+        f"bfloat16 (both eager{more})"
+    )

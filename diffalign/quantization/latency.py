@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,28 @@ REPEATS = 7
 WARM_UP = 2
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Medians over forwards in milliseconds, and of the paired ratios."""
+
+    ms: float
+    plain_ms: float
+    ratio: float
+
+
 @torch.no_grad()
-def latency(model: Any, rows: int, *, height: int | None = None, width: int | None = None) -> float:
-    """Median seconds of one forward of a `TextToImageModel`'s denoiser for so many images; sizes in pixels."""
+def compare(
+    model: Any, plain: Any, rows: int, *, height: int | None = None, width: int | None = None
+) -> Comparison:
+    """Forwards of the denoisers of two `TextToImageModel`s for so many images, turn and turn about, each in its own
+    dtype and eager (not compiled); sizes in pixels."""
     size = height or model.default_size[0], width or model.default_size[1]
-    inputs = model.random_inputs(rows, *size)
+    inputs = [m.random_inputs(rows, *size) for m in (model, plain)]
+    calls = [lambda m=m, i=i: m.forward(*i) for m, i in zip((model, plain), inputs, strict=True)]
     with attention(model.device):
-        return statistics.median(interleaved([lambda: model.forward(*inputs)], model.device)[0])
+        times, base = interleaved(calls, model.device)
+    ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
+    return Comparison(1000 * statistics.median(times), 1000 * statistics.median(base), ratio)
 
 
 @torch.no_grad()
