@@ -69,7 +69,8 @@ def test_the_same_space_is_left_as_it_is():
     found = fit(old, latents)
     torch.testing.assert_close(found.weight, weight, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.bias, bias, atol=1e-5, rtol=1e-5)
-    assert found.error < 1e-10 and found.r2 == pytest.approx(1)
+    assert found.error < 1e-10
+    assert found.r2 == pytest.approx(1)
 
 
 def test_nearest_upsampling_is_downsampling():
@@ -122,7 +123,9 @@ def test_no_gradient_reaches_what_is_aligned_to():
     old, new = (g.requires_grad_() for g in grids())
     with torch.no_grad():
         found = fit(old, new)
-    assert not found.weight.requires_grad and old.grad is None and new.grad is None
+    assert not found.weight.requires_grad
+    assert old.grad is None
+    assert new.grad is None
 
 
 def test_grids_that_do_not_fit_are_refused():

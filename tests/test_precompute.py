@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 
-from diffalign.data import pair_cache
-from diffalign.data.pair_cache import CacheError, PairCache
+from diffalign.data import shard_cache
+from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError
 from diffalign.data.pairs import Skipped
+from diffalign.data.shard_cache import CacheError
 from diffalign.errors import UsageError
 from diffalign.inversion import integrate
 from diffalign.noise import implied_noise
@@ -113,7 +114,7 @@ class TestContents:
     def test_neither_micro_batches_nor_shards_matter(self, source, tmp_path, monkeypatch):
         caches = []
         for name, size, shard in (("a", 8, 128), ("b", 2, 128), ("c", 8, 5)):
-            monkeypatch.setattr(module, "SHARD_PAIRS", shard)
+            monkeypatch.setattr(module, "SHARD_ITEMS", shard)
             caches.append(fill(source, tmp_path / name, pairs={"micro_batch_size": size}))
         first = caches[0].batch(range(12))
         for cache in caches[1:]:
@@ -298,7 +299,7 @@ class TestSkips:
 
 class TestGoingOn:
     def test_after_an_interruption(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_PAIRS", 5)
+        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
         whole = fill(source, tmp_path / "whole")
         make = module.PairMaker.make
 
@@ -324,8 +325,8 @@ class TestGoingOn:
         assert cache.index == whole.index
 
     def test_after_a_full_disk(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_PAIRS", 5)
-        save = pair_cache.save_file
+        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
+        save = shard_cache.save_file
 
         def full(state, file, **kwargs):
             if "00001" in str(file):
@@ -333,16 +334,16 @@ class TestGoingOn:
                 raise OSError(errno.ENOSPC, "No space left on device")
             save(state, file, **kwargs)
 
-        monkeypatch.setattr(pair_cache, "save_file", full)
+        monkeypatch.setattr(shard_cache, "save_file", full)
         with pytest.raises(CacheError, match="No space left.*shards before it are kept"):
             fill(source, tmp_path)
         names = sorted(p.name for p in (tmp_path / "run-cache").iterdir())
         assert names == ["manifest.json", "shard-00000.safetensors"]
-        monkeypatch.setattr(pair_cache, "save_file", save)
+        monkeypatch.setattr(shard_cache, "save_file", save)
         assert fill(source, tmp_path).manifest["pairs"] == 12
 
     def test_a_damaged_shard_is_named(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_PAIRS", 5)
+        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
         cache = fill(source, tmp_path)
         manifest = json.loads((cache.folder / "manifest.json").read_text())
         (cache.folder / "manifest.json").write_text(json.dumps({"key": manifest["key"]}))
@@ -359,7 +360,7 @@ class TestGoingOn:
         fill(source, tmp_path)
 
     def test_the_limit_holds_over_interruptions(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_PAIRS", 3)
+        monkeypatch.setattr(module, "SHARD_ITEMS", 3)
         cache = fill(source, tmp_path, pairs={"limit": 7})
         assert cache.manifest["pairs"] == 7
         manifest = cache.manifest

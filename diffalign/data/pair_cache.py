@@ -1,157 +1,26 @@
-"""What `diffalign precompute` leaves behind: shards of latents, prompt embeddings and inverted states, and an index.
-
-A shard is one safetensors file, written whole or not at all; it says in its header what it was made from and where the
-next one starts. `manifest.json` holds everything that could make the cache stale.
-"""
+"""Preference pairs as `diffalign precompute` leaves them: latents of both images, and states of their inversion."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from diffalign.config import differences
-from diffalign.data.files import aside, write_text
-from diffalign.data.pairs import held_out
-from diffalign.errors import UserError
-from diffalign.types import PreferenceBatch, PromptEmbeds
+from diffalign.data.shard_cache import ShardCache
+from diffalign.types import PreferenceBatch
 
-MANIFEST, INDEX = "manifest.json", "index.parquet"
-PROMPT_PARTS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 OPTIONAL = ("states", "grid_index", "reference_error", "time_ids")
 
 
-class CacheError(UserError, RuntimeError):
-    """A cache that does not fit, is not whole, or cannot be written."""
+class PairCache(ShardCache):
+    """One row a pair."""
 
-
-class PairCache:
-    """Reads and writes one folder. Rows of all shards are numbered from 0."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def claim(self, key: Mapping[str, Any]) -> None:
-        """Note down what the cache is made from.
-
-        Raises:
-            CacheError: it is there and made from something else, or the folder holds other things.
-        """
-        file = self.folder / MANIFEST
-        if file.is_file():
-            there = self.manifest["key"]
-            if lines := differences(there, json.loads(json.dumps(key))):
-                raise CacheError(
-                    f"{self.folder} was made from something else (there, here):\n  "
-                    + "\n  ".join(lines)
-                    + "\nchoose another pairs.cache, or delete that folder"
-                )
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise CacheError(f"{self.folder} is not empty and no cache of diffalign")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"key": key}, indent=1))
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        file = self.folder / MANIFEST
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CacheError(
-                f"{self.folder} is no cache of preference pairs ({error}); `diffalign precompute` makes one"
-            ) from error
-
-    @property
-    def complete(self) -> bool:
-        return (self.folder / MANIFEST).is_file() and "pairs" in self.manifest
-
-    def shard(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"
-
-    def write_shard(self, number: int, tensors: Mapping[str, Tensor], facts: Any) -> None:
-        """CacheError where the disk is full; what is there stays."""
-        path = self.shard(number)
-        try:
-            with aside(path) as file:
-                save_file(
-                    {k: v.contiguous().cpu() for k, v in tensors.items()},
-                    file,
-                    metadata={"facts": json.dumps(facts)},
-                )
-        except (OSError, SafetensorError) as error:
-            raise CacheError(
-                f"{path} could not be written ({error}); the shards before it are kept, and the same command goes on "
-                "from there"
-            ) from error
-
-    def facts(self, number: int) -> dict[str, Any] | None:
-        """What a shard says of itself; None where there is none.
-
-        Raises:
-            CacheError: it is cut or changed.
-        """
-        path = self.shard(number)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["facts"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{path} is damaged ({error}); delete it to make it again") from error
-
-    def finish(self, shards: Sequence[Mapping[str, Any]], *, notes: Mapping[str, Any]) -> None:
-        """Write the index of all pairs, and the counts; `shards` are the facts of all of them."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table: dict[str, list[Any]] = {
-            k: [] for k in ("place", "prompt", "shard", "offset", "preference", "weight")
-        }
-        for number, facts in enumerate(shards):
-            for offset, pair in enumerate(facts["pairs"]):
-                for name, value in {**pair, "shard": number, "offset": offset}.items():
-                    table[name].append(value)
-        with aside(self.folder / INDEX) as file:
-            pq.write_table(pa.table(table), file)
-        counts = {"pairs": len(table["prompt"]), "shards": len(shards)}
-        key = self.manifest["key"]
-        write_text(self.folder / MANIFEST, json.dumps({"key": key, **counts, **notes}, indent=1))
-
-    @cached_property
-    def index(self) -> dict[str, list[Any]]:
-        """Columns of the index, one row a pair."""
-        import pyarrow.parquet as pq
-
-        if not self.complete:
-            raise CacheError(
-                f"{self.folder} is not complete; `diffalign precompute` goes on where it stopped"
-            )
-        found: dict[str, list[Any]] = pq.read_table(self.folder / INDEX).to_pydict()
-        return found
-
-    def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Numbers of the pairs to train on, and of those of this share of the prompts that are kept for validation."""
-        kept = [held_out(p, share) for p in self.index["prompt"]]
-        numbers = range(len(kept))
-        return [i for i in numbers if not kept[i]], [i for i in numbers if kept[i]]
-
-    @cached_property
-    def _open(self) -> dict[int, Any]:
-        return {}
+    rows = "pairs"
+    setting = "pairs.cache"
 
     def batch(self, pairs: Sequence[int], device: torch.device | str = "cpu") -> PreferenceBatch:
         """Pairs by their numbers, latents and states in float32."""
-        parts = [self._pair(i) for i in pairs]
-        columns = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
-        embeds = PromptEmbeds(**{k: columns.pop(k) for k in PROMPT_PARTS if k in columns})
+        columns, embeds = self.columns(pairs, device)
         floats = {
             k: v if k == "grid_index" else v.float() for k, v in columns.items() if k in OPTIONAL
         }
@@ -163,16 +32,3 @@ class PairCache:
             list(pairs),
             **floats,
         )
-
-    def _pair(self, number: int) -> dict[str, Tensor]:
-        shard, offset = self.index["shard"][number], self.index["offset"][number]
-        if shard not in self._open:
-            try:
-                self._open[shard] = safe_open(self.shard(shard), "pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise CacheError(f"{self.shard(shard)} is damaged: {error}") from error
-        file = self._open[shard]
-        names = set(file.keys())
-        found = {k: file.get_slice(k)[offset] for k in names - {*PROMPT_PARTS, "prompt_row"}}
-        row = int(file.get_slice("prompt_row")[offset])
-        return found | {k: file.get_slice(k)[row] for k in PROMPT_PARTS if k in names}

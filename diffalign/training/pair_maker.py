@@ -13,8 +13,8 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.config import PreferenceRunConfig
 from diffalign.data.images import fit, read_image
-from diffalign.data.pair_cache import PROMPT_PARTS
 from diffalign.data.pairs import PreferencePair, Skipped
+from diffalign.data.shard_cache import Shard, prompt_tensors
 from diffalign.errors import UsageError
 from diffalign.inversion import integrate, round_trip_error
 from diffalign.noise import RectifiedFlow, implied_noise
@@ -29,15 +29,6 @@ logger = logging.getLogger(__name__)
 NAMED_SKIPS = 5
 """Of each reason, how many skipped rows are named in the log."""
 Item = PreferencePair | Skipped
-
-
-@dataclass(frozen=True)
-class Shard:
-    """`items` that are read from the source together; the next shard starts at row `stop`."""
-
-    number: int
-    items: list[Item]
-    stop: int
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
@@ -96,7 +87,8 @@ class PairMaker:
             parts.append(self._tensors(kept, facts, first=shard.number == 0 and not parts))
         facts["skipped"] = dict(skipped)
         tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
-        return tensors | self._prompts(facts["pairs"]), facts
+        prompts = [pair["prompt"] for pair in facts["pairs"]]
+        return tensors | prompt_tensors(prompts, self.embed), facts
 
     def _name(self, item: Item, why: str) -> None:
         self.named[why] += 1
@@ -238,16 +230,6 @@ class PairMaker:
             sampler="euler" if solver == "fixed_point" else solver,
         )
         return float(errors.median())
-
-    def _prompts(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Each prompt's embeddings once, and the row of each pair's."""
-        if not pairs:
-            return {}
-        texts = list(dict.fromkeys(p["prompt"] for p in pairs))
-        embeds = self.embed(texts).to("cpu")
-        parts = {name: getattr(embeds, name) for name in PROMPT_PARTS}
-        row = torch.tensor([texts.index(p["prompt"]) for p in pairs])
-        return {"prompt_row": row} | {k: v for k, v in parts.items() if v is not None}
 
 
 def _facts_of(pair: PreferencePair) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,21 +24,23 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError, tables
 from diffalign.data.pairs import read_pairs
+from diffalign.data.shard_cache import Shard, ShardCache
 from diffalign.fingerprint import fingerprint
 from diffalign.inversion import inversion_grid
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.forward import image_size
-from diffalign.training.pair_maker import Item, PairMaker, Shard, solver_of
+from diffalign.training.pair_maker import PairMaker, solver_of
 
 logger = logging.getLogger(__name__)
-SHARD_PAIRS = 128
+SHARD_ITEMS = 128
+Cache = TypeVar("Cache", bound=ShardCache)
 
 
 def shards(
-    items: Iterable[Item], *, first: int = 0, limit: int | None = None, size: int
+    items: Iterable[Any], *, first: int = 0, limit: int | None = None, size: int
 ) -> Iterator[Shard]:
     """Cut a stream where a row ends, so that a shard can be read without those before it."""
-    held: list[Item] = []
+    held: list[Any] = []
     number = first
     for row, group in groupby(islice(items, limit), key=lambda item: item.row):
         if len(held) >= size:
@@ -94,44 +96,75 @@ def precompute(
     """
     cache = PairCache(config.pairs.cache or f"{config.output_dir.rstrip('/')}-cache")
     grid = grid_of(config, model)
+    return fill(
+        cache,
+        accelerator,
+        key=cache_key(config, model, grid),
+        items=lambda row: read_pairs(config.pairs, start=row),
+        limit=config.pairs.limit,
+        make=lambda: PairMaker(config, model, grid).make,
+        nothing=lambda reasons: PairsError(f"pairs.source: no pair can be used ({reasons})"),
+    )
+
+
+def fill(
+    cache: Cache,
+    accelerator: Accelerator,
+    *,
+    key: dict[str, Any],
+    items: Callable[[int], Iterable[Any]],
+    limit: int | None,
+    make: Callable[[], Callable[[Shard], tuple[dict[str, Tensor], dict[str, Any]]]],
+    nothing: Callable[[str], Exception],
+) -> Cache:
+    """A complete cache.
+
+    Args:
+        key: all that it depends on.
+        items: from a row of the source on.
+        make: gives what makes a shard's tensors and facts; not called where the cache is complete.
+        nothing: the error to raise where no row could be used, of the reasons.
+    """
     if accelerator.is_main_process:
-        cache.claim(cache_key(config, model, grid))
+        cache.claim(key)
     accelerator.wait_for_everyone()
     if cache.complete:
         return cache
-    done, row, items = 0, 0, 0
+    done, row, count = 0, 0, 0
     while (facts := cache.facts(done)) is not None:
-        done, row, items = done + 1, facts["stop"], items + facts["items"]
-    limit = None if config.pairs.limit is None else config.pairs.limit - items
-    maker = PairMaker(config, model, grid)
+        done, row, count = done + 1, facts["stop"], count + facts["items"]
+    maker = make()
     bar = tqdm(
-        desc="precompute", unit="pair", initial=items, disable=not accelerator.is_main_process
+        desc="precompute",
+        unit=cache.rows.removesuffix("s"),
+        initial=count,
+        disable=not accelerator.is_main_process,
     )
-    stream_of_items = read_pairs(config.pairs, start=row)
-    for shard in shards(stream_of_items, first=done, limit=limit, size=SHARD_PAIRS):
+    left = None if limit is None else limit - count
+    for shard in shards(items(row), first=done, limit=left, size=SHARD_ITEMS):
         done = shard.number + 1
         mine = shard.number % accelerator.num_processes == accelerator.process_index
         if mine and cache.facts(shard.number) is None:
             started = time.perf_counter()
-            tensors, facts = maker.make(shard)
+            tensors, facts = maker(shard)
             facts["seconds"] = time.perf_counter() - started
             cache.write_shard(shard.number, tensors, facts)
         bar.update(len(shard.items))
     bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(cache, done)
+        finish(cache, done, nothing)
     accelerator.wait_for_everyone()
     return cache
 
 
-def finish(cache: PairCache, shards: int) -> None:
+def finish(cache: ShardCache, shards: int, nothing: Callable[[str], Exception]) -> None:
     """Write the index; say what was left out."""
     found = [cache.facts(number) or {} for number in range(shards)]
     skipped = sum((Counter(f["skipped"]) for f in found), Counter[str]())
-    if not any(f["pairs"] for f in found):
+    if not any(f[cache.rows] for f in found):
         reasons = ", ".join(f"{why}: {n}" for why, n in skipped.items())
-        raise PairsError(f"pairs.source: no pair can be used ({reasons or 'there is none'})")
+        raise nothing(reasons or "there is none")
     errors = [f["round_trip_error"] for f in found if "round_trip_error" in f]
     notes = {
         "skipped": dict(skipped),
@@ -140,6 +173,5 @@ def finish(cache: PairCache, shards: int) -> None:
     }
     cache.finish(found, notes=notes)
     if skipped:
-        logger.warning(
-            "pairs left out: %s", ", ".join(f"{why}: {n}" for why, n in skipped.most_common())
-        )
+        left_out = ", ".join(f"{why}: {n}" for why, n in skipped.most_common())
+        logger.warning("%s left out: %s", cache.rows, left_out)

@@ -1,0 +1,90 @@
+"""Captioned images of one size, one after the other: of a folder, or rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.data.images import fit, read_folder, read_image
+from diffalign.errors import UsageError
+from diffalign.seeds import GEOMETRY, stream
+
+RENDERED = "shapes:train"
+
+
+@dataclass(frozen=True)
+class CaptionedItem:
+    """`row` of the source; `pixels` (3, H, W) uint8 and its caption, or why there are none."""
+
+    row: int
+    prompt: str
+    pixels: Tensor | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where images come from and how they are cut: as `config.LatentsConfig`.
+
+    Raises:
+        ImageFolderError: there is no such folder, or no image in it.
+        UsageError: nothing is said, or how many to render is not.
+    """
+
+    source: str
+    size: tuple[int, int]
+    seed: int = 0
+    center_crop: bool = True
+    random_flip: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("latents.images: name a folder of captioned images, or shapes:train")
+        if self.source == RENDERED and self.limit is None:
+            raise UsageError(f"latents.limit: say how many images of {RENDERED} to render")
+        if self.source != RENDERED:
+            read_folder(self.source, flag="latents.images")
+
+    def items(self, start: int = 0) -> Iterator[CaptionedItem]:
+        """From a row of the source on."""
+        if self.source == RENDERED:
+            assert self.limit is not None
+            yield from (self._rendered(row) for row in range(start, self.limit))
+            return
+        for row, image in enumerate(read_folder(self.source, flag="latents.images")):
+            if row < start:
+                continue
+            try:
+                pixels = read_image(image.path)
+            except OSError:
+                yield CaptionedItem(row, image.prompt.text, None, "unreadable")
+                continue
+            if not image.prompt.text.strip():
+                yield CaptionedItem(row, "", None, "no caption")
+                continue
+            yield CaptionedItem(row, image.prompt.text, self._cut(pixels, row))
+
+    def _cut(self, pixels: Tensor, row: int) -> Tensor:
+        rng = np.random.default_rng(stream(GEOMETRY, self.seed, row))
+        place = (0.5, 0.5) if self.center_crop else tuple(rng.uniform(size=2))
+        found, _ = fit(pixels, *self.size, place=place)  # type: ignore[arg-type]
+        return found.flip(-1) if self.random_flip and rng.uniform() < 0.5 else found
+
+    def _rendered(self, row: int) -> CaptionedItem:
+        from diffalign.shapes.prompts import sample_prompts
+        from diffalign.shapes.world import render, sample_scene
+
+        rng = np.random.default_rng(stream(GEOMETRY, self.seed, row))
+        entry = sample_prompts(rng, 1)[0]
+        pixels = torch.from_numpy(render(sample_scene(entry, rng))).permute(2, 0, 1)
+        return CaptionedItem(row, entry["prompt"], fit(pixels, *self.size)[0])
+
+
+def stacked(items: Sequence[CaptionedItem]) -> Tensor:
+    """(B, 3, H, W) uint8 of items that have pixels."""
+    return torch.stack([i.pixels for i in items if i.pixels is not None])
