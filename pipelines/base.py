@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffalign.errors import UsageError
+from diffalign.latents.codec import LatentCodec
 from diffalign.noise import Path, RectifiedFlow
 from diffalign.types import PromptEmbeds
 
@@ -45,6 +46,8 @@ class TextToImageModel(ABC):
     long_tokenizer: ClassVar[str | None] = None
     """What the pipeline calls that encoder's tokenizer."""
 
+    patch_size: int = 1
+    """Side of the patch of latents that makes a token."""
     takes_time_ids: bool = False
     """The denoiser is told an image's original size and crop (SDXL)."""
     latents_dtype: ClassVar[torch.dtype | None] = None
@@ -141,9 +144,10 @@ class TextToImageModel(ABC):
         latents = torch.randn(rows, *self.latent_shape(height, width), **options)
         return latents, torch.full((rows,), 500.0, device=self.device), embeds
 
-    @abstractmethod
     def image_seq_len(self, height: int, width: int) -> int:
-        """Image tokens that the denoiser sees at this resolution."""
+        """Image tokens that the denoiser sees at this resolution (a U-Net: places)."""
+        step = self.patch_size * self.pipeline.vae_scale_factor
+        return (height // step) * (width // step)
 
     @abstractmethod
     def prompt_shape(self) -> tuple[int, int, int]:
@@ -156,7 +160,7 @@ class TextToImageModel(ABC):
     @property
     def granularity(self) -> int:
         """Pixels of which height and width must be multiples."""
-        return self.pipeline.vae_scale_factor * 2
+        return self.pipeline.vae_scale_factor * self.patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of one image; UsageError where the model cannot make that size."""
@@ -187,37 +191,22 @@ class TextToImageModel(ABC):
         """What the stock pipeline passes to `set_timesteps` besides the number of steps."""
         return {}
 
-    @torch.no_grad()
+    @property
+    def codec(self) -> LatentCodec:
+        """Between pixels and the denoiser's tokens."""
+        return LatentCodec(self.pipeline.vae, self.patch_size)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + shift_factor(vae)
-        pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
-        return (pixels * 255).round().to(torch.uint8)
+        return self.codec.decode(latents)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 to latents (B, C, H, W), scaled and shifted; of a posterior the mode."""
-        vae = self.pipeline.vae
-        pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-        return (raw_latents(vae, pixels) - shift_factor(vae)) * vae.config.scaling_factor
+        return self.codec.encode(images)
 
     def to(self, device: torch.device | str) -> TextToImageModel:
         self.pipeline.to(device)
         return self
-
-
-def raw_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """What an autoencoder makes of pixels (B, 3, H, W) in -1..1, unscaled: latents (AutoencoderDC), or a posterior
-    (AutoencoderKL), of which this is the mode."""
-    found = vae.encode(pixels, return_dict=False)[0]
-    return found if isinstance(found, Tensor) else found.mode()
-
-
-def shift_factor(vae: Any) -> float:
-    """0 where an autoencoder has none."""
-    return vae.config.get("shift_factor") or 0.0
 
 
 def dynamic_shift(config: Any, image_seq_len: int) -> float:

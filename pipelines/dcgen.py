@@ -41,7 +41,7 @@ class DeepLatents:
         """Take the autoencoder in, after the stock pipeline has been set up without one."""
         if vae is not None and vae.config.latent_channels != self.transformer.config.in_channels:
             raise ValueError(
-                f"this transformer reads {self.transformer.config.in_channels} channels, the autoencoder's latents have "
+                f"this transformer reads latents of {self.transformer.config.in_channels} channels, the autoencoder makes "
                 f"{vae.config.latent_channels}: it is another autoencoder"
             )
         self.register_modules(vae=vae)

@@ -11,31 +11,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from diffalign.errors import UsageError
+from diffalign.latents.codec import pack, position_ids, unpack
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
 DEFAULT_GUIDANCE = 3.5
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """(B, C, H, W) to tokens (B, H/2 * W/2, 4 C): each 2 x 2 patch becomes one token."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(b, (h // 2) * (w // 2), 4 * c)
-
-
-def unpack_latents(tokens: Tensor, h: int, w: int) -> Tensor:
-    """The inverse of `pack_latents`; `h` and `w` are the size of the latents."""
-    b, _, c = tokens.shape
-    patches = tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(b, c // 4, h, w)
-
-
-def image_ids(h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(H/2 * W/2, 3) position ids (0, row, column) of the packed latents."""
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-    return ids.reshape(-1, 3).to(device=device, dtype=dtype)
 
 
 @torch.no_grad()
@@ -66,6 +46,7 @@ class FluxModel(TextToImageModel):
 
     family = "flux"
     lora_targets = JOINT_ATTENTION
+    patch_size = 2
     max_sequence_length = 512
     long_tokenizer = "tokenizer_2"
 
@@ -118,17 +99,17 @@ class FluxModel(TextToImageModel):
             scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
             guidance = torch.as_tensor(scale, device=device, dtype=torch.float32).expand(b)
         tokens = self.denoiser(
-            hidden_states=pack_latents(noisy_latents),
+            hidden_states=pack(noisy_latents, self.patch_size),
             # the pipeline rounds time to the dtype of the latents before it scales it
             timestep=timesteps.to(noisy_latents.dtype) / self.noise.num_train_timesteps,
             guidance=guidance,
             pooled_projections=embeds.pooled_prompt_embeds,
             encoder_hidden_states=embeds.prompt_embeds,
             txt_ids=torch.zeros(embeds.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-            img_ids=image_ids(h, w, device, dtype),
+            img_ids=position_ids(h // self.patch_size, w // self.patch_size).to(device, dtype),
             return_dict=False,
         )[0]
-        return unpack_latents(tokens, h, w)
+        return unpack(tokens, self.patch_size, height=h, width=w)
 
     def prompt_shape(self) -> tuple[int, int, int]:
         config = self.denoiser.config
@@ -136,13 +117,20 @@ class FluxModel(TextToImageModel):
 
     @property
     def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // 4
-
-    def image_seq_len(self, height: int, width: int) -> int:
-        step = self.granularity
-        return (height // step) * (width // step)
+        return self.denoiser.config.in_channels // self.patch_size**2
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
         if self.pipeline.scheduler.config.get("use_flow_sigmas"):
             return {}
         return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
+
+
+class DCGenFluxModel(FluxModel):
+    """`DCGenFluxPipeline`: a place of the latents is a token."""
+
+    patch_size = 1
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return self._default_size or (side, side)

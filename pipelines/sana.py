@@ -77,12 +77,8 @@ class SanaModel(TextToImageModel):
 
     @property
     def granularity(self) -> int:
-        return math.lcm(STOCK_STEP, self._patch)
-
-    def image_seq_len(self, height: int, width: int) -> int:
-        return (height // self._patch) * (width // self._patch)
+        return math.lcm(STOCK_STEP, super().granularity)
 
     @property
-    def _patch(self) -> int:
-        """Pixels of a side of an image token."""
-        return self.denoiser.config.patch_size * self.pipeline.vae_scale_factor
+    def patch_size(self) -> int:  # type: ignore[override]
+        return int(self.denoiser.config.patch_size)

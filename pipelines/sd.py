@@ -66,11 +66,3 @@ class SDModel(TextToImageModel):
     @property
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels
-
-    @property
-    def granularity(self) -> int:
-        return self.pipeline.vae_scale_factor
-
-    def image_seq_len(self, height: int, width: int) -> int:
-        scale = self.pipeline.vae_scale_factor
-        return (height // scale) * (width // scale)

@@ -60,6 +60,6 @@ class SD3Model(TextToImageModel):
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels
 
-    def image_seq_len(self, height: int, width: int) -> int:
-        patch = self.denoiser.config.patch_size * self.pipeline.vae_scale_factor
-        return (height // patch) * (width // patch)
+    @property
+    def patch_size(self) -> int:  # type: ignore[override]
+        return int(self.denoiser.config.patch_size)

@@ -3,7 +3,8 @@
 Patch embedders map latents to tokens linearly, pooling and interpolation commute with maps of channels, so every
 objective of DC-Gen's embedding alignment (average, downsample, upsample in any mode) is an ordinary least-squares
 problem: one pass over the data gives the optimum that gradient descent approaches. With the embedder in place the
-last layer is linear in the features before it, so that it is a second one. (DC-Gen: Chen et al. 2025, arXiv 2509.25180.)
+last layer is linear in the features before it, so that it is a second one.
+(DC-Gen: Chen et al. 2025, arXiv 2509.25180.)
 """
 
 from __future__ import annotations

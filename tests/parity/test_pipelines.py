@@ -8,7 +8,7 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 
-from diffalign.pipelines import flux
+from diffalign.latents import codec
 from diffalign.pipelines.sampling import EmbedCache, generate, sample
 from diffalign.pipelines.sana import INSTRUCTION
 
@@ -111,13 +111,13 @@ def test_embed_cache_forgets_the_oldest(model):
 def test_packing_and_ids_equal_flux_pipeline(shape):
     b, c, h, w = shape
     latents = torch.randn(shape)
-    packed = flux.pack_latents(latents)
+    packed = codec.pack(latents, 2)
     torch.testing.assert_close(
         packed, FluxPipeline._pack_latents(latents, b, c, h, w), rtol=0, atol=0
     )
-    torch.testing.assert_close(flux.unpack_latents(packed, h, w), latents, rtol=0, atol=0)
+    torch.testing.assert_close(codec.unpack(packed, 2, height=h, width=w), latents, rtol=0, atol=0)
     ids = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32)
-    torch.testing.assert_close(flux.image_ids(h, w, "cpu", torch.float32), ids, rtol=0, atol=0)
+    torch.testing.assert_close(codec.position_ids(h // 2, w // 2), ids, rtol=0, atol=0)
 
 
 def test_flux_guidance_reaches_the_denoiser():
