@@ -1,0 +1,184 @@
+"""bench qsched: what it makes of its cells, and its weights in all forms, on tiny inputs."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from diffalign import cli
+from diffalign.bench import qsched, weights
+from diffalign.bench.record import BenchOptions
+from diffalign.errors import UsageError
+from diffalign.quantization.accounting import report
+from diffalign.quantization.integer import IntegerLinear
+from diffalign.quantization.layers import PackedLinear
+from diffalign.tuning.objective import PRESETS
+
+
+def test_forms_say_whether_they_are_calibrated():
+    assert not qsched.Form().calibrated
+    assert not qsched.Form("int8").calibrated
+    assert qsched.Form("int4", svd_rank=16).calibrated
+    assert qsched.Form("int8-static").calibrated
+    assert qsched.FORMS["bf16"].backend is None
+    assert qsched.OBJECTIVE in PRESETS
+
+
+def cell(plain, best, *, accepted=True):
+    return {
+        "plain": {"geneval": plain},
+        "best": {"geneval": best},
+        "qsched": {"geneval": best if accepted else plain},
+        "search": {"accepted": accepted},
+    }
+
+
+def test_a_table_tells_what_was_accepted_from_what_was_best():
+    found = qsched.table([cell(0.4, 0.6), cell(0.5, 0.3, accepted=False), cell(0.6, 0.7)])
+    assert found["plain"]["geneval"]["median"] == 0.5
+    assert found["best"]["geneval"]["values"] == [0.6, 0.3, 0.7]
+    assert found["qsched"]["geneval"]["values"] == [0.6, 0.5, 0.7]
+    assert [s["accepted"] for s in found["searches"]] == [True, False, True]
+
+
+def student(full, small):
+    """Of two tables of cells by number of steps."""
+    return {
+        "forms": {
+            form: {"steps": {n: qsched.table(cells) for n, cells in steps.items()}}
+            for form, steps in (("bf16", full), ("int4", small))
+        }
+    }
+
+
+def test_what_is_recovered_is_a_share_of_what_was_lost():
+    """By hand: quantising takes 0.3 and 0.1, factors give back 0.15 and 0.05, and 0.02 to the control."""
+    one = student({"2": [cell(0.8, 0.8)]}, {"2": [cell(0.5, 0.65)]})
+    other = student({"2": [cell(0.6, 0.62)]}, {"2": [cell(0.5, 0.55)]})
+    found = qsched.recovered([one, other], "geneval")
+    assert found["share"] == 0.5
+    assert found["sums"] == {"lost": 0.4, "gained": 0.2, "control": 0.02}
+
+
+def test_nothing_lost_is_no_share():
+    found = qsched.recovered([student({"2": [cell(0.5, 0.5)]}, {"2": [cell(0.6, 0.7)]})], "geneval")
+    assert found["share"] is None
+    assert found["sums"]["lost"] == pytest.approx(-0.1)
+
+
+def test_psnr_by_hand():
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    grey = black + torch.tensor([51, 0], dtype=torch.uint8).view(2, 1, 1, 1)
+    equal = 10 * math.log10(255**2 / 1e-3)
+    assert qsched.psnr(black, black) == pytest.approx(equal, abs=1e-3)
+    assert qsched.psnr(grey, black) == pytest.approx((20 * math.log10(5) + equal) / 2, abs=1e-3)
+
+
+def test_cells_are_taken_from_the_work_folder(tmp_path):
+    options = BenchOptions(quick=True, work=tmp_path, seeds=1)
+    made = qsched.Student("shapes-flux-schnell", options)
+    assert made.size == qsched.QUICK
+    for name in ("shapes-flux-schnell int4 2", "shapes-flux-schnell grid"):
+        file = options.folder(name, 0) / "cell.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"name": name}))
+    assert made.cell("int4", 2, 0) == {"name": "shapes-flux-schnell int4 2"}
+    assert made.grid(0) == {"name": "shapes-flux-schnell grid"}
+    assert not made.models  # nothing was loaded
+
+
+def test_arms_are_checked_and_only_those_are_run(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no arm 'sises'; did you mean 'sizes'"):
+        qsched.run(BenchOptions(quick=True, work=tmp_path, arms=("sises",)))
+    monkeypatch.setattr(qsched, "published_sizes", lambda: {"a": {"int4": {"ratio": 3.7}}})
+    found = qsched.run(BenchOptions(quick=True, work=tmp_path, arms=("sizes",)))
+    assert found["headline"] == {"bytes_ratio": {"a": 3.7}}
+    assert found["students"] == {}
+    assert cli.main(["bench", "qsched", "--arms=nothing", f"--work={tmp_path}"]) == 2
+
+
+def test_published_sizes_count_what_packing_makes(monkeypatch):
+    layout = weights.LAYOUTS["sd1.5"]
+    monkeypatch.setattr(weights, "LAYOUTS", {"sd1.5": layout})
+    found = weights.published_sizes()["sd1.5"]
+    assert found["bf16_bytes"] == 2 * found["weights"]
+    assert 1.8 < found["int8"]["ratio"] < 2
+    assert 2.8 < found["int4 svd 32"]["ratio"] < found["int4"]["ratio"] < 4
+    assert found["int4"]["bytes"] * found["int4"]["ratio"] == pytest.approx(
+        found["bf16_bytes"], rel=1e-3
+    )
+
+
+@pytest.fixture
+def flux():
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return model.to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("int8", PackedLinear), ("int4", PackedLinear), ("int8-static", IntegerLinear)],
+)
+def test_a_model_in_a_form_still_takes_its_inputs(form, kind, flux):
+    inputs = weights.flux_inputs(flux, tokens=16, text=4)
+    assert inputs["hidden_states"].shape == (1, 16, 64)
+    with torch.no_grad():
+        before = flux(**inputs)[0].float()
+        small = weights.in_form(flux, form, inputs)
+        assert report(small).ratio > 1.3
+        after = small(**inputs)[0].float()
+    assert any(isinstance(m, kind) for m in small.modules())
+    assert (after - before).norm() < 0.3 * before.norm()
+
+
+def test_ratios_are_paired():
+    class Model(nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, **inputs):
+            return inputs["x"]
+
+    found = weights._ratios(Model(), Model(), {"x": torch.ones(1)}, compiled=False)
+    assert len(found) > 1
+    assert all(r > 0 for r in found)
+
+
+def test_the_speed_is_the_fastest_form_of_integers(monkeypatch, flux):
+    """Of forms that multiply integers: int8 that multiplies unpacked weights does not count."""
+    ratios = {"int8": 0.1, "int4": 0.2, "int8-static": 0.9, "torchao-int8": 1.4}
+    current = []
+
+    def in_form(model, form, inputs):
+        current.append(form)
+        return model
+
+    monkeypatch.setattr(weights, "denoiser", lambda *a, **k: flux)
+    monkeypatch.setattr(weights, "in_form", in_form)
+    monkeypatch.setattr(weights, "flux_inputs", lambda *a, **k: {"hidden_states": torch.ones(1, 4)})
+    monkeypatch.setattr(weights, "report", lambda model: SimpleNamespace(ratio=2.0))
+    monkeypatch.setattr(
+        weights,
+        "_ratios",
+        lambda a, b, i, *, compiled: [ratios[current[-1]] - (0.6 if compiled else 0)],
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = weights.speeds(quick=True)
+    assert found["int8_latency_vs_bf16"] == pytest.approx(0.8)  # torchao-int8, compiled
+    assert list(found["forms"]) == list(ratios)
+    assert set(found["forms"]["int8"]) == {"bytes_ratio", "eager"}
+    assert set(found["forms"]["torchao-int8"]) == {"bytes_ratio", "eager", "compiled"}
