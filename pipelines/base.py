@@ -8,6 +8,7 @@ class. A new family is one file that fills in the abstract methods, and one line
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from diffalign.errors import UsageError
 from diffalign.latents.codec import LatentCodec
-from diffalign.noise import Path, RectifiedFlow
+from diffalign.latents.move import Ends
+from diffalign.noise import Path, RectifiedFlow, shift_sigmas
 from diffalign.types import PromptEmbeds
 
 # The eight attention projections of a joint block: what the released AWM and Flow-GRPO train.
@@ -46,6 +48,10 @@ class TextToImageModel(ABC):
     long_tokenizer: ClassVar[str | None] = None
     """What the pipeline calls that encoder's tokenizer."""
 
+    ends: ClassVar[Ends | None] = None
+    """First and last layer of a denoiser that can be moved into another latent space."""
+    deep_pipeline: ClassVar[str] = ""
+    """The class of `pipelines.dcgen` that then draws with it."""
     patch_size: int = 1
     """Side of the patch of latents that makes a token."""
     takes_time_ids: bool = False
@@ -146,8 +152,18 @@ class TextToImageModel(ABC):
 
     def image_seq_len(self, height: int, width: int) -> int:
         """Image tokens that the denoiser sees at this resolution (a U-Net: places)."""
-        step = self.patch_size * self.pipeline.vae_scale_factor
+        step = self.pixels_per_token
         return (height // step) * (width // step)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Of a side of the image."""
+        return int(self.patch_size * self.pipeline.vae_scale_factor)
+
+    def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
+        """Changes of the denoiser's configuration for the latents of a codec, one token of which replaces `ratio` of
+        the old ones along a side."""
+        raise NotImplementedError
 
     @abstractmethod
     def prompt_shape(self) -> tuple[int, int, int]:
@@ -160,7 +176,7 @@ class TextToImageModel(ABC):
     @property
     def granularity(self) -> int:
         """Pixels of which height and width must be multiples."""
-        return self.pipeline.vae_scale_factor * self.patch_size
+        return self.pixels_per_token
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of one image; UsageError where the model cannot make that size."""
@@ -190,6 +206,15 @@ class TextToImageModel(ABC):
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
         """What the stock pipeline passes to `set_timesteps` besides the number of steps."""
         return {}
+
+    def shifted(self, sigmas: Tensor, *, height: int, width: int) -> Tensor:
+        """Noise levels (N,) of a flow as the pipeline's scheduler shifts them for images of that size."""
+        config = self.pipeline.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            mu = dynamic_shift(config, self.image_seq_len(height, width))
+            linear = config.get("time_shift_type") == "linear"
+            return shift_sigmas(sigmas, mu if linear else math.exp(mu))
+        return shift_sigmas(sigmas, config.get("flow_shift") or config.get("shift") or 1.0)
 
     @property
     def codec(self) -> LatentCodec:

@@ -39,9 +39,10 @@ class DeepLatents:
 
     def _use(self, vae, image_size, max_sequence_length):
         """Take the autoencoder in, after the stock pipeline has been set up without one."""
-        if vae is not None and vae.config.latent_channels != self.transformer.config.in_channels:
+        reads = None if self.transformer is None else self.transformer.config.in_channels
+        if None not in (vae, reads) and vae.config.latent_channels != reads:
             raise ValueError(
-                f"this transformer reads latents of {self.transformer.config.in_channels} channels, the autoencoder makes "
+                f"this transformer reads latents of {reads} channels, the autoencoder makes "
                 f"{vae.config.latent_channels}: it is another autoencoder"
             )
         self.register_modules(vae=vae)

@@ -11,7 +11,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from diffalign.errors import UsageError
-from diffalign.latents.codec import pack, position_ids, unpack
+from diffalign.latents.codec import LatentCodec, pack, position_ids, unpack
+from diffalign.latents.move import Ends
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
@@ -47,6 +48,8 @@ class FluxModel(TextToImageModel):
     family = "flux"
     lora_targets = JOINT_ATTENTION
     patch_size = 2
+    ends = Ends("x_embedder", "proj_out")
+    deep_pipeline = "DCGenFluxPipeline"
     max_sequence_length = 512
     long_tokenizer = "tokenizer_2"
 
@@ -118,6 +121,10 @@ class FluxModel(TextToImageModel):
     @property
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels // self.patch_size**2
+
+    def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
+        """The stock `patch_size` is 1 already: the pipeline packs."""
+        return {"in_channels": codec.token_channels, "out_channels": None}
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
         if self.pipeline.scheduler.config.get("use_flow_sigmas"):

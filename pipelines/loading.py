@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 
 from diffalign.errors import UsageError
 from diffalign.fingerprint import UnknownWeights, of_denoiser
+from diffalign.pipelines import dcgen
 from diffalign.quantization.backends import missing_for
 from diffalign.schedulers import QSched
 from diffalign.schedulers.coefficients import KEY
@@ -55,6 +57,28 @@ def check_backends(source: str, given: Mapping[str, Any]) -> None:
                 f"{source} could not be loaded: its {part} is quantised with {method.get('quant_method')}, which "
                 f"needs {missing}"
             )
+
+
+def class_name(index: Mapping[str, Any]) -> str:
+    """Of a pipeline's `model_index.json`: a folder that brings its own code names file and class."""
+    name = index["_class_name"]
+    return str(name if isinstance(name, str) else name[1])
+
+
+def pipeline_class(name: str) -> Any:
+    """A class by its name: of this suite, else of diffusers."""
+    return getattr(dcgen, name, None) or getattr(diffusers, name)
+
+
+def loader_of(source: str, given: Mapping[str, Any]) -> Any:
+    """What loads a folder or hub id: the class of this suite itself where it names one, so that no code that lies there
+    is run."""
+    where = {k: v for k, v in given.items() if k in HUB_OPTIONS}
+    try:
+        name = class_name(DiffusionPipeline.load_config(source, **where))
+    except (OSError, ValueError, KeyError):  # from_pretrained says what is wrong
+        return DiffusionPipeline
+    return getattr(dcgen, name, DiffusionPipeline)
 
 
 def apply_factors(pipeline: Any) -> None:

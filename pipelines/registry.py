@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 FAMILIES = {
     "StableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
     "FluxPipeline": "diffalign.pipelines.flux:FluxModel",
+    "DCGenFluxPipeline": "diffalign.pipelines.flux:DCGenFluxModel",
+    "DCGenStableDiffusion3Pipeline": "diffalign.pipelines.sd3:SD3Model",
+    "DCGenSanaPipeline": "diffalign.pipelines.sana:SanaModel",
     "StableDiffusionPipeline": "diffalign.pipelines.sd:SDModel",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:SDXLModel",
     "SanaPipeline": "diffalign.pipelines.sana:SanaModel",
@@ -129,18 +132,17 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
         UnknownModel: nothing is there, or not all of it.
         UserError: the backend that its weights are quantised with is missing, or its factors are damaged.
     """
-    from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
     from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
-    from diffalign.pipelines.loading import apply_factors, check_backends
+    from diffalign.pipelines.loading import apply_factors, check_backends, loader_of
 
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
     check_backends(source, kwargs)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
+        pipeline = loader_of(source, kwargs).from_pretrained(source, **kwargs)
     except UserError:
         raise
     except (OSError, SafetensorError, ImportError, NotImplementedError, ValueError) as error:
@@ -163,11 +165,13 @@ def load_model(
     arguments are of `from_pretrained`."""
     import torch
 
+    from diffalign.pipelines.loading import class_name
+
     spec = resolve(name)
     source = _source(spec)
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
-        family_of(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        family_of(class_name(json.loads(index.read_text(encoding="utf-8"))))
     pipeline = load_pipeline(
         source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
     )
@@ -186,6 +190,8 @@ def load_meta_model(
     import diffusers
     import torch
     import transformers
+
+    from diffalign.pipelines.loading import class_name, pipeline_class
 
     spec = resolve(name)
     source = _source(spec)
@@ -211,13 +217,20 @@ def load_meta_model(
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype or torch.bfloat16)
-    pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    pipeline = pipeline_class(class_name(index))(**parts)
     return _wrap(pipeline, spec, max_sequence_length)
 
 
-def wrap_pipeline(pipeline: Any, *, max_sequence_length: int | None = None) -> TextToImageModel:
+def wrap_pipeline(
+    pipeline: Any,
+    *,
+    max_sequence_length: int | None = None,
+    default_size: tuple[int, int] | None = None,
+) -> TextToImageModel:
     """A pipeline that is loaded already, in its family."""
-    return family_of(type(pipeline).__name__)(pipeline, max_sequence_length=max_sequence_length)
+    return family_of(type(pipeline).__name__)(
+        pipeline, max_sequence_length=max_sequence_length, default_size=default_size
+    )
 
 
 def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> TextToImageModel:

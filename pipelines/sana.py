@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from diffalign.latents.codec import LatentCodec
+from diffalign.latents.move import Ends
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
 
@@ -23,6 +26,8 @@ class SanaModel(TextToImageModel):
     """`SanaPipeline` behind the common interface, without its binning of resolutions: a size is made as asked for."""
 
     family = "sana"
+    ends = Ends("patch_embed.proj", "proj_out")
+    deep_pipeline = "DCGenSanaPipeline"
     # Both attentions of a block whole, as the released AWM trains SD3's. diffusers' script for LoRA on SANA leaves out
     # the output; `lora.targets: [to_q, to_k, to_v]` is that.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -82,3 +87,12 @@ class SanaModel(TextToImageModel):
     @property
     def patch_size(self) -> int:  # type: ignore[override]
         return int(self.denoiser.config.patch_size)
+
+    def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
+        side = self.denoiser.config.sample_size // self.denoiser.config.patch_size
+        return {
+            "in_channels": codec.channels,
+            "out_channels": codec.channels,
+            "patch_size": 1,
+            "sample_size": side // ratio,
+        }

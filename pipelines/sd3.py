@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.errors import UsageError
+from diffalign.latents.codec import LatentCodec
+from diffalign.latents.move import Ends
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
 from diffalign.types import PromptEmbeds
 
@@ -16,6 +19,8 @@ class SD3Model(TextToImageModel):
     """`StableDiffusion3Pipeline` behind the common interface."""
 
     family = "sd3"
+    ends = Ends("pos_embed.proj", "proj_out")
+    deep_pipeline = "DCGenStableDiffusion3Pipeline"
     lora_targets = JOINT_ATTENTION
     max_sequence_length = 256
     long_tokenizer = "tokenizer_3"
@@ -63,3 +68,13 @@ class SD3Model(TextToImageModel):
     @property
     def patch_size(self) -> int:  # type: ignore[override]
         return int(self.denoiser.config.patch_size)
+
+    def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
+        """The table of positions stays: it depends on the tokens along a side of `sample_size`, which stay as many."""
+        config = self.denoiser.config
+        return {
+            "in_channels": codec.channels,
+            "out_channels": codec.channels,
+            "patch_size": 1,
+            "sample_size": config.sample_size // config.patch_size,
+        }

@@ -1,0 +1,102 @@
+"""A model moved into another latent space, before anything of it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
+
+from diffalign.errors import UsageError
+from diffalign.latents.alignment import ratio
+from diffalign.latents.codec import LatentCodec
+from diffalign.latents.move import moved
+from diffalign.latents.shift import moved_scheduler
+from diffalign.pipelines import dcgen
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import wrap_pipeline
+from diffalign.shapes import CHECKPOINTS
+
+AUTOENCODERS = {"shapes-dc": "an AutoencoderDC f16c32 for Shapes; ships with diffalign"}
+
+
+def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = False) -> Any:
+    """An AutoencoderDC or AutoencoderKL.
+
+    Args:
+        name: one that ships, a folder or a hub id; a pipeline's is found in its subfolder `vae`.
+        meta: its configuration alone, on the meta device.
+
+    Raises:
+        UsageError: there is none.
+    """
+    source = str(CHECKPOINTS / name) if name in AUTOENCODERS else name
+    options = {"subfolder": "vae"} if (Path(source) / "vae").is_dir() else {}
+    try:
+        kind = _kind(source, options)
+        if meta:
+            with torch.device("meta"):
+                return kind.from_config(kind.load_config(source, **options)).to(dtype)
+        return kind.from_pretrained(source, torch_dtype=dtype, **options).eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"latents.autoencoder: {name} could not be loaded: {reason}") from error
+
+
+def _kind(source: str, options: dict[str, str]) -> Any:
+    name = AutoencoderDC.load_config(source, **options).get("_class_name")
+    if name not in ("AutoencoderDC", "AutoencoderKL"):
+        raise ValueError(f"{name} is no AutoencoderDC or AutoencoderKL")
+    return {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[name]
+
+
+def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: tuple[int, int]) -> int:
+    """Of the model's tokens along a side, how many one of the codec's replaces.
+
+    Raises:
+        UsageError: no whole number, or the size is none of the codec's.
+    """
+    height, width = size
+    if height % codec.pixels_per_token or width % codec.pixels_per_token:
+        raise UsageError(
+            f"images of {height}x{width} do not fit an autoencoder that makes a token of "
+            f"{codec.pixels_per_token} pixels a side"
+        )
+    old = model.pixels_per_token
+    grids = [(height // step, width // step) for step in (old, codec.pixels_per_token)]
+    return ratio(grids[0], grids[1])
+
+
+def move_model(
+    model: TextToImageModel, vae: Any, *, size: tuple[int, int], signal: float = 1.0
+) -> TextToImageModel:
+    """A drop-in pipeline of the same text encoders and blocks over `vae`; its first and last layers are zeros.
+
+    Args:
+        size: (height, width) in pixels of the images that it is for.
+        signal: of `moved_scheduler`.
+
+    Raises:
+        UsageError: the family cannot be moved, or the sizes do not fit.
+    """
+    if model.ends is None:
+        raise UsageError(
+            f"a {model.family} model cannot be moved: its first layer is no patch embedder; SD3, FLUX and SANA can"
+        )
+    codec = LatentCodec(vae, 1)
+    k = tokens_ratio(model, codec, size)
+    denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
+    parts = {
+        **model.pipeline.components,
+        "transformer": denoiser,
+        "vae": vae,
+        "scheduler": moved_scheduler(model.pipeline.scheduler, ratio=k, signal=signal),
+    }
+    pipeline: DiffusionPipeline = getattr(dcgen, model.deep_pipeline)(
+        **parts,
+        image_size=size[0] if size[0] == size[1] else None,
+        max_sequence_length=model.max_sequence_length,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return wrap_pipeline(pipeline, max_sequence_length=model.max_sequence_length, default_size=size)
