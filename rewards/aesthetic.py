@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward, ClipScorer
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import CLIP_L, REVISIONS, device, file_of, loading
 
 HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
@@ -48,7 +47,9 @@ class AestheticReward(ClipReward):
     card = RewardCard(
         name="aesthetic",
         description="LAION aesthetic predictor v2, 1 - 10",
-        model_id="openai/clip-vit-large-patch14",
+        model_id=CLIP_L,
+        revision=REVISIONS[CLIP_L],
+        auxiliary={HEAD_ID: REVISIONS[HEAD_ID]},
         input_size=224,
         raw_range=(1.0, 10.0),
         scale=1 / 10,
@@ -63,7 +64,7 @@ class AestheticReward(ClipReward):
     def head(self) -> AestheticHead:
         if self._head is None:
             with loading(f"{HEAD_ID}/{HEAD_FILE}"):
-                path = hf_hub_download(HEAD_ID, HEAD_FILE)
+                path = file_of(HEAD_ID, HEAD_FILE)
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 self._head = AestheticHead.from_state(state).to(device())
         return self._head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +31,9 @@ class RewardCard:
     model_id: str | None = None
     """Hub id of the weights; None for a reward without weights."""
     revision: str | None = None
+    """Commit of that repository. Where only a loaded model knows it, `prepare` writes it here."""
+    auxiliary: Mapping[str, str | None] = field(default_factory=dict)
+    """Hub ids of what else is loaded (a tokenizer, a head, a second network) and their commits."""
     input_size: int | None = None
     """Pixels per side that the model sees; None for the image's own size."""
     raw_range: tuple[float, float] = (0.0, 1.0)
@@ -62,6 +65,10 @@ class Reward(ABC):
             images: (B, 3, H, W) uint8.
             prompts, metadata: B each.
         """
+
+    def declare(self, **found: Any) -> None:
+        """Write on this instance's card what is not known before weights are loaded."""
+        self.card = replace(self.card, **found)  # type: ignore[misc]
 
     def normalize(self, raw: Any) -> Any:
         """Raw scale to the common one."""

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from diffalign.rewards.base import Metadata, Reward, RewardError
 from diffalign.rewards.preprocessing import Preprocessing
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import device, loading, revision_of, tower_dtype
 from diffalign.types import RewardOutput
 
 MICRO_BATCH = 64
@@ -39,20 +39,32 @@ class ClipScorer:
     @classmethod
     @lru_cache(maxsize=4)  # rewards on the same model share it
     def from_pretrained(
-        cls, model_id: str, *, revision: str | None = None, processor_id: str | None = None
+        cls,
+        model_id: str,
+        *,
+        revision: str | None = None,
+        processor_id: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ClipScorer:
-        """Weights of `model_id`; tokenizer and preprocessing of `processor_id`, where that is another one.
+        """Weights of `model_id` at `revision` (default: the known one) in `dtype` (default: `tower_dtype`); tokenizer
+        and preprocessing of `processor_id`, where that is another one.
 
         Raises:
             RewardError: the weights are neither on this machine nor to be had from the hub.
         """
         processor = processor_id or model_id
-        where = {"revision": revision if processor_id is None else None}
+        commit = revision_of(model_id, revision)
+        where = {"revision": commit if processor_id is None else revision_of(processor_id)}
         with loading(model_id):
-            model = CLIPModel.from_pretrained(model_id, revision=revision, dtype=torch.float32)
+            model = CLIPModel.from_pretrained(model_id, revision=commit, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(processor, **where)
             config = CLIPImageProcessor.get_image_processor_dict(processor, **where)[0]
-            return cls(model.to(device()), tokenizer, preprocessing(config))
+            return cls(model, tokenizer, preprocessing(config)).place(dtype)
+
+    def place(self, dtype: torch.dtype | None = None) -> ClipScorer:
+        """Onto this process's device, in `dtype` or `tower_dtype`; `scale` was read in float32 before that."""
+        self.model.to(device(), dtype or tower_dtype())
+        return self
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward
+from diffalign.rewards.weights import CLIP_L, REVISIONS
 
 ANCHORS = ("Good photo.", "Bad photo.")
 LOGIT_SCALE = 100.0
@@ -22,7 +23,8 @@ class ClipIqaReward(ClipReward):
     card = RewardCard(
         name="clip_iqa",
         description="softmax of 100 cosines of CLIP ViT-L/14 to good and bad photo; does not look at the prompt",
-        model_id="openai/clip-vit-large-patch14",
+        model_id=CLIP_L,
+        revision=REVISIONS[CLIP_L],
         input_size=224,
         license="MIT",
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward
+from diffalign.rewards.weights import CLIP_L, REVISIONS
 
 
 class ClipScoreReward(ClipReward):
@@ -16,7 +17,8 @@ class ClipScoreReward(ClipReward):
     card = RewardCard(
         name="clip_score",
         description="100 max(cosine, 0) of CLIP ViT-L/14",
-        model_id="openai/clip-vit-large-patch14",
+        model_id=CLIP_L,
+        revision=REVISIONS[CLIP_L],
         input_size=224,
         raw_range=(0.0, 100.0),
         scale=1 / 100,

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffalign.errors import UserError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.inception import FIDInception
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import CLIP_L_336, REVISIONS, device, loading
 from diffalign.shapes import CHECKPOINTS
 
 INCEPTION_URL = (
@@ -23,7 +23,6 @@ INCEPTION_URL = (
 )
 INCEPTION_HASH = "6726825d"
 """First letters of the file's sha256, as its name has them."""
-CLIP_336 = "openai/clip-vit-large-patch14-336"
 
 
 class UnknownNetwork(UserError, ValueError):
@@ -74,11 +73,11 @@ class ClipFeatures(FeatureNetwork):
     """CLIP's image embeddings: those of CMMD."""
 
     name = "clip"
-    weights = CLIP_336
+    weights = f"{CLIP_L_336} at {REVISIONS[CLIP_L_336][:12]}"
     resize = "336 x 336, bicubic as in Pillow, the central square"
 
     def __init__(self) -> None:
-        self.scorer = ClipScorer.from_pretrained(self.weights)
+        self.scorer = ClipScorer.from_pretrained(CLIP_L_336, dtype=torch.float32)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.scorer.image_features(images).cpu()
@@ -92,7 +91,9 @@ class ShapesFeatures(FeatureNetwork):
     resize = "64 x 64, bicubic as in Pillow"
 
     def __init__(self) -> None:
-        self.scorer = ClipScorer.from_pretrained(str(CHECKPOINTS / "shapes-clip"))
+        self.scorer = ClipScorer.from_pretrained(
+            str(CHECKPOINTS / "shapes-clip"), dtype=torch.float32
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.scorer.pooled_features(images).cpu()

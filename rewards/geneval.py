@@ -13,9 +13,9 @@ from diffalign.rewards.base import Metadata, RewardCard
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.detection import DetectionReward
 from diffalign.rewards.mask2former import Instances, ObjectDetector
+from diffalign.rewards.weights import CLIP_L, REVISIONS
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "openai/clip-vit-large-patch14"
 GROUND = 0x99
 """Grey that takes the place of everything outside an object's mask."""
 TEXTS = (
@@ -32,7 +32,8 @@ class GenEvalReward(DetectionReward):
     card = RewardCard(
         name="geneval",
         description="continuous GenEval score by Mask2Former and CLIP; 1 is all right",
-        model_id=f"{DETECTOR}, {CLIP}",
+        model_id=DETECTOR,
+        auxiliary={CLIP_L: REVISIONS[CLIP_L]},
         input_size=800,
         raw_range=(-3.0, 1.0),
         license="MIT (GenEval, CLIP); the detector's card says other",
@@ -46,8 +47,13 @@ class GenEvalReward(DetectionReward):
         self._detector, self._clip = detector, clip
 
     def prepare(self) -> None:
-        self._detector = self._detector or ObjectDetector.from_pretrained(DETECTOR)
-        self._clip = self._clip or ClipScorer.from_pretrained(CLIP, revision=None)
+        if self._detector is None:
+            self._detector = ObjectDetector.from_pretrained(DETECTOR)
+            self.declare(revision=self._detector.revision)
+        self._clip = self._clip or ClipScorer.from_pretrained(
+            CLIP_L,
+            revision=REVISIONS[CLIP_L],  # as the rewards on it ask: they share it
+        )
 
     def detect(self, images: Tensor, metadata: Sequence[Metadata]) -> list[list[Detection]]:
         self.prepare()
@@ -88,13 +94,10 @@ class GenEvalReward(DetectionReward):
 class GenEvalCompatReward(GenEvalReward):
     """With the position bug of Flow-GRPO's and AWM's release, for numbers that compare with theirs."""
 
-    card = RewardCard(
+    card = replace(
+        GenEvalReward.card,
         name="geneval_compat",
         description="geneval as released: a wrong position counts as half right",
-        model_id=GenEvalReward.card.model_id,
-        input_size=800,
-        raw_range=(-3.0, 1.0),
-        license=GenEvalReward.card.license,
     )
     compat = True
 

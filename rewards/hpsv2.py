@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPModel
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward, ClipScorer
 from diffalign.rewards.open_clip import build
 from diffalign.rewards.preprocessing import LetterboxPreprocessing
-from diffalign.rewards.weights import LAION_CLIP_H, device, loading
+from diffalign.rewards.weights import LAION_CLIP_H, REVISIONS, file_of, loading, revision_of
 
+MODEL_ID = "xswu/HPSv2"
 VISION_HEADS, TEXT_HEADS = 16, 16
 
 
@@ -28,7 +28,9 @@ class HPSv21Reward(ClipReward):
     card = RewardCard(
         name="hpsv2.1",
         description="cosine of HPS v2.1, about 0.15 - 0.35",
-        model_id="xswu/HPSv2",
+        model_id=MODEL_ID,
+        revision=REVISIONS[MODEL_ID],
+        auxiliary={LAION_CLIP_H: REVISIONS[LAION_CLIP_H]},
         input_size=224,
         raw_range=(-1.0, 1.0),
         scale=5.0,
@@ -37,12 +39,12 @@ class HPSv21Reward(ClipReward):
     )
 
     def load(self) -> ClipScorer:
-        assert self.card.model_id is not None
-        with loading(f"{self.card.model_id}/{self.file}"):
-            path = hf_hub_download(self.card.model_id, self.file)
-            tokenizer = AutoTokenizer.from_pretrained(LAION_CLIP_H)
-            model = read(Path(path)).to(device())
-        return ClipScorer(model, tokenizer, LetterboxPreprocessing())
+        with loading(f"{MODEL_ID}/{self.file}"):
+            model = read(file_of(MODEL_ID, self.file))
+            tokenizer = AutoTokenizer.from_pretrained(
+                LAION_CLIP_H, revision=revision_of(LAION_CLIP_H)
+            )
+            return ClipScorer(model, tokenizer, LetterboxPreprocessing()).place()
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scorer.cosines(images, prompts)
@@ -57,7 +59,7 @@ class HPSv2Reward(HPSv21Reward):
     )
 
 
-def read(path: Path) -> torch.nn.Module:
+def read(path: Path) -> CLIPModel:
     """The model of a released checkpoint: open_clip's state dict under `state_dict`."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return build(state.get("state_dict", state), vision_heads=VISION_HEADS, text_heads=TEXT_HEADS)

@@ -12,17 +12,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.preprocessing import Preprocessing, resize
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import (
+    REVISIONS,
+    device,
+    file_of,
+    loading,
+    revision_of,
+    tower_dtype,
+)
 from diffalign.types import RewardOutput
 
-BASE, FILE = "Qwen/Qwen2-VL-7B-Instruct", "HPSv3.safetensors"
+MODEL_ID, FILE = "MizzenAI/HPSv3", "HPSv3.safetensors"
+BASE = "Qwen/Qwen2-VL-7B-Instruct"
 QUESTIONNAIRE = Path(__file__).with_name("hpsv3.txt").read_text(encoding="utf-8")
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
 CHAT = (
@@ -62,7 +69,9 @@ class HPSv3Reward(Reward):
     card = RewardCard(
         name="hpsv3",
         description="mean of HPS v3, about 0 - 12",
-        model_id="MizzenAI/HPSv3",
+        model_id=MODEL_ID,
+        revision=REVISIONS[MODEL_ID],
+        auxiliary={BASE: REVISIONS[BASE]},
         input_size=448,
         raw_range=(-10.0, 15.0),
         scale=1 / 10,
@@ -79,13 +88,11 @@ class HPSv3Reward(Reward):
     def prepare(self) -> None:
         if self._model is not None:
             return
-        assert self.card.model_id is not None
-        with loading(f"{self.card.model_id}/{FILE}"):
-            config = Qwen2VLConfig.from_pretrained(BASE)
-            self._tokenizer = with_reward_token(AutoTokenizer.from_pretrained(BASE))
-            state = load_file(hf_hub_download(self.card.model_id, FILE))
-            half = device().type == "cuda"  # its bfloat16 is what it was trained in
-            self._model = build(config, state, torch.bfloat16 if half else torch.float32)
+        with loading(f"{MODEL_ID}/{FILE}"):
+            where = {"revision": revision_of(BASE)}
+            config = Qwen2VLConfig.from_pretrained(BASE, **where)
+            self._tokenizer = with_reward_token(AutoTokenizer.from_pretrained(BASE, **where))
+            self._model = build(config, load_file(file_of(MODEL_ID, FILE)), tower_dtype())
 
     @torch.no_grad()
     def score(

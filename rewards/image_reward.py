@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -25,10 +24,17 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from diffalign.rewards.aesthetic import AestheticHead
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.preprocessing import Preprocessing
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import (
+    REVISIONS,
+    device,
+    file_of,
+    loading,
+    revision_of,
+    tower_dtype,
+)
 from diffalign.types import RewardOutput
 
-FILE = "ImageReward.pt"
+MODEL_ID, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' validation set: scores are about standard normal."""
@@ -64,8 +70,8 @@ class ImageRewardModel(nn.Module):
         self.head = AestheticHead(text.hidden_size)  # the same layers, dropouts and all
 
     def forward(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, 3, 224, 224) normalised and B tokenised prompts to (B,) scores."""
-        seen = self.vision(pixel_values=pixels).last_hidden_state
+        """(B, 3, 224, 224) normalised and B tokenised prompts to (B,) scores, the head's arithmetic in float32."""
+        seen = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
         x = self.text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -73,6 +79,12 @@ class ImageRewardModel(nn.Module):
             encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device, dtype=torch.long),
         ).last_hidden_state[:, 0]
         return (self.head(x.float()) - MEAN) / STD
+
+    def place(self, dtype: torch.dtype | None = None) -> ImageRewardModel:
+        """Onto this process's device, the towers in `dtype` or `tower_dtype`."""
+        for tower in (self.vision, self.text):
+            tower.to(dtype or tower_dtype())
+        return self.to(device())
 
 
 class ImageReward(Reward):
@@ -82,7 +94,9 @@ class ImageReward(Reward):
     card = RewardCard(
         name="image_reward",
         description="ImageReward v1.0, about standard normal",
-        model_id="zai-org/ImageReward",
+        model_id=MODEL_ID,
+        revision=REVISIONS[MODEL_ID],
+        auxiliary={TOKENIZER: REVISIONS[TOKENIZER]},
         input_size=224,
         raw_range=(-3.0, 3.0),
         license="Apache-2.0",
@@ -98,12 +112,12 @@ class ImageReward(Reward):
     def prepare(self) -> None:
         if self._model is not None:
             return
-        assert self.card.model_id is not None
-        with loading(f"{self.card.model_id}/{FILE}"):
-            path = hf_hub_download(self.card.model_id, FILE)
-            state = torch.load(Path(path), map_location="cpu", weights_only=True)
-            self._tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-            self._model = build(state).to(device())
+        with loading(f"{MODEL_ID}/{FILE}"):
+            state = torch.load(file_of(MODEL_ID, FILE), map_location="cpu", weights_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                TOKENIZER, revision=revision_of(TOKENIZER)
+            )
+            self._model = build(state).place()
 
     @torch.no_grad()
     def score(
@@ -138,9 +152,10 @@ def build(
         RewardError: tensors are missing, or are not those of ImageReward.
     """
     converted = convert_names(state)
-    model = ImageRewardModel(*_configs(converted, vision_heads, text_heads))
-    model.load_state_dict(converted, strict=True)
-    return model.eval().requires_grad_(False)
+    with init_empty_weights(include_buffers=False):  # what would be drawn is replaced
+        model = ImageRewardModel(*_configs(converted, vision_heads, text_heads))
+    model.load_state_dict(converted, strict=True, assign=True)
+    return model.float().eval().requires_grad_(False)
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, PreTrainedModel
 
 from diffalign.rewards.preprocessing import Preprocessing, resize
-from diffalign.rewards.weights import device, loading
+from diffalign.rewards.weights import device, loading, newest, revision_of, tower_dtype
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -65,32 +65,46 @@ class DetectorPreprocessing(Preprocessing):
 
 
 class ObjectDetector:
-    """A Mask2Former for instances."""
+    """A Mask2Former for instances, computing in `dtype`: its weights and the places that it samples at stay float32,
+    for a place in bfloat16 would be half a pixel off."""
 
     def __init__(
-        self, model: PreTrainedModel, preprocessing: DetectorPreprocessing | None = None
+        self,
+        model: PreTrainedModel,
+        preprocessing: DetectorPreprocessing | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.preprocessing = preprocessing or DetectorPreprocessing()
+        self.dtype, self.revision = dtype, revision
 
     @classmethod
     def from_pretrained(cls, model_id: str, *, revision: str | None = None) -> ObjectDetector:
-        """Weights from a folder or the hub.
+        """Weights from a folder or the hub, there of `revision` or the newest commit, which `revision` of the result
+        names.
 
         Raises:
             RewardError: they are not to be had.
         """
         with loading(model_id):
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(model_id, revision=revision)
-            return cls(model.to(device()))
+            commit = revision_of(model_id, revision) or newest(model_id)
+            model = Mask2FormerForUniversalSegmentation.from_pretrained(
+                model_id, revision=commit, dtype=torch.float32
+            )
+            return cls(model.to(device()), dtype=tower_dtype(), revision=commit)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, threshold: float) -> list[Instances]:
         """All objects of B images (B, 3, H, W) uint8 whose score is above `threshold`, on the CPU."""
         found: list[Instances] = []
         for part in images.split(MICRO_BATCH):
-            pixels = self.preprocessing(part.to(self.model.device)).to(self.model.dtype)
-            output = self.model(pixel_values=pixels)
+            pixels = self.preprocessing(part.to(self.model.device))
+            with torch.autocast(
+                pixels.device.type, self.dtype, enabled=self.dtype != torch.float32
+            ):
+                output = self.model(pixel_values=pixels)
             size = (part.shape[-2], part.shape[-1])
             for classes, masks in zip(
                 output.class_queries_logits, output.masks_queries_logits, strict=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class OcrReward(Reward):
                     "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 }
             )
+            self.declare(revision=f"rapidocr {version('rapidocr')}")  # the models are in its wheel
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
         for row, entry in enumerate(metadata):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
@@ -72,7 +73,7 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(
     state: Mapping[str, Tensor], *, vision_heads: int, text_heads: int, hidden_act: str = "gelu"
 ) -> CLIPModel:
-    """The model of a checkpoint; all sizes but the numbers of heads follow from its tensors."""
+    """The model of a checkpoint, in float32; all sizes but the numbers of heads follow from its tensors."""
     converted = convert_names(state)
     patch = converted["vision_model.embeddings.patch_embedding.weight"]
     positions = len(converted["vision_model.embeddings.position_embedding.weight"])
@@ -103,14 +104,15 @@ def build(
             "bos_token_id": len(tokens) - 2,
         },
     )
-    model = CLIPModel(config)
-    missing, unexpected = model.load_state_dict(converted, strict=False)
+    with init_empty_weights(include_buffers=False):  # a billion random numbers would take minutes
+        model = CLIPModel(config)
+    missing, unexpected = model.load_state_dict(converted, strict=False, assign=True)
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing or unexpected:
         raise RewardError(
             f"the checkpoint lacks {missing[:3]} or has too many tensors: {unexpected[:3]}"
         )
-    return model
+    return model.float()
 
 
 def _width(state: Mapping[str, Tensor], tower: str) -> int:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward, ClipScorer
-from diffalign.rewards.weights import LAION_CLIP_H
+from diffalign.rewards.weights import LAION_CLIP_H, REVISIONS
+
+MODEL_ID = "yuvalkirstain/PickScore_v1"
 
 
 class PickScoreReward(ClipReward):
@@ -17,7 +19,9 @@ class PickScoreReward(ClipReward):
     card = RewardCard(
         name="pickscore",
         description="logit scale times cosine of PickScore v1",
-        model_id="yuvalkirstain/PickScore_v1",
+        model_id=MODEL_ID,
+        revision=REVISIONS[MODEL_ID],
+        auxiliary={LAION_CLIP_H: REVISIONS[LAION_CLIP_H]},
         input_size=224,
         raw_range=(0.0, 26.0),
         scale=1 / 26,
@@ -25,8 +29,7 @@ class PickScoreReward(ClipReward):
     )
 
     def load(self) -> ClipScorer:
-        assert self.card.model_id is not None
-        return ClipScorer.from_pretrained(self.card.model_id, processor_id=LAION_CLIP_H)
+        return ClipScorer.from_pretrained(MODEL_ID, processor_id=LAION_CLIP_H)
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.scorer.scale * self.scorer.cosines(images, prompts)

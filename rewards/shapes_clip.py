@@ -10,6 +10,8 @@ from diffalign.rewards.base import RewardCard
 from diffalign.rewards.clip import ClipReward, ClipScorer
 from diffalign.shapes import CHECKPOINTS
 
+WEIGHTS_SHA256 = "87ef6a788795ee839c458fa71c2578ac65c1fdc9d8b577f8cfed072988cdcdbb"
+
 
 class ShapesClipReward(ClipReward):
     """The cosine: for looking at what a policy trained on the verifier does under other eyes, or for training on."""
@@ -18,6 +20,7 @@ class ShapesClipReward(ClipReward):
         name="shapes_clip",
         description="cosine of shapes-clip, a tiny CLIP trained on Shapes",
         model_id="shapes-clip",
+        revision=WEIGHTS_SHA256,  # it is in this package
         input_size=64,
         raw_range=(-1.0, 1.0),
     )

@@ -69,6 +69,7 @@ class VlmJudgeReward(Reward):
         if model not in known:
             raise RewardError(f"{url} has no model {model!r}; it has {', '.join(known)}")
         self.url, self.model = url, model
+        self.declare(model_id=model)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]

@@ -13,7 +13,7 @@ from torchmetrics.functional.multimodal.clip_iqa import (
 )
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from diffalign.rewards import aesthetic, clip, hpsv2, open_clip, preprocessing
+from diffalign.rewards import aesthetic, clip, hpsv2, open_clip, preprocessing, weights
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.clip_iqa import ClipIqaReward
@@ -214,8 +214,7 @@ def test_rewards_on_the_same_model_share_it(checkpoint):
 def test_weights_that_are_not_there_are_an_error_before_the_first_image(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hpsv2, "hf_hub_download", _nothing)
-    monkeypatch.setattr(aesthetic, "hf_hub_download", _nothing)
+    monkeypatch.setattr(weights, "hf_hub_download", _nothing)
     monkeypatch.setattr(CLIPModel, "from_pretrained", _nothing)
     for kind in (
         ClipScoreReward,
@@ -235,7 +234,7 @@ def _nothing(*args, **kwargs):
 def test_a_file_that_is_cut_is_an_error_that_names_it(tmp_path, monkeypatch):
     file = tmp_path / "HPS_v2.1_compressed.pt"
     file.write_bytes(b"PK\x03\x04 and nothing more")
-    monkeypatch.setattr(hpsv2, "hf_hub_download", lambda *a, **k: str(file))
+    monkeypatch.setattr(weights, "hf_hub_download", lambda *a, **k: str(file))
     monkeypatch.setattr(hpsv2.AutoTokenizer, "from_pretrained", lambda *a, **k: None)
     with pytest.raises(RewardError, match=r"xswu/HPSv2/HPS_v2\.1_compressed\.pt could not be"):
         hpsv2.HPSv21Reward().prepare()

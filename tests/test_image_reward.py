@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertTokenizer
 
-from diffalign.rewards import image_reward
+from diffalign.rewards import image_reward, weights
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.image_reward import MEAN, STD, ImageReward, build
 from diffalign.rewards.preprocessing import Preprocessing
@@ -175,9 +175,9 @@ def test_other_checkpoints_are_refused():
 
 
 def test_missing_weights_say_so(monkeypatch):
-    def nothing(*args):
+    def nothing(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(image_reward, "hf_hub_download", nothing)
+    monkeypatch.setattr(weights, "hf_hub_download", nothing)
     with pytest.raises(RewardError, match=r"ImageReward\.pt could not be loaded: no network"):
         ImageReward().prepare()

@@ -203,13 +203,22 @@ def test_flatness_falls_with_what_coarse_weights_do_to_an_image():
 def test_the_documentation_says_what_the_cards_say():
     lines = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text().splitlines()
     table = [
-        [c.strip().strip("`") for c in x.strip("|").split("|")] for x in lines if x[:3] == "| `"
+        [c.strip().replace("`", "") for c in x.strip("|").split("|")]
+        for x in lines
+        if x[:3] == "| `"
     ]
     cards = [registry.create(name).card for name in sorted(registry.BUILT_IN)]
+
+    def commits(card):
+        known = [card.revision, *card.auxiliary.values()] if card.model_id else []
+        return ", ".join("as loaded" if r is None else r[:12] for r in known)
+
     assert table == [
         [
             c.name,
-            c.model_id or "",
+            ", ".join([c.model_id, *c.auxiliary]) if c.model_id else "",
+            commits(c),
+            str(c.input_size or ""),
             f"{c.raw_range[0]:g} .. {c.raw_range[1]:g}",
             f"{c.offset:g}",
             f"{c.scale:.4g}",
