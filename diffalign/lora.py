@@ -161,6 +161,29 @@ def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
                 base.weight.data = weight
 
 
+@torch.no_grad()
+def folded(denoiser: ModelMixin, name: str) -> ModelMixin:
+    """A model of the same class without adapters, with this one in its weights; the tensors that carry none are
+    shared."""
+    with torch.device("meta"):
+        plain = type(denoiser).from_config(denoiser.config)
+    with merged(denoiser, name):
+        state = {
+            key.replace(".base_layer", ""): tensor
+            for key, tensor in [*denoiser.state_dict().items(), *denoiser.named_buffers()]
+            if "lora_" not in key
+        }
+        names = {n for n, _ in [*plain.named_parameters(), *plain.named_buffers()]}
+        for key in names:
+            holder, _, leaf = key.rpartition(".")
+            module = plain.get_submodule(holder)
+            if leaf in module._buffers:
+                module._buffers[leaf] = state[key]
+            else:
+                module._parameters[leaf] = nn.Parameter(state[key], requires_grad=False)
+    return plain.eval()
+
+
 def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str = CURRENT) -> Path:
     """Save an adapter so that stock `load_lora_weights(folder)` restores it, rank and alpha included."""
     state = get_peft_model_state_dict(denoiser, adapter_name=name)

@@ -81,6 +81,15 @@ class DeepLatents:
             )
         return latents.to(device=device, dtype=dtype)
 
+    @classmethod
+    def _dict_from_json_file(cls, *args, **kwargs):
+        """With the plain name of the class, which is there already: `from_pretrained` then runs no code that lies in a
+        folder."""
+        found = super()._dict_from_json_file(*args, **kwargs)
+        if isinstance(found.get("_class_name"), list):
+            found["_class_name"] = found["_class_name"][1]
+        return found
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the stock method; the folder names this file and holds it."""
         if kwargs.pop("push_to_hub", False):
@@ -281,7 +290,6 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
         generator,
         latents=None,
     ):
-        self._check_size(height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} images")
         f = self.vae_scale_factor
@@ -308,6 +316,7 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
             size = self.image_processor.classify_height_width_bin(*asked, ratios=bins)
         # what is cut to size afterwards comes as a tensor first
         tensor = binned and size != asked and output_type != "latent"
+        self._check_size(*size)
         output = super().__call__(
             *args,
             height=size[0],

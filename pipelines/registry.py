@@ -176,7 +176,7 @@ def load_model(
         source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
     )
     pipeline.set_progress_bar_config(disable=True)
-    return _wrap(pipeline, spec, max_sequence_length).to(device)
+    return checked(_wrap(pipeline, spec, max_sequence_length), Path(source)).to(device)
 
 
 def load_meta_model(
@@ -233,10 +233,29 @@ def wrap_pipeline(
     )
 
 
+def checked(model: TextToImageModel, folder: Path) -> TextToImageModel:
+    """A moved model in its folder is one with the autoencoder and the text tokens that it was trained with.
+
+    Raises:
+        ManifestError: it is not.
+    """
+    from diffalign.latents.manifest import ManifestError, check_manifest
+
+    found = check_manifest(folder, model.codec)
+    if found is not None and found["text_tokens"] != model.max_sequence_length:
+        raise ManifestError(
+            f"model.max_sequence_length: {folder} was trained with {found['text_tokens']} text tokens, not "
+            f"{model.max_sequence_length}; leave it out"
+        )
+    return model
+
+
 def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> TextToImageModel:
     return family_of(type(pipeline).__name__)(
         pipeline,
-        max_sequence_length=max_sequence_length or spec.max_sequence_length,
+        max_sequence_length=max_sequence_length
+        or spec.max_sequence_length
+        or pipeline.config.get("max_sequence_length"),  # of moved ones
     )
 
 

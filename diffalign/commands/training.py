@@ -13,9 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.bench.record import BenchOptions, run_bench
-from diffalign.config import AnyRunConfig, PreferenceRunConfig, load
+from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig, load
+from diffalign.data.shard_cache import ShardCache
 from diffalign.errors import UsageError, UserError
+from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_meta_model
+from diffalign.training.forward import image_size
+from diffalign.training.latent_maker import precompute_latents as fill_latents
 from diffalign.training.memory import forecast
 from diffalign.training.precompute import precompute as fill_cache
 from diffalign.training.run import prepare_model, run
@@ -35,11 +39,17 @@ def train(config: AnyRunConfig) -> int:
 def precompute(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Fill the cache of a recipe that learns from pairs, and say what is in it."""
     config = load(args.recipe, overrides)
-    if not isinstance(config, PreferenceRunConfig):
-        raise UsageError(f"precompute: {config.algorithm.type} learns from no pairs")
+    if not isinstance(config, PreferenceRunConfig | LatentRunConfig):
+        raise UsageError(
+            f"precompute: {config.algorithm.type} learns from neither pairs nor latents"
+        )
     accelerator = Accelerator()
     model = prepare_model(config, accelerator.device)
-    cache = fill_cache(config, model, accelerator)
+    cache: ShardCache
+    if isinstance(config, LatentRunConfig):
+        cache = fill_latents(config, model, accelerator)
+    else:
+        cache = fill_cache(config, model, accelerator)
     if accelerator.is_main_process:
         counts = {k: v for k, v in cache.manifest.items() if k != "key"}
         print(json.dumps({"cache": str(cache.folder), **counts}))
@@ -56,6 +66,11 @@ def print_forecast(config: AnyRunConfig) -> None:
             revision=c.revision,
             max_sequence_length=c.max_sequence_length,
         )
+        if isinstance(config, LatentRunConfig) and config.latents.autoencoder is not None:
+            vae = load_autoencoder(
+                config.latents.autoencoder, dtype=getattr(torch, c.dtype), meta=True
+            )
+            model = move_model(model, vae, size=image_size(config, model))
         print(forecast(model, config))
     except (OSError, UserError):
         return  # no configuration to read, or one that cannot be run: loading it for good will say so

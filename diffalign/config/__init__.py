@@ -11,6 +11,12 @@ from diffalign.config.distillation import (
     ReflowConfig,
     TeacherConfig,
 )
+from diffalign.config.latents import (
+    DCGenConfig,
+    LatentLoopConfig,
+    LatentRunConfig,
+    LatentsConfig,
+)
 from diffalign.config.loading import (
     ALGORITHMS,
     decode,
@@ -60,6 +66,7 @@ __all__ = [
     "AnyRunConfig",
     "ConfigError",
     "ConsistencyConfig",
+    "DCGenConfig",
     "DiffusionDPOConfig",
     "DiffusionNFTConfig",
     "DistillationConfig",
@@ -70,6 +77,9 @@ __all__ = [
     "ForwardProcessConfig",
     "InversionConfig",
     "InversionDPOConfig",
+    "LatentLoopConfig",
+    "LatentRunConfig",
+    "LatentsConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -16,6 +16,7 @@ from diffalign.config.distillation import (
     DistillationRunConfig,
     ReflowConfig,
 )
+from diffalign.config.latents import DCGenConfig, LatentRunConfig
 from diffalign.config.preference import (
     DiffusionDPOConfig,
     InversionDPOConfig,
@@ -37,10 +38,12 @@ ALGORITHMS: dict[str, type[MethodConfig]] = {
     "diffusion_dpo": DiffusionDPOConfig,
     "reflow": ReflowConfig,
     "consistency": ConsistencyConfig,
+    "dcgen": DCGenConfig,
 }
 RUNS: dict[type[MethodConfig], type[AnyRunConfig]] = {
     PreferenceAlgorithmConfig: PreferenceRunConfig,
     DistillationConfig: DistillationRunConfig,
+    DCGenConfig: LatentRunConfig,
     MethodConfig: RunConfig,
 }
 """Kinds of algorithms and the runs they ask for; the first that fits."""
@@ -93,6 +96,18 @@ RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
         "num_inference_steps": "evaluation.num_inference_steps",
         "num_ddim_timesteps": "teacher.num_inference_steps",
         "huber_c": "algorithm.huber_c",
+    },
+    LatentRunConfig: {
+        "resolution": ("images.height", "images.width"),
+        "guidance_scale": "evaluation.guidance_scale",
+        "num_inference_steps": "evaluation.num_inference_steps",
+        "train_data_dir": "latents.images",
+        "max_train_samples": "latents.limit",
+        "proportion_empty_prompts": "algorithm.prompt_dropout",
+        "logit_mean": "algorithm.sigma_mean",
+        "logit_std": "algorithm.sigma_std",
+        "random_flip": "latents.random_flip",
+        "center_crop": "latents.center_crop",
     },
 }
 

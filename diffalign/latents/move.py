@@ -51,7 +51,7 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
         MoveError: more than the ends would differ.
     """
     with torch.device("meta"):
-        new = type(denoiser).from_config({**denoiser.config, **changes})
+        new = type(denoiser).from_config(denoiser.config, **changes)
     own = {name.partition(".")[0] for name in (ends.embedder, ends.head)}
     for name, child in denoiser.named_children():
         if name not in own:

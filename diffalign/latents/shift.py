@@ -12,7 +12,7 @@ from diffalign.errors import UsageError
 
 TOKENS = ("base_image_seq_len", "max_image_seq_len")
 MU = ("base_shift", "max_shift")
-STATIC = ("shift", "flow_shift")
+STATIC = ("flow_shift", "shift")
 
 
 def moved_scheduler(scheduler: Any, *, ratio: int, signal: float = 1.0) -> Any:
@@ -26,23 +26,23 @@ def moved_scheduler(scheduler: Any, *, ratio: int, signal: float = 1.0) -> Any:
     Raises:
         UsageError: it has no shift to set.
     """
-    config = dict(scheduler.config)
+    config = scheduler.config
+    changes: dict[str, Any] = {}
     if config.get("use_dynamic_shifting"):
+        linear = config.get("time_shift_type") == "linear"
         for name in TOKENS:
-            config[name] = _whole(config[name] / ratio**2)
-        linear = config.get("time_shift_type", "exponential") == "linear"
+            changes[name] = _whole(config[name] / ratio**2)
         for name in MU:
-            config[name] = config[name] * signal if linear else config[name] + math.log(signal)
-        return type(scheduler).from_config(config)
-    key = next((k for k in reversed(STATIC) if config.get(k) is not None), None)
-    if key is None and signal == 1:
-        return type(scheduler).from_config(config)
-    if key is None:
-        raise UsageError(
-            f"latents.shift: {type(scheduler).__name__} has no shift; use shift: pixels"
-        )
-    config[key] = config[key] * signal
-    return type(scheduler).from_config(config)
+            changes[name] = config[name] * signal if linear else config[name] + math.log(signal)
+    elif signal != 1:
+        key = next((k for k in STATIC if config.get(k) is not None), None)
+        if key is None:
+            raise UsageError(
+                f"latents.shift: {type(scheduler).__name__} has no shift; use latents.shift=pixels"
+            )
+        changes[key] = config[key] * signal
+    # as keywords: what a configuration took from defaults would go back to them
+    return type(scheduler).from_config(config, **changes)
 
 
 def _whole(number: float) -> float:

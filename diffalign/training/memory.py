@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
+    DCGenConfig,
     DistillationConfig,
     FlowGRPOConfig,
     ForwardProcessConfig,
@@ -172,6 +173,8 @@ def _rows_per_image(config: AnyRunConfig) -> int:
         return (1 if algorithm.loss_type == "sft" else 2) * algorithm.timesteps_per_pair
     if isinstance(algorithm, DistillationConfig):
         return algorithm.states_per_image
+    if isinstance(algorithm, DCGenConfig):
+        return 1
     if isinstance(algorithm, ForwardProcessConfig):
         return algorithm.timesteps_per_image
     assert isinstance(algorithm, FlowGRPOConfig)

@@ -14,8 +14,9 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError
 from diffalign.errors import UsageError
-from diffalign.seeds import PAIRS, TIMESTEPS, VALIDATION, stream
+from diffalign.seeds import TIMESTEPS, VALIDATION
 from diffalign.training.cost import ForwardCounter
+from diffalign.training.order import EpochOrder
 from diffalign.training.precompute import grid_of, precompute
 from diffalign.training.preference_update import PreferenceUpdate
 from diffalign.training.trainer import Trainer
@@ -47,7 +48,6 @@ class PreferenceTrainer(Trainer):
             seed=c.training.seed,
             guidance_scale=c.pairs.inversion.guidance_scale,
         )
-        self._order: tuple[int, torch.Tensor] | None = None
 
     def prepare(self) -> None:
         self.cache: PairCache = precompute(self.config, self.model, self.accelerator)
@@ -56,6 +56,8 @@ class PreferenceTrainer(Trainer):
             raise PairsError(
                 "pairs.validation: every prompt is kept for validation; use a smaller share or more pairs"
             )
+        c = self.config.training
+        self.chosen = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
 
     def full_batches(self) -> dict[bool, set[int]]:
         c, world = self.config, self.accelerator.num_processes
@@ -67,20 +69,6 @@ class PreferenceTrainer(Trainer):
         )
         found[False] |= {drawn, inverted} if c.states else {drawn}
         return found
-
-    def chosen(self, number: int) -> list[int]:
-        """All pairs of an update (from 1): every pair once an epoch, in an order of that epoch."""
-        size = self.config.training.pairs_per_update
-        start = (number - 1) * size
-        return [self._at(i) for i in range(start, start + size)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pairs))
-        if self._order is None or self._order[0] != epoch:
-            key = stream(PAIRS, self.config.training.seed, epoch)
-            generator = torch.Generator().manual_seed(key)
-            self._order = epoch, torch.randperm(len(self.pairs), generator=generator)
-        return self.pairs[int(self._order[1][place])]
 
     def train_update(self) -> dict[str, Any]:
         """One optimizer step on `pairs_per_update` pairs; returns the row of the log."""

@@ -20,6 +20,7 @@ from diffalign.config import (
     AnyRunConfig,
     ConfigError,
     DistillationRunConfig,
+    LatentRunConfig,
     PreferenceRunConfig,
     RunConfig,
     to_dict,
@@ -36,6 +37,7 @@ from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.distillation import DistillationTrainer
 from diffalign.training.health import Collapse, find_collapse
+from diffalign.training.latents import LatentTrainer
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.preference import PreferenceTrainer
 from diffalign.training.run_folder import SUMMARY, RunFolder
@@ -122,13 +124,15 @@ class Run:
         trainer: Trainer
         if isinstance(config, PreferenceRunConfig):
             trainer = PreferenceTrainer(config, model, accelerator, folder)
+        elif isinstance(config, LatentRunConfig):
+            trainer = LatentTrainer(config, model, accelerator, folder)
         elif isinstance(config, DistillationRunConfig):
             trainer = DistillationTrainer(config, model, accelerator, folder, train)
         else:
             assert isinstance(config, RunConfig)
             trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, train)
         if config.model.compile:
-            compile_blocks(model.denoiser, trainer.full_batches())
+            compile_blocks(trainer.model.denoiser, trainer.full_batches())
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
             folder.claim(config)
@@ -236,7 +240,7 @@ class Run:
         )
         with self.trainer.drawing(policy):
             return evaluate_model(
-                self.model,
+                self.trainer.drawn_model(policy),
                 self.eval_prompts,
                 score,
                 self.trainer.evaluation(policy),
@@ -263,7 +267,7 @@ class Run:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
         with self.trainer.drawing(self.trainer.policy):
             found = evaluate_model(
-                self.model,
+                self.trainer.model,
                 prompts,
                 no_reward,
                 replace(self.config.evaluation, images_per_prompt=1, images_per_task=None),

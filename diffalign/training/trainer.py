@@ -107,6 +107,10 @@ class Trainer(ABC):
         context = lora.merged if self.config.drawing.merge_lora else lora.policy
         return context(self.model.denoiser, policy)
 
+    def drawn_model(self, policy: str) -> TextToImageModel:
+        """The model that draws as a policy."""
+        return self.model
+
     def evaluation(self, policy: str) -> EvaluationConfig:
         """How a policy draws held-out prompts."""
         return self.config.evaluation

@@ -1,0 +1,164 @@
+"""Both ends of a moved denoiser in closed form: its embedder from paired latents, its last layer from its own features.
+
+Every process sums the statistics of its share of the images, and the sums are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign import lora
+from diffalign.data.latent_cache import LatentBatch, LatentCache
+from diffalign.latents.alignment import (
+    LinearFit,
+    Moments,
+    Statistics,
+    aligned_rows,
+    noise_ridge,
+    signal_shift,
+)
+from diffalign.latents.codec import pack
+from diffalign.latents.move import layer, matrix, set_layer
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.seeds import VALIDATION, stream
+from diffalign.training.latent_step import Step
+
+RIDGE = 1e-4
+"""Of the head's features, in shares of their mean variance: many are nearly the same."""
+
+
+@dataclass
+class Alignment:
+    """What it takes to align `moved` to `base`.
+
+    `images` are numbers of images in the cache that have latents in both spaces.
+    """
+
+    base: TextToImageModel
+    moved: TextToImageModel
+    cache: LatentCache
+    images: Sequence[int]
+    accelerator: Accelerator
+    micro_batch_size: int
+    objective: str = "downsample"
+    mode: str = "bilinear"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def batches(self, *, paired: bool) -> list[LatentBatch]:
+        """This process's share."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = self.images[rank::world]
+        size = self.micro_batch_size
+        return [
+            self.cache.batch(mine[i : i + size], self.moved.device, paired=paired)
+            for i in range(0, len(mine), size)
+        ]
+
+    @torch.no_grad()
+    def rows(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+        """Rows of new latents and old tokens for the embedder."""
+        assert batch.base_latents is not None
+        return aligned_rows(
+            self._old_tokens(batch.base_latents),
+            batch.latents,
+            objective=self.objective,
+            mode=self.mode,
+        )
+
+    def _old_tokens(self, latents: Tensor) -> Tensor:
+        """(B, D, h, w) of the frozen embedder."""
+        assert self.base.ends is not None
+        old = layer(self.base.denoiser, self.base.ends.embedder)
+        p = self.base.patch_size
+        tokens = pack(latents, p) @ matrix(old).float().T + old.bias.float()
+        return tokens.transpose(1, 2).unflatten(2, (latents.shape[2] // p, latents.shape[3] // p))
+
+    @torch.no_grad()
+    def align_embedder(self, *, sigmas: Tensor | None = None) -> LinearFit:
+        """Set the moved embedder to the least-squares map; for noise levels (N,) of training, where they are given.
+
+        Facts: `embedder_r2`, and `signal_shift` of the noise levels at which its tokens carry as much noise for their
+        signal as the old ones.
+        """
+        assert self.moved.ends is not None
+        ours = layer(self.moved.denoiser, self.moved.ends.embedder)
+        width, numbers = matrix(ours).shape
+        statistics = Statistics(numbers, width)
+        tokens = []
+        for batch in self.batches(paired=True):
+            statistics.add(*self.rows(batch))
+            assert batch.base_latents is not None
+            if len(tokens) < 8:
+                tokens.append(self._old_tokens(batch.base_latents).transpose(1, 3).flatten(0, 2))
+        self._add_up(statistics)
+        fit = statistics.solve(ridge=0.0 if sigmas is None else noise_ridge(sigmas))
+        set_layer(ours, fit)
+        assert self.base.ends is not None
+        old = layer(self.base.denoiser, self.base.ends.embedder)
+        n = statistics.xx[-1, -1]
+        mean = statistics.xx[:-1, -1] / n
+        covariance = statistics.xx[:-1, :-1] / n - torch.outer(mean, mean)
+        weight = fit.weight.double()
+        new = Moments(
+            float(torch.trace(weight @ covariance @ weight.T)), float(weight.square().sum())
+        )
+        self.facts |= {
+            "aligned_images": len(self.images),
+            "embedder_r2": fit.r2,
+            "embedder_error": fit.error,
+            "signal_shift": signal_shift(Moments.of(torch.cat(tokens), matrix(old)), new),
+        }
+        return fit
+
+    @torch.no_grad()
+    def align_head(self, step: Step) -> LinearFit:
+        """Set the moved head to the least-squares map from its features to the targets of training steps, guided as in
+        training; facts: `head_r2`."""
+        assert self.moved.ends is not None
+        ours = layer(self.moved.denoiser, self.moved.ends.head)
+        width, numbers = matrix(ours).shape[::-1]
+        statistics = Statistics(width, numbers)
+        with lora.policy(self.moved.denoiser, lora.REFERENCE):
+            for number, batch in enumerate(self.batches(paired=False)):
+                seeds = [
+                    stream(VALIDATION, number, self.accelerator.process_index, i)
+                    for i in range(len(batch.latents))
+                ]
+                features, target = step.features(batch, seeds, watched(self.moved))
+                statistics.add(features.flatten(0, 1), pack(target, 1).flatten(0, 1))
+        self._add_up(statistics)
+        variance = statistics.xx.diagonal()[:-1].sum() / statistics.xx[-1, -1] / width
+        fit = statistics.solve(ridge=RIDGE * float(variance))
+        set_layer(ours, fit)
+        self.facts |= {"head_r2": fit.r2, "head_error": fit.error}
+        return fit
+
+    def _add_up(self, statistics: Statistics) -> None:
+        if self.accelerator.num_processes > 1:
+            for tensor in statistics.tensors():
+                total = tensor.to(self.accelerator.device)
+                torch.distributed.all_reduce(total)
+                tensor.copy_(total)
+
+
+def watched(model: TextToImageModel) -> Callable[[Callable[[], Tensor]], Tensor]:
+    """Runs a forward and gives what the head read in it: (B, N, D) float32."""
+    assert model.ends is not None
+    head = model.denoiser.get_submodule(model.ends.head)
+
+    def watch(forward: Callable[[], Tensor]) -> Tensor:
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
+        try:
+            forward()
+        finally:
+            hook.remove()
+        return seen[-1]
+
+    return watch

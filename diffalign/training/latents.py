@@ -1,0 +1,267 @@
+"""The loop that moves a model into another latent space: a cache of latents, both ends in closed form, then a LoRA.
+
+A LoRA whose rank reaches the channels of the latents is as good as training the embedder and the last layer in full, so
+that these are targets like any other, and a run has one kind of parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign import lora
+from diffalign.config import EvaluationConfig, LatentRunConfig
+from diffalign.data.files import folder_aside, write_text
+from diffalign.data.images import ImageFolderError
+from diffalign.data.latent_cache import LatentCache
+from diffalign.errors import UsageError
+from diffalign.latents.codec import LatentCodec
+from diffalign.latents.manifest import write_manifest
+from diffalign.latents.move import load_ends, save_ends
+from diffalign.latents.shift import moved_scheduler
+from diffalign.noise import RectifiedFlow, logit_normal_sigmas
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.moving import move_model, tokens_ratio
+from diffalign.seeds import IMAGES, VALIDATION, stream
+from diffalign.training.cost import ForwardCounter
+from diffalign.training.forward import image_size
+from diffalign.training.latent_alignment import Alignment
+from diffalign.training.latent_maker import new_autoencoder, precompute_latents, source_of
+from diffalign.training.latent_step import Step
+from diffalign.training.order import EpochOrder
+from diffalign.training.trainer import Trainer
+from diffalign.training.update import Sums
+
+METRICS = ["loss", "relative_error"]
+VALIDATION_IMAGES = 256
+ALIGNED, FACTS = "aligned.safetensors", "aligned.json"
+SIGMAS = 4096
+"""Noise levels over which expectations are taken."""
+
+
+@dataclass
+class LatentTrainer(Trainer):
+    """One run; the reference is the base in its own space."""
+
+    config: LatentRunConfig
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.base = self.model
+        if not isinstance(self.base.noise, RectifiedFlow):
+            raise UsageError(
+                f"model.name: a {self.base.family} model is no rectified flow; SD3, FLUX and SANA can be moved"
+            )
+        if c.training.images_per_update < self.accelerator.num_processes:
+            raise UsageError(
+                f"training.images_per_update is {c.training.images_per_update}: fewer images than processes"
+            )
+        size = image_size(c, self.base)
+        source_of(c, size)  # a clear error now rather than after the base was scored
+        vae = new_autoencoder(c, self.accelerator.device)
+        if vae is not None:
+            self.model = move_model(self.base, vae, size=size)
+        self.codec = LatentCodec(self.model.pipeline.vae, self.model.patch_size)
+        super().__post_init__()
+        self.forwards = ForwardCounter(self.model.denoiser)
+        self.alignment: dict[str, Any] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Into another space; otherwise the model is there already."""
+        return self.model is not self.base
+
+    def prepare(self) -> None:
+        c = self.config
+        self.cache: LatentCache = precompute_latents(
+            c, self.base, self.accelerator, codec=self.codec
+        )
+        self.images, self.kept = self.cache.split(c.latents.validation)
+        if not self.images:
+            raise ImageFolderError(
+                "latents.validation: every prompt is kept for validation; use a smaller share or more images"
+            )
+        self.order = EpochOrder(
+            self.images, size=c.training.images_per_update, seed=c.training.seed
+        )
+        self.asked = Step(
+            self.model,
+            c.algorithm,
+            self.base.encode_prompt([""]),
+            self.size,
+            c.training.mixed_precision,
+        )
+        if self.moves:
+            self._align()
+
+    def _align(self) -> None:
+        """Both ends as the run folder keeps them, or anew."""
+        c = self.config.latents
+        assert self.model.ends is not None
+        folder = self.folder.path
+        if not (folder / FACTS).is_file():
+            self._align_anew()
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
+                write_text(folder / FACTS, json.dumps(self.alignment, indent=1))
+            self.accelerator.wait_for_everyone()
+        load_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
+        self.alignment = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if c.shift == "signal":
+            self._shift(self.alignment["signal_shift"])
+
+    def _align_anew(self) -> None:
+        c = self.config
+        started = time.perf_counter()
+        chosen = set(self.images)
+        alignment = Alignment(
+            self.base,
+            self.model,
+            self.cache,
+            [i for i in self.cache.paired if i in chosen],
+            self.accelerator,
+            c.training.micro_batch_size,
+            objective=c.latents.objective,
+            mode=c.latents.mode,
+        )
+        sigmas = None
+        if c.latents.noise_aware:
+            generator = torch.Generator().manual_seed(stream(VALIDATION, c.training.seed))
+            drawn = logit_normal_sigmas(
+                SIGMAS, mean=c.algorithm.sigma_mean, std=c.algorithm.sigma_std, generator=generator
+            )
+            sigmas = self.model.shifted(drawn, height=self.size[0], width=self.size[1])
+        alignment.align_embedder(sigmas=sigmas)
+        if c.latents.shift == "signal":
+            self._shift(alignment.facts["signal_shift"])
+        if c.latents.align_head:
+            alignment.align_head(self.asked)
+        else:
+            self._random_head()
+        self.alignment = alignment.facts | {"alignment_seconds": time.perf_counter() - started}
+
+    def _random_head(self) -> None:
+        """As `nn.Linear` begins, by the seed of the run."""
+        assert self.model.ends is not None
+        head = self.model.denoiser.get_submodule(self.model.ends.head)
+        head = getattr(head, "base_layer", head)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.training.seed)
+            fresh = torch.nn.Linear(head.in_features, head.out_features)
+        head.weight.data.copy_(fresh.weight.data)
+        head.bias.data.copy_(fresh.bias.data)
+
+    def _shift(self, signal: float) -> None:
+        k = tokens_ratio(self.base, self.codec, self.size)
+        scheduler = moved_scheduler(self.base.pipeline.scheduler, ratio=k, signal=signal)
+        self.model.pipeline.register_modules(scheduler=scheduler)
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.training.images_per_update // world)
+        rows = min(c.training.micro_batch_size, share)
+        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        null = {rows} if self.model.guidance_is_embedded else set()
+        return {True: {rows}, False: {drawn} | null}
+
+    def train_update(self) -> dict[str, Any]:
+        """One optimizer step on `images_per_update` images; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        self.forwards.take()
+        chosen = self.order(number)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
+        self.optimizer.zero_grad()
+        sums = Sums(METRICS, self.accelerator.device)
+        size = self.config.training.micro_batch_size
+        for at in range(mine.start, mine.stop, size):
+            places = range(at, min(at + size, mine.stop))
+            batch = self.cache.batch([chosen[i] for i in places], self.accelerator.device)
+            seeds = [stream(IMAGES, self.config.training.seed, number, i) for i in places]
+            loss, metrics = self.asked.loss(self.asked.ask(batch, seeds))
+            (loss.sum() / len(chosen)).backward()
+            for name, values in metrics.items():
+                sums.add(name, values)
+        sums.table = self.accelerator.reduce(sums.table, "sum")
+        norm = self.step(number, index=number - 1)
+        self.optimizer.zero_grad()
+        self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        return {
+            "update": number,
+            "step": self.progress.step,
+            "grad_norm": norm,
+            **sums.means(),
+            "forwards_per_image": self.accelerator.reduce(forwards, "sum").item() / len(chosen),
+            "seconds": self.progress.seconds,
+            "update_seconds": seconds,
+            "images_per_second": len(chosen) / seconds,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on images whose prompts are never trained on, of the policy that is saved, with the same noise."""
+        kept = self.kept[:VALIDATION_IMAGES]
+        if not kept:
+            return {}
+        sums = Sums(METRICS, self.accelerator.device)
+        size = self.config.training.micro_batch_size
+        with lora.policy(self.model.denoiser, self.policy):
+            for at in range(0, len(kept), size):
+                rows = kept[at : at + size]
+                batch = self.cache.batch(rows, self.accelerator.device)
+                question = self.asked.ask(batch, [stream(VALIDATION, row) for row in rows])
+                for name, values in self.asked.loss(question)[1].items():
+                    sums.add(name, values)
+        return {f"validation/{name}": value for name, value in sums.means().items()}
+
+    def drawn_model(self, policy: str) -> TextToImageModel:
+        return self.base if policy == lora.REFERENCE else self.model
+
+    def evaluation(self, policy: str) -> EvaluationConfig:
+        return self.config.evaluation
+
+    def export(self, folder: Path) -> None:
+        """The LoRA, and a pipeline that has it in its weights: what a user takes away."""
+        super().export(folder)
+        target = folder / "pipeline"
+        if target.exists():
+            return
+        own = self.model.denoiser
+        self.model.pipeline.register_modules(transformer=lora.folded(own, self.policy))
+        try:
+            with folder_aside(target) as hidden:
+                self.model.pipeline.save_pretrained(hidden)
+                write_manifest(hidden, self.codec, text_tokens=self.base.max_sequence_length)
+        finally:
+            self.model.pipeline.register_modules(transformer=own)
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "relative_error": f"{row['relative_error']:.4f}",
+            "images_per_s": f"{row['images_per_second']:.1f}",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        manifest = self.cache.manifest
+        height, width = self.size
+        return {
+            "images": len(self.images),
+            "validation_images": len(self.kept),
+            "skipped_images": manifest["skipped"],
+            "precompute_seconds": manifest["seconds"],
+            "tokens": {
+                "base": self.base.image_seq_len(height, width),
+                "moved": self.model.image_seq_len(height, width),
+            },
+            "alignment": self.alignment,
+        }
