@@ -20,7 +20,7 @@ class CompositeReward:
 
     `details` of its output holds every part's normalised values under the part's name, the raw ones under "name/raw"
     where they differ, and its further details under "name/detail". An image for which a part failed has NaN in that
-    part and in the sum. `failures` counts them.
+    part and in the sum; so has an image without a prompt in a part that judges by the prompt. `failures` counts them.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
@@ -67,6 +67,22 @@ class CompositeReward:
         self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
         reward = self.rewards[name]
+        rows = [i for i, text in enumerate(prompts) if text.strip() or not reward.needs_prompt]
+        if len(rows) == len(prompts):
+            part = self._attempt(name, images, prompts, metadata)
+        elif rows:
+            texts, entries = ([column[i] for i in rows] for column in (prompts, metadata))
+            part = _at(rows, len(prompts), self._attempt(name, images[rows], texts, entries))
+        else:
+            part = RewardOutput(np.full(len(prompts), np.nan, np.float32))
+        self.failures[name] += int((~part.mask).sum())
+        return part
+
+    def _attempt(
+        self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        """All at once; one by one where that fails."""
+        reward = self.rewards[name]
         try:
             part = reward.score(images, prompts, metadata)
         except Exception as error:
@@ -84,5 +100,15 @@ class CompositeReward:
             raise RewardError(
                 f"reward {name!r} returned shape {part.values.shape} for {len(prompts)} images"
             )
-        self.failures[name] += int((~part.mask).sum())
         return part
+
+
+def _at(rows: Sequence[int], n: int, part: RewardOutput) -> RewardOutput:
+    """The output of `rows` as that of n images, NaN for the others."""
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        found = np.full(n, np.nan, np.float32)
+        found[rows] = values
+        return found
+
+    return RewardOutput(spread(part.values), {k: spread(v) for k, v in part.details.items()})

@@ -171,7 +171,8 @@ def encode(
     pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
     grid = (height // vision.patch_size, width // vision.patch_size)
     pads = IMAGE_TOKEN * (grid[0] * grid[1] // vision.spatial_merge_size**2)
-    texts = [CHAT.format(image=pads, text=QUESTIONNAIRE.format(text_prompt=p)) for p in prompts]
+    captions = [plain(tokenizer, p) for p in prompts]
+    texts = [CHAT.format(image=pads, text=QUESTIONNAIRE.format(text_prompt=c)) for c in captions]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return {
@@ -183,6 +184,14 @@ def encode(
         ),
         "image_grid_thw": torch.tensor([[1, *grid]] * len(prompts)),
     }
+
+
+def plain(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
+    """The caption with a space inside of whatever would be read as a token of the chat ("<|Reward|>", "<|image_pad|>"):
+    a second reward token would be scored in place of the first, a second image token has no pixels."""
+    for token in tokenizer.get_added_vocab():
+        caption = caption.replace(token, f"{token[0]} {token[1:]}")
+    return caption
 
 
 def resized(height: int, width: int, *, unit: int) -> tuple[int, int]:

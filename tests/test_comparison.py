@@ -35,7 +35,10 @@ def test_folders_are_compared_on_one_page(tmp_path, capsys):
     assert found["overall"]["good"] == 1
     assert found["overall"]["the <base>"] < 0.8
     assert set(found["jpeg"]) == {"the <base>", "good"}
+    assert found["counts"]["the <base>"] == {"jpeg": {"scored": 11, "not_scored": 1}}
+    assert found["counts"]["good"] == {"jpeg": {"scored": 12, "not_scored": 0}}
     text = page.read_text()
+    assert "11 scored, 1 not" in text
     assert text.count("data:image/png;base64,") == 23  # one of 24 cannot be read
     assert "the &lt;base&gt;" in text
     assert "http" not in text  # self-contained

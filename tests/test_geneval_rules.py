@@ -35,6 +35,12 @@ def box(x, y=0, size=10):
 A = {"class": "circle", "count": 1}
 RED = {"class": "circle", "count": 1, "color": "red"}
 TWO = {"include": [{"class": "circle", "count": 2}], "exclude": [{"class": "circle", "count": 3}]}
+TWICE_LEFT = {
+    "include": [
+        {"class": "square", "count": 2},
+        {"class": "circle", "count": 2, "position": ["left of", 0]},
+    ]
+}
 LEFT = {
     "include": [
         {"class": "square", "count": 1},
@@ -71,6 +77,19 @@ def square(x):
         # a misplaced object scores 2/3; the released code appends 0 and then 1 and so gives 0.75
         (LEFT, [circle(40), square(0)], False, False, 2 / 3),
         (LEFT, [circle(0)], False, False, 1 / 3),
+        # overlaps are not suppressed: two boxes of one thing, nine tenths of them in common, are two objects
+        (TWO, [circle(0), circle(0.5)], True, True, 1.0),
+        (TWO, [circle(0), circle(0), circle(0)], False, False, 0.5),
+        # every pair must hold: two circles left of two squares
+        (TWICE_LEFT, [circle(0), circle(12), square(40), square(60)], True, True, 1.0),
+        # the second circle is left of one square and not of the other: three pairs of four are not enough
+        (TWICE_LEFT, [circle(0), circle(50), square(40), square(80)], False, False, 2 / 3),
+        # officially the two best of each class are compared; strictly, three squares are too many: (1 + 1/2 + 0) / 3
+        (
+            TWICE_LEFT,
+            [circle(20), circle(30), square(50), square(70), Detection("square", box(0), 0.5)],
+            *(True, False, 0.5),
+        ),
     ],
 )
 def test_judge(metadata, found, correct, strict, score):

@@ -167,6 +167,33 @@ def test_batches_are_of_one_size_and_name_what_cannot_be_read(tmp_path):
     assert [rows for rows, pixels, error in found if error] == [[4]]
 
 
+def test_what_has_no_caption_or_is_not_there_is_counted(tmp_path, capsys):
+    """Five rows: right, its caption missing, a file that is missing, a right one, and a broken file."""
+    rng = np.random.default_rng(0)
+    entry = prompts("train")[0]
+    rows = [
+        {"file_name": f"{i}.png", "prompt": entry["prompt"] if i != 1 else ""} for i in range(5)
+    ]
+    for i in (0, 1, 3):
+        Image.fromarray(render(sample_scene(entry, rng))).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_bytes(b"broken")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    output = tmp_path / "out.json"
+    flags = [f"--images={tmp_path}", "--rewards=shapes_clip,flatness", f"--output={output}"]
+    assert cli.main(["evaluate", "rewards", *flags]) == 0
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (found["images"], found["unreadable"], found["without_caption"]) == (5, 2, 1)
+    assert found["counts"] == {
+        "shapes_clip": {"scored": 2, "not_scored": 3},
+        "flatness": {"scored": 3, "not_scored": 2},
+    }
+    scores = json.loads(output.read_text())["scores"]
+    assert scores[1]["shapes_clip"] is None
+    assert scores[1]["flatness"] > 0.9
+    assert "2.png" in scores[2]["error"]
+    assert found["means"]["shapes_clip"] == np.mean([scores[i]["shapes_clip"] for i in (0, 3)])
+
+
 def test_a_folder_is_scored_from_the_command_line(tmp_path, capsys):
     rng = np.random.default_rng(0)
     entries = prompts("train")[:5]
@@ -181,6 +208,7 @@ def test_a_folder_is_scored_from_the_command_line(tmp_path, capsys):
     assert cli.main(["evaluate", "rewards", *flags]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (last["images"], last["unreadable"]) == (5, 1)
+    assert last["counts"]["verifier"] == {"scored": 4, "not_scored": 1}
     assert last["means"]["verifier"] == 1.0
     scores = json.loads(output.read_text())["scores"]
     assert [s.get("verifier") for s in scores] == [1, 1, 1, None, 1]

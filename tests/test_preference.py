@@ -66,6 +66,10 @@ def test_wins_from_the_command_line(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["win_rate"]["jpeg"]["pairs"] == 3
     assert found["unreadable"] == 1
+    assert found["counts"] == {
+        str(tmp_path / "a"): {"jpeg": {"scored": 4, "not_scored": 0}},
+        str(tmp_path / "b"): {"jpeg": {"scored": 3, "not_scored": 1}},
+    }
 
     folder(tmp_path / "c", [10, 10], prompt="another")
     assert cli.main([*flags, f"--against={tmp_path / 'c'}"]) == 2

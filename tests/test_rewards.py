@@ -167,6 +167,30 @@ def test_details_survive_a_partial_failure():
     assert np.isnan(output.details["verifier/correct"][1])
 
 
+class Reader(Fake):
+    """As Fake, for rewards that judge by the prompt."""
+
+    needs_prompt = True
+
+    def score(self, images, prompts, metadata):
+        assert all(p.strip() for p in prompts)  # it is not asked about others
+        found = super().score(images, prompts, metadata)
+        return RewardOutput(found.values, {"length": np.array([len(p) for p in prompts])})
+
+
+def test_without_a_prompt_nothing_is_judged_by_it():
+    images, entries = scenes(4)
+    both = CompositeReward({"fake": Fake(), "reader": Reader()}, {"fake": 1.0, "reader": 1.0})
+    output = both.score(images, ["a", "", "bc", " \n"], entries)
+    assert output.mask.tolist() == [True, False, True, False]
+    assert np.isfinite(output.details["fake"]).all()
+    np.testing.assert_array_equal(output.details["reader/length"], [1, np.nan, 2, np.nan])
+    expected = both.score(images, list("abcd"), entries).details["reader"]
+    np.testing.assert_array_equal(output.details["reader"][[0, 2]], expected[[0, 2]])
+    assert both.failures == {"fake": 0, "reader": 2}
+    assert not both.score(images[:2], ["", ""], entries[:2]).mask.any()
+
+
 def test_a_reward_of_the_wrong_shape_is_refused():
     images, entries = scenes(2)
     with pytest.raises(RewardError, match=r"returned shape \(2, 2\) for 2 images"):

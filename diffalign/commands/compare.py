@@ -14,7 +14,7 @@ from diffalign.commands.rewards import check_captions, load_rewards
 from diffalign.data.images import read_folder
 from diffalign.errors import UsageError
 from diffalign.evaluation.comparison import Compared, read_geneval, write_comparison
-from diffalign.evaluation.folder import score_folder
+from diffalign.evaluation.folder import counts, score_folder
 from diffalign.evaluation.preference import by_name, shared_names, win_rate
 from diffalign.versions import versions
 
@@ -45,6 +45,10 @@ def evaluate_wins(args: argparse.Namespace) -> int:
         "pairs": len(pairs),
         "without_partner": sum(map(len, sets)) - 2 * len(pairs),
         "unreadable": sum("error" in r for side in rows for r in side),
+        "counts": {
+            str(folder): counts(side, reward.rewards)
+            for folder, side in zip(folders, rows, strict=True)
+        },
         "win_rate": found,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         "versions": versions(),
@@ -71,17 +75,22 @@ def evaluate_report(args: argparse.Namespace) -> int:
         folder = Path(path)
         images = read_folder(folder, flag="--folders")
         means: dict[str, float] = {}
+        scored: dict[str, dict[str, int]] = {}
         if reward is not None:
             reward.check_metadata([i.prompt.metadata for i in images])
             check_captions(reward, images, folder)
-            scores = score_folder(images, reward.score, batch_size=args.batch_size)[1]
+            rows, scores = score_folder(images, reward.score, batch_size=args.batch_size)
+            scored = counts(rows, reward.rewards)
             means = {n: scores[n] for n in reward.rewards if n in scores}
         found = by_name(images, folder)
-        sides.append(Compared(name or folder.name, folder, found, read_geneval(folder), means))
+        sides.append(
+            Compared(name or folder.name, folder, found, read_geneval(folder), means, scored)
+        )
     names = [s.name for s in sides]
     if len(set(names)) < len(names):
         raise UsageError(
             f"--folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
         )
-    print(json.dumps(write_comparison(args.output, sides)))
+    found = write_comparison(args.output, sides)
+    print(json.dumps({**found, "counts": {s.name: s.counts for s in sides}}))
     return 0

@@ -14,7 +14,7 @@ from diffalign.commands.rewards import check_captions, load_rewards
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
-from diffalign.evaluation.folder import score_folder
+from diffalign.evaluation.folder import counts, score_folder
 from diffalign.evaluation.score import evaluate_model
 from diffalign.versions import versions
 
@@ -73,7 +73,7 @@ def _evaluate_folder(args: argparse.Namespace) -> int:
         "images": len(rows),
         "unreadable": unreadable,
         "without_caption": sum(not i.prompt.text for i in images),
-        "failed": {n: count for n, count in reward.failures.items() if count},
+        "counts": counts(rows, reward.rewards),
         "means": means,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         "versions": versions(),

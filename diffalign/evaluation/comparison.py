@@ -28,13 +28,15 @@ class ReportError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Compared:
-    """A folder on the page: its images by name, GenEval's summary where it has been scored, means of rewards."""
+    """A folder on the page: its images by name, GenEval's summary where it has been scored, means of rewards and how
+    many images were `scored` and `not_scored` for each."""
 
     name: str
     folder: Path
     images: dict[str, CaptionedImage]
     geneval: dict[str, Any] | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def read_geneval(folder: Path) -> dict[str, Any] | None:
@@ -80,8 +82,8 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
 
 
 def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
-    """Rows of `name`, `values` of each side (None where it has none), their `best`, and the `width` of each one's bar
-    in percent (of 1 for shares, of the largest magnitude for rewards)."""
+    """Rows of `name`, `values` of each side (None where it has none), `counts` of its images where it is a reward, their
+    `best`, and the `width` of each one's bar in percent (of 1 for shares, of the largest magnitude for rewards)."""
     columns: list[dict[str, float]] = [
         {**(s.geneval["tasks"] if s.geneval else {}), **s.rewards} for s in sides
     ]
@@ -95,6 +97,7 @@ def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "values": values,
+                "counts": [s.counts.get(name) for s in sides],
                 "best": max(known),
                 "width": [0 if v is None else round(100 * max(v, 0) / full, 1) for v in values],
             }

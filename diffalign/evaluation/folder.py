@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,3 +36,10 @@ def score_folder(
     names = dict.fromkeys(n for r in rows for n, v in r.items() if isinstance(v, float))
     means = {n: float(np.mean([r[n] for r in rows if r.get(n) is not None])) for n in names}
     return rows, means
+
+
+def counts(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Of the rows of `score_folder`: how many images each reward scored, and how many not, for whatever reason (an unreadable
+    file, no caption, a failure)."""
+    found = {name: sum(row.get(name) is not None for row in rows) for name in names}
+    return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in found.items()}
