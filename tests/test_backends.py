@@ -76,7 +76,7 @@ def layer(model):
     return model.transformer_blocks[0].attn.to_q
 
 
-@pytest.mark.parametrize("name", ["torchao-int8", "torchao-int8wo"])
+@pytest.mark.parametrize("name", ["torchao-int8", "torchao-int8wo", "torchao-fp8wo"])
 def test_torchao_in_place_reloads_bit_equal_and_is_weighed_whole(name, tmp_path):
     """get_memory_footprint of diffusers counts such a weight as if it had 16 bits."""
     model = tiny.flux_model().denoiser.to(torch.bfloat16)
@@ -94,6 +94,15 @@ def test_torchao_in_place_reloads_bit_equal_and_is_weighed_whole(name, tmp_path)
     model.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert torch.equal(layer(again).weight.dequantize(), weight.dequantize())
+    inputs = tiny.flux_model().random_inputs(2, 16, 16)
+    latents, times, embeds = (x.to(torch.bfloat16) for x in inputs)
+    outputs = []
+    for denoiser in (model, again):
+        driver = tiny.flux_model()
+        driver.pipeline.transformer = denoiser
+        with torch.no_grad():
+            outputs.append(driver.forward(latents, times, embeds))
+    assert torch.equal(*outputs)
     assert report(again).bytes == small.bytes
     kept = [
         m

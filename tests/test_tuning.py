@@ -270,6 +270,31 @@ def test_scores_are_those_of_the_plain_pipeline_with_the_factors():
         model.pipeline.scheduler.clear_coefficients()
 
 
+@pytest.mark.parametrize("make", [flux_model, sd_model])
+def test_the_reused_first_prediction_changes_no_bit(make, monkeypatch):
+    """In batches that hold the same images with it and without."""
+    candidates = [Coefficients.ones(3), Coefficients.ramp(0.9, 1.1, 3)]
+    found = []
+    stock = Evaluator._images
+    for reused in (True, False):
+        model = make()
+        if make is sd_model:
+            model.pipeline.scheduler = DDIMScheduler.from_config(
+                model.pipeline.scheduler.config, clip_sample=False
+            )
+        model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
+        counted = calls(model)
+        if not reused:
+            monkeypatch.setattr(
+                Evaluator, "_images", lambda self, images, first: stock(self, images, None)
+            )
+        found.append(evaluator(model, micro_batch_size=3)(candidates))
+        assert len(counted) == 1 + 2 * (2 if reused else 3)
+    for a, b in zip(*found, strict=True):
+        for term in ("light", "spread"):
+            assert np.array_equal(a[term], b[term])
+
+
 def test_batches_do_not_matter():
     model = flux()
     candidates = [
