@@ -342,6 +342,28 @@ def test_a_released_hps_checkpoint_gives_open_clips_cosines(released):
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [hpsv2.HPSv2Reward, hpsv2.HPSv21Reward])
+def test_both_hps_are_read_from_their_own_file(released, monkeypatch, kind):
+    """And normalised alike: a raw 0.25 is worth (0.25 - 0.15) x 5 = 0.5."""
+    file, _, tokenizer = released
+    names = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
+    asked = []
+    monkeypatch.setattr(weights, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or file)
+    monkeypatch.setattr(hpsv2.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    reward = kind()
+    # the tower of these weights is for 28 pixels
+    monkeypatch.setattr(hpsv2, "LetterboxPreprocessing", lambda: LetterboxPreprocessing(size=28))
+    reward.prepare()
+    card = reward.card
+    assert asked == [((card.model_id, names[card.name]), {"revision": card.revision})]
+    assert reward.normalize(0.25) == pytest.approx(0.5)
+    images, texts = pictures(2, 40, 52), ["a", "a photo of a red circle"]
+    found = reward.score(images, texts, [{}] * 2).values
+    by_hand = ClipScorer(hpsv2.read(file), tokenizer, LetterboxPreprocessing(size=28))
+    np.testing.assert_allclose(found, by_hand.cosines(images, texts).numpy(), rtol=1e-5)
+    assert found[0] != found[1]
+
+
 def test_checkpoints_that_do_not_fit_are_named(released):
     file, _, _ = released
     state = torch.load(file)["state_dict"]

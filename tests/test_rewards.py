@@ -13,7 +13,7 @@ from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.registry import UnknownReward
 from diffalign.shapes.prompts import prompts
-from diffalign.shapes.world import BACKGROUND, COLORS, render, sample_scene
+from diffalign.shapes.world import BACKGROUND, COLORS, SceneObject, render, sample_scene
 from diffalign.types import RewardOutput
 
 
@@ -76,6 +76,44 @@ def test_verifier_gives_one_to_right_images_and_less_to_shuffled_ones():
     wrong = reward.score(images.roll(1, 0), texts, entries)
     assert wrong.values.mean() < 0.7
     assert set(wrong.details) == {"score", "correct", "strict"}
+
+
+def shown(*things):
+    """(1, 3, 64, 64) of objects (kind, colour, x, y)."""
+    pixels = render([SceneObject(*thing, 14.0) for thing in things])
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+TWO_CIRCLES = [("circle", "red", 16.0, 32.0), ("circle", "red", 48.0, 32.0)]
+
+
+@pytest.mark.parametrize(
+    ("things", "include", "score", "correct", "strict"),
+    [
+        # two circles of three asked for: 1 - |3 - 2| / 3
+        (TWO_CIRCLES, [("circle", 3)], 2 / 3, 0, 0),
+        # one too many: 1 - |1 - 2| / 1 = 0, while officially at least one is enough
+        (TWO_CIRCLES, [("circle", 1)], 0, 1, 0),
+        # the number is right and the colour is not: (1 + 0) / 2
+        (TWO_CIRCLES, [("circle", 2, {"color": "blue"})], 0.5, 0, 0),
+        # both numbers are right and the place is not: (1 + 1 + 0) / 3
+        (
+            [("square", "red", 16.0, 32.0), ("circle", "red", 48.0, 32.0)],
+            [("square", 1), ("circle", 1, {"position": ["left of", 0]})],
+            *(2 / 3, 0, 0),
+        ),
+    ],
+)
+def test_the_verifiers_partial_credit_by_hand(things, include, score, correct, strict):
+    """The reward is the mean of the continuous score and of the official verdict."""
+    clauses = [
+        {"class": name, "count": count, **(more[0] if more else {})}
+        for name, count, *more in include
+    ]
+    found = registry.create("verifier").score(shown(*things), ["x"], [{"include": clauses}])
+    assert found.details["score"][0] == pytest.approx(score)
+    assert (found.details["correct"][0], found.details["strict"][0]) == (correct, strict)
+    assert found.values[0] == pytest.approx((score + correct) / 2)
 
 
 def test_verifier_refuses_prompts_that_it_cannot_judge():

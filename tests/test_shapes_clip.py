@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from diffalign.rewards.shapes_clip import ShapesClipReward
@@ -100,6 +101,25 @@ def test_the_shipped_model_tells_held_out_captions_apart():
     found = clip.told_apart(model, tokenizer, processor, batches=8)
     assert min(found.values()) > 0.7, found  # positions are its weak point
     assert np.mean(list(found.values())) > 0.95
+
+
+def test_its_value_is_transformers_cosine():
+    """Through Pillow, transformers' processor and its forward; the numbers were written down from that."""
+    folder = CHECKPOINTS / "shapes-clip"
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = ["a photo of a red circle and a blue square", "a photo of two circles"]
+    pixels = np.stack([render(scene) for scene in ((CIRCLE, SQUARE), (CIRCLE,))])
+    inputs = CLIPImageProcessorPil.from_pretrained(folder)(
+        images=[Image.fromarray(p) for p in pixels], return_tensors="pt"
+    )
+    tokens = CLIPTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs, **tokens).logits_per_image.diagonal()
+        expected = (logits / model.logit_scale.exp()).numpy()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    found = ShapesClipReward().score(images, texts, [{}] * 2).values
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, [0.6221, 0.6891], atol=1e-3)
 
 
 def test_as_a_reward_it_prefers_right_images():

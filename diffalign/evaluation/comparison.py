@@ -82,8 +82,9 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
 
 
 def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
-    """Rows of `name`, `values` of each side (None where it has none), `counts` of its images where it is a reward, their
-    `best`, and the `width` of each one's bar in percent (of 1 for shares, of the largest magnitude for rewards)."""
+    """Rows of `name`, `values` of each side (None where it has none), `counts` of its images where it is a reward,
+    their `best`, and the `width` of each one's bar in percent (of 1 for shares, of the largest magnitude for rewards).
+    """
     columns: list[dict[str, float]] = [
         {**(s.geneval["tasks"] if s.geneval else {}), **s.rewards} for s in sides
     ]

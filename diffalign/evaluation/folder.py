@@ -39,7 +39,7 @@ def score_folder(
 
 
 def counts(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Of the rows of `score_folder`: how many images each reward scored, and how many not, for whatever reason (an unreadable
-    file, no caption, a failure)."""
+    """Of the rows of `score_folder`: how many images each reward scored, and how many not, for whatever reason (an
+    unreadable file, no caption, a failure)."""
     found = {name: sum(row.get(name) is not None for row in rows) for name in names}
     return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in found.items()}
