@@ -180,6 +180,12 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     evaluate.add_argument("--against", type=Path, default=None, help="of wins: the other folder")
     evaluate.add_argument(
+        "--generated",
+        default=None,
+        metavar="DIR|MODEL",
+        help="of fid: what --images or --model names",
+    )
+    evaluate.add_argument(
         "--reference", default=None, help="of fid: a folder, statistics (.npz), or shapes:held_out"
     )
     evaluate.add_argument(
@@ -191,7 +197,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--save_statistics",
         type=Path,
         default=None,
-        help="of fid: keep the features of what is compared as .npz",
+        help="of fid: keep the features of what is generated as .npz; needs no --reference",
     )
     evaluate.add_argument(
         "--output",

@@ -7,7 +7,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+PACKAGES = (
+    *("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy"),
+    "torchmetrics",
+)
 
 
 def versions() -> dict[str, str]:

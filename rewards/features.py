@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.inception import FIDInception
 from diffalign.rewards.weights import CLIP_L_336, REVISIONS, device, loading
@@ -51,18 +52,26 @@ class InceptionFeatures(FeatureNetwork):
 
     def __init__(self, file: str | None = None) -> None:
         """`file`: the released weights where they are on this machine already."""
-        with loading(file or INCEPTION_URL):
-            if file is None:
-                state = torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu")
-            else:
-                content = Path(file).read_bytes()
-                digest = hashlib.sha256(content).hexdigest()
-                if not digest.startswith(INCEPTION_HASH):  # other weights, other features
-                    self.weights = f"an Inception v3 of sha256 {digest[:16]}"
-                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            model = FIDInception()
-            model.load_state_dict(state)
+        model = FIDInception()
+        try:
+            with loading(file or INCEPTION_URL):
+                model.load_state_dict(self._read(file))
+        except RewardError as error:
+            raise RewardError(
+                f"{error}; --network inception:FILE reads them from a file, --network shapes_clip needs no download"
+            ) from error
         self.model = model.eval().requires_grad_(False).to(device())
+
+    def _read(self, file: str | None) -> dict[str, Tensor]:
+        if file is None:  # the name has the hash that the content must have
+            return torch.hub.load_state_dict_from_url(
+                INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True
+            )
+        content = Path(file).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if not digest.startswith(INCEPTION_HASH):  # other weights, other features
+            self.weights = f"an Inception v3 of sha256 {digest[:16]}"
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

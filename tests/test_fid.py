@@ -116,11 +116,23 @@ def test_networks_have_names_and_weights(tmp_path):
         features.load_network("resnet")
     with pytest.raises(features.UnknownNetwork):
         features.load_network("clip:some.pth")
-    with pytest.raises(RewardError, match="could not be loaded"):
+    with pytest.raises(RewardError, match=r"could not be loaded.*--network shapes_clip"):
         features.load_network(f"inception:{tmp_path / 'none.pth'}")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(RewardError, match="could not be loaded"):
         features.load_network(f"inception:{tmp_path / 'cut.pth'}")
+
+
+def test_a_download_must_be_what_its_name_says(tmp_path, monkeypatch):
+    """And where there is none, the error says what can be done without."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name = features.INCEPTION_URL.rpartition("/")[2]
+    monkeypatch.setattr(features, "INCEPTION_URL", (tmp_path / name).as_uri())
+    with pytest.raises(RewardError, match=r"could not be loaded.*shapes_clip needs no download"):
+        features.load_network("inception")
+    torch.save(FIDInception().state_dict(), tmp_path / name)
+    with pytest.raises(RewardError, match="invalid hash value"):
+        features.load_network("inception")
 
 
 def test_statistics_are_saved_and_loaded(tmp_path):
@@ -242,6 +254,10 @@ def test_fid_from_the_command_line(tmp_path, capsys):
         "--model=shapes-sd3", "--max_prompts=4", "--num_inference_steps=2", "--images_per_prompt=2"
     )
     assert model["generated"]["n"] == 8
+    assert near["generated"]["formats"] == ["png"]
+    assert model["generated"]["formats"] == model["reference"]["formats"] != ["png"]
+    assert "torchmetrics" in model["library"]
+    assert "torchmetrics" in model["versions"]
 
     assert cli.main(["evaluate", "fid"]) == 2
     assert "needs --reference" in capsys.readouterr().err
@@ -260,3 +276,29 @@ def test_fid_from_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["fid"] == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_generated_is_a_folder_or_a_model(tmp_path, capsys):
+    """And its statistics can be kept without comparing them with anything."""
+    prompts = load_prompts("shapes:held_out", limit=6)
+    pixels = [draw_scene(p, i) for i, p in enumerate(prompts)]
+    save(tmp_path / "images", pixels, [f"{i}.png" for i in range(6)])
+
+    def fid(generated, *flags):
+        command = ["evaluate", "fid", f"--generated={generated}", "--network=shapes_clip", *flags]
+        status = cli.main(command)
+        out = capsys.readouterr()
+        return json.loads(out.out.strip().splitlines()[-1]) if status == 0 else out.err
+
+    statistics = tmp_path / "kept" / "s.npz"
+    kept = fid(tmp_path / "images", f"--save_statistics={statistics}")
+    assert "fid" not in kept
+    assert "reference" not in kept
+    assert kept["generated"]["n"] == FeatureSet.load(statistics).moments.n == 6
+    again = fid(tmp_path / "images", f"--reference={statistics}")
+    assert again["fid"] == pytest.approx(0, abs=1e-6)
+    few = ("--max_prompts=3", "--num_inference_steps=1", "--images_per_prompt=1")
+    drawn = fid("shapes-sd3", f"--reference={statistics}", *few)
+    assert (drawn["generated"]["n"], drawn["generated"]["model"]) == (3, "shapes-sd3")
+    assert "give either it or --images" in fid("shapes-sd3", f"--images={tmp_path}")
+    assert "shapes-sd4" in fid("shapes-sd4", f"--reference={statistics}")

@@ -31,41 +31,70 @@ from diffalign.versions import versions
 
 SHAPES_IMAGES = 8
 """Drawn scenes a prompt, where Shapes is the reference."""
+LIBRARY = (
+    "diffalign (Frechet distance, CMMD, precision, recall, diversity), torchmetrics (KID's kernel)"
+)
+NO_FILE = ["none, pixels of uint8 as they are drawn"]
+"""The image format of what never was a file."""
 
 
 def evaluate_fid(args: argparse.Namespace) -> int:
-    """FID, KID, CMMD, precision and recall of --model or --images against --reference; the last line is JSON."""
-    if args.reference is None:
+    """FID, KID, CMMD, precision and recall of what is --generated (--images, --model) against --reference, or its
+    statistics alone; the last line is JSON."""
+    _read_generated(args)
+    if args.reference is None and args.save_statistics is None:
         raise UsageError(
-            "evaluate fid needs --reference: a folder, statistics (.npz) or shapes:held_out"
+            "evaluate fid needs --reference (a folder, statistics (.npz) or shapes:held_out) or --save_statistics"
         )
-    on_shapes = args.reference.startswith("shapes:") or (
+    on_shapes = (args.reference or "").startswith("shapes:") or (
         args.images is None and args.model.startswith("shapes-")
     )
     state = PartialState()  # first: it says which GPU is this process's
     network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
-    reference_of = _reference(args, network)  # whether it is there is to be known now
+    # whether it is there is to be known now
+    reference_of = None if args.reference is None else _reference(args, network)
     generated = _generated(args, network, state)
     if state.is_main_process:
         if args.save_statistics is not None:
             generated.save(args.save_statistics)
-        reference = reference_of()
-        found = compare(generated, reference)
-        result = {
-            **found,
-            "network": generated.network,
-            "resize": generated.resize,
-            "generated": {"n": generated.moments.n, **generated.about},
-            "reference": {"n": reference.moments.n, **reference.about},
-            "versions": versions(),
-        }
-        print_scores(
-            f"{generated.moments.n} images against {reference.moments.n} of {args.reference}, {network.name}",
-            {k: v for k, v in found.items() if v is not None},
-        )
+        result = _compared(args, generated, None if reference_of is None else reference_of())
         write_result(args.output, result)
         print(json.dumps(result))
     return 0
+
+
+def _read_generated(args: argparse.Namespace) -> None:
+    """--generated is --images for a folder of images, and --model for all else."""
+    if args.generated is None:
+        return
+    if args.images is not None:
+        raise UsageError("--generated: give either it or --images")
+    folder = Path(args.generated)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        args.images = folder
+    else:
+        args.model = args.generated
+
+
+def _compared(
+    args: argparse.Namespace, generated: FeatureSet, reference: FeatureSet | None
+) -> dict[str, Any]:
+    """The result, with a table for people where there is something to compare with."""
+    found = {} if reference is None else compare(generated, reference)
+    sides = {"generated": generated} | ({} if reference is None else {"reference": reference})
+    if reference is not None:
+        print_scores(
+            f"{generated.moments.n} images against {reference.moments.n} of {args.reference}, {generated.network}",
+            {k: v for k, v in found.items() if v is not None},
+        )
+    return {
+        **found,
+        "library": LIBRARY,
+        "network": generated.network,
+        "resize": generated.resize,
+        **{name: {"n": side.moments.n, **side.about} for name, side in sides.items()},
+        "versions": versions(),
+    }
 
 
 def _generated(
@@ -87,6 +116,7 @@ def _generated(
             **drawing(args),
             "images_per_prompt": args.images_per_prompt,
             "dtype": args.dtype,
+            "formats": NO_FILE,
         }
         config = evaluation(args)
         source = model_batches(load(args), prompts, config, process=process, **batching(args))
@@ -101,7 +131,11 @@ def _reference(args: argparse.Namespace, network: FeatureNetwork) -> Callable[[]
         return lambda: found
     about: dict[str, Any]
     if args.reference.startswith("shapes:"):
-        about = {"drawn": args.reference, "images_per_prompt": SHAPES_IMAGES}
+        about = {
+            "drawn": args.reference,
+            "images_per_prompt": SHAPES_IMAGES,
+            "formats": NO_FILE,
+        }
         prompts = load_prompts(args.reference, limit=args.max_prompts)
         source = drawn_batches(
             draw_scene, prompts, images_per_prompt=SHAPES_IMAGES, batch_size=args.batch_size
