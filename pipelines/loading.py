@@ -12,10 +12,12 @@ from diffusers import ConfigMixin, DiffusionPipeline
 
 from diffalign.errors import UsageError
 from diffalign.fingerprint import UnknownWeights, of_denoiser
+from diffalign.lora import load_lora
 from diffalign.pipelines import dcgen
 from diffalign.quantization.backends import missing_for
 from diffalign.schedulers import QSched
 from diffalign.schedulers.coefficients import KEY
+from diffalign.schedulers.stock import scheduler_like
 
 logger = logging.getLogger(__name__)
 QUANTISED = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -79,6 +81,17 @@ def loader_of(source: str, given: Mapping[str, Any]) -> Any:
     except (OSError, ValueError, KeyError):  # from_pretrained says what is wrong
         return DiffusionPipeline
     return getattr(dcgen, name, DiffusionPipeline)
+
+
+def as_student(pipeline: Any, *, lora: str | None = None, scheduler: str | None = None) -> None:
+    """What makes a few-step model of a base: a LoRA, added into the denoiser's weights, and another scheduler, as
+    `schedulers.stock` reads it."""
+    if lora is not None:
+        load_lora(pipeline, lora)
+        pipeline.fuse_lora(components=["unet" if hasattr(pipeline, "unet") else "transformer"])
+        pipeline.unload_lora_weights()
+    if scheduler is not None:
+        pipeline.register_modules(scheduler=scheduler_like(scheduler, pipeline.scheduler))
 
 
 def apply_factors(pipeline: Any) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.errors import UserError
+from diffalign.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
@@ -34,8 +34,13 @@ class ModelSpec:
     source: str
     description: str
     max_sequence_length: int | None = None
+    lora: str | None = None
+    """Of a student that is published as one, merged into the weights; behind a colon the file in it."""
+    scheduler: str | None = None
+    """Of a student, where its base has another, as `schedulers.stock` reads it."""
 
 
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {
     "shapes-sd3": ModelSpec(
         "package:shapes-sd3",
@@ -63,8 +68,18 @@ MODELS = {
     "sd3.5-large": ModelSpec(
         "stabilityai/stable-diffusion-3.5-large", "Stable Diffusion 3.5 large, 8 B"
     ),
-    "sd1.5": ModelSpec(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 0.9 B"
+    "sd1.5": ModelSpec(SD15, "Stable Diffusion 1.5, 0.9 B"),
+    "lcm-sd1.5": ModelSpec(
+        SD15,
+        "Stable Diffusion 1.5 with LCM-LoRA in its weights, for 2 to 8 steps without guidance",
+        lora="latent-consistency/lcm-lora-sdv1-5",
+        scheduler="LCMScheduler",
+    ),
+    "pcm-sd1.5": ModelSpec(
+        SD15,
+        "Stable Diffusion 1.5 with PCM in its weights, for 4 steps without guidance",
+        lora="wangfuyun/PCM_Weights:sd15/pcm_sd15_smallcfg_4step_converted.safetensors",
+        scheduler="TCDScheduler,timestep_spacing=trailing",
     ),
     "sdxl": ModelSpec(
         "stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL base 1.0, 2.6 B"
@@ -165,16 +180,22 @@ def load_model(
     arguments are of `from_pretrained`."""
     import torch
 
-    from diffalign.pipelines.loading import class_name
+    from diffalign.pipelines.loading import as_student, class_name
 
     spec = resolve(name)
     source = _source(spec)
+    if spec.lora is not None and kwargs.get("quantization_config") is not None:
+        raise UsageError(
+            f"{name} has a LoRA in its weights and cannot be quantised while they are read: `diffalign merge` makes a "
+            "folder of it"
+        )
     index = Path(source) / "model_index.json"
     if index.is_file():  # refuse an unsupported pipeline before its weights are read
         family_of(class_name(json.loads(index.read_text(encoding="utf-8"))))
     pipeline = load_pipeline(
         source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
     )
+    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), Path(source)).to(device)
 
@@ -191,7 +212,7 @@ def load_meta_model(
     import torch
     import transformers
 
-    from diffalign.pipelines.loading import class_name, pipeline_class
+    from diffalign.pipelines.loading import as_student, class_name, pipeline_class
 
     spec = resolve(name)
     source = _source(spec)
@@ -218,6 +239,7 @@ def load_meta_model(
         if isinstance(part, torch.nn.Module):
             part.to(dtype or torch.bfloat16)
     pipeline = pipeline_class(class_name(index))(**parts)
+    as_student(pipeline, scheduler=spec.scheduler)
     return _wrap(pipeline, spec, max_sequence_length)
 
 

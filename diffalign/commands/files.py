@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from diffalign.errors import UsageError
 from diffalign.lora import WEIGHT_NAME
 from diffalign.lora_formats import read, write
 from diffalign.pipelines.flux import fold_guidance
+from diffalign.schedulers.stock import scheduler_like
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -34,28 +34,12 @@ def _scheduler(asked: str, own: Any) -> Any:
     configuration of the pipeline's own and what is given besides: "TCDScheduler,timestep_spacing=trailing"."""
     folder = Path(asked)
     if not folder.exists() and "Scheduler" in asked and "/" not in asked:
-        name, *settings = asked.split(",")
-        kind: Any = getattr(diffusers, name, None)
-        if kind is None:
-            raise UsageError(f"--scheduler: diffusers has no {name}")
-        changes = dict(s.partition("=")[::2] for s in settings)
-        unknown = set(changes) - set(inspect.signature(kind).parameters)
-        if unknown:
-            raise UsageError(f"--scheduler: {name} has no {', '.join(sorted(unknown))}")
-        return kind.from_config(own.config, **{k: _value(v) for k, v in changes.items()})
+        return scheduler_like(asked, own)
     try:
         config = json.loads((folder / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder)
     except (OSError, KeyError, AttributeError, ValueError) as error:
         raise UsageError(f"--scheduler: {folder} holds no scheduler: {error}") from error
-
-
-def _value(text: str) -> Any:
-    """JSON where it is some, else the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def merge(args: argparse.Namespace) -> int:
