@@ -373,7 +373,9 @@ def _add_service(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     serve.add_argument("--port", type=int, default=8100, help="default: %(default)s")
     serve.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds of scoring; default: %(default)s"
+        "--timeout",
+        default="300",
+        help="seconds of scoring, of all or of each: 60, or pickscore=60,ocr=10; default: %(default)s",
     )
     serve.add_argument(
         "--max_bytes", type=int, default=256_000_000, help="of a request; default: %(default)s"

@@ -50,7 +50,7 @@ class RemoteReward(Reward):
         try:
             answer = self._ask("GET", "health")
             known = dict(answer["rewards"])
-            self.timeout = float(answer["timeout"]) + MARGIN
+            seconds = float(answer["timeout"])
         except (
             requests.RequestException,
             wire.WireError,
@@ -67,6 +67,7 @@ class RemoteReward(Reward):
             )
         try:
             there = known[self.name]
+            self.timeout = float(there.get("timeout", seconds)) + MARGIN
             fields = {**there["card"], "name": self.card.name}
             fields["raw_range"] = tuple(fields["raw_range"])
             self.card = RewardCard(**fields)  # type: ignore[misc]
@@ -74,7 +75,7 @@ class RemoteReward(Reward):
             self.needs_prompt = bool(there["needs_prompt"])  # type: ignore[misc]
             golden = there["golden"]
             expected = None if golden is None else wire.decode_output(golden, n=1).values
-        except (KeyError, TypeError, wire.WireError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RewardError(
                 f"the service at {self.base} speaks of {self.name!r} in another way than this version: {error!r}"
             ) from error

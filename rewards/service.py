@@ -40,11 +40,17 @@ class Served:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a request: bytes, seconds of scoring, and how many may wait for one reward."""
+    """Of a request: bytes, seconds of scoring (`timeout`, but for the rewards that `timeouts` names), and how many may
+    wait for one reward."""
 
     max_bytes: int = 256_000_000
     timeout: float = 300.0
     max_waiting: int = 8
+    timeouts: Mapping[str, float] = field(default_factory=dict)
+
+    def seconds(self, name: str) -> float:
+        """For one reward."""
+        return self.timeouts.get(name, self.timeout)
 
 
 class Refusal(Exception):
@@ -88,7 +94,10 @@ def build_app(
         return JSONResponse(
             {
                 "timeout": bounds.timeout,
-                "rewards": {name: _describe(s) for name, s in served.items()},
+                "rewards": {
+                    name: {**_describe(s), "timeout": bounds.seconds(name)}
+                    for name, s in served.items()
+                },
             }
         )
 
@@ -100,13 +109,13 @@ def build_app(
         entry = served[name]
         try:
             content = await asyncio.wait_for(_content(request, bounds), bounds.timeout)
-        except TimeoutError as error:
+        except TimeoutError as error:  # the way is the same for all rewards
             raise Refusal(408, f"the request did not arrive within {bounds.timeout:g} s") from error
         if entry.waiting >= bounds.max_waiting:
             raise Refusal(503, "too many requests are waiting")
         entry.waiting += 1
         try:
-            return JSONResponse(await _answer(entry, content, bounds))
+            return JSONResponse(await _answer(entry, content, bounds.seconds(name)))
         finally:
             entry.waiting -= 1
 
@@ -142,7 +151,7 @@ async def _content(request: Request, bounds: Limits) -> bytes:
     return bytes(content)
 
 
-async def _answer(entry: Served, content: bytes, bounds: Limits) -> dict[str, Any]:
+async def _answer(entry: Served, content: bytes, timeout: float) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         try:
             message = json.loads(content)
@@ -160,6 +169,6 @@ async def _answer(entry: Served, content: bytes, bounds: Limits) -> dict[str, An
 
     future = asyncio.get_running_loop().run_in_executor(entry.thread, work)
     try:
-        return await asyncio.wait_for(future, bounds.timeout)
+        return await asyncio.wait_for(future, timeout)
     except TimeoutError as error:
-        raise Refusal(504, f"no reward within {bounds.timeout:g} s") from error
+        raise Refusal(504, f"no reward within {timeout:g} s") from error

@@ -3,7 +3,11 @@
 import base64
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -16,6 +20,8 @@ import uvicorn
 from PIL import Image
 
 from diffalign import cli
+from diffalign.commands.service import read_timeout
+from diffalign.errors import UsageError
 from diffalign.rewards import registry, remote, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
@@ -122,6 +128,70 @@ def test_a_slow_reward_is_given_up_and_the_service_goes_on(serve):
     assert np.isnan(reward.score(images, ["sleep"], [{}]).values).all()
     time.sleep(2)  # it is still asleep
     assert reward.score(images, ["a"], [{}]).values.tolist() == [7]
+
+
+def test_each_reward_has_its_own_time(serve):
+    limits = Limits(timeout=30, timeouts={"hasty": 0.3})
+    url = serve({"moody": Moody(), "hasty": Moody()}, limits=limits)
+    images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
+    rewards = {name: RemoteReward(f"remote:{url}/{name}") for name in ("moody", "hasty")}
+    for name, seconds in (("moody", 30), ("hasty", 0.3)):
+        rewards[name].prepare()
+        assert rewards[name].timeout == seconds + remote.MARGIN
+    assert np.isnan(rewards["hasty"].score(images, ["sleep"], [{}]).values).all()
+    assert rewards["moody"].score(images, ["sleep"], [{}]).values.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("60", (60, {})),
+        ("pickscore=60,ocr=10", (300, {"pickscore": 60, "ocr": 10})),
+        ("5, ocr=0.5", (5, {"ocr": 0.5})),
+        ("0", "must be a positive number, got '0'"),
+        ("inf", "must be a positive number"),
+        ("ocr=", "must be a positive number, got 'ocr='"),
+        ("orc=3", "'orc' is not among --rewards pickscore,ocr"),
+    ],
+)
+def test_timeouts_are_read(text, expected):
+    if isinstance(expected, str):
+        with pytest.raises(UsageError, match=expected):
+            read_timeout(text, ["pickscore", "ocr"])
+    else:
+        assert read_timeout(text, ["pickscore", "ocr"]) == expected
+
+
+def test_the_command_serves_until_it_is_stopped(monkeypatch):
+    """`diffalign serve-rewards` itself, in a process of its own on loopback."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "diffalign.cli", "serve-rewards", "--rewards=jpeg,flatness"]
+    environment = {k: v for k, v in os.environ.items() if k != remote.TOKEN}
+    server = subprocess.Popen(
+        [*command, f"--port={port}", "--timeout=20,jpeg=10"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        url = f"remote:http://127.0.0.1:{port}"
+        assert [server.stdout.readline().strip() for _ in range(2)] == [
+            f"{url}/jpeg",
+            f"{url}/flatness",
+        ]
+        monkeypatch.setattr(remote.PATIENCE, "retries", 8)  # it says so and then listens
+        monkeypatch.setattr(remote.PATIENCE, "first_wait", 0.1)
+        for name, seconds in (("jpeg", 10), ("flatness", 20)):
+            reward = registry.create(f"{url}/{name}")
+            reward.prepare()
+            assert reward.timeout == seconds + remote.MARGIN
+            expected = registry.create(name).score(*scenes(2)).values
+            np.testing.assert_allclose(reward.score(*scenes(2)).values, expected, rtol=1e-6)
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) in (0, 130, -signal.SIGINT)
 
 
 def test_a_service_that_is_not_there_is_an_error_before_the_first_image():
