@@ -6,6 +6,7 @@ adapter is back in place and trainable afterwards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def attach(
 ) -> list[nn.Parameter]:
     """Freeze the base, add a fresh LoRA (Gaussian A, zero B, float32) and the named copies of it.
 
-    Returns the trainable parameters. UsageError where a target matches no layer.
+    Targets are suffixes of layers' names, or "=" and a whole name. Returns the trainable parameters. UsageError where a
+    target matches no layer.
     """
     missing = unresolved(denoiser, targets)
     if missing:
@@ -47,7 +49,10 @@ def attach(
         )
     denoiser.requires_grad_(False)
     config = PeftLoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=_pattern(targets) if any(map(_is_exact, targets)) else list(targets),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,7 +78,18 @@ def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
     """Those targets that are no suffix of the name of any linear layer or convolution."""
     kinds = nn.Linear | nn.Conv2d
     names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
-    return [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    return [t for t in targets if not any(re.fullmatch(_pattern([t]), n) for n in names)]
+
+
+def _is_exact(target: str) -> bool:
+    return target.startswith("=")
+
+
+def _pattern(targets: Sequence[str]) -> str:
+    """A regular expression for the names of all layers that targets mean; peft takes one in place of suffixes, which
+    for FLUX's last layer would be those of all single blocks, too."""
+    parts = (re.escape(t[1:]) if _is_exact(t) else rf"(?:.*\.)?{re.escape(t)}" for t in targets)
+    return "|".join(parts)
 
 
 def trainable(denoiser: nn.Module) -> list[nn.Parameter]:

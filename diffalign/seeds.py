@@ -14,3 +14,4 @@ def stream(*key: int) -> int:
 
 # First element of every key, so that no two purposes share a stream.
 PROMPTS, IMAGES, TIMESTEPS, EVALUATION, WINDOW, PAIRS, GEOMETRY, STATES, VALIDATION = range(9)
+ALIGNMENT = 9

@@ -68,7 +68,7 @@ def image_folder(folder, n=12, side=32):
     return folder
 
 
-def settings(folder, images, autoencoder, **groups):
+def settings(folder, source, autoencoder, **groups):
     base = {
         "output_dir": str(folder),
         "model": {"dtype": "float32"},
@@ -76,10 +76,10 @@ def settings(folder, images, autoencoder, **groups):
         "rewards": {"jpeg": 1.0},
         "latents": {
             "autoencoder": str(autoencoder) if autoencoder else None,
-            "images": str(images),
+            "images": str(source),
             "alignment_images": 12,
             "dtype": "float32",
-            "validation": 0.2,
+            "validation": 0.4,
         },
         "algorithm": {"type": "dcgen", "max_guidance": 4.0},
         "optimizer": {"learning_rate": 0.01},
@@ -99,9 +99,9 @@ def settings(folder, images, autoencoder, **groups):
     return decode(base)
 
 
-def trainer(folder, images, autoencoder, family="flux", **groups):
+def trainer(folder, source, autoencoder, family="flux", **groups):
     return LatentTrainer(
-        settings(folder, images, autoencoder, **groups),
+        settings(folder, source, autoencoder, **groups),
         tiny.MODELS[family](),
         Accelerator(cpu=True),
         RunFolder(folder),

@@ -5,7 +5,7 @@ Every process sums the statistics of its share of the images, and the sums are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from diffalign.latents.alignment import (
 from diffalign.latents.codec import pack
 from diffalign.latents.move import layer, matrix, set_layer
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.seeds import VALIDATION, stream
+from diffalign.seeds import ALIGNMENT, stream
 from diffalign.training.latent_step import Step
 
 RIDGE = 1e-4
@@ -50,15 +50,13 @@ class Alignment:
     mode: str = "bilinear"
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def batches(self, *, paired: bool) -> list[LatentBatch]:
-        """This process's share."""
+    def batches(self, *, paired: bool) -> Iterator[tuple[Sequence[int], LatentBatch]]:
+        """This process's share: numbers of images, and they."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = self.images[rank::world]
-        size = self.micro_batch_size
-        return [
-            self.cache.batch(mine[i : i + size], self.moved.device, paired=paired)
-            for i in range(0, len(mine), size)
-        ]
+        for at in range(0, len(mine), self.micro_batch_size):
+            part = mine[at : at + self.micro_batch_size]
+            yield part, self.cache.batch(part, self.moved.device, paired=paired)
 
     @torch.no_grad()
     def rows(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
@@ -91,7 +89,7 @@ class Alignment:
         width, numbers = matrix(ours).shape
         statistics = Statistics(numbers, width)
         tokens = []
-        for batch in self.batches(paired=True):
+        for _, batch in self.batches(paired=True):
             statistics.add(*self.rows(batch))
             assert batch.base_latents is not None
             if len(tokens) < 8:
@@ -125,11 +123,8 @@ class Alignment:
         width, numbers = matrix(ours).shape[::-1]
         statistics = Statistics(width, numbers)
         with lora.policy(self.moved.denoiser, lora.REFERENCE):
-            for number, batch in enumerate(self.batches(paired=False)):
-                seeds = [
-                    stream(VALIDATION, number, self.accelerator.process_index, i)
-                    for i in range(len(batch.latents))
-                ]
+            for images, batch in self.batches(paired=False):
+                seeds = [stream(ALIGNMENT, image) for image in images]
                 features, target = step.features(batch, seeds, watched(self.moved))
                 statistics.add(features.flatten(0, 1), pack(target, 1).flatten(0, 1))
         self._add_up(statistics)
