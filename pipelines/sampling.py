@@ -40,11 +40,16 @@ def scheduler_step(
 ) -> Tensor:
     """The scheduler's own step. One that is stochastic draws from the generator, where it can: without it would from
     torch's, and images would not be a matter of their seed."""
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    noise = {"generator": generator} if takes else {}
-    return scheduler.step(model_pred, scheduler.timesteps[i], latents, return_dict=False, **noise)[
-        0
-    ]
+    options: dict[str, Any] = dict(step_options(scheduler))
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generator
+    t = scheduler.timesteps[i]
+    return scheduler.step(model_pred, t, latents, return_dict=False, **options)[0]
+
+
+def step_options(scheduler: Any) -> dict[str, float]:
+    """What stock pipelines give every step besides: no noise of their own accord, where TCD's default is some."""
+    return {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
 
 
 @dataclass

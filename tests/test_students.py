@@ -18,10 +18,12 @@ from diffalign.bench import layouts
 from diffalign.errors import UsageError
 from diffalign.pipelines import registry
 from diffalign.pipelines.registry import MODELS, load_meta_model, load_model
+from diffalign.pipelines.sampling import sample
 from diffalign.quantization.accounting import report
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.packed import pack_model
-from diffalign.schedulers import QSched
+from diffalign.schedulers import Coefficients, QSched
+from diffalign.schedulers.stock import scheduler_like
 
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD15 = PNDMScheduler(**SCALED_LINEAR, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
@@ -139,6 +141,31 @@ def test_a_named_student_is_quantised_in_one_command(student, tmp_path, capsys):
 def test_a_named_student_cannot_be_quantised_while_it_loads(student):
     with pytest.raises(UsageError, match="tiny-student has a LoRA in its weights .* `diffalign me"):
         load_model("tiny-student", quantization_config=object())
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("asked", ["LCMScheduler", "TCDScheduler,timestep_spacing=trailing"])
+def test_a_search_draws_what_the_stock_pipeline_draws(asked, tuned):
+    """TCD's step has noise of its own accord, its pipeline has none."""
+    model = tiny.sd_model()
+    model.pipeline.register_modules(scheduler=scheduler_like(asked, SD15))
+    if tuned:
+        model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
+        model.pipeline.scheduler.set_coefficients(Coefficients.ramp(0.9, 1.1, 4))
+    expected = model.pipeline(
+        "a circle",
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    found = sample(
+        model,
+        model.encode_prompt(["a circle"]),
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_named_students_are_listed(capsys):

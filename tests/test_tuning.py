@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    TCDScheduler,
+)
 from tiny import flux_model, sd_model
 
 from diffalign.data.prompts import Prompt, load_prompts
@@ -206,7 +211,7 @@ def test_closed_form_of_a_scaled_prediction():
     assert best_factors(u, 0 * v, u) == (1.0, 1.0)  # nothing to learn from
 
 
-@pytest.mark.parametrize("family", ["flux", "flux lcm", "sd", "sd ancestral"])
+@pytest.mark.parametrize("family", ["flux", "flux lcm", "sd", "sd ancestral", "sd tcd"])
 def test_closed_form_undoes_a_scaled_denoiser(family):
     """A denoiser whose output is kappa times the reference's: factors (1, 1 / kappa) at every step, and (1, 1) for the
     reference itself."""
@@ -220,6 +225,8 @@ def test_closed_form_undoes_a_scaled_denoiser(family):
         model.pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
             model.pipeline.scheduler.config
         )
+    elif family == "sd tcd":
+        model.pipeline.scheduler = TCDScheduler.from_config(model.pipeline.scheduler.config)
     elif family == "sd":
         model.pipeline.scheduler = DDIMScheduler.from_config(
             model.pipeline.scheduler.config, clip_sample=False

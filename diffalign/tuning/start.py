@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import Sampling, scheduler_step
+from diffalign.pipelines.sampling import Sampling, scheduler_step, step_options
 from diffalign.precision import compute
 from diffalign.schedulers import Coefficients
 from diffalign.schedulers.closed_form import best_factors
@@ -72,7 +72,7 @@ class _Batch:
     def linear_update(self, i: int) -> tuple[float, float]:
         scheduler = self.run.scheduler
         self.run.scaled(i, self.start)
-        found = scheduler.linear_update(scheduler.timesteps[i])
+        found = scheduler.linear_update(scheduler.timesteps[i], **step_options(scheduler))
         return found.sample, found.model_output
 
     def step(
