@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.preprocessing import Preprocessing, resize
@@ -166,10 +167,7 @@ def encode(
 ) -> dict[str, Tensor]:
     """What Qwen2-VL reads: tokens of the questionnaire about each image, and the images' patches."""
     vision = config.vision_config
-    unit = vision.patch_size * vision.spatial_merge_size
-    height, width = resized(*images.shape[-2:], unit=unit)
-    pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
-    grid = (height // vision.patch_size, width // vision.patch_size)
+    pixels, grid = picture(images, vision)
     pads = IMAGE_TOKEN * (grid[0] * grid[1] // vision.spatial_merge_size**2)
     captions = [plain(tokenizer, p) for p in prompts]
     texts = [CHAT.format(image=pads, text=QUESTIONNAIRE.format(text_prompt=c)) for c in captions]
@@ -179,11 +177,20 @@ def encode(
         "input_ids": tokens["input_ids"],
         "attention_mask": tokens["attention_mask"],
         "mm_token_type_ids": (tokens["input_ids"] == image_token).int(),
-        "pixel_values": patches(
-            pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        ),
+        "pixel_values": pixels,
         "image_grid_thw": torch.tensor([[1, *grid]] * len(prompts)),
     }
+
+
+def picture(images: Tensor, vision: Qwen2VLVisionConfig) -> tuple[Tensor, tuple[int, int]]:
+    """(B, 3, H, W) uint8 to the patches of all images (B * rows * columns, numbers of a patch), and (rows, columns)."""
+    unit = vision.patch_size * vision.spatial_merge_size
+    height, width = resized(*images.shape[-2:], unit=unit)
+    pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
+    found = patches(
+        pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    )
+    return found, (height // vision.patch_size, width // vision.patch_size)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:

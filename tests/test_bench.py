@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from diffalign import cli
-from diffalign.bench import BENCHES, awm, demo, inversion_dpo, record
+from diffalign.bench import BENCHES, awm, demo, inversion_dpo, record, reward_models
+from diffalign.bench import rewards as bench_rewards
 from diffalign.bench.curves import Curve
 from diffalign.config import differences, to_dict
 from diffalign.errors import UsageError
+from diffalign.rewards.registry import BUILT_IN
 
 
 def test_spread():
@@ -229,11 +231,27 @@ def test_quick_demo_bench(quick):
 
 def test_rewards_are_timed_beside_the_original_preprocessing(tmp_path, capsys):
     output = tmp_path / "rewards.json"
-    flags = ["--quick", "--arms=jpeg,clip_score", f"--work={tmp_path}", f"--output={output}"]
+    flags = ["--quick", "--arms=jpeg,clip_score,fid", f"--work={tmp_path}", f"--output={output}"]
     assert cli.main(["bench", "rewards", *flags]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert set(last) == {"preprocessing_share_clip_score"}
+    shares = {f"preprocessing_{key}_clip_score" for key in ("share", "share_before")}
+    assert set(last) == {*shares, "fid_torchmetrics_over_ours"}
     arms = json.loads(output.read_text())["arms"]
-    assert set(arms) == {"jpeg", "clip_score"}
+    assert set(arms) == {"jpeg", "clip_score", "fid"}
     assert arms["clip_score"]["original_over_ours"] > 0
+    assert 0 < arms["clip_score"]["share"] <= 1
+    assert arms["clip_score"]["memory_mib"] > 0
+    assert arms["fid"]["relative_difference"] < 1e-9  # two ways to one number
     assert cli.main(["bench", "rewards", "--quick", "--arms=pick"]) == 2
+
+
+def test_every_reward_can_be_timed():
+    known = reward_models.builders(real=False)
+    assert set(known) == {*BUILT_IN, reward_models.PUBLISHED_SIZE}
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "vlm_judge", "verifier", "image_reward"])
+def test_arms_score_what_they_are_shown(name):
+    found = bench_rewards.measure(name, 2, 1)
+    assert found["images_per_second"] > 0
+    assert ("share" in found) == (name in ("hpsv3", "image_reward"))

@@ -1,11 +1,16 @@
-"""How fast images are scored, and how much of it is preprocessing: ours on tensors, and the original processors on
-Pillow images. Random weights: tiny on a CPU, of the published sizes on a GPU."""
+"""How fast images are scored, in how much memory, and how much of it is preprocessing: ours on tensors, and the
+original processors on Pillow images; and the two ways to a Frechet distance. Random weights: tiny on a CPU, of the
+published sizes on a GPU."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -14,59 +19,35 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.image.fid import _compute_fid
 from transformers import (
-    BlipTextConfig,
-    BlipVisionConfig,
-    CLIPConfig,
     CLIPImageProcessorPil,
-    CLIPModel,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
-    PreTrainedTokenizerBase,
-    SwinConfig,
+    Qwen2VLImageProcessorPil,
 )
 
 from diffalign.bench.record import BenchOptions
-from diffalign.rewards.aesthetic import AestheticHead, AestheticReward
+from diffalign.bench.reward_models import PUBLISHED_SIZE, builders
+from diffalign.evaluation.distances import frechet_distance, moments
 from diffalign.rewards.base import Reward
-from diffalign.rewards.clip import ClipScorer
-from diffalign.rewards.clip_score import ClipScoreReward
+from diffalign.rewards.clip import ClipReward
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.rewards.hpsv2 import HPSv21Reward
-from diffalign.rewards.image_reward import ImageReward, ImageRewardModel
-from diffalign.rewards.jpeg import JpegReward
-from diffalign.rewards.mask2former import ObjectDetector
-from diffalign.rewards.ocr import OcrReward
-from diffalign.rewards.pickscore import PickScoreReward
-from diffalign.rewards.preprocessing import LetterboxPreprocessing
+from diffalign.rewards.hpsv3 import HPSv3Reward, picture
+from diffalign.rewards.image_reward import ImageReward
+from diffalign.rewards.preprocessing import Preprocessing
 from diffalign.rewards.weights import device
-from diffalign.shapes.text import build_clip_tokenizer
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.world import render, sample_scene
 
 SIZE = 512
-"""Pixels per side of the images."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Widths, layers and heads of the towers; `patch` pixels."""
-
-    vision: tuple[int, int, int]
-    text: tuple[int, int, int]
-    patch: int
-    projection: int
-
-
-PUBLISHED = {
-    "vit_l": Sizes((1024, 24, 16), (768, 12, 12), 14, 768),
-    "vit_h": Sizes((1280, 32, 16), (1024, 24, 16), 14, 1024),
-    "blip": Sizes((1024, 24, 16), (768, 12, 12), 16, 256),
-}
-TINY = dict.fromkeys(PUBLISHED, Sizes((64, 2, 2), (48, 2, 2), 28, 32))
-SWIN = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}
-TINY_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
-PUBLISHED_SIZE = "pickscore of the published size"
-SLOW = {"geneval": 4, "ocr": 4, PUBLISHED_SIZE: 8}
+"""Pixels per side of the images; Shapes has its own."""
+FID = "fid"
+DIMENSIONS, FEW_DIMENSIONS = 2048, 256
+"""Of the features whose distance is timed: Inception's, and with --quick."""
+ON_SHAPES = ("verifier", "flatness", "shapes_clip")
+"""Arms that are shown scenes of Shapes."""
+SLOW = {"geneval": 4, "geneval_compat": 4, "hpsv3": 4, "ocr": 4, PUBLISHED_SIZE: 8}
 """Arms that get so many times fewer images."""
 PROMPT: dict[str, Any] = {
     "prompt": 'a photo of a red car with "HELLO"',
@@ -75,162 +56,139 @@ PROMPT: dict[str, Any] = {
 }
 
 
-def clip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
-    """A CLIP of these sizes for 224 pixels, random."""
-
-    def tower(numbers: tuple[int, int, int]) -> dict[str, int]:
-        width, layers, heads = numbers
-        return {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-        }
-
-    text = {**tower(sizes.text), "vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    config = CLIPConfig(
-        projection_dim=sizes.projection,
-        vision_config={**tower(sizes.vision), "image_size": 224, "patch_size": sizes.patch},
-        text_config={**text, "eos_token_id": tokenizer.eos_token_id},
-    )
-    return CLIPModel(config)
-
-
-def blip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> ImageRewardModel:
-    """ImageReward's BLIP of these sizes, random."""
-    (width, layers, heads), (text_width, text_layers, text_heads) = sizes.vision, sizes.text
-    vision = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=224,
-        patch_size=sizes.patch,
-    )
-    text = BlipTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=text_width,
-        encoder_hidden_size=width,
-        intermediate_size=4 * text_width,
-        num_hidden_layers=text_layers,
-        num_attention_heads=text_heads,
-        bos_token_id=None,
-        sep_token_id=None,
-    )
-    return ImageRewardModel(vision, text).eval().requires_grad_(False)
-
-
-def detector(*, real: bool) -> Mask2FormerForUniversalSegmentation:
-    """GenEval's detector, random."""
-    backbone = SwinConfig(
-        **(SWIN if real else TINY_SWIN),
-        window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    small = {} if real else {"hidden_dim": 64, "feature_size": 64, "mask_feature_size": 64}
-    layers = {} if real else {"encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 128}
-    return Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(backbone_config=backbone, num_labels=80, **small, **layers)
-    )
-
-
-def builders(*, real: bool) -> dict[str, Callable[[], Reward]]:
-    """What makes each reward, with random weights of its own kind."""
-    tokenizer = build_clip_tokenizer()
-    sizes = PUBLISHED if real else TINY
-    where = device()
-
-    def scorer(kind: str, preprocessing: Any = None) -> ClipScorer:
-        return ClipScorer(clip_model(sizes[kind], tokenizer).to(where), tokenizer, preprocessing)
-
-    def aesthetic() -> Reward:
-        head = AestheticHead(sizes["vit_l"].projection).to(where).requires_grad_(False)
-        return AestheticReward(scorer("vit_l"), head)
-
-    return {
-        "jpeg": JpegReward,
-        "ocr": OcrReward,
-        "clip_score": lambda: ClipScoreReward(scorer("vit_l")),
-        "aesthetic": aesthetic,
-        "pickscore": lambda: PickScoreReward(scorer("vit_h")),
-        PUBLISHED_SIZE: lambda: PickScoreReward(
-            ClipScorer(clip_model(PUBLISHED["vit_h"], tokenizer).to(where), tokenizer)
-        ),
-        "hpsv2.1": lambda: HPSv21Reward(scorer("vit_h", LetterboxPreprocessing())),
-        "image_reward": lambda: ImageReward(
-            blip_model(sizes["blip"], tokenizer).to(where), tokenizer
-        ),
-        "geneval": lambda: GenEvalReward(
-            ObjectDetector(detector(real=real).to(where)), scorer("vit_l")
-        ),
-    }
-
-
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Images a second of every reward; of those on CLIP and of the detector, preprocessing beside the original's."""
-    real = torch.cuda.is_available()
+    """Every reward of the registry, each alone in a process; preprocessing by the original's processor, too."""
     n, repeats = (8, 3) if options.quick else (32, 5)
-    values = np.random.default_rng(0).integers(0, 256, (n, 3, SIZE, SIZE), dtype=np.uint8)
-    images = torch.from_numpy(values).to(device())
-    known = builders(real=real)
+    known = [*builders(real=False), FID]
     if options.quick and options.arms is None:
-        known.pop(PUBLISHED_SIZE)  # minutes on a CPU
+        known.remove(PUBLISHED_SIZE)  # minutes on a CPU
     arms = {}
     for name in options.chosen(known):
-        part = images[: max(2, n // SLOW.get(name, 1))]
-        arms[name] = measure(known[name], part, repeats)
+        size = FEW_DIMENSIONS if options.quick else DIMENSIONS
+        count = size if name == FID else max(2, n // SLOW.get(name, 1))
+        arms[name] = _alone(name, count, repeats)
     headline = {
-        f"preprocessing_share_{name}": arm["share"] for name, arm in arms.items() if "share" in arm
+        f"preprocessing_{key}_{name}": arm[key]
+        for name, arm in arms.items()
+        for key in ("share", "share_before")
+        if key in arm
     }
+    if FID in arms:
+        headline["fid_torchmetrics_over_ours"] = arms[FID]["torchmetrics_over_ours"]
     return {
         "headline": headline,
-        "weights": "published sizes, random" if real else "tiny, random",
+        "weights": "published sizes, random" if torch.cuda.is_available() else "tiny, random",
         "images": n,
         "pixels": SIZE,
         "arms": arms,
     }
 
 
-def measure(make: Callable[[], Reward], images: Tensor, repeats: int) -> dict[str, Any]:
-    """One reward, alone in memory."""
+def _alone(arm: str, count: int, repeats: int) -> dict[str, Any]:
+    """An arm in a process of its own, whose peak of memory is the arm's."""
+    command = [sys.executable, "-m", __name__, arm, str(count), str(repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(arm: str, count: int, repeats: int) -> dict[str, Any]:
+    """Of one arm: `count` images, or dimensions of `fid`. `memory_mib`: the process's peak beyond what imports take."""
+    imported = peak_mib()
     torch.manual_seed(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    reward = make()
+    if arm == FID:
+        return frechet(count, repeats) | {"memory_mib": round(peak_mib() - imported)}
+    images, entries = pictures_of(arm, count)
+    reward = builders(real=torch.cuda.is_available())[arm]()
     reward.prepare()
-    seconds = timed(partial(score, reward, images), repeats)
-    found: dict[str, Any] = {"images_per_second": round(len(images) / seconds, 2)}
+    work = partial(reward.score, images, [e["prompt"] for e in entries], entries)
+    assert work().mask.all(), f"{arm} failed"
+    seconds = timed(work, repeats)
+    found = {
+        "images": count,
+        "images_per_second": round(count / seconds, 2),
+        "memory_mib": round(peak_mib() - imported),
+    }
     if torch.cuda.is_available():
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found | preprocessing(reward, images, seconds, repeats)
 
 
-def score(reward: Reward, images: Tensor) -> None:
-    """One batch, for a prompt that every reward can score."""
-    reward.score(images, [PROMPT["prompt"]] * len(images), [PROMPT] * len(images))
+def peak_mib() -> float:
+    """The most memory that this process has had."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def pictures_of(arm: str, count: int) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images (count, 3, H, W) uint8 on this device and a prompt's metadata for each that the arm can judge."""
+    rng = np.random.default_rng(0)
+    if arm in ON_SHAPES:
+        entries = prompts("held_out")[:count]
+        drawn = np.stack([render(sample_scene(e, rng)) for e in entries])
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2).to(device()), entries
+    values = rng.integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    return torch.from_numpy(values).to(device()), [PROMPT] * count
+
+
+def frechet(dimensions: int, repeats: int) -> dict[str, Any]:
+    """Seconds of the Frechet distance of two Gaussians by torchmetrics (eigenvalues of a general matrix) and by ours
+    (of symmetric ones), and how far the results differ as a share."""
+    mix = torch.randn(dimensions, dimensions) / dimensions**0.5
+    a = moments(torch.randn(2 * dimensions, dimensions))
+    b = moments(torch.randn(2 * dimensions, dimensions) @ mix + 0.1)
+    theirs = partial(_compute_fid, a.mean, a.covariance, b.mean, b.covariance)
+    ours = partial(frechet_distance, a, b)
+    before, after = timed(theirs, min(repeats, 3)), timed(ours, repeats)
+    return {
+        "dimensions": dimensions,
+        "torchmetrics_seconds": round(before, 3),
+        "seconds": round(after, 3),
+        "torchmetrics_over_ours": round(before / after, 2),
+        "relative_difference": abs(float(theirs()) / ours() - 1),
+    }
 
 
 def preprocessing(reward: Reward, images: Tensor, total: float, repeats: int) -> dict[str, float]:
-    """Seconds of preprocessing, its share of the whole, and how much longer the original processor takes from the same
-    tensors; nothing for rewards without one."""
-    if isinstance(reward, GenEvalReward):
-        assert reward._detector is not None
-        ours: Callable[[Tensor], Any] = reward._detector.preprocessing
-        original: Any = Mask2FormerImageProcessorPil(
-            size={"shortest_edge": 800, "longest_edge": 1333}
-        )
-    elif isinstance(reward, ClipScoreReward | PickScoreReward | AestheticReward):
-        ours, original = reward.scorer.preprocessing, CLIPImageProcessorPil()
-    else:
+    """Seconds of preprocessing and its share of the whole; where the original has a processor, how much longer that
+    takes from the same tensors, and what its share would be. Nothing for rewards without preprocessing."""
+    ours, original = steps(reward)
+    if ours is None:
         return {}
     seconds = timed(lambda: ours(images), repeats)
+    total = max(total, seconds)  # with tiny weights there is little else
+    found = {"preprocessing_seconds": round(seconds, 4), "share": round(seconds / total, 3)}
+    if original is None:
+        return found
     before = timed(lambda: original(images=pictures(images), return_tensors="np"), repeats)
-    return {
-        "preprocessing_seconds": round(seconds, 4),
-        "share": round(seconds / total, 3),
+    return found | {
+        "share_before": round(before / (total - seconds + before), 3),
         "original_over_ours": round(before / seconds, 2),
     }
+
+
+def steps(reward: Reward) -> tuple[Callable[[Tensor], Any] | None, Any]:
+    """The preprocessing of a reward, and the processor of its original; None for what there is not."""
+    if isinstance(reward, GenEvalReward):
+        assert reward._detector is not None
+        size = {"shortest_edge": 800, "longest_edge": 1333}
+        return reward._detector.preprocessing, Mask2FormerImageProcessorPil(size=size)
+    if isinstance(reward, HPSv3Reward):
+        assert reward._model is not None
+        vision = reward._model.base.config.vision_config
+        pixels = 256 * (vision.patch_size * vision.spatial_merge_size) ** 2
+        original = Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
+        return lambda images: picture(images, vision), original
+    if isinstance(reward, HPSv21Reward):
+        return reward.scorer.preprocessing, None  # the release's own is not in transformers
+    if isinstance(reward, ClipReward):
+        ours: Preprocessing = reward.scorer.preprocessing
+    elif isinstance(reward, ImageReward):
+        assert reward._model is not None
+        ours = Preprocessing(reward._model.vision.config.image_size)
+    else:
+        return None, None
+    crop = {"height": ours.size, "width": ours.size}
+    return ours, CLIPImageProcessorPil(size={"shortest_edge": ours.size}, crop_size=crop)
 
 
 def pictures(images: Tensor) -> Sequence[Image.Image]:
@@ -250,3 +208,11 @@ def timed(work: Callable[[], Any], repeats: int) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return median(found[1:])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arm")
+    parser.add_argument("count", type=int)
+    parser.add_argument("repeats", type=int)
+    print(json.dumps(measure(**vars(parser.parse_args()))))
