@@ -216,7 +216,7 @@ def test_models_share_their_batches_among_processes(sd3):
 
     def batches(**kwargs):
         flags = {"micro_batch_size": 2, "mixed_precision": "no"}
-        return list(model_batches(sd3, prompts, config, **flags, **kwargs))
+        return list(model_batches(sd3, prompts, {}, config, **flags, **kwargs))
 
     whole = batches()
     parts = [batches(process=(i, 2)) for i in range(2)]

@@ -119,7 +119,9 @@ def _generated(
             "formats": NO_FILE,
         }
         config = evaluation(args)
-        source = model_batches(load(args), prompts, config, process=process, **batching(args))
+        source = model_batches(
+            load(args), prompts, about, config, process=process, **batching(args)
+        )
     return extract(network, source, about, gather=gather_object)
 
 

@@ -26,7 +26,7 @@ from diffalign.pipelines.sampling import EmbedCache
 
 NEIGHBOURS = 3
 """k of precision and recall."""
-COUNTS = ("images", "unreadable")
+COUNTS = ("images", "unreadable", "not_finite")
 Batches = Iterator[tuple[Tensor, list[int]]]
 """(B, 3, H, W) uint8, and the number of each image's prompt."""
 
@@ -139,7 +139,7 @@ def folder_batches(
     group: dict[str, int] = {}
     numbers = [group.setdefault(x.prompt.text or str(x.path), len(group)) for x in images]
     about["formats"] = sorted({x.path.suffix.lower().lstrip(".") for x in images})
-    about |= dict.fromkeys(COUNTS, 0)
+    about |= {"images": 0, "unreadable": 0}
     first, step = process
     images, numbers = images[first::step], numbers[first::step]
     for rows, pixels, _ in batches(images, size=batch_size):
@@ -151,6 +151,7 @@ def folder_batches(
 def model_batches(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
+    about: dict[str, Any],
     config: EvaluationConfig,
     *,
     micro_batch_size: int,
@@ -158,27 +159,30 @@ def model_batches(
     **sizes: Any,
 ) -> Batches:
     """`config.images_per_prompt` images of every prompt, those of `evaluate_model`; of several processes (number and
-    count) each makes every so many-th batch."""
+    count) each makes every so many-th batch. Images that are not finite are left out and counted in `about`."""
     n = config.images_per_prompt
     wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(n)]
     seeds = image_seeds(config, len(wanted))
     cache = EmbedCache(model)
+    about |= {"images": 0, "not_finite": 0}
     number, count = process
     for start in range(number * micro_batch_size, len(wanted), count * micro_batch_size):
         part = slice(start, start + micro_batch_size)
         texts = [p for _, p in wanted[part]]
-        yield (
-            render(
-                model,
-                texts,
-                seeds[part],
-                config,
-                micro_batch_size=micro_batch_size,
-                cache=cache,
-                **sizes,
-            ),
-            [group for group, _ in wanted[part]],
+        images, finite = render(
+            model,
+            texts,
+            seeds[part],
+            config,
+            micro_batch_size=micro_batch_size,
+            cache=cache,
+            **sizes,
         )
+        about["images"] += int(finite.sum())
+        about["not_finite"] += int((~finite).sum())
+        kept = [g for (g, _), good in zip(wanted[part], finite.tolist(), strict=True) if good]
+        if kept:
+            yield images[finite], kept
 
 
 def drawn_batches(

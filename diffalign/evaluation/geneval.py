@@ -6,6 +6,7 @@ Layout: `00000/metadata.jsonl` (one object), `00000/samples/0000.png`, ... Folde
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffalign.geneval import Detection, judge, summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 
+logger = logging.getLogger(__name__)
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 """(B, 3, H, W) uint8 and B prompts' metadata to the objects that count in each image."""
 SETTINGS = "settings.json"
@@ -93,7 +95,8 @@ def generate_samples(
     process: tuple[int, int] = (0, 1),
     **sizes: Any,
 ) -> int:
-    """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were.
+    """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were; one that is
+    not finite is not written, and so counts as missing.
 
     `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
     configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
@@ -106,7 +109,7 @@ def generate_samples(
     cache = EmbedCache(model)
     for start in range(0, len(missing), micro_batch_size):
         part = missing[start : start + micro_batch_size]
-        images = render(
+        images, finite = render(
             model,
             [prompts[p] for p, _ in part],
             [seeds[p * n + k] for p, k in part],
@@ -115,7 +118,10 @@ def generate_samples(
             cache=cache,
             **sizes,
         )
-        for (p, k), image in zip(part, images, strict=True):
+        for (p, k), image, good in zip(part, images, finite.tolist(), strict=True):
+            if not good:
+                logger.warning("%s: the model made no finite image", sample_path(folder, p, k))
+                continue
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             with aside(sample_path(folder, p, k)) as file:
                 picture.save(file, format="PNG")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
 @dataclass(frozen=True)
 class Evaluation:
     """`tasks`: accuracy of each task and their mean where a reward says what is correct; `means`: mean of the reward
-    and of each detail over the images that have it; `images` (N, 3, H, W) uint8 in the order of `prompts`."""
+    and of each detail over the images that have it; `images` (N, 3, H, W) uint8 in the order of `prompts`. `failed`
+    counts the images without a reward, `not_finite` among them those whose latents are not numbers."""
 
     prompts: list[Prompt]
     images: Tensor
@@ -33,11 +34,14 @@ class Evaluation:
     means: dict[str, float]
     tasks: dict[str, float]
     failed: int
+    not_finite: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "images": len(self.prompts),
+            "scored": len(self.prompts) - self.failed,
             "failed": self.failed,
+            "not_finite": self.not_finite,
             "means": self.means,
             "tasks": self.tasks,
         }
@@ -62,7 +66,7 @@ def evaluate_model(
         asked = repeated[part]
         parts.append(score(images, [p.text for p in asked], [p.metadata for p in asked]))
 
-    images = render(
+    images, finite = render(
         model,
         repeated,
         image_seeds(config, len(repeated)),
@@ -73,7 +77,14 @@ def evaluate_model(
         mixed_precision=mixed_precision,
         on_images=score_part,
     )
-    return summarize_scores(repeated, images, RewardOutput.cat(parts))
+    output = without(~finite.numpy(), RewardOutput.cat(parts))
+    return replace(summarize_scores(repeated, images, output), not_finite=int((~finite).sum()))
+
+
+def without(broken: np.ndarray, output: RewardOutput) -> RewardOutput:
+    """NaN for the images (B,) that are none, whatever a reward made of them."""
+    columns = {k: np.where(broken, np.nan, v) for k, v in output.details.items()}
+    return RewardOutput(np.where(broken, np.nan, output.values), columns)
 
 
 def image_seeds(config: EvaluationConfig, n: int) -> list[int]:
@@ -93,13 +104,14 @@ def render(
     mixed_precision: str = "bf16",
     cache: EmbedCache | None = None,
     on_images: Callable[[slice, Tensor], None] | None = None,
-) -> Tensor:
-    """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says; a `cache` outlives the call."""
+) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says, and (N,) bool: whether its latents are finite,
+    for pixels of uint8 do not show what was NaN. A `cache` outlives the call."""
     cache = cache or EmbedCache(model)
     guided = model.costs_a_forward(config.guidance_scale)
     texts = list(dict.fromkeys(p.text for p in prompts))
     row = {text: i for i, text in enumerate(texts)}
-    _, images = generate(
+    latents, images = generate(
         model,
         cache(texts),
         torch.tensor([row[p.text] for p in prompts]),
@@ -114,7 +126,7 @@ def render(
         step=solver_step(config.solver, model.noise),
         on_images=on_images,
     )
-    return images
+    return images, latents.isfinite().flatten(1).all(1).cpu()
 
 
 def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[Prompt]:
