@@ -15,6 +15,7 @@ from diffalign import cli
 from diffalign.data.prompts import load_prompts
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import folder_bytes, report
+from diffalign.quantization.branches import BranchLinear
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackedLinear
 from diffalign.schedulers import Coefficients, QSched
@@ -41,6 +42,7 @@ def quantize(folder, *flags):
         (("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
+        (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
     ],
 )
 def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, capsys):
@@ -98,7 +100,8 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
         (("--backend=int4", "--prompts=shapes:train"), "give --svd_rank, too"),
         (("--backend=torchao-fp8",), "compute capability 8.9"),
         (("--backend=bnb-nf4",), "bnb-nf4 needs"),
-        (("--backend=torchao-int8wo", "--svd_rank=4"), "neither group_size nor svd_rank"),
+        (("--backend=torchao-int8", "--svd_rank=4"), "neither group_size nor svd_rank"),
+        (("--backend=torchao-fp8wo", "--svd_rank=4", "--group_size=32"), "has no group_size"),
         (("--components", "text_encoder_9"), "no component 'text_encoder_9' to quantise"),
         (("--lora=somewhere",), "`diffalign merge` first"),
         (("--backend=int4", "--group_size=0"), "group_size must be positive"),

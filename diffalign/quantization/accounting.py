@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffalign.quantization.branches import BranchLinear
 from diffalign.quantization.layers import PackedLayer
 
 BF16 = 2
@@ -123,6 +124,8 @@ def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
     """How many of a model's numbers a tensor stands for: none where it is part of a weight's form, such as a scale."""
     if isinstance(layer, PackedLayer) and name != "bias":
         return layer.shape.numel() if name == "weight" else 0
+    if isinstance(layer, BranchLinear) and name.startswith("svd_"):
+        return 0
     state = getattr(tensor, "quant_state", None)
     return tensor.numel() if state is None else state.shape.numel()
 

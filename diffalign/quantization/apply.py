@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from diffalign.errors import UsageError
 from diffalign.quantization.backends import BACKENDS, Backend, resolve
+from diffalign.quantization.branches import BranchConfig
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.observer import ActivationScales
 from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, pack_model, packable, refuse_twice
@@ -62,7 +63,7 @@ def quantize_model(
         model: of diffusers or transformers, without adapters.
         training: adapters will be trained over it.
         group_size: of packed weights, as in `layers.PackSpec`.
-        svd_rank: of packed weights, likewise.
+        svd_rank: of packed weights, likewise; and of a denoiser's linear layers beside torchao's 8-bit weights.
         input_scales: from `lowrank.collect_input_scales`, to fit the branch of `svd_rank` to.
         activations: from `observer.InputObserver`, which "int8-static" needs.
         skip: as in `packed.packable`.
@@ -94,12 +95,13 @@ def quantize_model(
             activations=activations,
         )
     else:
-        _refuse_options(name, spec)
+        branch = chosen.takes_branch and isinstance(model, diffusers.ModelMixin)
+        _refuse_options(name, spec, branch=branch)
         if not chosen.settings:
             raise UsageError(
                 f"{name} quantises while it loads: give from_pretrained quantization_config({name!r})"
             )
-        config = _torchao_in_place(model, chosen, skip, min_weights)
+        config = _torchao_in_place(model, chosen, spec, skip, min_weights, input_scales)
     _attach(model, config)
     return name
 
@@ -176,15 +178,24 @@ def _packed_config(
 
 
 def _torchao_in_place(
-    model: Any, backend: Backend, skip: Sequence[str], min_weights: int
+    model: Any,
+    backend: Backend,
+    spec: PackSpec,
+    skip: Sequence[str],
+    min_weights: int,
+    input_scales: Mapping[str, Tensor] | None,
 ) -> diffusers.TorchAoConfig | transformers.TorchAoConfig:
     from torchao.quantization import quantize_
 
-    names = packable(model, skip=skip, min_weights=min_weights)
+    names = set(packable(model, skip=skip, min_weights=min_weights))
     settings = _torchao(backend)
-    quantize_(model, settings, filter_fn=lambda m, name: name in names and isinstance(m, nn.Linear))
     library = diffusers if isinstance(model, diffusers.ModelMixin) else transformers
-    return library.TorchAoConfig(settings)
+    config = library.TorchAoConfig(settings)
+    if spec.svd_rank:
+        config = BranchConfig(settings, None, spec.svd_rank, skip, min_weights)
+        config.split(model, input_scales)
+    quantize_(model, settings, filter_fn=lambda m, name: name in names and isinstance(m, nn.Linear))
+    return config
 
 
 def _torchao(backend: Backend) -> Any:
@@ -209,6 +220,11 @@ def _attach(model: Any, config: Any) -> None:
     model.quantization_method = config.quant_method
 
 
-def _refuse_options(name: str, spec: PackSpec) -> None:
-    if spec != PackSpec(spec.bits):
-        raise UsageError(f"{name} has neither group_size nor svd_rank; int4 and int8 have")
+def _refuse_options(name: str, spec: PackSpec, *, branch: bool = False) -> None:
+    """`branch`: whether it can have one."""
+    if spec != PackSpec(spec.bits, svd_rank=spec.svd_rank if branch else 0):
+        able = ", ".join(n for n, b in BACKENDS.items() if b.takes_branch)
+        raise UsageError(
+            f"{name} has {'no group_size' if branch else 'neither group_size nor svd_rank'}; int4 and int8 have, and a "
+            f"denoiser loaded whole takes svd_rank with {able}"
+        )

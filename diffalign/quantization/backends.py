@@ -51,6 +51,11 @@ class Backend:
     def is_packed(self) -> bool:
         return not self.library
 
+    @property
+    def takes_branch(self) -> bool:
+        """A low-rank branch beside the weights: where those alone are rounded, in place."""
+        return self.is_packed or (bool(self.settings) and self.trains)
+
 
 _AO = ("torchao", "0.16")
 BACKENDS = {
@@ -127,7 +132,7 @@ def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str
     """
     if config.get("load_in_8bit") or config.get("load_in_4bit"):
         return _missing(BACKENDS["bnb-int8"], device)
-    if config.get("quant_method") != "torchao":
+    if config.get("quant_method") not in ("torchao", "diffalign_torchao"):
         return None
     # {"default": {"_type": NAME}}; older versions of torchao wrote a name of their own
     kind = config.get("quant_type")

@@ -1,8 +1,9 @@
 """Packed weights as a quantisation method of diffusers and transformers: a saved folder loads with stock classes.
 
-Importing this module registers the method; a stock program that loads such a folder needs that one import. Without it
-diffusers says "Unknown quantization type, got diffalign_packed". Denoisers can be packed while they are loaded
-(`from_pretrained(..., quantization_config=PackedConfig())`), text encoders only in place (`backends.quantize_model`).
+Importing this module registers the method, and that of `branches`; a stock program that loads such a folder needs that
+one import. Without it diffusers says "Unknown quantization type, got diffalign_packed". Denoisers can be packed while
+they are loaded (`from_pretrained(..., quantization_config=PackedConfig())`), text encoders only in place
+(`backends.quantize_model`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
+import diffalign.quantization.branches  # noqa: F401 (registers itself)
 from diffalign.errors import UsageError
 from diffalign.quantization.integer import StepClock, packed_like
 from diffalign.quantization.layers import PackedLayer, PackSpec
