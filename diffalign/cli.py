@@ -271,7 +271,8 @@ def _add_quantize(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--svd_rank",
         type=int,
         default=0,
-        help="of a low-rank branch beside int4 or int8 (SVDQuant); default: none",
+        help="of a low-rank branch (SVDQuant) beside int4, int8, int8-static, torchao-int8wo or torchao-fp8wo; "
+        "default: none",
     )
     quantize.add_argument(
         "--prompts",
