@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.quantizers import auto
+from diffusers.quantizers.quantization_config import TorchAoConfig
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ class BranchLinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.svd_down), self.svd_up)
 
 
-class BranchConfig(diffusers.TorchAoConfig):
+class BranchConfig(TorchAoConfig):
     """torchao's configuration, and which layers have a branch: those of `packed.packable` that are linear.
 
     Args:
