@@ -44,6 +44,7 @@ typecheck: install
 shapes: install
 	$(BIN)/python -m diffalign.scripts.train_shapes sd3 --out diffalign/shapes/checkpoints/shapes-sd3
 	$(BIN)/python -m diffalign.scripts.train_shapes flux --out diffalign/shapes/checkpoints/shapes-flux
+	$(BIN)/python -m diffalign.scripts.train_shapes dc --out diffalign/shapes/checkpoints/shapes-dc
 	$(BIN)/python -m diffalign.scripts.train_shapes clip --out diffalign/shapes/checkpoints/shapes-clip
 
 clean:

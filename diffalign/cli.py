@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from diffalign import __version__
+from diffalign.cli_latents import add_autoencoder
 from diffalign.errors import UserError
 
 EPILOG = """examples:
@@ -22,6 +23,7 @@ EPILOG = """examples:
 
 
 VERBS = {
+    "autoencoder": "autoencoder",
     "demo": "training",
     "bench": "training",
     "generate": "images",
@@ -36,7 +38,7 @@ VERBS = {
 """Verb to the module of commands that knows it."""
 TALKATIVE = ("torchao", "torch.utils._pytree")
 """Where torchao is installed, both warn on import of what concerns nobody here."""
-RESUMES = ("demo", "train", "bench", "precompute", "pairs", "qsched")
+RESUMES = ("autoencoder", "demo", "train", "bench", "precompute", "pairs", "qsched")
 TAKES_SETTINGS = ("train", "precompute")
 """Verbs with a recipe, whose settings can be overridden."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -67,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     precompute = verbs.add_parser(
         "precompute",
-        help="encode and invert the preference pairs of a recipe once",
-        description="Fill the cache of a recipe that learns from preference pairs. `train` does so, too; here alone it "
+        help="encode the images of a recipe once: preference pairs, or those of a move",
+        description="Fill the cache of a recipe that learns from preference pairs or moves a model into other latents. "
+        "`train` does so, too; here alone it "
         "can be shared among machines or be kept. Settings are overridden as with `train`.",
     )
     precompute.add_argument("recipe", help="name or YAML file")
@@ -76,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(verbs)
     _add_evaluate(verbs)
     _add_files(verbs)
+    add_autoencoder(verbs)
     _add_quantize(verbs)
     _add_qsched(verbs)
     _add_bench(verbs)

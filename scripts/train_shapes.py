@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from diffalign.commands.autoencoder import RenderedImages, quality
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
-from diffalign.shapes.autoencoder import train_autoencoder
+from diffalign.shapes.autoencoder import build_deep_autoencoder, train_autoencoder
 from diffalign.shapes.build import (
     build_flux_pipeline,
     build_sd3_pipeline,
@@ -34,9 +35,11 @@ from diffalign.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
 from diffalign.shapes.guidance import GuidanceDistillation
 from diffalign.shapes.text import MAX_LENGTH
 from diffalign.shapes.world import IMAGE_SIZE
+from diffalign.training.autoencoder import AutoencoderConfig, AutoencoderTrainer, set_scale
 from diffalign.versions import versions
 
 EYES_STEPS = 1400
+DEEP_STEPS = 6000
 FAMILIES = {
     "sd3": (build_sd3_pipeline, SD3Model),
     "flux": (build_flux_pipeline, FluxModel),
@@ -66,7 +69,7 @@ def load_model(family: str, work: Path) -> TextToImageModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=[*sorted(FAMILIES), "clip"])
+    parser.add_argument("family", choices=[*sorted(FAMILIES), "clip", "dc"])
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
@@ -77,6 +80,9 @@ def main() -> None:
 
     if args.family == "clip":
         train_eyes(args.out, steps=args.steps or EYES_STEPS)
+        return
+    if args.family == "dc":
+        train_deep(args.out, args.work / "dc", steps=args.steps or DEEP_STEPS)
         return
     args.steps = args.steps or PretrainConfig.steps
     model = load_model(args.family, args.work)
@@ -123,6 +129,26 @@ def train_eyes(out: Path, *, steps: int) -> None:
         "held-out captions: share of pairs of a right and a wrong image told apart": train_clip(
             out, steps=steps
         ),
+        "versions": versions(),
+    }
+    file = out.with_name(f"{out.name}.json")
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def train_deep(out: Path, work: Path, *, steps: int) -> None:
+    """`shapes-dc`, and beside it how well it reconstructs."""
+    torch.manual_seed(0)
+    vae = build_deep_autoencoder()
+    images = RenderedImages(seed=0)
+    trainer = AutoencoderTrainer(vae, images, AutoencoderConfig(num_updates=steps), folder=work)
+    trainer.run()
+    set_scale(vae, images(10**6, 512))
+    vae.to(torch.bfloat16).save_pretrained(out)
+    record = {
+        "command": shlex.join(["python", "-m", "diffalign.scripts.train_shapes", *sys.argv[1:]]),
+        "config": dataclasses.asdict(trainer.config),
+        "held-out scenes": quality(vae, images.measured()),
+        "history": trainer.history,
         "versions": versions(),
     }
     file = out.with_name(f"{out.name}.json")

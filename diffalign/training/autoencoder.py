@@ -117,6 +117,7 @@ class AutoencoderTrainer:
         self, vae: Autoencoder, images: Images, config: AutoencoderConfig, *, folder: Path
     ) -> None:
         self.vae = vae.float().train().requires_grad_(False)
+        self.vae.to(memory_format=torch.channels_last)
         self.images, self.config, self.folder = images, config, folder
         chosen = PHASES[config.phase]
         self.parameters = [
@@ -128,6 +129,9 @@ class AutoencoderTrainer:
             )
         for parameter in self.parameters:
             parameter.requires_grad_(True)
+        for module in vae.modules():
+            if isinstance(module, nn.GroupNorm) and module.weight.requires_grad:
+                module.register_forward_pre_hook(_with_gradient)
         self.optimizers = {"autoencoder": self._optimizer(self.parameters, config.learning_rate)}
         self.adversary: PatchDiscriminator | None = None
         if config.phase == "refine" and config.adversarial_weight:
@@ -168,7 +172,8 @@ class AutoencoderTrainer:
 
     def step(self) -> dict[str, float]:
         """One update; the metrics of it."""
-        pixels = to_signed(self.images(self.update, self.config.batch_size).to(self.vae.device))
+        drawn = self.images(self.update, self.config.batch_size).to(self.vae.device)
+        pixels = to_signed(drawn).contiguous(memory_format=torch.channels_last)
         with self._seeded(), self._autocast():
             latents, penalty = encoded(self.vae, pixels, sample=True)
             decoded = self.vae.decode(latents).sample
@@ -261,6 +266,14 @@ class AutoencoderTrainer:
         )
 
 
+def _with_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """torch 2.13 crashes on CPUs in the backward of a group norm whose input, channels last, needs no gradient."""
+    first = args[0]
+    if torch.is_grad_enabled() and not first.requires_grad:
+        first = first.detach().requires_grad_()
+    return (first, *args[1:])
+
+
 def rate_factor(update: int, total: int) -> float:
     """Linear warm-up over 5 %, then a cosine to 0."""
     warmup = max(1, total // 20)
@@ -270,8 +283,8 @@ def rate_factor(update: int, total: int) -> float:
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 to float32 in -1..1, channels last in memory."""
-    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    """(B, 3, H, W) uint8 to float32 in -1..1."""
+    return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
