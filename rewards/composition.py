@@ -71,7 +71,7 @@ class CompositeReward:
         if len(rows) == len(prompts):
             part = self._attempt(name, images, prompts, metadata)
         elif rows:
-            texts, entries = ([column[i] for i in rows] for column in (prompts, metadata))
+            texts, entries = [prompts[i] for i in rows], [metadata[i] for i in rows]
             part = _at(rows, len(prompts), self._attempt(name, images[rows], texts, entries))
         else:
             part = RewardOutput(np.full(len(prompts), np.nan, np.float32))

@@ -79,6 +79,7 @@ def test_images_are_judged_and_failures_are_nan(judge):
     found = reward.score(images, prompts, [{}] * 5)
     np.testing.assert_array_equal(found.values, [10, 2.5, np.nan, 10, np.nan])
     assert reward.normalize(found.values[0]) == 1
+    assert reward.card.model_id == "judge-7b"  # results name who judged
     assert all(m["temperature"] == 0 and m["model"] == "judge-7b" for m in judge.seen)
 
 
