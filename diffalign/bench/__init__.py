@@ -6,5 +6,6 @@ BENCHES = {
     "solvers": "GenEval by number of steps of the rollout's solvers",
     "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and what each of its levers gives",
     "qsched": "smaller weights, and factors of the schedule that repair them, on few-step students",
+    "dcgen": "a model before and after it moved into deeply compressed latents, and where its time goes",
     "inversion-dpo": "Inversion-DPO against Diffusion-DPO, its released form and training on winners",
 }

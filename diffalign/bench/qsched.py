@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.bench.eyes import Eyes
 from diffalign.bench.record import BenchOptions, spread
 from diffalign.bench.weights import published_sizes, speeds
 from diffalign.config import EvaluationConfig
 from diffalign.data.files import write_text
 from diffalign.data.prompts import load_prompts
-from diffalign.evaluation.fid import FeatureSet, collect, compare, drawn_batches, extract
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
@@ -32,16 +30,14 @@ from diffalign.quantization.apply import quantize_model
 from diffalign.quantization.backends import BACKENDS
 from diffalign.quantization.latency import interleaved
 from diffalign.rewards.composition import CompositeReward
-from diffalign.rewards.features import load_network
 from diffalign.schedulers import QSched
-from diffalign.shapes.world import render, sample_scene
 from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.objective import parse
 from diffalign.tuning.tune import Settings, tune
 
 STUDENTS = ("shapes-flux-schnell", "shapes-sd-lcm")
-STEPS = (2, 4, 8)
+STEPS = (2, 4)
 OBJECTIVE = "jaq-shapes"
 
 
@@ -96,21 +92,7 @@ class Student:
         self.reward = CompositeReward.from_config(self.objective)
         self.models: dict[tuple[str, int], TextToImageModel] = {}
         self.drawn: dict[tuple[int, int], Tensor] = {}
-
-    @cached_property
-    def network(self) -> Any:
-        return load_network("shapes_clip")
-
-    @cached_property
-    def reference(self) -> FeatureSet:
-        """Right images of the held-out prompts."""
-        batches = drawn_batches(
-            lambda p, seed: render(sample_scene(p.metadata, np.random.default_rng(seed))),
-            self.held_out,
-            images_per_prompt=8,
-            batch_size=64,
-        )
-        return extract(self.network, batches, {})
+        self.eyes = Eyes()
 
     def model(self, form: str, steps: int) -> TextToImageModel:
         """With its denoiser in that form; made once. Calibrated forms are made for a number of steps."""
@@ -169,11 +151,9 @@ class Student:
     def scores(self, form: str, steps: int, seed: int) -> dict[str, float]:
         """Of held-out prompts, with the schedule that the model has now."""
         drawn = self.evaluate(form, steps, seed)
-        n = len(drawn.prompts)
-        features = collect(self.network, [self.network(drawn.images)], list(range(n)), {})
         found = {
             "geneval": drawn.tasks["overall"],
-            "fid": compare(features, self.reference)["fid"],
+            "fid": self.eyes.fid(drawn.images),
             **{term: drawn.means[term] for term in self.objective},
         }
         found["psnr"] = psnr(drawn.images, self.full_precision(steps, seed))

@@ -9,7 +9,6 @@ last layer is linear in the features before it, so that it is a second one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,35 +147,37 @@ def _rows(grid: Tensor) -> Tensor:
     return grid.movedim(1, -1).flatten(0, -2)
 
 
-def align_by_gradient(
-    rows: Iterable[tuple[Tensor, Tensor]], *, learning_rate: float = 1e-4, seed: int = 0
-) -> tuple[LinearFit, list[float]]:
-    """The released form, for comparison: AdamW (betas 0.9, 0.95) on a Xavier-initialised layer, one step for each
-    batch of rows; the fit, with an `r2` and `error` of the last batch, and the loss before every step."""
-    layer: nn.Linear | None = None
-    optimizer: Any = None
-    losses: list[float] = []
-    r2 = error = float("nan")
-    for x, y in rows:
-        if layer is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                layer = nn.Linear(x.shape[1], y.shape[1])
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-            optimizer = torch.optim.AdamW(
-                layer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-            )
-        loss = F.mse_loss(layer(x.float()), y.float())
+class GradientAlignment:
+    """The released form, for comparison: AdamW (betas 0.9, 0.95) on a Xavier-initialised layer.
+
+    Args:
+        inputs, outputs: as of `Statistics`.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, learning_rate: float = 1e-4, seed: int = 0
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layer = nn.Linear(inputs, outputs)
+            nn.init.xavier_uniform_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
+        self.optimizer = torch.optim.AdamW(
+            self.layer.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """One step on rows x (N, d) and y (N, D); the loss before it."""
+        loss = F.mse_loss(self.layer(x.float()), y.float())
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        error = losses[-1]
-        r2 = 1 - error / float((y.float() - y.float().mean(0)).square().mean())
-    if layer is None:
-        raise UsageError("there is nothing to align with: no image was read")
-    return LinearFit(layer.weight.detach(), layer.bias.detach(), r2, error), losses
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def error(self, x: Tensor, y: Tensor) -> float:
+        """Mean square that is left of rows."""
+        return F.mse_loss(self.layer(x.float()), y.float()).item()
 
 
 @dataclass(frozen=True)

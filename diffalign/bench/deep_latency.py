@@ -1,0 +1,194 @@
+"""Where the time of an image goes: text, denoising, decoding, host; and what tokens cost at published sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffalign.bench.layouts import denoiser
+from diffalign.bench.record import spread
+from diffalign.bench.weights import flux_inputs
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import sample
+from diffalign.precision import attention, compute
+from diffalign.quantization.latency import interleaved
+
+STEPS, IMAGES, GUIDANCE = 10, 16, 3.5
+REPEATS = 5
+SIDES = (1024, 2048, 4096)
+PIXELS = {"f8 patch 2": (16, 64), "f32": (32, 32), "f64": (64, 128)}
+"""Pixels a token along a side, and numbers in it, of FLUX.1 with its own autoencoder and with DC-AE's."""
+TEXT = {"base": 512, "moved": 256}
+
+
+def parts_of(models: Mapping[str, TextToImageModel], *, quick: bool) -> dict[str, Any]:
+    """Seconds of each part for a batch, turn and turn about; ratios of the first model's to the second's."""
+    names = list(models)
+    calls = {name: _parts(model, 2 if quick else IMAGES) for name, model in models.items()}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for part in next(iter(calls.values())):
+        with torch.no_grad():
+            device = models[names[0]].device
+            found = interleaved(
+                [calls[name][part] for name in names], device, repeats=2 if quick else REPEATS
+            )
+        for name, seconds in zip(names, found, strict=True):
+            times[name][part] = seconds
+    for rows in times.values():
+        rows["all"] = [sum(parts) for parts in zip(*rows.values(), strict=True)]
+    first, second = (times[name] for name in names)
+    return {
+        "images": 2 if quick else IMAGES,
+        "steps": STEPS,
+        "seconds": {n: {p: spread(t) for p, t in times[n].items()} for n in names},
+        "ratio": {
+            part: spread(a / b for a, b in zip(first[part], second[part], strict=True))
+            for part in first
+        },
+    }
+
+
+def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
+    """The parts of drawing n images, each ready to be called."""
+    prompts = ["a photo of a red circle and a blue square"] * n
+    guidance = GUIDANCE if model.guidance_is_embedded else None
+    with torch.no_grad(), compute(model.device):
+        embeds = model.encode_prompt(prompts)
+        latents = torch.randn(n, *model.latent_shape(*model.default_size), device=model.device)
+        pixels = model.decode(latents)
+
+    def denoise() -> Any:
+        with compute(model.device):
+            return sample(
+                model, embeds, num_inference_steps=STEPS, guidance_scale=guidance, latents=latents
+            )
+
+    def decode() -> Any:
+        with compute(model.device):
+            return model.decode(latents)
+
+    return {
+        "text": lambda: model.encode_prompt(prompts),
+        "denoise": denoise,
+        "decode": decode,
+        "host": lambda: pixels.permute(0, 2, 3, 1).cpu().numpy().tobytes(),
+    }
+
+
+def flops(models: Mapping[str, TextToImageModel]) -> dict[str, Any]:
+    """Of one forward of the denoiser and of one decoding, for one image, by torch's counter."""
+    found: dict[str, Any] = {}
+    for name, model in models.items():
+        size = model.default_size
+        inputs = model.random_inputs(1, *size)
+        with attention(model.device), torch.no_grad(), FlopCounterMode(display=False) as forward:
+            model.forward(*inputs)
+        latents = torch.randn(1, *model.latent_shape(*size)).to(model.device)
+        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
+            model.decode(latents)
+        found[name] = {
+            "tokens": model.image_seq_len(*size),
+            "forward": forward.get_total_flops(),
+            "decode": decoding.get_total_flops(),
+        }
+    return found
+
+
+def real_sizes(*, quick: bool) -> dict[str, Any]:
+    """FLUX.1 with random weights: TFLOP of a step and of decoding at three resolutions, counted on the meta device; on
+    CUDA also seconds of a step and peak memory. `tokens` are of the image; text as the base (512) and the moved model
+    (256) read it."""
+    cuda = torch.cuda.is_available()
+    found: dict[str, Any] = {}
+    for side in SIDES[:1] if quick else SIDES:
+        row: dict[str, Any] = {}
+        for name, (pixels, channels) in PIXELS.items():
+            text = TEXT["base" if pixels == 16 else "moved"]
+            tokens = (side // pixels) ** 2
+            row[name] = {"tokens": tokens, "tflop_step": _tflop(channels, tokens, text)}
+            if cuda:
+                row[name] |= _measured(channels, tokens, text, side, quick=quick)
+        decoders = {
+            "AutoencoderKL f8": _kl(),
+            "AutoencoderDC f32": _dc(6, 32),
+            "AutoencoderDC f64": _dc(7, 128),
+        }
+        for name, (vae, f, c) in decoders.items():
+            latents = torch.empty(1, c, side // f, side // f, dtype=vae.dtype, device="meta")
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                vae.decode(latents)
+            row[f"decode {name}"] = {"tflop": round(counter.get_total_flops() / 1e12, 2)}
+        base = row["f8 patch 2"]
+        for name in ("f32", "f64"):
+            row[name]["ratio"] = round(base["tflop_step"] / row[name]["tflop_step"], 2)
+            if cuda:
+                row[name]["latency_ratio"] = round(base["seconds"] / row[name]["seconds"], 2)
+        found[str(side)] = row
+    return found
+
+
+def _tflop(channels: int, tokens: int, text: int) -> float:
+    model = denoiser("flux.1-dev", in_channels=channels)
+    inputs = flux_inputs(model, tokens=tokens, text=text)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs, guidance=torch.empty(1, device="meta"))
+    return round(counter.get_total_flops() / 1e12, 2)
+
+
+def _measured(channels: int, tokens: int, text: int, side: int, *, quick: bool) -> dict[str, Any]:
+    """On CUDA: median seconds of a forward, and GiB at its peak."""
+    model = denoiser("flux.1-dev", device="cuda", in_channels=channels).eval()
+    inputs = flux_inputs(model, tokens=tokens, text=text)
+    guidance = torch.full((1,), GUIDANCE, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        times = interleaved(
+            [lambda: model(**inputs, guidance=guidance)], model.device, repeats=2 if quick else 3
+        )[0]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"seconds": spread(times)["median"], "peak_gib": round(peak, 2)}
+
+
+def _kl() -> tuple[Any, int, int]:
+    """FLUX.1's autoencoder on the meta device, its compression and channels."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    return vae.to(torch.bfloat16), 8, 16
+
+
+def _dc(stages: int, channels: int) -> tuple[Any, int, int]:
+    """DC-AE f32c32 or f64c128 ("in"), as published."""
+    widths = (128, 256, 512, 512, 1024, 1024, 2048)[:stages]
+    layers = (0, 4, 8, 2, 2, 2, 2)[:stages]
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (stages - 3)
+    none = ((),) * stages
+    with torch.device("meta"):
+        vae = AutoencoderDC(
+            latent_channels=channels,
+            attention_head_dim=32,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=layers,
+            decoder_layers_per_block=(0, 5, 10, 2, 2, 2, 2)[:stages],
+            encoder_qkv_multiscales=none,
+            decoder_qkv_multiscales=none,
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            downsample_block_type="pixel_unshuffle",
+            upsample_block_type="pixel_shuffle",
+        )
+    return vae.to(torch.bfloat16), 2 ** (stages - 1), channels
