@@ -223,7 +223,11 @@ class TextToImageModel(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""
-        return self.codec.decode(latents)
+        return self.decode_checked(latents)[0]
+
+    def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, and (B,) whether all of an image's numbers are finite."""
+        return self.codec.decode_checked(latents)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 to latents (B, C, H, W), scaled and shifted; of a posterior the mode."""

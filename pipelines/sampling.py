@@ -188,7 +188,8 @@ def generate(
     step: Step | None = None,
     on_images: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone.
+    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone. An image
+    whose pixels are not all finite has latents of NaN.
 
     `on_images` gets the images of each micro-batch, and their place among all, as soon as they are there.
     """
@@ -212,7 +213,9 @@ def generate(
                 generator=generators,
                 step=step,
             )
-            images.append(model.decode(clean).cpu())
+            decoded, finite = model.decode_checked(clean)
+            clean[~finite] = torch.nan  # in 8 bits it could no longer be seen
+            images.append(decoded.cpu())
         latents.append(clean)
         if on_images is not None:
             on_images(part, images[-1])

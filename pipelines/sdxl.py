@@ -50,15 +50,15 @@ class SDXLModel(SDModel):
         )[0]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:  # it overflows in half precision
             vae.to(torch.float32)
             try:
-                return super().decode(latents.float())
+                return super().decode_checked(latents.float())
             finally:
                 vae.to(torch.float16)
-        return super().decode(latents)
+        return super().decode_checked(latents)
 
     def prompt_shape(self) -> tuple[int, int, int]:
         tokens, width, _ = super().prompt_shape()

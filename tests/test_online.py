@@ -213,8 +213,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     run.train_update()
     run.save()
     before = weights(run)
-    with torch.no_grad():
-        next(iter(run.model.pipeline.transformer.pos_embed.parameters())).fill_(torch.nan)
+    make = run.rollouts.make
+
+    def spoil_the_model(*arguments):
+        rollout = make(*arguments)
+        with torch.no_grad():
+            next(iter(run.model.pipeline.transformer.pos_embed.parameters())).fill_(torch.nan)
+        return rollout
+
+    run.rollouts.make = spoil_the_model
     run.rollouts.scorer = BackgroundScorer(
         lambda images, p, m: RewardOutput(np.arange(len(p), dtype=np.float32))
     )
@@ -349,3 +356,19 @@ def test_forwards_are_counted(tmp_path, guidance, ema_kl_beta, expected):
     )
     assert run.train_update()["forwards_per_image"] == pytest.approx(expected)
     assert run.train_update()["forwards_per_image"] == pytest.approx(expected)  # of this update
+
+
+def test_an_image_that_is_not_finite_has_no_reward(tmp_path):
+    """Whatever a reward makes of its pixels: it is left out, and training goes on."""
+    run = trainer(tmp_path)
+    decode = run.model.decode_checked
+
+    def broken(latents):
+        images, finite = decode(latents)
+        finite[0] = False
+        return images, finite
+
+    run.model.decode_checked = broken
+    row = run.train_update()
+    assert row["failed_rewards"] == 1
+    assert all(p.isfinite().all() for p in run.parameters)

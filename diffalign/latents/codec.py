@@ -116,13 +116,18 @@ class LatentCodec:
         pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
         return (encoded(self.vae, pixels)[0] - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) uint8, as the stock pipelines make them."""
+        return self.decode_checked(latents)[0]
+
+    @torch.no_grad()
+    def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, and (B,) whether all of an image's numbers are finite: in 8 bits it can no longer be seen."""
         latents = latents / self.vae.config.scaling_factor + self.shift
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        finite = pixels.isfinite().flatten(1).all(1)
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
-        return (pixels * 255).round().to(torch.uint8)
+        return (pixels * 255).round().to(torch.uint8), finite
 
     def pack(self, latents: Tensor) -> Tensor:
         """As the function."""

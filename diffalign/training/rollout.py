@@ -144,7 +144,9 @@ class RolloutMaker:
         nothing = np.full(len(index), np.nan, np.float32)
         names = {k for part in gather_object([list(output.details)]) for k in part}
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
-        rewards = torch.from_numpy(self._gather(output.values, plan))
+        broken = ~latents.isfinite().flatten(1).all(1).cpu().numpy()
+        values = np.where(broken, np.nan, output.values)  # whatever a reward made of their pixels
+        rewards = torch.from_numpy(self._gather(values, plan))
         trajectory = None if sampler is None else sampler.trajectory()
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
 
