@@ -11,6 +11,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import FluxPipeline, SanaPipeline, StableDiffusion3Pipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
@@ -33,7 +34,10 @@ def compression_of(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-class DeepLatents:
+_Pipeline: Any = object  # to a type checker: whatever a stock pipeline has
+
+
+class DeepLatents(_Pipeline):
     """What the pipelines share. `image_size` is the side in pixels of what they draw by default, `max_sequence_length`
     the number of text tokens that the denoiser was trained with; both stand in `model_index.json`."""
 

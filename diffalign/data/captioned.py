@@ -71,8 +71,8 @@ class ImageSource:
 
     def _cut(self, pixels: Tensor, row: int) -> Tensor:
         rng = np.random.default_rng(stream(GEOMETRY, self.seed, row))
-        place = (0.5, 0.5) if self.center_crop else tuple(rng.uniform(size=2))
-        found, _ = fit(pixels, *self.size, place=place)  # type: ignore[arg-type]
+        top, left = (0.5, 0.5) if self.center_crop else rng.uniform(size=2)
+        found, _ = fit(pixels, *self.size, place=(top, left))
         return found.flip(-1) if self.random_flip and rng.uniform() < 0.5 else found
 
     def _rendered(self, row: int) -> CaptionedItem:

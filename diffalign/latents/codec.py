@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.fingerprint import fingerprint
 
 
-def encoded(vae: nn.Module, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:
+def encoded(vae: Any, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:
     """Latents as the autoencoder makes them, not scaled, and a penalty on them.
 
     Args:
@@ -37,7 +37,7 @@ def encoded(vae: nn.Module, pixels: Tensor, *, sample: bool = False) -> tuple[Te
     return latents, penalty
 
 
-def compression(vae: nn.Module) -> int:
+def compression(vae: Any) -> int:
     """Pixels of a side of the image for one of the latents."""
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
@@ -72,7 +72,7 @@ def position_ids(rows: int, columns: int) -> Tensor:
 class LatentCodec:
     """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one)."""
 
-    vae: nn.Module
+    vae: Any
     patch_size: int = 1
 
     @property

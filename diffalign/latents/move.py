@@ -35,7 +35,8 @@ class Ends:
 def layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """The plain layer of that name, under whatever adapters it carries."""
     found = denoiser.get_submodule(name)
-    return getattr(found, "base_layer", found)  # type: ignore[return-value]
+    plain: Any = getattr(found, "base_layer", found)
+    return plain
 
 
 def matrix(found: nn.Linear | nn.Conv2d) -> Tensor:
@@ -101,7 +102,8 @@ def set_layer(found: nn.Linear | nn.Conv2d, fit: LinearFit) -> None:
             f"a fit of {tuple(fit.weight.shape)} is not for {tuple(matrix(found).shape)}"
         )
     found.weight.copy_(fit.weight.view_as(found.weight))
-    found.bias.copy_(fit.bias)
+    if found.bias is not None:
+        found.bias.copy_(fit.bias)
 
 
 def save_ends(denoiser: nn.Module, ends: Ends, file: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +27,8 @@ from diffalign.data.files import aside
 from diffalign.errors import UserError
 from diffalign.latents.codec import encoded
 
-Autoencoder = AutoencoderDC | AutoencoderKL
+Autoencoder = Any
+"""AutoencoderDC or AutoencoderKL."""
 Images = Callable[[int, int], Tensor]
 """(number of the update, how many) to (B, 3, H, W) uint8: a function of its arguments, so that a run can resume."""
 

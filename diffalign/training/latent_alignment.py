@@ -74,6 +74,7 @@ class Alignment:
         assert self.base.ends is not None
         old = layer(self.base.denoiser, self.base.ends.embedder)
         p = self.base.patch_size
+        assert old.bias is not None
         tokens = pack(latents, p) @ matrix(old).float().T + old.bias.float()
         return tokens.transpose(1, 2).unflatten(2, (latents.shape[2] // p, latents.shape[3] // p))
 
@@ -88,7 +89,7 @@ class Alignment:
         ours = layer(self.moved.denoiser, self.moved.ends.embedder)
         width, numbers = matrix(ours).shape
         statistics = Statistics(numbers, width)
-        tokens = []
+        tokens: list[Tensor] = []
         for _, batch in self.batches(paired=True):
             statistics.add(*self.rows(batch))
             assert batch.base_latents is not None

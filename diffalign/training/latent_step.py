@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.algorithms.dcgen import dcgen_loss, guided
 from diffalign.config import DCGenConfig
 from diffalign.data.latent_cache import LatentBatch
+from diffalign.noise import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.forward import predict
 from diffalign.types import PromptEmbeds
@@ -54,6 +55,7 @@ class Step:
         normal, scale, coin = torch.stack(numbers).unbind(1)
         sigmas = torch.sigmoid(a.sigma_mean + a.sigma_std * normal)
         sigmas = self.model.shifted(sigmas, height=self.size[0], width=self.size[1])
+        assert isinstance(self.model.noise, RectifiedFlow)
         timesteps = self.model.noise.timesteps(sigmas).to(latents.device)
         noises = torch.stack(noise).to(latents.device)
         guidance = None
