@@ -15,7 +15,9 @@ from diffusers import (
 
 from diffalign import lora
 from diffalign.bench import layouts
+from diffalign.config import load
 from diffalign.errors import UsageError
+from diffalign.latents.move import moved
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sana import SanaModel
 from diffalign.pipelines.sd import SDModel
@@ -226,3 +228,53 @@ def test_dc_ae_has_the_channels_that_sana_expects():
     assert vae.config.latent_channels == build("sana").latent_channels
     assert vae.spatial_compression_ratio == build("sana").pipeline.vae_scale_factor
     assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 312
+
+
+# Moved to DC-AE: f32c32 at 1024 px for FLUX.1 and SD3.5-medium, f64c128 for SANA. `parameters` of the LoRA on the
+# blocks: of the released code's rank 256 on FLUX.1 1.046 billion are known.
+@pytest.mark.parametrize(
+    ("family", "recipe", "channels", "tokens", "parameters"),
+    [
+        ("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560),
+        ("sd3", "dcgen-sd3.5-medium", 32, 1024, None),
+        ("sana", "dcgen-sana", 128, 256, None),
+    ],
+)
+def test_moved_models_at_published_sizes(family, recipe, channels, tokens, parameters):
+    model, config = build(family), load(recipe)
+    base = model.image_seq_len(1024, 1024)
+    k = round((base / tokens) ** 0.5)
+    codec = SimpleNamespace(channels=channels, token_channels=channels)
+    denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
+    assert not {n for n, t in denoiser.state_dict().items() if not t.is_meta}
+    own = {
+        n
+        for n, p in denoiser.named_parameters()
+        if p is not dict(model.denoiser.named_parameters()).get(n)
+    }
+    assert own == {
+        f"{e}.{p}" for e in (model.ends.embedder, model.ends.head) for p in ("weight", "bias")
+    }
+    if family == "sd3":
+        assert denoiser.pos_embed.pos_embed.shape == model.denoiser.pos_embed.pos_embed.shape
+    with torch.device("meta"):
+        lora.attach(
+            denoiser,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            policies=(),
+        )
+    trained = {n: p.numel() for n, p in denoiser.named_parameters() if p.requires_grad}
+    ends = {n for n in trained if n.startswith((f"{model.ends.embedder}.", f"{model.ends.head}."))}
+    assert len(ends) == 4
+    if parameters is not None:
+        assert sum(v for n, v in trained.items() if n not in ends) == parameters
+    shape = (channels, tokens**0.5, tokens**0.5)
+    model.pipeline.transformer = denoiser
+    inputs = torch.zeros(1, *(int(s) for s in shape), dtype=torch.bfloat16, device="meta")
+    _, _, embeds = model.random_inputs(1, 512, 512)
+    if family == "flux":
+        model.patch_size = 1
+    with torch.device("meta"):
+        assert model.predict(inputs, torch.zeros(1), embeds).shape == inputs.shape

@@ -61,10 +61,12 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
         new.register_parameter(name, parameter)
     for name in own:
         _take_over(new, denoiser, name, ends)
+    old = denoiser.state_dict()
     different = [
         name
         for name, tensor in new.state_dict().items()
-        if tensor.is_meta and not name.startswith((f"{ends.embedder}.", f"{ends.head}."))
+        if not name.startswith((f"{ends.embedder}.", f"{ends.head}."))
+        and (name not in old or tensor.shape != old[name].shape)
     ]
     if different:
         raise MoveError(f"{type(denoiser).__name__}: {different[0]} would have another shape")
