@@ -273,7 +273,7 @@ def test_moved_models_at_published_sizes(family, recipe, channels, tokens, param
     shape = (channels, tokens**0.5, tokens**0.5)
     model.pipeline.transformer = denoiser
     inputs = torch.zeros(1, *(int(s) for s in shape), dtype=torch.bfloat16, device="meta")
-    _, _, embeds = model.random_inputs(1, 512, 512)
+    embeds = model.random_inputs(1, 512, 512)[2].to("meta")
     if family == "flux":
         model.patch_size = 1
     with torch.device("meta"):
