@@ -39,9 +39,10 @@ _Pipeline: Any = object  # to a type checker: whatever a stock pipeline has
 
 class DeepLatents(_Pipeline):
     """What the pipelines share. `image_size` is the side in pixels of what they draw by default, `max_sequence_length`
-    the number of text tokens that the denoiser was trained with; both stand in `model_index.json`."""
+    the number of text tokens and `codec` what tells the autoencoder that the denoiser was trained with; all stand in
+    `model_index.json`."""
 
-    def _use(self, vae, image_size, max_sequence_length):
+    def _use(self, vae, image_size, max_sequence_length, codec):
         """Take the autoencoder in, after the stock pipeline has been set up without one."""
         reads = None if self.transformer is None else self.transformer.config.in_channels
         if None not in (vae, reads) and vae.config.latent_channels != reads:
@@ -50,7 +51,9 @@ class DeepLatents(_Pipeline):
                 f"{vae.config.latent_channels}: it is another autoencoder"
             )
         self.register_modules(vae=vae)
-        self.register_to_config(image_size=image_size, max_sequence_length=max_sequence_length)
+        self.register_to_config(
+            image_size=image_size, max_sequence_length=max_sequence_length, codec=codec
+        )
         self.vae_scale_factor = 32 if vae is None else compression_of(vae)
         if vae is not None and getattr(vae.config, "shift_factor", None) is None:
             vae.register_to_config(shift_factor=0.0)  # stock pipelines read it; not saved
@@ -135,6 +138,7 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
         feature_extractor=None,
         image_size: int | None = None,
         max_sequence_length: int | None = None,
+        codec: dict | None = None,
     ):
         super().__init__(
             scheduler=scheduler,
@@ -147,7 +151,7 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self._use(vae, image_size, max_sequence_length)
+        self._use(vae, image_size, max_sequence_length, codec)
 
     def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
         self._check_size(height, width)
@@ -215,6 +219,7 @@ class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
         feature_extractor=None,
         image_size: int | None = None,
         max_sequence_length: int | None = None,
+        codec: dict | None = None,
     ):
         super().__init__(
             transformer=transformer,
@@ -229,7 +234,7 @@ class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self._use(vae, image_size, max_sequence_length)
+        self._use(vae, image_size, max_sequence_length, codec)
 
     def check_inputs(self, prompt, prompt_2, prompt_3, height, width, *args, **kwargs):
         self._check_size(height, width)
@@ -272,6 +277,7 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
         scheduler,
         image_size: int | None = None,
         max_sequence_length: int | None = None,
+        codec: dict | None = None,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -280,7 +286,7 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
             transformer=transformer,
             scheduler=scheduler,
         )
-        self._use(vae, image_size, max_sequence_length)
+        self._use(vae, image_size, max_sequence_length, codec)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def prepare_latents(

@@ -97,6 +97,7 @@ def move_model(
         **parts,
         image_size=size[0] if size[0] == size[1] else None,
         max_sequence_length=model.max_sequence_length,
+        codec=None if vae.device.type == "meta" else codec.to_dict(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return wrap_pipeline(pipeline, max_sequence_length=model.max_sequence_length, default_size=size)

@@ -197,7 +197,7 @@ def load_model(
     )
     as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return checked(_wrap(pipeline, spec, max_sequence_length), Path(source)).to(device)
+    return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
 
 
 def load_meta_model(
@@ -255,18 +255,22 @@ def wrap_pipeline(
     )
 
 
-def checked(model: TextToImageModel, folder: Path) -> TextToImageModel:
-    """A moved model in its folder is one with the autoencoder and the text tokens that it was trained with.
+def checked(model: TextToImageModel, source: str) -> TextToImageModel:
+    """A moved model with the autoencoder and the text tokens that it was trained with.
 
     Raises:
-        ManifestError: it is not.
+        CodecError: it has others.
     """
-    from diffalign.latents.manifest import ManifestError, check_manifest
+    from diffalign.latents.codec import CodecError
 
-    found = check_manifest(folder, model.codec)
-    if found is not None and found["text_tokens"] != model.max_sequence_length:
-        raise ManifestError(
-            f"model.max_sequence_length: {folder} was trained with {found['text_tokens']} text tokens, not "
+    told = model.pipeline.config.get("codec")
+    if told is None:
+        return model
+    model.codec.check(told, where=source)
+    tokens = model.pipeline.config.max_sequence_length
+    if tokens not in (None, model.max_sequence_length):
+        raise CodecError(
+            f"model.max_sequence_length: {source} was trained with {tokens} text tokens, not "
             f"{model.max_sequence_length}; leave it out"
         )
     return model

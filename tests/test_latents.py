@@ -357,7 +357,8 @@ def test_a_run_leaves_a_drop_in_pipeline(images, autoencoder, tmp_path, capsys):
     assert cli.main(["train", *lifted]) == 0
     summary = json.loads((tmp_path / "lifted" / "summary.json").read_text())
     assert summary["tokens"] == {"base": 16, "moved": 16}
-    assert (tmp_path / "lifted" / "pipeline" / "dcgen.json").is_file()
+    index = json.loads((tmp_path / "lifted" / "pipeline" / "model_index.json").read_text())
+    assert index["codec"]["compression"] == 8
 
 
 def test_other_methods_go_on_in_the_new_space(images, autoencoder, tmp_path):

@@ -15,7 +15,6 @@ from tiny_moves import deep_autoencoder, moved_model
 from diffalign import lora
 from diffalign.errors import UsageError, UserError
 from diffalign.latents.alignment import LinearFit
-from diffalign.latents.manifest import write_manifest
 from diffalign.latents.move import MoveError, layer, load_ends, matrix, save_ends, set_layer
 from diffalign.latents.shift import moved_scheduler
 from diffalign.pipelines.moving import load_autoencoder, move_model
@@ -120,7 +119,6 @@ def test_a_folder_loads_everywhere(family, tmp_path):
     options = {"use_resolution_binning": False} if family == "sana" else {}
     wanted = draw(model.pipeline, **options)
     model.pipeline.save_pretrained(folder)
-    write_manifest(folder, model.codec, text_tokens=16)
     assert "shift_factor" not in json.loads((folder / "vae" / "config.json").read_text())
     code = (folder / "pipeline_dcgen.py").read_text()
     (folder / "pipeline_dcgen.py").write_text("raise RuntimeError('code of a stranger')")
@@ -158,10 +156,12 @@ def test_a_folder_loads_without_this_suite(tmp_path):
 def test_another_autoencoder_is_refused(tmp_path):
     _, model = moved_model("flux")
     model.pipeline.save_pretrained(tmp_path)
-    write_manifest(tmp_path, model.codec, text_tokens=16)
     deep_autoencoder(1).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="was trained with another autoencoder"):
         load_model(str(tmp_path))
+    deep_autoencoder().save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="was trained with 16 text tokens, not 20"):
+        load_model(str(tmp_path), max_sequence_length=20)
     with pytest.raises(ValueError, match="it is another autoencoder"):
         type(model.pipeline)(**model.pipeline.components | {"vae": deep_autoencoder(channels=4)})
 
@@ -300,3 +300,49 @@ def test_what_cannot_be_moved_is_refused(tmp_path):
     deep_autoencoder().save_pretrained(tmp_path / "ae" / "vae")
     assert load_autoencoder(str(tmp_path / "ae")).config.latent_channels == 8
     assert next(load_autoencoder(str(tmp_path / "ae"), meta=True).parameters()).is_meta
+
+
+# --- what goes on top
+
+
+def test_a_lora_of_the_base_goes_along(tmp_path):
+    """Its layers are the same layers."""
+    base, model = moved_model("flux")
+    plain = draw(model.pipeline)
+    other = tiny.flux_model()
+    lora.attach(other.denoiser, rank=2, alpha=2, targets=other.lora_targets)
+    with torch.no_grad():
+        for parameter in lora.trainable(other.denoiser):
+            parameter.normal_(0, 0.3)
+    lora.export_lora(other.denoiser, other.pipeline, tmp_path)
+    lora.load_lora(model.pipeline, str(tmp_path))
+    assert np.abs(draw(model.pipeline) - plain).max() > 1e-3
+    assert base.denoiser.transformer_blocks is model.denoiser.transformer_blocks
+
+
+def test_caches_of_blocks_work():
+    from diffusers import FirstBlockCacheConfig
+
+    _, model = moved_model("flux")
+    plain = draw(model.pipeline)
+    model.pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    np.testing.assert_allclose(draw(model.pipeline), plain, atol=1e-5)
+    model.pipeline.transformer.disable_cache()
+
+
+def test_its_schedule_is_tuned_like_any_other(tmp_path, capsys):
+    from diffalign import cli
+
+    _, model = moved_model("flux")
+    model.pipeline.save_pretrained(tmp_path / "moved")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a photo of {i} circles" for i in range(6)))
+    tune = ["qsched", f"--model={tmp_path / 'moved'}", f"--prompts={prompts}"]
+    tune += ["--objective=jpeg", "--engine=coordinate", "--budget=3", "--dtype=float32"]
+    tune += ["--num_inference_steps=2", f"--output_dir={tmp_path / 'tuned'}"]
+    assert cli.main(tune) == 0
+    capsys.readouterr()
+    loaded = load_model(str(tmp_path / "tuned"), dtype=torch.float32)
+    assert type(loaded.pipeline).__name__ == "DCGenFluxPipeline"
+    assert loaded.max_sequence_length == 16
+    assert loaded.pipeline.config.codec == model.codec.to_dict()

@@ -6,6 +6,7 @@ it lies and which autoencoder reads it back is one thing, and only here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
+from diffalign.errors import UserError
 from diffalign.fingerprint import fingerprint
 
 
@@ -66,6 +68,10 @@ def position_ids(rows: int, columns: int) -> Tensor:
     places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     ids = torch.stack([torch.zeros_like(places[0]), *places], dim=-1)
     return ids.reshape(-1, 3).float()
+
+
+class CodecError(UserError, ValueError):
+    """Latents of another autoencoder than a denoiser was trained with."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class LatentCodec:
     @cached_property
     def identity(self) -> str:
         """16 hex digits: the same for the same weights, wherever and in whatever dtype they are loaded."""
-        return fingerprint({"vae": self.vae})
+        return fingerprint({"vae": self.vae}, rounded=True)
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -153,3 +159,16 @@ class LatentCodec:
             "scale": self.scale,
             "shift": self.shift,
         }
+
+    def check(self, told: Mapping[str, Any], *, where: str) -> None:
+        """That a manifest tells of this codec.
+
+        Raises:
+            CodecError: of another one; the message says what differs.
+        """
+        for name, here in self.to_dict().items():
+            if told.get(name) != here:
+                raise CodecError(
+                    f"{where} was trained with another autoencoder: {name} was {told.get(name)}, and is {here} of the "
+                    "one that is there"
+                )

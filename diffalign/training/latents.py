@@ -21,7 +21,6 @@ from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
 from diffalign.errors import UsageError
 from diffalign.latents.codec import LatentCodec
-from diffalign.latents.manifest import write_manifest
 from diffalign.latents.move import load_ends, save_ends
 from diffalign.latents.shift import moved_scheduler
 from diffalign.noise import RectifiedFlow, logit_normal_sigmas
@@ -241,7 +240,6 @@ class LatentTrainer(Trainer):
         try:
             with folder_aside(target) as hidden:
                 self.model.pipeline.save_pretrained(hidden)
-                write_manifest(hidden, self.codec, text_tokens=self.base.max_sequence_length)
         finally:
             self.model.pipeline.register_modules(transformer=own)
 
