@@ -16,6 +16,7 @@ from typing import Any
 from diffusers import FluxPipeline, SanaPipeline, StableDiffusion3Pipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
+from diffusers.pipelines.sana import pipeline_sana
 from diffusers.utils.torch_utils import randn_tensor
 
 MODULE = "pipeline_dcgen"
@@ -23,6 +24,7 @@ BINS = {
     512: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
     1024: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
     2048: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
+    4096: pipeline_sana.ASPECT_RATIO_4096_BIN,
 }
 """Sizes of SANA's images by the side of a square one, in pixels."""
 
@@ -50,6 +52,17 @@ class DeepLatents(_Pipeline):
                 f"this transformer reads latents of {reads} channels, the autoencoder makes "
                 f"{vae.config.latent_channels}: it is another autoencoder"
             )
+        if None not in (vae, codec):
+            for name, here in (
+                ("autoencoder", type(vae).__name__),
+                ("compression", compression_of(vae)),
+                ("channels", vae.config.latent_channels),
+                ("scale", vae.config.scaling_factor),
+            ):
+                if codec[name] != here:
+                    raise ValueError(
+                        f"this model was trained with another autoencoder: {name} was {codec[name]}, not {here}"
+                    )
         self.register_modules(vae=vae)
         self.register_to_config(
             image_size=image_size, max_sequence_length=max_sequence_length, codec=codec

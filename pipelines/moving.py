@@ -32,8 +32,8 @@ def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = Fal
         UsageError: there is none.
     """
     source = str(CHECKPOINTS / name) if name in AUTOENCODERS else name
-    options = {"subfolder": "vae"} if (Path(source) / "vae").is_dir() else {}
     try:
+        options = _place(source)
         kind = _kind(source, options)
         if meta:
             with torch.device("meta"):
@@ -42,6 +42,17 @@ def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = Fal
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"latents.autoencoder: {name} could not be loaded: {reason}") from error
+
+
+def _place(source: str) -> dict[str, str]:
+    """Where the autoencoder of a folder or hub id lies: itself, or a pipeline's subfolder."""
+    if Path(source).is_dir():
+        return {"subfolder": "vae"} if (Path(source) / "vae").is_dir() else {}
+    try:
+        AutoencoderDC.load_config(source)
+        return {}
+    except OSError:  # no config.json at the top: a pipeline
+        return {"subfolder": "vae"}
 
 
 def _kind(source: str, options: dict[str, str]) -> Any:
@@ -69,13 +80,13 @@ def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: tuple[int, i
 
 
 def move_model(
-    model: TextToImageModel, vae: Any, *, size: tuple[int, int], signal: float = 1.0
+    model: TextToImageModel, vae: Any, *, size: tuple[int, int], shift: str = "pixels"
 ) -> TextToImageModel:
     """A drop-in pipeline of the same text encoders and blocks over `vae`; its first and last layers are zeros.
 
     Args:
         size: (height, width) in pixels of the images that it is for.
-        signal: of `moved_scheduler`.
+        shift: "pixels" or "tokens": whether noise levels depend on the one or the other, as the base's do.
 
     Raises:
         UsageError: the family cannot be moved, or the sizes do not fit.
@@ -91,7 +102,7 @@ def move_model(
         **model.pipeline.components,
         "transformer": denoiser,
         "vae": vae,
-        "scheduler": moved_scheduler(model.pipeline.scheduler, ratio=k, signal=signal),
+        "scheduler": moved_scheduler(model.pipeline.scheduler, ratio=1 if shift == "tokens" else k),
     }
     pipeline: DiffusionPipeline = getattr(dcgen, model.deep_pipeline)(
         **parts,

@@ -238,7 +238,10 @@ def load_meta_model(
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype or torch.bfloat16)
-    pipeline = pipeline_class(class_name(index))(**parts)
+    told = {
+        k: index[k] for k in ("image_size", "max_sequence_length") if k in index
+    }  # of moved ones
+    pipeline = pipeline_class(class_name(index))(**parts, **told)
     as_student(pipeline, scheduler=spec.scheduler)
     return _wrap(pipeline, spec, max_sequence_length)
 

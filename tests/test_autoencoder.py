@@ -117,6 +117,11 @@ def test_what_cannot_go_on_says_so(tmp_path):
     run.save()
     with pytest.raises(AutoencoderError, match="of a run with other settings"):
         trainer(tmp_path, learning_rate=1e-4).resume()
+    other = AutoencoderTrainer(
+        deep_autoencoder(), noise, run.config, folder=tmp_path, key={"images": "others"}
+    )
+    with pytest.raises(AutoencoderError, match="of a run with other settings"):
+        other.resume()
     (tmp_path / STATE).write_bytes(b"cut")
     with pytest.raises(AutoencoderError, match="is damaged"):
         trainer(tmp_path).resume()

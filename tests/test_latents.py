@@ -280,6 +280,16 @@ def test_a_cache_of_another_autoencoder_is_refused(images, autoencoder, tmp_path
         ready(tmp_path / "b", images, tmp_path / "other", **cache)
 
 
+def test_a_cache_of_other_images_is_refused(autoencoder, tmp_path):
+    images = image_folder(tmp_path / "images")
+    cache = {"latents": {"cache": str(tmp_path / "cache")}}
+    ready(tmp_path / "a", images, autoencoder, **cache)
+    ready(tmp_path / "b", images.rename(tmp_path / "moved"), autoencoder, **cache)
+    (tmp_path / "moved" / "001.txt").write_text("another caption")
+    with pytest.raises(CacheError, match="was made from something else"):
+        ready(tmp_path / "c", tmp_path / "moved", autoencoder, **cache)
+
+
 def test_an_interrupted_pass_goes_on(autoencoder, tmp_path, monkeypatch):
     images = image_folder(tmp_path / "images", n=SHARD_ITEMS + 5)
     groups = {"latents": {"cache": str(tmp_path / "cache"), "alignment_images": 4}}
@@ -359,6 +369,18 @@ def test_a_run_leaves_a_drop_in_pipeline(images, autoencoder, tmp_path, capsys):
     assert summary["tokens"] == {"base": 16, "moved": 16}
     index = json.loads((tmp_path / "lifted" / "pipeline" / "model_index.json").read_text())
     assert index["codec"]["compression"] == 8
+    assert index["image_size"] == 32
+    assert (tmp_path / "lifted" / "lora").is_dir()
+
+    # a run that goes on leaves what it is then
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    longer = [a for a in arguments if not a.startswith("--max_train_steps")]
+    longer += ["--max_train_steps=4", "--optimizer.lr_scheduler=constant"]
+    first = [*arguments, "--optimizer.lr_scheduler=constant", f"--output_dir={tmp_path / 'on'}"]
+    assert cli.main(["train", *first]) == 0
+    before = (tmp_path / "on" / "pipeline" / weights).read_bytes()
+    assert cli.main(["train", *longer, f"--output_dir={tmp_path / 'on'}"]) == 0
+    assert (tmp_path / "on" / "pipeline" / weights).read_bytes() != before
 
 
 def test_other_methods_go_on_in_the_new_space(images, autoencoder, tmp_path):
@@ -395,6 +417,8 @@ def test_settings_are_checked(images, autoencoder, tmp_path):
         ({"algorithm": {"max_guidance": 0.5}}, "algorithm.min_guidance"),
         ({"latents": {"objective": "sideways"}}, "latents.objective"),
         ({"algorithm": {"prompt_dropout": 1.0}}, "algorithm.prompt_dropout"),
+        ({"latents": {"noise_aware": True, "objective": "upsample"}}, "latents.noise_aware"),
+        ({"latents": {"shift": "signal", "autoencoder": None}}, "latents.shift"),
     ):
         with pytest.raises(ConfigError, match=message):
             settings(tmp_path, images, autoencoder, **changes)

@@ -18,7 +18,7 @@ from diffalign.latents.alignment import LinearFit
 from diffalign.latents.move import MoveError, layer, load_ends, matrix, save_ends, set_layer
 from diffalign.latents.shift import moved_scheduler
 from diffalign.pipelines.moving import load_autoencoder, move_model
-from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.registry import load_meta_model, load_model
 
 PROMPTS = ["a photo of a red circle", "two blue squares"]
 every_family = pytest.mark.parametrize("family", sorted(tiny.MODELS))
@@ -300,6 +300,38 @@ def test_what_cannot_be_moved_is_refused(tmp_path):
     deep_autoencoder().save_pretrained(tmp_path / "ae" / "vae")
     assert load_autoencoder(str(tmp_path / "ae")).config.latent_channels == 8
     assert next(load_autoencoder(str(tmp_path / "ae"), meta=True).parameters()).is_meta
+
+
+def test_a_schedule_by_tokens_is_that_of_as_many_tokens():
+    """f64 at 4K has as many tokens as the base at 1K."""
+    base = tiny.flux_model()
+    model = move_model(base, deep_autoencoder(), size=(16, 16), shift="tokens")
+    sigmas = torch.linspace(1, 0.1, 5)
+    found = model.shifted(sigmas, height=32, width=32)
+    torch.testing.assert_close(found, base.shifted(sigmas, height=16, width=16))
+
+
+def test_recomputing_activations_goes_along():
+    base = tiny.flux_model()
+    base.denoiser.enable_gradient_checkpointing()
+    model = move_model(base, deep_autoencoder(), size=(16, 16))
+    assert model.denoiser.gradient_checkpointing
+    lora.attach(model.denoiser, rank=2, alpha=2, targets=model.lora_targets)
+    model.denoiser.train()
+    model.predict(*model.random_inputs(2, 16, 16)).sum().backward()
+    assert all(p.grad is not None for p in lora.trainable(model.denoiser))
+
+
+def test_a_moved_model_on_the_meta_device_knows_its_size(tmp_path):
+    _, model = moved_model("flux")
+    model.pipeline.save_pretrained(tmp_path)
+    found = load_meta_model(str(tmp_path))
+    assert (found.default_size, found.max_sequence_length) == ((16, 16), 16)
+    with pytest.raises(ValueError, match="another autoencoder: scale was 1.1, not 1.3"):
+        type(model.pipeline)(
+            **model.pipeline.components | {"vae": deep_autoencoder(scale=1.3)},
+            codec=model.codec.to_dict(),
+        )
 
 
 # --- what goes on top

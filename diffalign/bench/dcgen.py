@@ -79,7 +79,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found["alignment"] = alignment(options)
         headline["alignment_speedup"] = found["alignment"]["speedup"]["median"]
     if "latency" in chosen:
-        base, moved = load_model("shapes-flux"), start(configuration(0, options))
+        config = configuration(0, options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base, moved = load_model(config.model.name, device=device), start(config).to(device)
         found["latency"] = parts_of({"base": base, "moved": moved}, quick=options.quick)
         found["latency"]["flops"] = flops({"base": base, "moved": moved})
         headline["latency_ratio"] = found["latency"]["ratio"]["all"]["median"]

@@ -112,7 +112,8 @@ def autoencoder(args: argparse.Namespace) -> int:
     held_out = images.measured()
     before = quality(vae, held_out)
     work = args.output_dir.with_name(f"{args.output_dir.name}-checkpoint")
-    trainer = AutoencoderTrainer(vae, images, config, folder=work)
+    key = {"images": args.images, "resolution": args.resolution, "start": LatentCodec(vae).identity}
+    trainer = AutoencoderTrainer(vae, images, config, folder=work, key=key)
     trainer.run()
     if args.from_scratch:  # users of the latents of an autoencoder that is there rely on its scale
         set_scale(vae, images(10**6, min(SCALED, 16 * config.batch_size)))

@@ -16,7 +16,7 @@ from diffalign.config.schema import (
 
 OBJECTIVES = ("downsample", "upsample", "average")
 MODES = ("nearest", "bilinear", "bicubic")
-SHIFTS = ("pixels", "signal")
+SHIFTS = ("pixels", "tokens", "signal")
 
 
 @dataclass
@@ -65,8 +65,9 @@ class LatentsConfig:
     align_head: bool = True
     """Begin with the last layer in closed form; false: at random, as the released code does."""
     shift: str = "pixels"
-    """pixels: an image is drawn at the noise levels at which the base drew one of its size; signal: as noisy for what
-    it shows as the base's, measured."""
+    """pixels: an image is drawn at the noise levels at which the base drew one of its size; tokens: of as many tokens,
+    so that sizes at which the base's schedule is of no use (4K) are drawn as 1K was; signal: as pixels, and then as
+    noisy for what it shows as the base's, measured."""
     cache: str | None = None
     """Where latents and prompts are kept; null: OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
@@ -88,6 +89,20 @@ class LatentsConfig:
         one_of(self.shift, SHIFTS, "latents.shift")
         one_of(self.dtype, ("bfloat16", "float32"), "latents.dtype")
         check(0 <= self.validation < 1, "latents.validation", "must lie in 0..1")
+        check(
+            self.autoencoder is not None or self.shift == "pixels",
+            "latents.shift",
+            "a model that stays in its space keeps its schedule",
+        )
+        exact = self.objective == "downsample" or (self.objective, self.mode) == (
+            "upsample",
+            "nearest",
+        )
+        check(
+            exact or not self.noise_aware,
+            "latents.noise_aware",
+            "is for latents.objective=downsample, or upsample with mode nearest: others change the noise, too",
+        )
         check(self.limit is None or self.limit >= 1, "latents.limit", "must be at least 1")
         check(self.micro_batch_size >= 1, "latents.micro_batch_size", "must be at least 1")
         check(self.alignment_images >= 1, "latents.alignment_images", "must be at least 1")

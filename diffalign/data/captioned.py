@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +52,17 @@ class ImageSource:
         if self.source != RENDERED:
             read_folder(self.source, flag="latents.images")
 
+    @property
+    def files(self) -> dict[str, list[Any]]:
+        """Name to size in bytes and caption of every image of a folder: what a cache depends on."""
+        if self.source == RENDERED:
+            return {}
+        root = Path(self.source)
+        return {
+            image.path.relative_to(root).as_posix(): [_size(image.path), image.prompt.text]
+            for image in read_folder(root, flag="latents.images")
+        }
+
     def items(self, start: int = 0) -> Iterator[CaptionedItem]:
         """From a row of the source on."""
         if self.source == RENDERED:
@@ -83,6 +96,10 @@ class ImageSource:
         entry = sample_prompts(rng, 1)[0]
         pixels = torch.from_numpy(render(sample_scene(entry, rng))).permute(2, 0, 1)
         return CaptionedItem(row, entry["prompt"], fit(pixels, *self.size)[0])
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def stacked(items: Sequence[CaptionedItem]) -> Tensor:

@@ -67,6 +67,11 @@ class Statistics:
         self.xy += other.xy
         self.yy += other.yy
 
+    def covariance(self) -> Tensor:
+        """(d, d) of x."""
+        mean = self.xx[:-1, -1] / self.xx[-1, -1]
+        return self.xx[:-1, :-1] / self.xx[-1, -1] - torch.outer(mean, mean)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What to sum over processes, in place."""
         return self.xx, self.xy, self.yy
@@ -84,7 +89,7 @@ class Statistics:
             raise UsageError("there is nothing to align with: no image was read")
         n = self.xx[-1, -1]
         mean_x, mean_y = self.xx[:-1, -1] / n, self.xy[-1] / n
-        cov_x = self.xx[:-1, :-1] / n - torch.outer(mean_x, mean_x)
+        cov_x = self.covariance()
         cov_xy = self.xy[:-1] / n - torch.outer(mean_x, mean_y)
         total = (self.yy / n - mean_y.square()).sum()
         loaded = cov_x + ridge * torch.eye(len(cov_x), dtype=torch.float64)
@@ -182,16 +187,11 @@ class GradientAlignment:
 
 @dataclass(frozen=True)
 class Moments:
-    """How much of the variance of embedded tokens is image, and how much noise: traces of covariances."""
+    """How much of the variance of embedded tokens is image, and how much noise: traces of covariances. Unit noise in
+    the latents is weight weight^T in the tokens, for an embedder's matrix."""
 
     image: float
     noise: float
-
-    @classmethod
-    def of(cls, tokens: Tensor, weight: Tensor) -> Moments:
-        """From clean embedded tokens (N, D) and the embedder's matrix (D, d): unit noise in the latents is
-        weight weight^T in the tokens."""
-        return cls(float(tokens.double().var(0).sum()), float(weight.double().square().sum()))
 
 
 def signal_shift(old: Moments, new: Moments) -> float:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from diffalign.errors import UserError
 from diffalign.latents.alignment import LinearFit
 
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+"""Attributes of a diffusers model that say whether and how it recomputes activations."""
+
 
 class MoveError(UserError, ValueError):
     """A denoiser that cannot be moved, or first and last layers that do not fit."""
@@ -61,10 +64,10 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
         new.register_parameter(name, parameter)
     for name in own:
         _take_over(new, denoiser, name, ends)
-    old = denoiser.state_dict()
+    old = dict([*denoiser.named_parameters(), *denoiser.named_buffers()])
     different = [
         name
-        for name, tensor in new.state_dict().items()
+        for name, tensor in [*new.named_parameters(), *new.named_buffers()]
         if not name.startswith((f"{ends.embedder}.", f"{ends.head}."))
         and (name not in old or tensor.shape != old[name].shape)
     ]
@@ -75,6 +78,9 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
         found.to_empty(device=denoiser.device).to(denoiser.dtype).requires_grad_(False)
         nn.init.zeros_(found.weight)
         nn.init.zeros_(found.bias)
+    for setting in CHECKPOINTING:
+        if hasattr(denoiser, setting):
+            setattr(new, setting, getattr(denoiser, setting))
     return new.train(denoiser.training)
 
 

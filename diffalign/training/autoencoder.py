@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,17 +109,25 @@ class AutoencoderTrainer:
         vae: trained in place, in float32.
         images: see `Images`.
         folder: of checkpoints; the same call goes on from there.
+        key: what else a run depends on; a checkpoint of another key is refused.
 
     Raises:
         AutoencoderError: the phase has nothing to train in this autoencoder.
     """
 
     def __init__(
-        self, vae: Autoencoder, images: Images, config: AutoencoderConfig, *, folder: Path
+        self,
+        vae: Autoencoder,
+        images: Images,
+        config: AutoencoderConfig,
+        *,
+        folder: Path,
+        key: Mapping[str, Any] | None = None,
     ) -> None:
         self.vae = vae.float().train().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)
         self.images, self.config, self.folder = images, config, folder
+        self.key = {**asdict(config), **(key or {})}
         chosen = PHASES[config.phase]
         self.parameters = [
             p for name, p in vae.named_parameters() if any(name.startswith(c) for c in chosen)
@@ -225,7 +233,7 @@ class AutoencoderTrainer:
         """A checkpoint, written whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
-            "config": asdict(self.config),
+            "key": self.key,
             "vae": self.vae.state_dict(),
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
             "adversary": None if self.adversary is None else self.adversary.state_dict(),
@@ -251,7 +259,7 @@ class AutoencoderTrainer:
             raise AutoencoderError(
                 f"{path} is damaged ({error}); delete it to start again"
             ) from error
-        if state["config"] != asdict(self.config):
+        if state["key"] != self.key:
             raise AutoencoderError(
                 f"{path} is of a run with other settings; use them, another folder, or delete it"
             )

@@ -5,7 +5,7 @@ Every process sums the statistics of its share of the images, and the sums are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,31 +89,39 @@ class Alignment:
         ours = layer(self.moved.denoiser, self.moved.ends.embedder)
         width, numbers = matrix(ours).shape
         statistics = Statistics(numbers, width)
-        tokens: list[Tensor] = []
+        sums = torch.zeros(width + 2, dtype=torch.float64)  # of old tokens: numbers, squares, count
         for _, batch in self.batches(paired=True):
             statistics.add(*self.rows(batch))
             assert batch.base_latents is not None
-            if len(tokens) < 8:
-                tokens.append(self._old_tokens(batch.base_latents).transpose(1, 3).flatten(0, 2))
-        self._add_up(statistics)
+            tokens = self._old_tokens(batch.base_latents).movedim(1, -1).flatten(0, -2)
+            squares, count = tokens.square().sum()[None], tokens.new_tensor([len(tokens)])
+            sums += torch.cat([tokens.sum(0), squares, count]).double().cpu()
+        self._add_up([*statistics.tensors(), sums])
         fit = statistics.solve(ridge=0.0 if sigmas is None else noise_ridge(sigmas))
         set_layer(ours, fit)
-        assert self.base.ends is not None
-        old = layer(self.base.denoiser, self.base.ends.embedder)
-        n = statistics.xx[-1, -1]
-        mean = statistics.xx[:-1, -1] / n
-        covariance = statistics.xx[:-1, :-1] / n - torch.outer(mean, mean)
-        weight = fit.weight.double()
-        new = Moments(
-            float(torch.trace(weight @ covariance @ weight.T)), float(weight.square().sum())
-        )
         self.facts |= {
             "aligned_images": len(self.images),
             "embedder_r2": fit.r2,
             "embedder_error": fit.error,
-            "signal_shift": signal_shift(Moments.of(torch.cat(tokens), matrix(old)), new),
+            "signal_shift": self._signal_shift(sums, statistics, fit.weight.double()),
         }
         return fit
+
+    def _signal_shift(self, sums: Tensor, statistics: Statistics, weight: Tensor) -> float:
+        """Of the old tokens' sums, and of the new latents' covariance under the new embedder."""
+        assert self.base.ends is not None
+        mean = sums[:-2] / sums[-1]
+        old = Moments(
+            float(sums[-2] / sums[-1] - mean.square().sum()),
+            float(
+                matrix(layer(self.base.denoiser, self.base.ends.embedder)).double().square().sum()
+            ),
+        )
+        covariance = statistics.covariance()
+        new = Moments(
+            float(torch.trace(weight @ covariance @ weight.T)), float(weight.square().sum())
+        )
+        return signal_shift(old, new)
 
     @torch.no_grad()
     def align_head(self, step: Step) -> LinearFit:
@@ -128,16 +136,17 @@ class Alignment:
                 seeds = [stream(ALIGNMENT, image) for image in images]
                 features, target = step.features(batch, seeds, watched(self.moved))
                 statistics.add(features.flatten(0, 1), pack(target, 1).flatten(0, 1))
-        self._add_up(statistics)
+        self._add_up(statistics.tensors())
         variance = statistics.xx.diagonal()[:-1].sum() / statistics.xx[-1, -1] / width
         fit = statistics.solve(ridge=RIDGE * float(variance))
         set_layer(ours, fit)
         self.facts |= {"head_r2": fit.r2, "head_error": fit.error}
         return fit
 
-    def _add_up(self, statistics: Statistics) -> None:
+    def _add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Over processes, in place."""
         if self.accelerator.num_processes > 1:
-            for tensor in statistics.tensors():
+            for tensor in tensors:
                 total = tensor.to(self.accelerator.device)
                 torch.distributed.all_reduce(total)
                 tensor.copy_(total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -47,8 +49,12 @@ def cache_key(
 ) -> dict[str, Any]:
     """Everything that a cache depends on."""
     c = config.latents
+    images = asdict(source)
+    if files := source.files:
+        told = json.dumps(files, sort_keys=True).encode()
+        images |= {"source": "", "files": len(files), "digest": hashlib.sha256(told).hexdigest()}
     return {
-        "images": asdict(source),
+        "images": images,
         "codec": codec.to_dict(),
         "base": fingerprint_of(base),
         "text_tokens": base.max_sequence_length,

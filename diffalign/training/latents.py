@@ -1,12 +1,13 @@
 """The loop that moves a model into another latent space: a cache of latents, both ends in closed form, then a LoRA.
 
-A LoRA whose rank reaches the channels of the latents is as good as training the embedder and the last layer in full, so
-that these are targets like any other, and a run has one kind of parameter.
+A LoRA whose rank reaches the channels of the latents can represent any change of the matrices of the embedder and of
+the last layer, so that these are targets like any other, and a run has one kind of parameter.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class LatentTrainer(Trainer):
         source_of(c, size)  # a clear error now rather than after the base was scored
         vae = new_autoencoder(c, self.accelerator.device)
         if vae is not None:
-            self.model = move_model(self.base, vae, size=size)
+            self.model = move_model(self.base, vae, size=size, shift=c.latents.shift)
         self.codec = LatentCodec(self.model.pipeline.vae, self.model.patch_size)
         super().__post_init__()
         self.forwards = ForwardCounter(self.model.denoiser)
@@ -230,18 +231,23 @@ class LatentTrainer(Trainer):
         return self.config.evaluation
 
     def export(self, folder: Path) -> None:
-        """The LoRA, and a pipeline that has it in its weights: what a user takes away."""
-        super().export(folder)
-        target = folder / "pipeline"
-        if target.exists():
-            return
+        """A pipeline that has the LoRA in its weights. Of a move the LoRA alone fits no model that is saved; of a lift
+        it fits the one that the run began with."""
+        if not self.moves:
+            super().export(folder)
+        target, pipeline = folder / "pipeline", self.model.pipeline
         own = self.model.denoiser
-        self.model.pipeline.register_modules(transformer=lora.folded(own, self.policy))
+        pipeline.register_modules(transformer=lora.folded(own, self.policy))
+        height, width = self.size
+        if height == width:
+            pipeline.register_to_config(image_size=height)
         try:
+            if target.exists():  # of fewer updates
+                shutil.rmtree(target)
             with folder_aside(target) as hidden:
-                self.model.pipeline.save_pretrained(hidden)
+                pipeline.save_pretrained(hidden)
         finally:
-            self.model.pipeline.register_modules(transformer=own)
+            pipeline.register_modules(transformer=own)
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

@@ -35,6 +35,8 @@ FREE = {
     "images.micro_batch_size",
     "images.reward_timeout",
     "pairs.micro_batch_size",
+    "latents.micro_batch_size",
+    "latents.cache",
     "pairs.source",  # the cache knows what it was made from
     "pairs.cache",
 }
