@@ -84,6 +84,33 @@ def quality_of_forms(result: Mapping[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
+def moved_model(result: Mapping[str, Any], file: Path) -> None:
+    """Score over training time beside the base's, and where the time of a batch goes before and after."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    base = result["quality"]["base"]["geneval"]["median"]
+    for seed, run in enumerate(result["runs"]):
+        minutes = [s / 60 for s in run["curve"]["seconds"]]
+        left.plot(minutes, run["curve"]["score"], marker="o", color="C0", lw=1)
+        left.axhline(
+            result["quality"]["base"]["geneval"]["values"][seed], color="C1", lw=0.7, alpha=0.5
+        )
+    left.plot([], [], color="C0", label="moved, a line a seed")
+    left.axhline(base, color="C1", label="base")
+    left.set_xlabel("minutes of training")
+    left.set_ylabel("held-out GenEval")
+    left.legend(frameon=False, fontsize="small")
+    seconds = result["latency"]["seconds"]
+    bottom = dict.fromkeys(seconds, 0.0)
+    for part in ("text", "denoise", "decode", "host"):
+        values = [seconds[name][part]["median"] for name in seconds]
+        right.bar(list(seconds), values, bottom=list(bottom.values()), label=part)
+        bottom = {n: bottom[n] + v for n, v in zip(seconds, values, strict=True)}
+    right.set_ylabel(f"seconds for {result['latency']['images']} images")
+    right.legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+    plt.close(figure)
+
+
 def draw(
     axis: Any,
     arms: Mapping[str, Sequence[Any]],
@@ -116,7 +143,7 @@ def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "result", type=Path, help="JSON of `diffalign bench` awm, inversion-dpo or qsched"
+        "result", type=Path, help="JSON of `diffalign bench` awm, inversion-dpo, qsched or dcgen"
     )
     parser.add_argument("output", type=Path, help=".svg or .png")
     parser.add_argument("--arms", default=None, help="between commas; default: all of the result")
@@ -124,7 +151,9 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "diffalign"  # the same result, the same file
     result = json.loads(args.result.read_text(encoding="utf-8"))
     names = [n.strip() for n in args.arms.split(",")] if args.arms else None
-    if "students" in result:
+    if "quality" in result:
+        moved_model(result, args.output)
+    elif "students" in result:
         quality_of_forms(result, args.output)
     elif "models" in result:
         preference_curves(result, names, args.output)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffalign.bench.curves import read_curve
 from diffalign.bench.deep_latency import flops, parts_of, real_sizes
 from diffalign.bench.eyes import Eyes
 from diffalign.bench.record import BenchOptions, run_once, spread
@@ -31,6 +32,7 @@ from diffalign.rewards.composition import CompositeReward
 from diffalign.training.latent_alignment import Alignment
 from diffalign.training.latent_maker import precompute_latents
 from diffalign.training.latents import ALIGNED
+from diffalign.training.run_folder import RunFolder
 
 ARMS = ("quality", "alignment", "latency", "sizes")
 RECIPE = "dcgen-shapes-flux"
@@ -124,7 +126,10 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         scores["win_rate"] = 0.5 if wins is None else wins.rate
         found[how] = scores
     tokens = summary["tokens"]
+    log = RunFolder(folder).read_log()
+    curve = read_curve(log, summary, config.training.images_per_update)
     found["run"] = {
+        "curve": {"score": curve.score[1:], "seconds": curve.cost["seconds"][1:]},
         "token_ratio": tokens["base"] / tokens["moved"],
         "updates": summary["updates"],
         "training_seconds": summary["training_seconds"],
