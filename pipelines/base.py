@@ -219,7 +219,14 @@ class TextToImageModel(ABC):
     @property
     def codec(self) -> LatentCodec:
         """Between pixels and the denoiser's tokens."""
-        return LatentCodec(self.pipeline.vae, self.patch_size)
+        vae, reads = self.pipeline.vae, self.latent_channels
+        prefix = reads if self.deep and reads < vae.config.latent_channels else None
+        return LatentCodec(vae, self.patch_size, prefix)
+
+    @property
+    def deep(self) -> bool:
+        """It was moved into other latents."""
+        return bool(self.deep_pipeline) and type(self.pipeline).__name__ == self.deep_pipeline
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""

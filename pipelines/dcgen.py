@@ -18,6 +18,7 @@ from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from diffusers.pipelines.sana import pipeline_sana
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional
 
 MODULE = "pipeline_dcgen"
 BINS = {
@@ -39,6 +40,17 @@ def compression_of(vae):
 _Pipeline: Any = object  # to a type checker: whatever a stock pipeline has
 
 
+def _fill_up(channels):
+    """Zeros for the channels that a denoiser of a prefix (DC-AE 1.5) does not make."""
+
+    def hook(decoder, arguments):
+        latents = arguments[0]
+        missing = channels - latents.shape[1]
+        return (functional.pad(latents, (0, 0, 0, 0, 0, missing)), *arguments[1:])
+
+    return hook
+
+
 class DeepLatents(_Pipeline):
     """What the pipelines share. `image_size` is the side in pixels of what they draw by default, `max_sequence_length`
     the number of text tokens and `codec` what tells the autoencoder that the denoiser was trained with; all stand in
@@ -47,7 +59,7 @@ class DeepLatents(_Pipeline):
     def _use(self, vae, image_size, max_sequence_length, codec):
         """Take the autoencoder in, after the stock pipeline has been set up without one."""
         reads = None if self.transformer is None else self.transformer.config.in_channels
-        if None not in (vae, reads) and vae.config.latent_channels != reads:
+        if None not in (vae, reads) and vae.config.latent_channels < reads:
             raise ValueError(
                 f"this transformer reads latents of {reads} channels, the autoencoder makes "
                 f"{vae.config.latent_channels}: it is another autoencoder"
@@ -56,13 +68,15 @@ class DeepLatents(_Pipeline):
             for name, here in (
                 ("autoencoder", type(vae).__name__),
                 ("compression", compression_of(vae)),
-                ("channels", vae.config.latent_channels),
+                ("channels", self.transformer.config.in_channels),
                 ("scale", vae.config.scaling_factor),
             ):
                 if codec[name] != here:
                     raise ValueError(
                         f"this model was trained with another autoencoder: {name} was {codec[name]}, not {here}"
                     )
+        if vae is not None and reads is not None and vae.config.latent_channels > reads:
+            vae.decoder.register_forward_pre_hook(_fill_up(vae.config.latent_channels))
         self.register_modules(vae=vae)
         self.register_to_config(
             image_size=image_size, max_sequence_length=max_sequence_length, codec=codec
@@ -92,14 +106,33 @@ class DeepLatents(_Pipeline):
             )
         return asked or trained
 
-    def _latents(self, shape, latents, dtype, device, generator):
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    def _given(self, shape, latents, dtype, device):
         if tuple(latents.shape) != tuple(shape):
             raise ValueError(
                 f"`latents` must have the shape {tuple(shape)}, not {tuple(latents.shape)}"
             )
         return latents.to(device=device, dtype=dtype)
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents=None,
+    ):
+        """(B, C, h, w): those that are given, or noise."""
+        f = self.vae_scale_factor
+        channels = self.transformer.config.in_channels
+        shape = (batch_size, channels, int(height) // f, int(width) // f)
+        if latents is not None:
+            return self._given(shape, latents, dtype, device)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images")
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
@@ -195,16 +228,15 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
         generator,
         latents=None,
     ):
+        """Packed latents, and their position ids."""
         h, w = int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
         channels = self.transformer.config.in_channels
         ids = self._prepare_latent_image_ids(batch_size, h, w, device, dtype)
         if latents is not None:
-            return self._latents(
-                (batch_size, h * w, channels), latents, dtype, device, generator
-            ), ids
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images")
-        noise = self._latents((batch_size, channels, h, w), None, dtype, device, generator)
+            return self._given((batch_size, h * w, channels), latents, dtype, device), ids
+        noise = super().prepare_latents(
+            batch_size, channels, height, width, dtype, device, generator
+        )
         return self._pack_latents(noise, batch_size, channels, h, w), ids
 
     @functools.wraps(FluxPipeline.__call__)
@@ -253,23 +285,6 @@ class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
         self._check_size(height, width)
         super().check_inputs(prompt, prompt_2, prompt_3, height, width, *args, **kwargs)
 
-    def prepare_latents(
-        self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents=None,
-    ):
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images")
-        f = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, int(height) // f, int(width) // f)
-        return self._latents(shape, latents, dtype, device, generator)
-
     @functools.wraps(StableDiffusion3Pipeline.__call__)
     def __call__(self, *args, max_sequence_length=None, **kwargs):
         return super().__call__(
@@ -301,23 +316,6 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
         )
         self._use(vae, image_size, max_sequence_length, codec)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    def prepare_latents(
-        self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents=None,
-    ):
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images")
-        f = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, int(height) // f, int(width) // f)
-        return self._latents(shape, latents, dtype, device, generator)
 
     @functools.wraps(SanaPipeline.__call__)
     def __call__(

@@ -80,12 +80,18 @@ def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: tuple[int, i
 
 
 def move_model(
-    model: TextToImageModel, vae: Any, *, size: tuple[int, int], shift: str = "pixels"
+    model: TextToImageModel,
+    vae: Any,
+    *,
+    size: tuple[int, int],
+    shift: str = "pixels",
+    channels: int | None = None,
 ) -> TextToImageModel:
     """A drop-in pipeline of the same text encoders and blocks over `vae`; its first and last layers are zeros.
 
     Args:
         size: (height, width) in pixels of the images that it is for.
+        channels: only so many of the autoencoder's first ones (`LatentCodec.prefix`).
         shift: "pixels" or "tokens": whether noise levels depend on the one or the other, as the base's do.
 
     Raises:
@@ -95,7 +101,7 @@ def move_model(
         raise UsageError(
             f"a {model.family} model cannot be moved: its first layer is no patch embedder; SD3, FLUX and SANA can"
         )
-    codec = LatentCodec(vae, 1)
+    codec = LatentCodec(vae, 1, channels)
     k = tokens_ratio(model, codec, size)
     denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
     parts = {

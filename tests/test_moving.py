@@ -15,6 +15,7 @@ from tiny_moves import deep_autoencoder, moved_model
 from diffalign import lora
 from diffalign.errors import UsageError, UserError
 from diffalign.latents.alignment import LinearFit
+from diffalign.latents.codec import CodecError, LatentCodec
 from diffalign.latents.move import MoveError, layer, load_ends, matrix, save_ends, set_layer
 from diffalign.latents.shift import moved_scheduler
 from diffalign.pipelines.moving import load_autoencoder, move_model
@@ -239,6 +240,27 @@ def test_ends_are_kept_and_refused(tmp_path):
             layer(model.denoiser, model.ends.head),
             LinearFit(torch.zeros(3, 3), torch.zeros(3), 1, 0),
         )
+
+
+@every_family
+def test_a_prefix_of_the_channels(family, tmp_path):
+    """As DC-AE 1.5 is read: what is left out is zero to the decoder."""
+    base = tiny.MODELS[family]()
+    model = move_model(base, deep_autoencoder(), size=base.default_size, channels=5)
+    assert model.codec.channels == model.latent_shape(*model.default_size)[0] == 5
+    images = torch.randint(0, 256, (2, 3, *model.default_size), dtype=torch.uint8)
+    latents = model.encode(images)
+    whole = LatentCodec(deep_autoencoder())
+    assert torch.equal(latents, whole.encode(images)[:, :5])
+    zeros = torch.zeros(2, 3, *latents.shape[2:])
+    assert torch.equal(model.decode(latents), whole.decode(torch.cat([latents, zeros], 1)))
+    options = {"use_resolution_binning": False} if family == "sana" else {}
+    wanted = draw(model.pipeline, **options)
+    model.pipeline.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), dtype=torch.float32)
+    np.testing.assert_array_equal(wanted, draw(again.pipeline, **options))
+    with pytest.raises(CodecError, match="latents.channels: 9 of an autoencoder with 8"):
+        move_model(base, deep_autoencoder(), size=base.default_size, channels=9)
 
 
 # --- the shift

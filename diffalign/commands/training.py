@@ -70,7 +70,8 @@ def print_forecast(config: AnyRunConfig) -> None:
             vae = load_autoencoder(
                 config.latents.autoencoder, dtype=getattr(torch, c.dtype), meta=True
             )
-            model = move_model(model, vae, size=image_size(config, model))
+            size = image_size(config, model)
+            model = move_model(model, vae, size=size, channels=config.latents.channels)
         print(forecast(model, config))
     except (OSError, UserError):
         return  # no configuration to read, or one that cannot be run: loading it for good will say so

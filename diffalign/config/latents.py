@@ -50,6 +50,8 @@ class LatentsConfig:
     autoencoder: str | None = None
     """A name that ships (shapes-dc), a folder or a hub id, whose subfolder `vae` is used where there is one; null: the
     model is in its space already (a resolution lift)."""
+    channels: int | None = None
+    """Only so many of the autoencoder's first channels, where it was trained for that (DC-AE 1.5)."""
     images: str = ""
     """A folder of captioned images (docs/dcgen.md), or shapes:train."""
     limit: int | None = None
@@ -104,6 +106,7 @@ class LatentsConfig:
             "is for latents.objective=downsample, or upsample with mode nearest: others change the noise, too",
         )
         check(self.limit is None or self.limit >= 1, "latents.limit", "must be at least 1")
+        check(self.channels is None or self.channels >= 1, "latents.channels", "must be at least 1")
         check(self.micro_batch_size >= 1, "latents.micro_batch_size", "must be at least 1")
         check(self.alignment_images >= 1, "latents.alignment_images", "must be at least 1")
 

@@ -46,6 +46,12 @@ def compression(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
+def filled_up(latents: Tensor, channels: int) -> Tensor:
+    """(B, C, h, w) with zeros for the channels that a prefix leaves out."""
+    missing = channels - latents.shape[1]
+    return torch.nn.functional.pad(latents, (0, 0, 0, 0, 0, missing)) if missing else latents
+
+
 def pack(latents: Tensor, patch_size: int) -> Tensor:
     """(B, C, h, w) to tokens (B, h/p * w/p, C p p): each p x p patch becomes one token, its numbers in the order
     (channel, row, column)."""
@@ -76,15 +82,25 @@ class CodecError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class LatentCodec:
-    """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one)."""
+    """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one).
+
+    `prefix`: only so many of the first channels, of an autoencoder that was trained to be read so (DC-AE 1.5).
+    """
 
     vae: Any
     patch_size: int = 1
+    prefix: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix is not None and not 0 < self.prefix <= self.vae.config.latent_channels:
+            raise CodecError(
+                f"latents.channels: {self.prefix} of an autoencoder with {self.vae.config.latent_channels}"
+            )
 
     @property
     def channels(self) -> int:
         """Of the latents."""
-        return int(self.vae.config.latent_channels)
+        return int(self.prefix or self.vae.config.latent_channels)
 
     @property
     def token_channels(self) -> int:
@@ -120,7 +136,8 @@ class LatentCodec:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 to latents (B, C, h, w): the mode of the posterior, scaled and shifted."""
         pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
-        return (encoded(self.vae, pixels)[0] - self.shift) * self.scale
+        latents = encoded(self.vae, pixels)[0][:, : self.channels]
+        return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) uint8, as the stock pipelines make them."""
@@ -130,6 +147,8 @@ class LatentCodec:
     def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The images, and (B,) whether all of an image's numbers are finite: in 8 bits it can no longer be seen."""
         latents = latents / self.vae.config.scaling_factor + self.shift
+        if self.prefix is not None:
+            latents = filled_up(latents, self.vae.config.latent_channels)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         finite = pixels.isfinite().flatten(1).all(1)
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()

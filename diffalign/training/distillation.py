@@ -32,7 +32,6 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.precision import attention
 from diffalign.seeds import STATES, stream
-from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward import predict
 from diffalign.training.rollout import Plan, make_plan
 from diffalign.training.trainer import Trainer
@@ -92,7 +91,6 @@ class DistillationTrainer(Trainer):
         parts = -(-c.teacher.num_inference_steps // steps)
         self.grid = losses.subdivide(self.coarse, parts)
         self.embed = EmbedCache(self.model)
-        self.forwards = ForwardCounter(self.model.denoiser)
         # Guidance that costs a second forward is the teacher's alone; an embedded one is part of the student's input.
         embedded = self.model.guidance_is_embedded
         self.guidance_scale = c.evaluation.guidance_scale if embedded else None
@@ -140,24 +138,8 @@ class DistillationTrainer(Trainer):
             loss = self.loss(drawn[start : start + size], sums, update=number)
             with attention(self.accelerator.device):
                 (loss.sum() / (len(plan) * c.algorithm.states_per_image)).backward()
-        sums.table = self.accelerator.reduce(sums.table, "sum")
-        norm = self.step(number, index=number - 1)
-        self.optimizer.zero_grad()
-        self.progress.update = number
-        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
-        seconds = time.perf_counter() - started
-        self.progress.seconds += seconds
-        return {
-            "update": number,
-            "step": self.progress.step,
-            "grad_norm": norm,
-            **sums.means(),
-            "forwards_per_image": self.accelerator.reduce(forwards, "sum").item() / len(plan),
-            "seconds": self.progress.seconds,
-            "update_seconds": seconds,
-            "teacher_seconds": drawing_seconds,
-            "images_per_second": len(plan) / seconds,
-        }
+        row = self.finish(number, sums, started=started, count=len(plan), unit="image")
+        return row | {"teacher_seconds": drawing_seconds}
 
     def draw(self, plan: Plan) -> Trajectories:
         """This process's share of the teacher's trajectories."""

@@ -21,14 +21,13 @@ from diffalign.data.files import folder_aside, write_text
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
 from diffalign.errors import UsageError
-from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import load_ends, save_ends
 from diffalign.latents.shift import moved_scheduler
 from diffalign.noise import RectifiedFlow, logit_normal_sigmas
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import move_model, tokens_ratio
+from diffalign.precision import attention
 from diffalign.seeds import IMAGES, VALIDATION, stream
-from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward import image_size
 from diffalign.training.latent_alignment import Alignment
 from diffalign.training.latent_maker import new_autoencoder, precompute_latents, source_of
@@ -65,10 +64,11 @@ class LatentTrainer(Trainer):
         source_of(c, size)  # a clear error now rather than after the base was scored
         vae = new_autoencoder(c, self.accelerator.device)
         if vae is not None:
-            self.model = move_model(self.base, vae, size=size, shift=c.latents.shift)
-        self.codec = LatentCodec(self.model.pipeline.vae, self.model.patch_size)
+            self.model = move_model(
+                self.base, vae, size=size, shift=c.latents.shift, channels=c.latents.channels
+            )
+        self.codec = self.model.codec
         super().__post_init__()
-        self.forwards = ForwardCounter(self.model.denoiser)
         self.alignment: dict[str, Any] = {}
 
     @property
@@ -186,26 +186,11 @@ class LatentTrainer(Trainer):
             batch = self.cache.batch([chosen[i] for i in places], self.accelerator.device)
             seeds = [stream(IMAGES, self.config.training.seed, number, i) for i in places]
             loss, metrics = self.asked.loss(self.asked.ask(batch, seeds))
-            (loss.sum() / len(chosen)).backward()
+            with attention(self.accelerator.device):  # what is recomputed must find the same kernel
+                (loss.sum() / len(chosen)).backward()
             for name, values in metrics.items():
                 sums.add(name, values)
-        sums.table = self.accelerator.reduce(sums.table, "sum")
-        norm = self.step(number, index=number - 1)
-        self.optimizer.zero_grad()
-        self.progress.update = number
-        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
-        seconds = time.perf_counter() - started
-        self.progress.seconds += seconds
-        return {
-            "update": number,
-            "step": self.progress.step,
-            "grad_norm": norm,
-            **sums.means(),
-            "forwards_per_image": self.accelerator.reduce(forwards, "sum").item() / len(chosen),
-            "seconds": self.progress.seconds,
-            "update_seconds": seconds,
-            "images_per_second": len(chosen) / seconds,
-        }
+        return self.finish(number, sums, started=started, count=len(chosen), unit="image")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

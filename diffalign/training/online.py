@@ -24,7 +24,6 @@ from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 from diffalign.noise import RectifiedFlow
-from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward_update import ForwardProcessUpdate
 from diffalign.training.rollout import Plan, RolloutMaker, make_plan
 from diffalign.training.scoring import RewardTimeout
@@ -61,7 +60,6 @@ class OnlineTrainer(Trainer):
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
         self._check_tasks()
-        self.forwards = ForwardCounter(self.model.denoiser)
         self.rollouts = RolloutMaker(
             c, self.model, self.score, self.accelerator, self.size, self.drawing
         )

@@ -7,15 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from diffalign import lora
 from diffalign.config import PreferenceRunConfig
 from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError
 from diffalign.errors import UsageError
 from diffalign.seeds import TIMESTEPS, VALIDATION
-from diffalign.training.cost import ForwardCounter
 from diffalign.training.order import EpochOrder
 from diffalign.training.precompute import grid_of, precompute
 from diffalign.training.preference_update import PreferenceUpdate
@@ -38,7 +35,6 @@ class PreferenceTrainer(Trainer):
             raise UsageError(
                 f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes"
             )
-        self.forwards = ForwardCounter(self.model.denoiser)
         self.update = PreferenceUpdate(
             self.model,
             c.algorithm,
@@ -86,23 +82,7 @@ class PreferenceTrainer(Trainer):
             baseline = gain / count
         self.optimizer.zero_grad()
         sums = self.update.accumulate(batch, total=len(chosen), key=key, baseline=baseline)
-        sums.table = self.accelerator.reduce(sums.table, "sum")
-        norm = self.step(number, index=number - 1)
-        self.optimizer.zero_grad()
-        self.progress.update = number
-        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
-        seconds = time.perf_counter() - started
-        self.progress.seconds += seconds
-        return {
-            "update": number,
-            "step": self.progress.step,
-            "grad_norm": norm,
-            **sums.means(),
-            "forwards_per_pair": self.accelerator.reduce(forwards, "sum").item() / len(chosen),
-            "seconds": self.progress.seconds,
-            "update_seconds": seconds,
-            "pairs_per_second": len(chosen) / seconds,
-        }
+        return self.finish(number, sums, started=started, count=len(chosen), unit="pair")
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

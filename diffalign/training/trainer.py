@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
 from diffalign.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
+from diffalign.training.cost import ForwardCounter
 from diffalign.training.forward import image_size
 from diffalign.training.run_folder import RunFolder
+from diffalign.training.update import Sums
 
 
 class TrainingError(UserError, RuntimeError):
@@ -49,6 +52,7 @@ class Trainer(ABC):
 
     policies: ClassVar[tuple[str, ...]] = (lora.AVERAGED,)
     """Adapters besides the current one; all are in a checkpoint."""
+    forwards: ForwardCounter = field(init=False)
     advice: ClassVar[str] = ""
     """What else helps against a gradient that is not finite."""
 
@@ -66,6 +70,7 @@ class Trainer(ABC):
         )
         if c.training.mixed_precision != "no":
             lora.keep_input_dtype(self.model.denoiser)
+        self.forwards = ForwardCounter(self.model.denoiser)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=c.optimizer.learning_rate,
@@ -149,6 +154,33 @@ class Trainer(ABC):
         decay = min(self.config.training.ema_max, (1 + done) / (10 + done))
         lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
         return norm
+
+    def finish(
+        self, number: int, sums: Sums, *, started: float, count: int, unit: str
+    ) -> dict[str, Any]:
+        """The optimizer step of an update whose gradients are there, and its row of the log.
+
+        Args:
+            started: of the update, by `time.perf_counter`.
+            count: pairs or images of all processes together; `unit` says which, "pair" or "image".
+        """
+        sums.table = self.accelerator.reduce(sums.table, "sum")
+        norm = self.step(number, index=number - 1)
+        self.optimizer.zero_grad()
+        self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        return {
+            "update": number,
+            "step": self.progress.step,
+            "grad_norm": norm,
+            **sums.means(),
+            f"forwards_per_{unit}": self.accelerator.reduce(forwards, "sum").item() / count,
+            "seconds": self.progress.seconds,
+            "update_seconds": seconds,
+            f"{unit}s_per_second": count / seconds,
+        }
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder, if there is one."""
