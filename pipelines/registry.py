@@ -86,6 +86,7 @@ MODELS = {
     ),
     "sdxl-turbo": ModelSpec("stabilityai/sdxl-turbo", "SDXL Turbo, 2.6 B, for 1 to 4 steps"),
     "flux.1-dev": ModelSpec("black-forest-labs/FLUX.1-dev", "FLUX.1 [dev], 12 B"),
+    "flux.1-krea": ModelSpec("black-forest-labs/FLUX.1-Krea-dev", "FLUX.1 Krea [dev], 12 B"),
     "flux.1-schnell": ModelSpec("black-forest-labs/FLUX.1-schnell", "FLUX.1 [schnell], 12 B", 256),
     "sana-1.6b": ModelSpec(
         "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "SANA 1.6 B, 1024 px"

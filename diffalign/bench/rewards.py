@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -114,8 +115,12 @@ def measure(arm: str, count: int, repeats: int) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    """The most memory that this process has had. (On Linux `ru_maxrss` begins at what the parent had.)"""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 

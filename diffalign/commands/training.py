@@ -41,7 +41,7 @@ def precompute(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load(args.recipe, overrides)
     if not isinstance(config, PreferenceRunConfig | LatentRunConfig):
         raise UsageError(
-            f"precompute: {config.algorithm.type} learns from neither pairs nor latents"
+            f"precompute: {config.algorithm.type} learns from no pairs and from no latents"
         )
     accelerator = Accelerator()
     model = prepare_model(config, accelerator.device)
