@@ -5,7 +5,7 @@ drawn. (Shang et al. 2023, "PTQ4DM", arXiv 2211.15736, has both the calibration 
 
 On CPUs with AMX or VNNI the product is oneDNN's: it wants the weights in an order of its own, so these lie in memory
 twice, and inputs without a sign, so codes are counted from 128 (signed ones go through its reference kernel where there
-is no AMX, thousands of times slower). Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass,
+is no AMX). Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass,
 a layer multiplies unpacked weights as any packed layer does.
 """
 

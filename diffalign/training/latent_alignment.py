@@ -61,17 +61,16 @@ class Alignment:
     @torch.no_grad()
     def rows(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
         """Rows of new latents and old tokens for the embedder."""
-        assert batch.base_latents is not None
-        return aligned_rows(
-            self._old_tokens(batch.base_latents),
-            batch.latents,
-            objective=self.objective,
-            mode=self.mode,
-        )
+        return self._rows(self._old_tokens(batch), batch.latents)
 
-    def _old_tokens(self, latents: Tensor) -> Tensor:
+    def _rows(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        return aligned_rows(old, new, objective=self.objective, mode=self.mode)
+
+    def _old_tokens(self, batch: LatentBatch) -> Tensor:
         """(B, D, h, w) of the frozen embedder."""
         assert self.base.ends is not None
+        assert batch.base_latents is not None
+        latents = batch.base_latents
         old = layer(self.base.denoiser, self.base.ends.embedder)
         p = self.base.patch_size
         assert old.bias is not None
@@ -91,9 +90,9 @@ class Alignment:
         statistics = Statistics(numbers, width)
         sums = torch.zeros(width + 2, dtype=torch.float64)  # of old tokens: numbers, squares, count
         for _, batch in self.batches(paired=True):
-            statistics.add(*self.rows(batch))
-            assert batch.base_latents is not None
-            tokens = self._old_tokens(batch.base_latents).movedim(1, -1).flatten(0, -2)
+            old = self._old_tokens(batch)
+            statistics.add(*self._rows(old, batch.latents))
+            tokens = old.movedim(1, -1).flatten(0, -2)
             squares, count = tokens.square().sum()[None], tokens.new_tensor([len(tokens)])
             sums += torch.cat([tokens.sum(0), squares, count]).double().cpu()
         self._add_up([*statistics.tensors(), sums])

@@ -21,7 +21,7 @@ from diffalign.data.files import folder_aside, write_text
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
 from diffalign.errors import UsageError
-from diffalign.latents.move import load_ends, save_ends
+from diffalign.latents.move import layer, load_ends, matrix, save_ends
 from diffalign.latents.shift import moved_scheduler
 from diffalign.noise import RectifiedFlow, logit_normal_sigmas
 from diffalign.pipelines.base import TextToImageModel
@@ -149,13 +149,11 @@ class LatentTrainer(Trainer):
     def _random_head(self) -> None:
         """As `nn.Linear` begins, by the seed of the run."""
         assert self.model.ends is not None
-        head = self.model.denoiser.get_submodule(self.model.ends.head)
-        head = getattr(head, "base_layer", head)
+        head = layer(self.model.denoiser, self.model.ends.head)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.training.seed)
-            fresh = torch.nn.Linear(head.in_features, head.out_features)
-        head.weight.data.copy_(fresh.weight.data)
-        head.bias.data.copy_(fresh.bias.data)
+            fresh = torch.nn.Linear(*matrix(head).shape[::-1])
+        head.load_state_dict(fresh.state_dict())
 
     def _shift(self, signal: float) -> None:
         k = tokens_ratio(self.base, self.codec, self.size)
