@@ -137,7 +137,8 @@ def _latency(model: TextToImageModel, args: argparse.Namespace) -> Comparison:
 def _told(times: Comparison, args: argparse.Namespace, backends: set[str]) -> str:
     compiled = [n for n in sorted(backends) if BACKENDS[n].settings and not BACKENDS[n].trains]
     more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
+    ours, plain = round(times.ms, 2), round(times.plain_ms, 2)  # as the file has them
     return (
-        f"a forward for {args.latency} images: {times.ms:.1f} ms, {times.ratio:.2f} of the {times.plain_ms:.1f} ms in "
+        f"a forward for {args.latency} images: {ours:.1f} ms, {times.ratio:.2f} of the {plain:.1f} ms in "
         f"bfloat16 (both eager{more})"
     )
