@@ -318,7 +318,7 @@ def _add_qsched(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     qsched.add_argument(
         "--engine",
         default="cma",
-        choices=("cma", "coordinate", "grid", "none"),
+        choices=("cma", "coordinate", "ramp", "grid", "none"),
         help="none: the closed form as it is; default: %(default)s",
     )
     qsched.add_argument("--budget", type=int, default=200, help="candidates; default: %(default)s")

@@ -5,9 +5,19 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from tiny_moves import deep_autoencoder
 
 from diffalign import cli
-from diffalign.bench import BENCHES, awm, demo, inversion_dpo, record, reward_models
+from diffalign.bench import (
+    BENCHES,
+    awm,
+    deep_latency,
+    demo,
+    inversion_dpo,
+    record,
+    reward_models,
+)
 from diffalign.bench import rewards as bench_rewards
 from diffalign.bench.curves import Curve
 from diffalign.config import differences, to_dict
@@ -248,6 +258,20 @@ def test_two_ways_to_a_frechet_distance_are_timed():
     found = bench_rewards.measure("fid", 64, 1)
     assert found["relative_difference"] < 1e-9
     assert found["torchmetrics_over_ours"] > 0
+
+
+def test_an_autoencoder_of_the_meta_device_is_timed_with_random_weights():
+    vae = deep_autoencoder().to("meta")
+    found = deep_latency.decoding(vae, (1, 8, 2, 2), device="cpu", quick=True)
+    assert list(found) == ["seconds"]
+    assert found["seconds"] > 0
+
+
+def test_what_does_not_fit_is_no_figure():
+    def call():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert deep_latency.timed(call, torch.device("cpu"), quick=True) == {"seconds": None}
 
 
 def test_every_reward_can_be_timed():

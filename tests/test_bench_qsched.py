@@ -59,15 +59,22 @@ def test_what_is_recovered_is_a_share_of_what_was_lost():
     """By hand: quantising takes 0.3 and 0.1, factors give back 0.15 and 0.05, and 0.02 to the control."""
     one = student({"2": [cell(0.8, 0.8)]}, {"2": [cell(0.5, 0.65)]})
     other = student({"2": [cell(0.6, 0.62)]}, {"2": [cell(0.5, 0.55)]})
-    found = qsched.recovered([one, other], "geneval")
+    found = qsched.recovered([one, other], "geneval", "int4")
     assert found["share"] == 0.5
     assert found["sums"] == {"lost": 0.4, "gained": 0.2, "control": 0.02}
 
 
 def test_nothing_lost_is_no_share():
-    found = qsched.recovered([student({"2": [cell(0.5, 0.5)]}, {"2": [cell(0.6, 0.7)]})], "geneval")
+    one = student({"2": [cell(0.5, 0.5)]}, {"2": [cell(0.6, 0.7)]})
+    found = qsched.recovered([one], "geneval", "int4")
     assert found["share"] is None
     assert found["sums"]["lost"] == pytest.approx(-0.1)
+
+
+def test_a_rival_of_the_grid_counts_where_it_matched():
+    found = [{"ratio": 12.0}, {"ratio": None}, {"ratio": 40.0}]
+    assert qsched.against_grid(found) == {"ratio": 26.0, "matched": "2 of 3"}
+    assert qsched.against_grid(found[1:2]) == {"ratio": None, "matched": "0 of 1"}
 
 
 def test_psnr_by_hand():

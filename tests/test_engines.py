@@ -125,6 +125,16 @@ def test_engines_keep_to_their_budget(engine, budget):
     assert tried <= max(budget + 2, 4)
 
 
+def test_two_numbers_are_found_among_ramps():
+    top = np.array(Coefficients.ramp(0.91, 1.13, 4).vector)
+    best, value, tried = maximise("ramp", Space(4), lambda x: -abs(x - top).sum(), 120)
+    assert tried <= 120
+    assert value > -0.05
+    a, b = best.sample[0], best.model_output[0]
+    assert best == Coefficients.ramp(a, b, 4)
+    assert next(ENGINES["ramp"](Space(2), budget=9, seed=0)) == [Coefficients.ones(2)]
+
+
 def test_coordinate_search_goes_on_where_a_side_cannot_be_scored():
     best, _, _ = maximise(
         "coordinate", Space(1), lambda x: -np.inf if x[0] < 1 else -abs(x[1] - 1.1), 60

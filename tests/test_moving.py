@@ -218,6 +218,24 @@ def test_callbacks_tiling_and_attention_backends():
     assert draw(model.pipeline).shape == (2, 16, 16, 3)
 
 
+@every_family
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"offload_type": "leaf_level"},
+        {"offload_type": "block_level", "num_blocks_per_group": 1},
+    ],
+    ids=lambda how: how["offload_type"],
+)
+def test_offloading(family, how):
+    base, model = moved_model(family)
+    plain = draw(model.pipeline)
+    device = torch.device("cpu")
+    model.pipeline.enable_group_offload(onload_device=device, offload_device=device, **how)
+    np.testing.assert_array_equal(draw(model.pipeline), plain)
+    assert model.pipeline.model_cpu_offload_seq == base.pipeline.model_cpu_offload_seq
+
+
 def test_ends_are_kept_and_refused(tmp_path):
     _, model = moved_model("sd3")
     file = tmp_path / "ends.safetensors"

@@ -289,7 +289,7 @@ def test_acceptance_is_sure_or_it_is_not():
         accept({"a": 1.0}, base, {"a": np.full(40, np.nan)}, prompts)
 
 
-@pytest.mark.parametrize("engine", ["cma", "coordinate", "grid"])
+@pytest.mark.parametrize("engine", ["cma", "coordinate", "ramp", "grid"])
 def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, tmp_path):
     model = flux_model()
     settings = Settings({"spread": 1.0}, engine=engine, budget=81, held_out=0.5)
@@ -321,7 +321,7 @@ def calls(model):
     return count
 
 
-@pytest.mark.parametrize("engine", ["cma", "coordinate", "grid", "none"])
+@pytest.mark.parametrize("engine", ["cma", "coordinate", "ramp", "grid", "none"])
 @pytest.mark.parametrize("good", [True, False])
 def test_a_search_starts_at_the_closed_form_where_that_beats_the_schedule(engine, good):
     """The reference predicts twice as much: its trajectories have more contrast, and are either wanted or not."""
@@ -337,7 +337,7 @@ def test_a_search_starts_at_the_closed_form_where_that_beats_the_schedule(engine
         drawing(),
         reference=reference,
     )
-    if engine == "grid":  # starts nowhere, and so does not pay for a start
+    if engine in ("grid", "ramp"):  # start nowhere, and so do not pay for a start
         assert not asked
         assert result.start.identity
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ def flops(models: Mapping[str, TextToImageModel]) -> dict[str, Any]:
 
 def real_sizes(*, quick: bool) -> dict[str, Any]:
     """FLUX.1 with random weights: TFLOP of a step and of decoding at three resolutions, counted on the meta device; on
-    CUDA also seconds of a step and peak memory. `tokens` are of the image; text as the base (512) and the moved model
-    (256) read it."""
+    CUDA also seconds of both, of a step compiled, too, and peak memory. `tokens` are of the image; text as the base
+    (512) and the moved model (256) read it."""
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {}
     for side in SIDES[:1] if quick else SIDES:
@@ -122,10 +122,12 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 vae.decode(latents)
             row[f"decode {name}"] = {"tflop": round(counter.get_total_flops() / 1e12, 2)}
+            if cuda:
+                row[f"decode {name}"] |= decoding(vae, latents.shape, quick=quick)
         base = row["f8 patch 2"]
         for name in ("f32", "f64"):
             row[name]["ratio"] = round(base["tflop_step"] / row[name]["tflop_step"], 2)
-            if cuda:
+            if cuda and base["seconds"] and row[name]["seconds"]:
                 row[name]["latency_ratio"] = round(base["seconds"] / row[name]["seconds"], 2)
         found[str(side)] = row
     return found
@@ -140,17 +142,44 @@ def _tflop(channels: int, tokens: int, text: int) -> float:
 
 
 def _measured(channels: int, tokens: int, text: int, side: int, *, quick: bool) -> dict[str, Any]:
-    """On CUDA: median seconds of a forward, and GiB at its peak."""
+    """On CUDA: a forward, as it is and with its blocks compiled."""
     model = denoiser("flux.1-dev", device="cuda", in_channels=channels).eval()
     inputs = flux_inputs(model, tokens=tokens, text=text)
     guidance = torch.full((1,), GUIDANCE, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
-        times = interleaved(
-            [lambda: model(**inputs, guidance=guidance)], model.device, repeats=2 if quick else 3
-        )[0]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"seconds": spread(times)["median"], "peak_gib": round(peak, 2)}
+
+    def step() -> Any:
+        return model(**inputs, guidance=guidance)
+
+    found = timed(step, model.device, quick=quick)
+    model.compile_repeated_blocks(fullgraph=True)
+    return found | {"compiled": timed(step, model.device, quick=quick)}
+
+
+def decoding(
+    vae: Any, shape: Sequence[int], *, device: str = "cuda", quick: bool
+) -> dict[str, Any]:
+    """Of latents of that shape, by an autoencoder of the meta device with random weights: such noise takes as long."""
+    real = vae.to_empty(device=device).eval()
+    for weight in real.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    latents = torch.randn(*shape, dtype=real.dtype, device=device)
+    return timed(lambda: real.decode(latents), latents.device, quick=quick)
+
+
+@torch.no_grad()
+def timed(call: Callable[[], Any], device: torch.device, *, quick: bool) -> dict[str, Any]:
+    """Median seconds, and on CUDA GiB at the peak; nothing where that does not fit."""
+    cuda = device.type == "cuda"
+    try:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = interleaved([call], device, repeats=2 if quick else 3)[0]
+    except torch.OutOfMemoryError:
+        return {"seconds": None}
+    found = {"seconds": spread(seconds)["median"]}
+    if cuda:
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
 
 
 def _kl() -> tuple[Any, int, int]:

@@ -98,24 +98,42 @@ def _parabola(low: float, middle: float, high: float, width: float) -> float | N
 
 def cma(space: Space, *, budget: int, seed: int = 0) -> Engine:
     """CMA-ES on all 2 N factors, by the `cma` package. (Hansen 2016, arXiv 1604.00772)"""
+    yield from _evolve(space, space.origin.vector, Coefficients.from_vector, budget, seed)
+
+
+def ramp(space: Space, *, budget: int, seed: int = 0) -> Engine:
+    """CMA-ES on the two numbers of the published search, from the schedule as it is: no start is a ramp."""
+
+    def made(numbers: Sequence[float]) -> Coefficients:
+        return Coefficients.ramp(*numbers, space.steps)
+
+    yield from _evolve(space, [1.0, 1.0], made, budget, seed)
+
+
+def _evolve(
+    space: Space,
+    start: Sequence[float],
+    made: Callable[[list[float]], Coefficients],
+    budget: int,
+    seed: int,
+) -> Engine:
+    """CMA-ES in a box, the start first; `made` turns its numbers into a candidate."""
     try:
         import cma as package
     except ImportError as error:
-        raise UsageError("--engine cma needs the package cma: pip install cma") from error
+        raise UsageError("--engine cma or ramp needs the package cma: pip install cma") from error
     options = {
         "bounds": [space.low, space.high],
         "seed": seed + 1,  # 0 is the clock to this package
         "verbose": -9,
         "maxfevals": budget,
     }
-    search = package.CMAEvolutionStrategy(
-        space.origin.vector, (space.high - space.low) / 8, options
-    )
+    search = package.CMAEvolutionStrategy(list(start), (space.high - space.low) / 8, options)
     spent = 1
-    yield [space.origin]
+    yield [made(list(start))]
     while spent < budget:
-        asked = search.ask()[: budget - spent] if budget - spent < search.popsize else search.ask()
-        values = yield [Coefficients.from_vector(x.tolist()) for x in asked]
+        asked = search.ask()[: budget - spent]
+        values = yield [made(x.tolist()) for x in asked]
         spent += len(asked)
         if len(asked) < search.popsize:
             return
@@ -132,5 +150,6 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "cma": cma,
     "coordinate": coordinate,
     "grid": grid,
+    "ramp": ramp,
     "none": none,
 }

@@ -134,7 +134,7 @@ def tune(
         prompts: some to search with, others to accept with (`split`).
         score: as `CompositeReward.score`, with every term of the objective among its details.
         reference: the model before it was quantised: the search then starts from the closed form, if that is better on
-            the calibration prompts than the schedule as it is. ("grid" starts nowhere and "none" is that alone.)
+            the calibration prompts than the schedule as it is. ("grid" and "ramp" start nowhere, "none" is that alone.)
         file: keeps all scores; the same call goes on from there.
 
     Raises:
@@ -221,7 +221,7 @@ def _start(
 ) -> Space:
     """With the closed form as its start, where that beats the schedule as it is: it is the best for the latents of a
     step, which coarse rounding can draw far from the best for images. An engine that starts nowhere pays nothing."""
-    if settings.engine == "grid":
+    if settings.engine in ("grid", "ramp"):
         return space
     found = replace(space, start=closed_form(evaluator, reference))
     if settings.engine == "none" or objective(found.origin, evaluator([found.origin])[0]) > 0:
