@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 
 from diffalign.commands.autoencoder import RenderedImages, quality
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
-from diffalign.shapes.autoencoder import build_deep_autoencoder, train_autoencoder
+from diffalign.shapes.autoencoder import build_autoencoder, build_deep_autoencoder
 from diffalign.shapes.build import (
     build_flux_pipeline,
     build_sd3_pipeline,
@@ -39,7 +39,8 @@ from diffalign.training.autoencoder import AutoencoderConfig, AutoencoderTrainer
 from diffalign.versions import versions
 
 EYES_STEPS = 1400
-DEEP_STEPS = 6000
+STEPS, DEEP_STEPS = 2000, 6000
+"""Of the autoencoders."""
 FAMILIES = {
     "sd3": (build_sd3_pipeline, SD3Model),
     "flux": (build_flux_pipeline, FluxModel),
@@ -50,7 +51,8 @@ FAMILIES = {
 def load_autoencoder(work: Path) -> AutoencoderKL:
     folder = work / "vae"
     if not (folder / "config.json").exists():
-        train_autoencoder(folder)
+        torch.manual_seed(0)
+        train_codec(build_autoencoder(), folder, work / "vae-training", steps=STEPS)
     vae = AutoencoderKL.from_pretrained(folder)
     return vae.to(memory_format=torch.channels_last)
 
@@ -139,20 +141,28 @@ def train_deep(out: Path, work: Path, *, steps: int) -> None:
     """`shapes-dc`, and beside it how well it reconstructs."""
     torch.manual_seed(0)
     vae = build_deep_autoencoder()
-    images = RenderedImages(seed=0)
-    trainer = AutoencoderTrainer(vae, images, AutoencoderConfig(num_updates=steps), folder=work)
-    trainer.run()
-    set_scale(vae, images(10**6, 512))
-    vae.to(torch.bfloat16).save_pretrained(out)
+    trainer = train_codec(vae, out, work, steps=steps)
     record = {
         "command": shlex.join(["python", "-m", "diffalign.scripts.train_shapes", *sys.argv[1:]]),
         "config": dataclasses.asdict(trainer.config),
-        "held-out scenes": quality(vae, images.measured()),
+        "held-out scenes": quality(vae, RenderedImages(seed=0).measured()),
         "history": trainer.history,
         "versions": versions(),
     }
     file = out.with_name(f"{out.name}.json")
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def train_codec(
+    vae: AutoencoderKL | AutoencoderDC, out: Path, work: Path, *, steps: int
+) -> AutoencoderTrainer:
+    """Train on random scenes, set the scale of the latents, and save."""
+    images = RenderedImages(seed=0)
+    trainer = AutoencoderTrainer(vae, images, AutoencoderConfig(num_updates=steps), folder=work)
+    trainer.run()
+    set_scale(vae, images(10**6, 512))
+    vae.to(torch.bfloat16).save_pretrained(out)
+    return trainer
 
 
 def distillation(config: PretrainConfig) -> PretrainConfig:

@@ -1,14 +1,9 @@
-"""The tiny `AutoencoderKL` of Shapes (f4, 4 channels) and its training from nothing."""
+"""The tiny autoencoders of Shapes, and what they are trained on (`scripts/train_shapes.py`)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import torch
 from diffusers import AutoencoderDC, AutoencoderKL
-from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffalign.shapes.world import (
     COLORS,
@@ -21,8 +16,6 @@ from diffalign.shapes.world import (
     SceneObject,
     render,
 )
-
-KL_WEIGHT = 1e-4
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -89,47 +82,3 @@ def random_images(rng: np.random.Generator, n: int) -> np.ndarray:
             )
         )
     return np.stack(images)
-
-
-def to_pixels(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in -1..1, channels last in memory."""
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def train_autoencoder(
-    folder: Path, *, steps: int = 2000, batch_size: int = 32, lr: float = 2e-3, seed: int = 0
-) -> AutoencoderKL:
-    """Train (absolute error, a light KL), set the latents' scale and shift, and save to `folder`."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    vae = build_autoencoder().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    bar = tqdm(range(steps), desc="autoencoder", mininterval=10)
-    for _ in bar:
-        pixels = to_pixels(random_images(rng, batch_size))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        error = (decoded.float() - pixels).abs().mean() + (decoded.float() - pixels).square().mean()
-        loss = error + KL_WEIGHT * posterior.kl().mean() / 100
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(error=f"{error.item():.4f}", refresh=False)
-    _set_scale(vae.eval(), rng)
-    vae.to(torch.bfloat16).save_pretrained(folder)
-    return vae
-
-
-@torch.no_grad()
-def _set_scale(vae: AutoencoderKL, rng: np.random.Generator) -> None:
-    """Scale and shift so that latents have zero mean and unit variance, as SD3's and FLUX's do."""
-    latents = vae.encode(to_pixels(random_images(rng, 512))).latent_dist.mode()
-    vae.register_to_config(
-        scaling_factor=round(1 / latents.std().item(), 4),
-        shift_factor=round(latents.mean().item(), 4),
-    )
