@@ -4,6 +4,7 @@ import errno
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import tiny
 import tiny_pairs
@@ -21,6 +22,7 @@ from diffalign.errors import UsageError
 from diffalign.inversion import integrate
 from diffalign.noise import implied_noise
 from diffalign.training import precompute as module
+from diffalign.training.pair_maker import PairMaker
 from diffalign.training.precompute import fingerprint_of, precompute, shards
 
 
@@ -110,6 +112,47 @@ class TestContents:
                     torch.testing.assert_close(
                         batch.reference_error[i, :, k], error, rtol=1e-2, atol=1e-6
                     )
+
+    @pytest.mark.parametrize("guidance_scale", [None, 3.0])
+    @pytest.mark.parametrize(
+        ("solver", "evaluations", "known"),
+        [
+            ("euler", 6, True),
+            ("midpoint", 12, True),
+            ("fixed_point", 30, True),
+            ("fireflow", 7, False),
+        ],
+    )
+    def test_what_the_inversion_saw_is_not_asked_for_again(
+        self, solver, evaluations, known, guidance_scale, source, tmp_path, monkeypatch
+    ):
+        """Rows of the denoiser's forwards are counted; errors are those of predictions at the states that are kept."""
+        monkeypatch.setattr(PairMaker, "_round_trip", lambda *_: 0.0)
+        model, rows = tiny_pairs.FAMILIES["sd3"](), []
+        model.denoiser.register_forward_hook(
+            lambda module, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True
+        )
+        inversion = {"solver": solver, "guidance_scale": guidance_scale}
+        groups = {
+            "pairs": {"dtype": "bfloat16", "inversion": {"steps": 6, "states": 3} | inversion}
+        }
+        config = tiny_pairs.settings(source, tmp_path, **groups)
+        cache = module.precompute(config, model, Accelerator())
+        batch = cache.batch(range(12))
+        known = known and guidance_scale is None
+        asked = (batch.grid_index == 6).sum() if known else batch.grid_index.numel()
+        guided = 1 if guidance_scale is None else 2
+        assert sum(rows) == 2 * (12 * evaluations * guided + int(asked))
+        grid, path = module.grid_of(config, model), model.noise
+        states = batch.states.flatten(0, 2)
+        times = grid[batch.grid_index].unsqueeze(1).expand(-1, 2, -1).flatten()
+        latents = batch.latents.unsqueeze(2).expand(-1, -1, 3, -1, -1, -1).flatten(0, 2).float()
+        embeds = model.encode_prompt(list(np.repeat(cache.index["prompt"][:12], 6)))
+        target = path.target(latents, implied_noise(path, latents, states.float(), times), times)
+        with torch.no_grad():
+            miss = model.predict(states.float(), times, embeds) - target
+        error = miss.square().flatten(1).mean(1).view(12, 2, 3)
+        torch.testing.assert_close(batch.reference_error, error, rtol=1e-4, atol=1e-6)
 
     def test_neither_micro_batches_nor_shards_matter(self, source, tmp_path, monkeypatch):
         caches = []

@@ -16,7 +16,7 @@ from diffalign.data.images import fit, read_image
 from diffalign.data.pairs import PreferencePair, Skipped
 from diffalign.data.shard_cache import Shard, prompt_tensors
 from diffalign.errors import UsageError
-from diffalign.inversion import integrate, round_trip_error
+from diffalign.inversion import Predict, integrate, round_trip_error
 from diffalign.noise import RectifiedFlow, implied_noise
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
@@ -156,8 +156,9 @@ class PairMaker:
                     facts["round_trip_error"] = self._round_trip(latents.float(), embeds)
         return found
 
-    def _field(self, embeds: PromptEmbeds) -> Any:
-        """The reference's prediction for one batch of prompts, guided as the inversion is."""
+    def _field(self, embeds: PromptEmbeds) -> Predict:
+        """The reference's prediction for one batch of prompts, guided as the inversion is; of states as they are kept,
+        so that an inversion that looks at one has its reference error, too."""
         guidance = self.config.pairs.inversion.guidance_scale
         negative = None
         if self.model.costs_a_forward(guidance):
@@ -166,7 +167,7 @@ class PairMaker:
         def field_of(noisy: Tensor, times: Tensor) -> Tensor:
             return predict(
                 self.model,
-                noisy,
+                noisy.to(self.dtype).float(),
                 times,
                 embeds,
                 mixed_precision=self.config.training.mixed_precision,
@@ -176,12 +177,26 @@ class PairMaker:
 
         return field_of
 
+    def _plain(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """The reference's prediction as training asks for it."""
+        guidance = self.config.pairs.inversion.guidance_scale
+        return predict(
+            self.model,
+            noisy,
+            times,
+            embeds,
+            mixed_precision=self.config.training.mixed_precision,
+            guidance_scale=guidance if self.model.guidance_is_embedded else None,
+        )
+
     def _inverted(
         self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
     ) -> dict[str, Tensor]:
         """K states of each image, and the reference's error at them."""
         path, solver = self.model.noise, solver_of(self.config, self.model)
-        states = integrate(self._field(embeds), latents, self.grid, path, solver=solver)
+        watched = _Watched(self._field(embeds), self.grid)
+        states = integrate(watched, latents, self.grid, path, solver=solver)
+        guided = self.model.costs_a_forward(self.config.pairs.inversion.guidance_scale)
         index = torch.stack([self._chosen(p) for p in pairs])
         of_image = index.repeat_interleave(2, 0)
         every = torch.stack(states, 1)  # (2n, N + 1, C, H, W)
@@ -193,16 +208,15 @@ class PairMaker:
             times = self.grid[where].to(every.device)
             noise = implied_noise(path, latents, state.float(), times)
             target = path.target(latents, noise, times)
-            guidance = self.config.pairs.inversion.guidance_scale
-            model_pred = predict(
-                self.model,
-                state.float(),
-                times,
-                embeds,
-                mixed_precision=self.config.training.mixed_precision,
-                guidance_scale=guidance if self.model.guidance_is_embedded else None,
-            )
-            errors.append((model_pred.float() - target).square().flatten(1).mean(1))
+            model_pred, known = watched.at(where, like=target)
+            if guided:
+                known[:] = False
+            if not known.all():
+                asked = (~known).nonzero().flatten().to(every.device)
+                model_pred[asked] = self._plain(
+                    state[asked].float(), times[asked], embeds[asked]
+                ).float()
+            errors.append((model_pred - target).square().flatten(1).mean(1))
             kept.append(state)
         pairwise = (len(pairs), 2)
         return {
@@ -230,6 +244,32 @@ class PairMaker:
             sampler="euler" if solver == "fixed_point" else solver,
         )
         return float(errors.median())
+
+
+class _Watched:
+    """A field that remembers what it predicted on the grid. All solvers but FireFlow begin an interval at its state,
+    and nothing looks at that time afterwards: the last prediction for it is of the state that is kept."""
+
+    def __init__(self, field_of: Predict, grid: Tensor) -> None:
+        self.field_of = field_of
+        self.places = {t: i for i, t in enumerate(grid[:-1].tolist())}
+        self.seen: dict[int, Tensor] = {}
+
+    def __call__(self, noisy: Tensor, times: Tensor) -> Tensor:
+        model_pred = self.field_of(noisy, times)
+        place = self.places.get(times[0].item())
+        if place is not None:
+            self.seen[place] = model_pred.float()
+        return model_pred
+
+    def at(self, places: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Predictions (B, ...) for a state of each image, and (B,) whether there is one."""
+        found = torch.empty_like(like)
+        known = torch.zeros(len(places), dtype=torch.bool)
+        for row, place in enumerate(places.tolist()):
+            if place in self.seen:
+                found[row], known[row] = self.seen[place][row], True
+        return found, known
 
 
 def _facts_of(pair: PreferencePair) -> dict[str, Any]:

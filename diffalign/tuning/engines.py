@@ -105,7 +105,8 @@ def ramp(space: Space, *, budget: int, seed: int = 0) -> Engine:
     """CMA-ES on the two numbers of the published search, from the schedule as it is: no start is a ramp."""
 
     def made(numbers: Sequence[float]) -> Coefficients:
-        return Coefficients.ramp(*numbers, space.steps)
+        sample, model_output = numbers
+        return Coefficients.ramp(sample, model_output, space.steps)
 
     yield from _evolve(space, [1.0, 1.0], made, budget, seed)
 
@@ -113,7 +114,7 @@ def ramp(space: Space, *, budget: int, seed: int = 0) -> Engine:
 def _evolve(
     space: Space,
     start: Sequence[float],
-    made: Callable[[list[float]], Coefficients],
+    made: Callable[[Sequence[float]], Coefficients],
     budget: int,
     seed: int,
 ) -> Engine:
@@ -130,7 +131,7 @@ def _evolve(
     }
     search = package.CMAEvolutionStrategy(list(start), (space.high - space.low) / 8, options)
     spent = 1
-    yield [made(list(start))]
+    yield [made(start)]
     while spent < budget:
         asked = search.ask()[: budget - spent]
         values = yield [made(x.tolist()) for x in asked]
