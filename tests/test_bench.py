@@ -20,6 +20,7 @@ from diffalign.bench import (
 )
 from diffalign.bench import rewards as bench_rewards
 from diffalign.bench.curves import Curve
+from diffalign.bench.peak_memory import peak_bytes
 from diffalign.config import differences, to_dict
 from diffalign.errors import UsageError
 from diffalign.rewards.registry import BUILT_IN
@@ -258,6 +259,40 @@ def test_two_ways_to_a_frechet_distance_are_timed():
     found = bench_rewards.measure("fid", 64, 1)
     assert found["relative_difference"] < 1e-9
     assert found["torchmetrics_over_ours"] > 0
+
+
+def test_bytes_at_the_peak_by_hand():
+    x, w = torch.zeros(4, 256), torch.zeros(256, 256, requires_grad=True)
+    kib = 4 * 256 * 4
+
+    def call():
+        y = (x @ w) + 1  # the product and the sum
+        return y.view(-1)[:3].relu()  # the sum, and three numbers
+
+    assert peak_bytes(call, [x, w]) == 2 * kib
+    assert peak_bytes(lambda: x.mul_(2).flatten(), [x]) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bytes_at_the_peak_are_those_of_torchs_own_tracker(device):
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    vae = deep_autoencoder().to(device)
+    latents = torch.zeros(1, 8, 4, 4, device=device)
+    tracker = MemTracker()
+    tracker.track_external(vae, latents)
+    with torch.no_grad(), tracker:
+        vae.decode(latents)
+    (rows,) = tracker.get_tracker_snapshot("peak").values()
+    told = {kind.name: size for kind, size in rows.items() if kind != "Total"}
+    wanted = told["ACT"] + told["TEMP"]
+    assert peak_bytes(lambda: vae.decode(latents), [vae, latents]) == wanted > 0
+
+
+def test_fused_attention_never_writes_its_matrix():
+    q = torch.empty(1, 2, 512, 8, device="meta", dtype=torch.bfloat16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert peak_bytes(lambda: attend(q, q, q), [q]) == q.numel() * 2
 
 
 def test_an_autoencoder_of_the_meta_device_is_timed_with_random_weights():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffalign.bench.layouts import denoiser
+from diffalign.bench.peak_memory import peak_bytes
 from diffalign.bench.record import spread
 from diffalign.bench.weights import flux_inputs
 from diffalign.pipelines.base import TextToImageModel
@@ -80,28 +84,32 @@ def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
 
 
 def flops(models: Mapping[str, TextToImageModel]) -> dict[str, Any]:
-    """Of one forward of the denoiser and of one decoding, for one image, by torch's counter."""
-    found: dict[str, Any] = {}
-    for name, model in models.items():
-        size = model.default_size
-        inputs = model.random_inputs(1, *size)
-        with attention(model.device), torch.no_grad(), FlopCounterMode(display=False) as forward:
-            model.forward(*inputs)
-        latents = torch.randn(1, *model.latent_shape(*size)).to(model.device)
-        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
-            model.decode(latents)
-        found[name] = {
-            "tokens": model.image_seq_len(*size),
-            "forward": forward.get_total_flops(),
-            "decode": decoding.get_total_flops(),
-        }
-    return found
+    """Of one forward of the denoiser and of one decoding, for one image, by torch's counter; and bytes at their peaks,
+    without weights."""
+    return {name: _costs(model) for name, model in models.items()}
+
+
+def _costs(model: TextToImageModel) -> dict[str, int]:
+    size = model.default_size
+    inputs = model.random_inputs(1, *size)
+    latents = torch.randn(1, *model.latent_shape(*size)).to(model.device)
+    known = [model.denoiser, model.pipeline.vae, latents, *tensors_of(inputs)]
+    with attention(model.device):
+        forward = counted(partial(model.forward, *inputs), known)
+    decode = counted(partial(model.decode, latents), known)
+    return {
+        "tokens": model.image_seq_len(*size),
+        "forward": forward[0],
+        "decode": decode[0],
+        "forward_peak_bytes": forward[1],
+        "decode_peak_bytes": decode[1],
+    }
 
 
 def real_sizes(*, quick: bool) -> dict[str, Any]:
-    """FLUX.1 with random weights: TFLOP of a step and of decoding at three resolutions, counted on the meta device; on
-    CUDA also seconds of both, of a step compiled, too, and peak memory. `tokens` are of the image; text as the base
-    (512) and the moved model (256) read it."""
+    """FLUX.1 with random weights: TFLOP and GiB at the peak, without weights, of a step and of decoding at three
+    resolutions, counted on the meta device; on CUDA also seconds of both, of a step compiled, too, and peak memory.
+    `tokens` are of the image; text as the base (512) and the moved model (256) read it."""
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {}
     for side in SIDES[:1] if quick else SIDES:
@@ -109,7 +117,7 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
         for name, (pixels, channels) in PIXELS.items():
             text = TEXT["base" if pixels == 16 else "moved"]
             tokens = (side // pixels) ** 2
-            row[name] = {"tokens": tokens, "tflop_step": _tflop(channels, tokens, text)}
+            row[name] = {"tokens": tokens, **_step(channels, tokens, text)}
             if cuda:
                 row[name] |= _measured(channels, tokens, text, side, quick=quick)
         decoders = {
@@ -119,9 +127,9 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
         }
         for name, (vae, f, c) in decoders.items():
             latents = torch.empty(1, c, side // f, side // f, dtype=vae.dtype, device="meta")
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                vae.decode(latents)
-            row[f"decode {name}"] = {"tflop": round(counter.get_total_flops() / 1e12, 2)}
+            row[f"decode {name}"] = _rounded(
+                "tflop", *counted(partial(vae.decode, latents), [vae, latents])
+            )
             if cuda:
                 row[f"decode {name}"] |= decoding(vae, latents.shape, quick=quick)
         base = row["f8 patch 2"]
@@ -133,12 +141,28 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
     return found
 
 
-def _tflop(channels: int, tokens: int, text: int) -> float:
+def _step(channels: int, tokens: int, text: int) -> dict[str, float]:
     model = denoiser("flux.1-dev", in_channels=channels)
     inputs = flux_inputs(model, tokens=tokens, text=text)
+    guidance = torch.empty(1, device="meta")
+    known = [model, guidance, *tensors_of(inputs.values())]
+    return _rounded("tflop_step", *counted(partial(model, **inputs, guidance=guidance), known))
+
+
+def _rounded(name: str, flop: int, peak: int) -> dict[str, float]:
+    return {name: round(flop / 1e12, 2), "activations_gib": round(peak / 2**30, 2)}
+
+
+def tensors_of(values: Iterable[Any]) -> list[Tensor]:
+    """Among inputs of a forward."""
+    return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, Tensor)]
+
+
+def counted(call: Callable[[], Any], known: Sequence[nn.Module | Tensor]) -> tuple[int, int]:
+    """FLOP of a call, and bytes that it allocates at its peak."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**inputs, guidance=torch.empty(1, device="meta"))
-    return round(counter.get_total_flops() / 1e12, 2)
+        call()
+    return counter.get_total_flops(), peak_bytes(call, known)
 
 
 def _measured(channels: int, tokens: int, text: int, side: int, *, quick: bool) -> dict[str, Any]:
