@@ -64,6 +64,36 @@ def test_what_is_recovered_is_a_share_of_what_was_lost():
     assert found["sums"] == {"lost": 0.4, "gained": 0.2, "control": 0.02}
 
 
+def test_what_is_recovered_at_some_steps():
+    two = {"2": [cell(0.8, 0.8)], "4": [cell(0.9, 0.9)]}
+    small = {"2": [cell(0.6, 0.7)], "4": [cell(0.5, 0.5)]}
+    found = qsched.recovered([student(two, small)], "geneval", "int4", steps=["2"])
+    assert found["share"] == 0.5
+    assert found["sums"]["lost"] == pytest.approx(0.2)
+
+
+def test_a_larger_search_has_cells_of_its_own(tmp_path, monkeypatch):
+    options = BenchOptions(quick=False, work=tmp_path, seeds=2)
+    name = "shapes-sd-lcm"
+    for cells, found in (
+        (f"{name} bf16", cell(0.6, 0.6)),
+        (f"{name} int4 rows", cell(0.5, 0.5)),
+        (f"{name} int4 rows", cell(0.4, 0.55)),
+    ):
+        searched = " 48x384" if found["plain"]["geneval"] == 0.4 else ""
+        for how in ("plain", "best", "qsched"):
+            found[how]["verifier"] = found[how]["geneval"]
+        for steps in (2, 4):
+            for seed in range(2):
+                file = options.folder(f"{cells} {steps}{searched}", seed) / "cell.json"
+                file.parent.mkdir(parents=True)
+                file.write_text(json.dumps(found))
+    found = qsched.larger(options)
+    assert found["recovered"]["2"]["geneval"]["share"] == 0.75
+    assert found["recovered"]["4"]["verifier"]["sums"]["lost"] == pytest.approx(0.4)
+    assert found["size"]["budget"] == 48
+
+
 def test_nothing_lost_is_no_share():
     one = student({"2": [cell(0.5, 0.5)]}, {"2": [cell(0.6, 0.7)]})
     found = qsched.recovered([one], "geneval", "int4")

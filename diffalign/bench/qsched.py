@@ -8,6 +8,7 @@ control that tells repair from improvement. Finished cells are kept in the work 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -86,21 +87,23 @@ class Size:
     images_per_task: int = 48
     grid: int = 50
     grid_images: int = 8
-    grid_seeds: int = 3
+    grid_seeds: int = 2
     rows: int = 16
     steps: tuple[int, ...] = STEPS
 
 
 FULL = Size()
+LARGER = Size(budget=48, prompts=384, steps=(2, 4))
+"""Of a search where much is lost: four times the prompts, twice the candidates; `int4 rows` of the second student."""
 QUICK = Size(budget=4, prompts=24, images_per_task=4, grid=4, grid_images=12, steps=(2,))
 
 
 class Student:
     """A few-step model in all its forms."""
 
-    def __init__(self, name: str, options: BenchOptions) -> None:
+    def __init__(self, name: str, options: BenchOptions, size: Size | None = None) -> None:
         self.name, self.options = name, options
-        self.size = QUICK if options.quick else FULL
+        self.size = size or (QUICK if options.quick else FULL)
         self.held_out = load_prompts("shapes:held_out")
         self.training = load_prompts("shapes:train", limit=self.size.prompts)
         self.objective = parse(OBJECTIVE)
@@ -130,7 +133,8 @@ class Student:
 
     def cell(self, form: str, steps: int, seed: int) -> dict[str, Any]:
         """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
-        folder = self.options.folder(f"{self.name} {form} {steps}", seed)
+        searched = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
+        folder = self.options.folder(f"{self.name} {form} {steps}{searched}", seed)
         file = folder / "cell.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -254,8 +258,9 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """All students, forms and steps over all seeds; `options.arms` chooses among students, "sizes" and "speeds"."""
-    chosen = options.chosen((*STUDENTS, "sizes", "speeds"))
+    """All students, forms and steps over all seeds; `options.arms` chooses among students, "larger", "sizes" and
+    "speeds"."""
+    chosen = options.chosen((*STUDENTS, "larger", "sizes", "speeds"))
     found: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
     headline: dict[str, Any] = {}
     students = {n: Student(n, options) for n in STUDENTS if n in chosen}
@@ -271,6 +276,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
         }
         grids = [g for s in found["students"].values() for g in s["grid"]]
         headline["network_calls_vs_grid"] = {r: against_grid([g[r] for g in grids]) for r in RIVALS}
+    if "larger" in chosen and not options.quick:
+        found["larger"] = larger(options)
     if "sizes" in chosen:
         found["sizes"] = published_sizes()
         headline["bytes_ratio"] = {
@@ -304,6 +311,31 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
     }
 
 
+def larger(options: BenchOptions) -> dict[str, Any]:
+    """Searches of more prompts and candidates, and what they give back."""
+    usual, student = Student(STUDENTS[1], options), Student(STUDENTS[1], options, LARGER)
+    forms = {
+        form: {
+            "steps": {
+                str(steps): table([of.cell(form, steps, s) for s in range(options.seeds)])
+                for steps in LARGER.steps
+            }
+        }
+        for form, of in (("bf16", usual), ("int4 rows", student))
+    }
+    return {
+        "size": asdict(LARGER),
+        "steps": forms["int4 rows"]["steps"],
+        "recovered": {
+            steps: {
+                score: recovered([{"forms": forms}], score, "int4 rows", steps=[steps])
+                for score in SCORES
+            }
+            for steps in forms["bf16"]["steps"]
+        },
+    }
+
+
 def table(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one form and number of steps: with the schedule as it is, with the best candidate, and with that where it was
     accepted; and what the searches found."""
@@ -325,16 +357,18 @@ def against_grid(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def recovered(students: Any, score: str, form: str) -> dict[str, Any]:
-    """What the factors give back of a score that quantising took, over all students, steps and seeds; `sums` tells how
-    much there was to give back. `control` is what they give to the student in full precision."""
+def recovered(
+    students: Any, score: str, form: str, *, steps: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """What the factors give back of a score that quantising took, over all students, seeds and steps (or these);
+    `sums` tells how much there was to give back. `control` is what they give to the student in full precision."""
     lost = gained = control = 0.0
     for student in students:
         full, small = (student["forms"][f]["steps"] for f in ("bf16", form))
-        for steps in full:
-            lost += _sum(full[steps]["plain"], score) - _sum(small[steps]["plain"], score)
-            gained += _sum(small[steps]["qsched"], score) - _sum(small[steps]["plain"], score)
-            control += _sum(full[steps]["qsched"], score) - _sum(full[steps]["plain"], score)
+        for n in steps or full:
+            lost += _sum(full[n]["plain"], score) - _sum(small[n]["plain"], score)
+            gained += _sum(small[n]["qsched"], score) - _sum(small[n]["plain"], score)
+            control += _sum(full[n]["qsched"], score) - _sum(full[n]["plain"], score)
     return {
         "share": round(gained / lost, 3) if lost > 0 else None,
         "sums": {"lost": round(lost, 4), "gained": round(gained, 4), "control": round(control, 4)},
