@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ QUICK = [
     *("--evaluation.images_per_task=4", "--training.images_per_update=32"),
     *("--training.micro_batch_size=32", "--training.eval_every=0", "--training.sample_every=0"),
 ]
+FEWER = (6, 4)
+"""Steps at which base and moved model are drawn as well."""
 RATES = (1e-4, 1e-3, 1e-2)
 """Of the gradient form: the released one, and two that are tuned for it."""
 BATCH = 64
@@ -72,6 +75,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found["quality"] = {
             how: {name: spread(s[how][name] for s in seeds) for name in seeds[0][how]}
             for how in ("base", "aligned", "moved")
+        }
+        found["fewer_steps"] = {
+            steps: {how: spread(s["fewer"][steps][how] for s in seeds) for how in rows}
+            for steps, rows in seeds[0]["fewer"].items()
         }
         found["runs"] = [s["run"] for s in seeds]
         headline["token_ratio"] = seeds[0]["run"]["token_ratio"]
@@ -125,6 +132,15 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         )
         scores["win_rate"] = 0.5 if wins is None else wins.rate
         found[how] = scores
+    found["fewer"] = {
+        str(steps): {
+            how: draw(
+                models[how](), replace(config.evaluation, num_inference_steps=steps), reward
+            ).tasks["overall"]
+            for how in ("base", "moved")
+        }
+        for steps in FEWER
+    }
     tokens = summary["tokens"]
     log = RunFolder(folder).read_log()
     curve = read_curve(log, summary, config.training.images_per_update)
