@@ -42,6 +42,8 @@ QUICK = [
     *("--evaluation.images_per_task=4", "--training.images_per_update=32"),
     *("--training.micro_batch_size=32", "--training.eval_every=0", "--training.sample_every=0"),
 ]
+IMAGES_PER_TASK = 128
+"""Twice those of the run's own evaluations, so that seeds differ by their models."""
 FEWER = (6, 4)
 """Steps at which base and moved model are drawn as well."""
 RATES = (1e-4, 1e-3, 1e-2)
@@ -122,7 +124,9 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         "aligned": lambda: start(config, ends=folder / ALIGNED),
         "moved": lambda: load_model(str(folder / "pipeline")),
     }
-    drawn = {how: draw(make(), config.evaluation, reward) for how, make in models.items()}
+    each = config.evaluation.images_per_task if options.quick else IMAGES_PER_TASK
+    scored = replace(config.evaluation, images_per_task=each)
+    drawn = {how: draw(make(), scored, reward) for how, make in models.items()}
     found: dict[str, Any] = {}
     for how, images in drawn.items():
         scores = {"geneval": images.tasks["overall"], "fid": eyes.fid(images.images)}
@@ -134,9 +138,9 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         found[how] = scores
     found["fewer"] = {
         str(steps): {
-            how: draw(
-                models[how](), replace(config.evaluation, num_inference_steps=steps), reward
-            ).tasks["overall"]
+            how: draw(models[how](), replace(scored, num_inference_steps=steps), reward).tasks[
+                "overall"
+            ]
             for how in ("base", "moved")
         }
         for steps in FEWER
