@@ -119,7 +119,7 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
             tokens = (side // pixels) ** 2
             row[name] = {"tokens": tokens, **_step(channels, tokens, text)}
             if cuda:
-                row[name] |= _measured(channels, tokens, text, side, quick=quick)
+                row[name] |= _measured(channels, tokens, text, quick=quick)
         decoders = {
             "AutoencoderKL f8": _kl(),
             "AutoencoderDC f32": _dc(6, 32),
@@ -165,7 +165,7 @@ def counted(call: Callable[[], Any], known: Sequence[nn.Module | Tensor]) -> tup
     return counter.get_total_flops(), peak_bytes(call, known)
 
 
-def _measured(channels: int, tokens: int, text: int, side: int, *, quick: bool) -> dict[str, Any]:
+def _measured(channels: int, tokens: int, text: int, *, quick: bool) -> dict[str, Any]:
     """On CUDA: a forward, as it is and with its blocks compiled."""
     model = denoiser("flux.1-dev", device="cuda", in_channels=channels).eval()
     inputs = flux_inputs(model, tokens=tokens, text=text)
