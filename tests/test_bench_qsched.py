@@ -61,7 +61,7 @@ def test_what_is_recovered_is_a_share_of_what_was_lost():
     other = student({"2": [cell(0.6, 0.62)]}, {"2": [cell(0.5, 0.55)]})
     found = qsched.recovered([one, other], "geneval", "int4")
     assert found["share"] == 0.5
-    assert found["sums"] == {"lost": 0.4, "gained": 0.2, "control": 0.02}
+    assert found["means"] == {"lost": 0.2, "gained": 0.1, "control": 0.01}
 
 
 def test_what_is_recovered_at_some_steps():
@@ -69,7 +69,7 @@ def test_what_is_recovered_at_some_steps():
     small = {"2": [cell(0.6, 0.7)], "4": [cell(0.5, 0.5)]}
     found = qsched.recovered([student(two, small)], "geneval", "int4", steps=["2"])
     assert found["share"] == 0.5
-    assert found["sums"]["lost"] == pytest.approx(0.2)
+    assert found["means"]["lost"] == pytest.approx(0.2)
 
 
 def test_a_larger_search_has_cells_of_its_own(tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_larger_search_has_cells_of_its_own(tmp_path, monkeypatch):
                 file.write_text(json.dumps(found))
     found = qsched.larger(options)
     assert found["recovered"]["2"]["geneval"]["share"] == 0.75
-    assert found["recovered"]["4"]["verifier"]["sums"]["lost"] == pytest.approx(0.4)
+    assert found["recovered"]["4"]["verifier"]["means"]["lost"] == pytest.approx(0.2)
     assert found["size"]["budget"] == 48
 
 
@@ -98,7 +98,7 @@ def test_nothing_lost_is_no_share():
     one = student({"2": [cell(0.5, 0.5)]}, {"2": [cell(0.6, 0.7)]})
     found = qsched.recovered([one], "geneval", "int4")
     assert found["share"] is None
-    assert found["sums"]["lost"] == pytest.approx(-0.1)
+    assert found["means"]["lost"] == pytest.approx(-0.1)
 
 
 def test_a_rival_of_the_grid_counts_where_it_matched():

@@ -272,7 +272,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
             if FORMS[form].backend is not None
         }
         headline["quality_recovered"] = {
-            form: rows["geneval"]["share"] for form, rows in found["recovered"].items()
+            form: {"share": g["share"], "lost": g["means"]["lost"]}
+            for form, g in ((f, rows["geneval"]) for f, rows in found["recovered"].items())
         }
         grids = [g for s in found["students"].values() for g in s["grid"]]
         headline["network_calls_vs_grid"] = {r: against_grid([g[r] for g in grids]) for r in RIVALS}
@@ -361,17 +362,23 @@ def recovered(
     students: Any, score: str, form: str, *, steps: Iterable[str] | None = None
 ) -> dict[str, Any]:
     """What the factors give back of a score that quantising took, over all students, seeds and steps (or these);
-    `sums` tells how much there was to give back. `control` is what they give to the student in full precision."""
+    `means`, over cells, tell how much there was to give back; `control` is what they give to the student in full
+    precision."""
     lost = gained = control = 0.0
+    cells = 0
     for student in students:
         full, small = (student["forms"][f]["steps"] for f in ("bf16", form))
         for n in steps or full:
+            cells += len(full[n]["plain"][score]["values"])
             lost += _sum(full[n]["plain"], score) - _sum(small[n]["plain"], score)
             gained += _sum(small[n]["qsched"], score) - _sum(small[n]["plain"], score)
             control += _sum(full[n]["qsched"], score) - _sum(full[n]["plain"], score)
     return {
         "share": round(gained / lost, 3) if lost > 0 else None,
-        "sums": {"lost": round(lost, 4), "gained": round(gained, 4), "control": round(control, 4)},
+        "means": {
+            name: round(total / cells, 4)
+            for name, total in (("lost", lost), ("gained", gained), ("control", control))
+        },
     }
 
 
