@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -88,10 +89,20 @@ def test_a_larger_search_has_cells_of_its_own(tmp_path, monkeypatch):
                 file = options.folder(f"{cells} {steps}{searched}", seed) / "cell.json"
                 file.parent.mkdir(parents=True)
                 file.write_text(json.dumps(found))
-    found = qsched.larger(options)
+    found = qsched.larger(options, qsched.LARGER["more"])
     assert found["recovered"]["2"]["geneval"]["share"] == 0.75
     assert found["recovered"]["4"]["verifier"]["means"]["lost"] == pytest.approx(0.2)
     assert found["size"]["budget"] == 48
+
+
+def test_prompts_by_task_are_as_many_of_each():
+    size = qsched.LARGER["more by task"]
+    found = qsched.training_prompts(size)
+    assert len(found) == size.prompts
+    tasks = Counter(p.task for p in found)
+    assert set(tasks.values()) == {size.prompts // 6}
+    by_list = Counter(p.task for p in qsched.training_prompts(qsched.FULL))
+    assert by_list["color_attr"] > 0.8 * qsched.FULL.prompts
 
 
 def test_nothing_lost_is_no_share():

@@ -8,6 +8,7 @@ control that tells repair from improvement. Finished cells are kept in the work 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -21,8 +22,8 @@ from diffalign.bench.record import BenchOptions, spread
 from diffalign.bench.weights import published_sizes, speeds
 from diffalign.config import EvaluationConfig
 from diffalign.data.files import write_text
-from diffalign.data.prompts import load_prompts
-from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.precision import attention
@@ -89,12 +90,18 @@ class Size:
     grid_images: int = 8
     grid_seeds: int = 2
     rows: int = 16
+    by_task: bool = False
+    """As many prompts of each task, as GenEval counts them; otherwise as training prompts are: five of six ask for
+    colours of two objects."""
     steps: tuple[int, ...] = STEPS
 
 
 FULL = Size()
-LARGER = Size(budget=48, prompts=384, steps=(2, 4))
-"""Of a search where much is lost: four times the prompts, twice the candidates; `int4 rows` of the second student."""
+LARGER = {
+    "more": Size(budget=48, prompts=384, steps=(2, 4)),
+    "more by task": Size(budget=48, prompts=384, by_task=True, steps=(2, 4)),
+}
+"""Of searches where much is lost: four times the prompts, twice the candidates; `int4 rows` of the second student."""
 QUICK = Size(budget=4, prompts=24, images_per_task=4, grid=4, grid_images=12, steps=(2,))
 
 
@@ -105,7 +112,7 @@ class Student:
         self.name, self.options = name, options
         self.size = size or (QUICK if options.quick else FULL)
         self.held_out = load_prompts("shapes:held_out")
-        self.training = load_prompts("shapes:train", limit=self.size.prompts)
+        self.training = training_prompts(self.size)
         self.objective = parse(OBJECTIVE)
         self.reward = CompositeReward.from_config(self.objective)
         self.models: dict[tuple[str, int], TextToImageModel] = {}
@@ -134,6 +141,7 @@ class Student:
     def cell(self, form: str, steps: int, seed: int) -> dict[str, Any]:
         """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
         searched = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
+        searched += " by task" if self.size.by_task else ""
         folder = self.options.folder(f"{self.name} {form} {steps}{searched}", seed)
         file = folder / "cell.json"
         if file.is_file():
@@ -251,6 +259,16 @@ class Student:
         return found
 
 
+def training_prompts(size: Size) -> list[Prompt]:
+    """To search and to accept with."""
+    if not size.by_task:
+        return load_prompts("shapes:train", limit=size.prompts)
+    found = load_prompts("shapes:train")
+    random.Random(0).shuffle(found)
+    tasks = len({p.task for p in found})
+    return repeat_prompts(found, EvaluationConfig(images_per_task=size.prompts // tasks))
+
+
 def psnr(images: Tensor, reference: Tensor) -> float:
     """Mean over images (N, 3, H, W) uint8, dB; of equal images 78."""
     error = (images.float() - reference.float()).square().flatten(1).mean(1).clamp_min(1e-3)
@@ -278,7 +296,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         grids = [g for s in found["students"].values() for g in s["grid"]]
         headline["network_calls_vs_grid"] = {r: against_grid([g[r] for g in grids]) for r in RIVALS}
     if "larger" in chosen and not options.quick:
-        found["larger"] = larger(options)
+        found["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
     if "sizes" in chosen:
         found["sizes"] = published_sizes()
         headline["bytes_ratio"] = {
@@ -312,20 +330,20 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
     }
 
 
-def larger(options: BenchOptions) -> dict[str, Any]:
+def larger(options: BenchOptions, size: Size) -> dict[str, Any]:
     """Searches of more prompts and candidates, and what they give back."""
-    usual, student = Student(STUDENTS[1], options), Student(STUDENTS[1], options, LARGER)
+    usual, student = Student(STUDENTS[1], options), Student(STUDENTS[1], options, size)
     forms = {
         form: {
             "steps": {
                 str(steps): table([of.cell(form, steps, s) for s in range(options.seeds)])
-                for steps in LARGER.steps
+                for steps in size.steps
             }
         }
         for form, of in (("bf16", usual), ("int4 rows", student))
     }
     return {
-        "size": asdict(LARGER),
+        "size": asdict(size),
         "steps": forms["int4 rows"]["steps"],
         "recovered": {
             steps: {
