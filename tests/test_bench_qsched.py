@@ -73,7 +73,7 @@ def test_what_is_recovered_at_some_steps():
     assert found["means"]["lost"] == pytest.approx(0.2)
 
 
-def test_a_larger_search_has_cells_of_its_own(tmp_path, monkeypatch):
+def test_a_larger_search_has_cells_of_its_own(tmp_path):
     options = BenchOptions(quick=False, work=tmp_path, seeds=2)
     name = "shapes-sd-lcm"
     for cells, found in (

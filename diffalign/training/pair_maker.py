@@ -156,10 +156,11 @@ class PairMaker:
                     facts["round_trip_error"] = self._round_trip(latents.float(), embeds)
         return found
 
-    def _field(self, embeds: PromptEmbeds) -> Predict:
-        """The reference's prediction for one batch of prompts, guided as the inversion is; of states as they are kept,
-        so that an inversion that looks at one has its reference error, too."""
-        guidance = self.config.pairs.inversion.guidance_scale
+    def _field(self, embeds: PromptEmbeds, *, guided: bool = True) -> Predict:
+        """The reference's prediction for one batch of prompts, guided as the inversion is or plain as training asks for
+        it; of states as they are kept, so that an inversion that looks at one has its reference error, too."""
+        scale = self.config.pairs.inversion.guidance_scale
+        guidance = scale if guided or self.model.guidance_is_embedded else None
         negative = None
         if self.model.costs_a_forward(guidance):
             negative = self.embed([""]).repeat_first(len(embeds))
@@ -176,18 +177,6 @@ class PairMaker:
             )
 
         return field_of
-
-    def _plain(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """The reference's prediction as training asks for it."""
-        guidance = self.config.pairs.inversion.guidance_scale
-        return predict(
-            self.model,
-            noisy,
-            times,
-            embeds,
-            mixed_precision=self.config.training.mixed_precision,
-            guidance_scale=guidance if self.model.guidance_is_embedded else None,
-        )
 
     def _inverted(
         self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
@@ -213,9 +202,8 @@ class PairMaker:
                 known[:] = False
             if not known.all():
                 asked = (~known).nonzero().flatten().to(every.device)
-                model_pred[asked] = self._plain(
-                    state[asked].float(), times[asked], embeds[asked]
-                ).float()
+                plain = self._field(embeds[asked], guided=False)
+                model_pred[asked] = plain(state[asked], times[asked]).float()
             errors.append((model_pred - target).square().flatten(1).mean(1))
             kept.append(state)
         pairwise = (len(pairs), 2)
