@@ -111,6 +111,14 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     pairs.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
     pairs.add_argument("--max_prompts", type=int, default=None, help="only so many prompts")
     pairs.add_argument(
+        "--record_states",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep K states of each image on its way from noise, for `pairs.inversion.solver=recorded`: Inversion-DPO "
+        "without an inversion; default: none",
+    )
+    pairs.add_argument(
         "--pick",
         default="best_worst",
         choices=("best_worst", "nested", "all"),

@@ -44,6 +44,12 @@ def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> s
     return digest.hexdigest()[:16]
 
 
+def of_pipeline(pipeline: Any) -> str:
+    """Of all networks of a diffusers pipeline."""
+    parts = pipeline.components.items()
+    return fingerprint({n: p for n, p in parts if isinstance(p, nn.Module)})
+
+
 def of_denoiser(pipeline: Any) -> str:
     """Rounded, of the part of a diffusers pipeline that Q-Sched's factors belong to."""
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet

@@ -169,6 +169,12 @@ def implied_noise(path: Path, latents: Tensor, noisy_latents: Tensor, timesteps:
     return (noisy_latents - a * latents) / s
 
 
+def chord_target(path: Path, latents: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+    """What leads from noisy latents straight to `latents` (B, ...): the target of the noise that they imply."""
+    noise = implied_noise(path, latents, noisy_latents, timesteps)
+    return path.target(latents, noise, timesteps)
+
+
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Resolution-dependent shift of SD3 (Esser et al. 2024, eq. 23): shift > 1 moves time towards noise."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)

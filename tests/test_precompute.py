@@ -19,11 +19,12 @@ from diffalign.data.pair_tables import PairsError
 from diffalign.data.pairs import Skipped
 from diffalign.data.shard_cache import CacheError
 from diffalign.errors import UsageError
+from diffalign.fingerprint import of_pipeline
 from diffalign.inversion import integrate
 from diffalign.noise import implied_noise
 from diffalign.training import precompute as module
 from diffalign.training.pair_maker import PairMaker
-from diffalign.training.precompute import fingerprint_of, precompute, shards
+from diffalign.training.precompute import precompute, shards
 
 
 @pytest.fixture
@@ -272,12 +273,12 @@ class TestRefusals:
         from diffalign import lora
 
         model = tiny.sd_model()
-        plain = fingerprint_of(model)
+        plain = of_pipeline(model.pipeline)
         lora.attach(model.denoiser, rank=2, alpha=2, targets=model.lora_targets)
-        assert fingerprint_of(model) == plain
+        assert of_pipeline(model.pipeline) == plain
         with torch.no_grad():
             next(model.pipeline.vae.parameters()).view(-1)[0] += 1
-        assert fingerprint_of(model) != plain
+        assert of_pipeline(model.pipeline) != plain
 
     def test_too_many_states(self, source, tmp_path):
         with pytest.raises(UsageError, match="7 of 5 states"):

@@ -97,6 +97,11 @@ def fill_folder(
     Raises:
         GenEvalError: the folder is being filled in another way.
     """
+    recorded = getattr(args, "record_states", 0)
+    if recorded and args.lora:
+        raise UsageError(
+            "--record_states: states are of the model that is to be trained, without --lora"
+        )
     made = {
         **drawing(args),
         "model_fingerprint": fingerprint(args.model),
@@ -106,6 +111,7 @@ def fill_folder(
         "height": args.height,
         "width": args.width,
         "dtype": args.dtype,
+        **({"record_states": recorded} if recorded else {}),
     }
     if state.is_main_process:
         claim(args.output_dir, made)
@@ -117,6 +123,7 @@ def fill_folder(
         args.output_dir,
         evaluation(args),
         process=(state.process_index, state.num_processes),
+        record_states=recorded,
         **batching(args),
     )
     state.wait_for_everyone()

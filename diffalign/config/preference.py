@@ -10,7 +10,7 @@ from diffalign.config.schema import AnyRunConfig, DrawingConfig, LoopConfig, Met
 
 LOSSES = ("sigmoid", "ipo", "hinge", "dmpo", "kto", "mapo", "sft")
 VARIANTS = ("chord", "figure", "released")
-SOLVERS = ("euler", "midpoint", "fireflow", "fixed_point")
+SOLVERS = ("euler", "midpoint", "fireflow", "fixed_point", "recorded")
 DEFAULT_STATES = 4
 TIES = ("drop", "soft", "random")
 
@@ -72,7 +72,7 @@ class InversionConfig:
     """Intervals of the scheduler's own grid."""
     solver: str | None = None
     """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; null: fireflow for flows, midpoint
-    otherwise."""
+    otherwise. recorded: none, the states are those that `diffalign pairs --record_states` kept."""
     states: int | None = None
     """Grid states that are kept of each image, the same ones of both images of a pair; 0: none. null: 4 for
     inversion_dpo, 0 for algorithms that draw their noise."""

@@ -20,6 +20,7 @@ from diffalign.data.files import aside, write_text
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt, parse_line
 from diffalign.errors import UserError
+from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import image_seeds, render
 from diffalign.geneval import Detection, judge, summarize
 from diffalign.pipelines.base import TextToImageModel
@@ -93,10 +94,11 @@ def generate_samples(
     *,
     micro_batch_size: int,
     process: tuple[int, int] = (0, 1),
+    record_states: int = 0,
     **sizes: Any,
 ) -> int:
     """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were; one that is
-    not finite is not written, and so counts as missing.
+    not finite is not written, and so counts as missing. `record_states` of each image are kept beside it.
 
     `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
     configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
@@ -107,6 +109,9 @@ def generate_samples(
     wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
     missing = [(p, k) for p, k in wanted if not sample_path(folder, p, k).is_file()]
     cache = EmbedCache(model)
+    keeper = None
+    if record_states and missing:
+        keeper = StateKeeper(model, config, record_states, **sizes)
     for start in range(0, len(missing), micro_batch_size):
         part = missing[start : start + micro_batch_size]
         images, finite = render(
@@ -116,14 +121,18 @@ def generate_samples(
             config,
             micro_batch_size=micro_batch_size,
             cache=cache,
+            recorder=keeper.recorder if keeper else None,
             **sizes,
         )
-        for (p, k), image, good in zip(part, images, finite.tolist(), strict=True):
+        for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
+            place = sample_path(folder, p, k)
             if not good:
-                logger.warning("%s: the model made no finite image", sample_path(folder, p, k))
+                logger.warning("%s: the model made no finite image", place)
                 continue
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            with aside(sample_path(folder, p, k)) as file:
+            if keeper:  # first: an image that is there has its states
+                keeper.write(place, row, prompt=p)
+            picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
+            with aside(place) as file:
                 picture.save(file, format="PNG")
     return len(missing)
 

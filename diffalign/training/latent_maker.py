@@ -17,13 +17,14 @@ from diffalign.data.captioned import CaptionedItem, ImageSource, stacked
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
 from diffalign.data.shard_cache import Shard, prompt_tensors
+from diffalign.fingerprint import of_pipeline
 from diffalign.latents.codec import LatentCodec
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import load_autoencoder, tokens_ratio
 from diffalign.pipelines.sampling import EmbedCache
 from diffalign.precision import compute
 from diffalign.training.forward import image_size
-from diffalign.training.precompute import SHARD_ITEMS, fill, fingerprint_of
+from diffalign.training.precompute import SHARD_ITEMS, fill
 
 
 def source_of(config: LatentRunConfig, size: tuple[int, int]) -> ImageSource:
@@ -56,7 +57,7 @@ def cache_key(
     return {
         "images": images,
         "codec": codec.to_dict(),
-        "base": fingerprint_of(base),
+        "base": of_pipeline(base.pipeline),
         "text_tokens": base.max_sequence_length,
         "paired_images": c.alignment_images if paired else 0,
         "dtype": c.dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,14 +16,16 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.data.images import fit, read_image
 from diffalign.data.pairs import PreferencePair, Skipped
 from diffalign.data.shard_cache import Shard, prompt_tensors
+from diffalign.data.states import RecordedStates, stacked
 from diffalign.errors import UsageError
 from diffalign.inversion import Predict, integrate, round_trip_error
-from diffalign.noise import RectifiedFlow, implied_noise
+from diffalign.noise import RectifiedFlow, chord_target
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 from diffalign.precision import compute
 from diffalign.seeds import GEOMETRY, STATES, stream
 from diffalign.training.forward import image_size, predict
+from diffalign.training.recorded import RECORDED, RecordedSource
 from diffalign.types import PromptEmbeds
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,10 @@ class PairMaker:
                 f"pairs.inversion.states: {c.states} of {len(self.allowed)} states with at least "
                 f"{c.pairs.inversion.min_noise} of noise; use more pairs.inversion.steps"
             )
+        self.recorded: RecordedSource | None = None
+        if c.states and solver_of(c, self.model) == RECORDED:
+            self.recorded = RecordedSource(c, self.model, self.grid)
+            self.dtype = torch.float32  # or whatever they were drawn in: nothing is rounded
 
     def make(self, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors of the usable pairs, and what is to be known of the shard."""
@@ -134,9 +141,13 @@ class PairMaker:
     ) -> dict[str, Tensor]:
         """Of n pairs: everything of a shard but its prompts."""
         pairs = [pair for pair, _, _ in kept]
-        images = torch.cat([pixels for _, pixels, _ in kept])
-        with compute(self.model.device, self.config.training.mixed_precision):
-            latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
+        recorded = self.recorded.read(pairs) if self.recorded else None
+        if recorded:
+            latents = stacked(recorded, "latents").to(self.model.device)
+        else:
+            images = torch.cat([pixels for _, pixels, _ in kept])
+            with compute(self.model.device, self.config.training.mixed_precision):
+                latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
         found = {
             "latents": latents.unflatten(0, (len(pairs), 2)).cpu(),
             "preference": torch.tensor([p.preference for p in pairs]),
@@ -151,8 +162,8 @@ class PairMaker:
                 of_images = times.flatten(0, 1).to(self.model.device)
                 embeds = replace(embeds, time_ids=of_images)
             with lora.policy(self.model.denoiser, lora.REFERENCE):
-                found |= self._inverted(latents.float(), embeds, pairs)
-                if first:
+                found |= self._states(latents.float(), embeds, pairs, recorded)
+                if first and not recorded:
                     facts["round_trip_error"] = self._round_trip(latents.float(), embeds)
         return found
 
@@ -178,47 +189,68 @@ class PairMaker:
 
         return field_of
 
-    def _inverted(
-        self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
+    def _states(
+        self,
+        latents: Tensor,
+        embeds: PromptEmbeds,
+        pairs: list[PreferencePair],
+        recorded: list[RecordedStates] | None,
     ) -> dict[str, Tensor]:
-        """K states of each image, and the reference's error at them."""
-        path, solver = self.model.noise, solver_of(self.config, self.model)
-        watched = _Watched(self._field(embeds), self.grid)
-        states = integrate(watched, latents, self.grid, path, solver=solver)
-        guided = self.model.costs_a_forward(self.config.pairs.inversion.guidance_scale)
-        index = torch.stack([self._chosen(p) for p in pairs])
-        of_image = index.repeat_interleave(2, 0)
-        every = torch.stack(states, 1)  # (2n, N + 1, C, H, W)
-        rows = torch.arange(len(every), device=every.device)
-        kept, errors = [], []
+        """K states of each image, and the reference's error at them: as they come, or one forward each."""
+        if self.recorded and recorded:
+            usable = [self.recorded.usable(r) for r in recorded[::2]]
+            orders = [u[self._chosen(p, len(u))] for u, p in zip(usable, pairs, strict=True)]
+            index, states, errors = self.recorded.states(recorded, pairs, orders)
+            states, errors = states.to(latents.device), errors.to(latents.device)
+        else:
+            index, states, errors = self._inverted(latents, embeds, pairs)
+        times = self.grid[index].repeat_interleave(2, 0).to(latents.device)
         for k in range(self.config.states):
-            where = of_image[:, k]
-            state = every[rows, where.to(every.device)].to(self.dtype)
-            times = self.grid[where].to(every.device)
-            noise = implied_noise(path, latents, state.float(), times)
-            target = path.target(latents, noise, times)
-            model_pred, known = watched.at(where, like=target)
-            if guided:
-                known[:] = False
-            if not known.all():
-                asked = (~known).nonzero().flatten().to(every.device)
-                plain = self._field(embeds[asked], guided=False)
-                model_pred[asked] = plain(state[asked], times[asked]).float()
-            errors.append((model_pred - target).square().flatten(1).mean(1))
-            kept.append(state)
+            asked = errors[:, k].isnan().nonzero().flatten()
+            if len(asked):
+                state, t = states[asked, k].float(), times[asked, k]
+                model_pred = self._field(embeds[asked], guided=False)(state, t)
+                errors[asked, k] = self._error(model_pred, latents[asked], state, t)
         pairwise = (len(pairs), 2)
         return {
-            "states": torch.stack(kept, 1).unflatten(0, pairwise).cpu(),
+            "states": states.unflatten(0, pairwise).cpu(),
             "grid_index": index,
-            "reference_error": torch.stack(errors, 1).unflatten(0, pairwise).cpu(),
+            "reference_error": errors.unflatten(0, pairwise).cpu(),
         }
 
-    def _chosen(self, pair: PreferencePair) -> Tensor:
-        """(K,) places on the grid, the same of both images."""
+    def _error(self, model_pred: Tensor, latents: Tensor, states: Tensor, times: Tensor) -> Tensor:
+        """(B,) of predictions for states, beside what leads straight to the latents."""
+        target = chord_target(self.model.noise, latents, states, times)
+        return (model_pred.float() - target).square().flatten(1).mean(1)
+
+    def _inverted(
+        self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of n pairs: places on the grid (n, K), states (2 n, K, C, H, W), errors (2 n, K) of the reference: NaN where
+        the inversion did not look at a state as it is kept."""
+        path, solver = self.model.noise, solver_of(self.config, self.model)
+        watched = _Watched(self._field(embeds), self.grid)
+        every = torch.stack(integrate(watched, latents, self.grid, path, solver=solver), 1)
+        allowed = torch.tensor(self.allowed)
+        index = torch.stack([allowed[self._chosen(p, len(allowed))] for p in pairs])
+        of_image = index.repeat_interleave(2, 0).to(every.device)
+        rows = torch.arange(len(every), device=every.device)
+        states = every[rows[:, None], of_image].to(self.dtype)
+        errors = torch.full(of_image.shape, math.nan, device=every.device)
+        if self.model.costs_a_forward(self.config.pairs.inversion.guidance_scale):
+            return index, states, errors  # it looked with guidance
+        for k in range(self.config.states):
+            model_pred, known = watched.at(of_image[:, k], like=latents)
+            times = self.grid.to(every.device)[of_image[:, k]]
+            error = self._error(model_pred, latents, states[:, k].float(), times)
+            errors[known, k] = error[known]
+        return index, states, errors
+
+    def _chosen(self, pair: PreferencePair, n: int) -> Tensor:
+        """(K,) of n states of a pair's images, in order."""
         key = stream(STATES, self.config.pairs.seed, pair.row)
         generator = torch.Generator().manual_seed(key)
-        order = torch.randperm(len(self.allowed), generator=generator)[: self.config.states]
-        return torch.tensor(self.allowed)[order].sort().values
+        return torch.randperm(n, generator=generator)[: self.config.states].sort().values
 
     def _round_trip(self, latents: Tensor, embeds: PromptEmbeds) -> float:
         """Median relative error of inverting and sampling with the same solver."""
@@ -274,10 +306,10 @@ def _oriented(
     pair: PreferencePair, pixels: list[Tensor], *, tie_break: float, ties: str
 ) -> PreferencePair:
     """The preferred image first; swaps `pixels` in place along with it."""
-    p = pair.preference
+    p, images = pair.preference, pair.images
     if p == 0.5 and ties == "random":
         p = 1.0 if tie_break < 0.5 else 0.0
     if p < 0.5:
         pixels.reverse()
-        p = 1 - p
-    return replace(pair, preference=p)
+        p, images = 1 - p, (images[1], images[0])
+    return replace(pair, preference=p, images=images)

@@ -15,7 +15,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from diffalign.data.pair_cache import PairCache
 from diffalign.data.pair_tables import PairsError, tables
 from diffalign.data.pairs import read_pairs
 from diffalign.data.shard_cache import Shard, ShardCache
-from diffalign.fingerprint import fingerprint
+from diffalign.fingerprint import of_pipeline
 from diffalign.inversion import inversion_grid
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.forward import image_size
@@ -51,12 +50,6 @@ def shards(
         yield Shard(number, held, held[-1].row + 1)
 
 
-def fingerprint_of(model: TextToImageModel) -> str:
-    """Of all weights without adapters."""
-    parts = model.pipeline.components.items()
-    return fingerprint({n: p for n, p in parts if isinstance(p, torch.nn.Module)})
-
-
 def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:
     """Everything that a cache depends on."""
     pairs = asdict(config.pairs)
@@ -71,7 +64,7 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
     return {
         "files": files,
         "pairs": pairs,
-        "model": fingerprint_of(model),
+        "model": of_pipeline(model.pipeline),
         "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
         "size": list(image_size(config, model)),
         "mixed_precision": config.training.mixed_precision,

@@ -17,7 +17,7 @@ from diffalign.algorithms import preference
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
 from diffalign.algorithms.preference import PairErrors
 from diffalign.config import InversionDPOConfig, PreferenceAlgorithmConfig
-from diffalign.noise import implied_noise, training_timesteps
+from diffalign.noise import chord_target, training_timesteps
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.precision import attention
 from diffalign.seeds import stream
@@ -166,8 +166,7 @@ class PreferenceUpdate:
         times = self.grid.to(index.device)[index]
         latents = batch.latents[:, : self.images, None].expand_as(noisy).flatten(0, 2)
         flat_times = times[:, None].expand(*noisy.shape[:3]).flatten()
-        noise = implied_noise(path, latents, noisy.flatten(0, 2), flat_times)
-        target = path.target(latents, noise, flat_times).view(noisy.shape)
+        target = chord_target(path, latents, noisy.flatten(0, 2), flat_times).view(noisy.shape)
         if self.variant == "released":  # the earlier latent with the later timestep
             times = self.grid.to(index.device)[(index + 1).clamp(max=len(self.grid) - 1)]
         return Question(noisy, target, times, known)

@@ -1,0 +1,70 @@
+"""Images that are drawn leave states of their way behind: preference pairs of them need no inversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffalign.config import EvaluationConfig, InversionConfig
+from diffalign.data.states import RecordedStates, write_states
+from diffalign.errors import UsageError
+from diffalign.fingerprint import of_pipeline
+from diffalign.noise import chord_target
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.recording import Recorder
+from diffalign.seeds import STATES, stream
+
+
+@dataclass
+class StateKeeper:
+    """Writes `count` states of each image, at the same timesteps of all images of a prompt: any of those with enough
+    noise to say which noise it is (`pairs.inversion.min_noise`)."""
+
+    model: TextToImageModel
+    config: EvaluationConfig
+    count: int
+    height: int | None = None
+    width: int | None = None
+    mixed_precision: str = "bf16"
+    recorder: Recorder = field(default_factory=Recorder)
+
+    def __post_init__(self) -> None:
+        size = self.height or self.model.default_size[0], self.width or self.model.default_size[1]
+        scheduler = self.model.scheduler_at(
+            self.config.num_inference_steps, height=size[0], width=size[1]
+        )
+        self.timesteps = scheduler.timesteps.float().cpu()
+        noise = self.model.noise.scales(self.timesteps)[1]
+        self.allowed = (noise >= InversionConfig().min_noise).nonzero().flatten()
+        if not 1 <= self.count <= len(self.allowed):
+            raise UsageError(
+                f"--record_states: must lie in 1..{len(self.allowed)}, the steps that have enough noise"
+            )
+        self.made_by = {
+            "model": of_pipeline(self.model.pipeline),
+            "guidance_scale": str(self.config.guidance_scale),
+            "mixed_precision": self.mixed_precision,
+        }
+
+    def chosen(self, prompt: int) -> Tensor:
+        """(count,) steps of a prompt's images, the least noisy first."""
+        generator = torch.Generator().manual_seed(stream(STATES, self.config.seed, prompt))
+        order = torch.randperm(len(self.allowed), generator=generator)[: self.count]
+        return self.allowed[order].sort(descending=True).values
+
+    def write(self, image: Path, row: int, *, prompt: int) -> None:
+        """States of one image, row `row` of the batch that was drawn last."""
+        steps = self.chosen(prompt)
+        states, latents = self.recorder.noisy[row, steps], self.recorder.latents[row]
+        times = self.timesteps[steps]
+        error = None
+        if not self.model.costs_a_forward(self.config.guidance_scale):
+            target = chord_target(
+                self.model.noise, latents.float().expand_as(states), states.float(), times
+            )
+            model_pred = self.recorder.model_pred[row, steps].float()
+            error = (model_pred - target).square().flatten(1).mean(1)
+        write_states(image, RecordedStates(latents, states, times, self.made_by, error))
