@@ -114,14 +114,19 @@ def test_preference_arms_share_everything_but_what_they_are_named_for(tmp_path):
         for arm, run in runs.items():
             assert run.training.seed == 1
             assert run.training.max_minutes == 1
-            assert bool(run.states) == (arm in ("inversion_dpo", "released"))
+            assert bool(run.states) == (arm in ("inversion_dpo", "inverted", "released"))
             found = {line.partition(":")[0] for line in differences(ours, to_dict(run))}
             assert {f for f in found if not f.startswith("algorithm")} <= {
                 "output_dir",
                 "optimizer.learning_rate",
                 "pairs.cache",
                 "training.eval_every",
-                "pairs.inversion.states",
+                *(["training.num_updates"] if arm == "released" else []),
+                *(
+                    ["pairs.inversion.solver", "pairs.inversion.steps"]
+                    if arm == "inverted"
+                    else ["pairs.inversion.states"]
+                ),
             }
 
 
@@ -223,7 +228,7 @@ def test_quick_awm_bench(quick):
 @pytest.mark.slow
 def test_quick_inversion_dpo_bench(quick):
     last, written = quick("inversion-dpo")
-    arms = {"inversion_dpo", "diffusion_dpo", "released", "sft"}
+    arms = {"inversion_dpo", "inverted", "diffusion_dpo", "released", "sft"}
     assert {model: set(rates) for model, rates in last["win_rate"].items()} == {
         "shapes-sd3": arms,
         "shapes-sd": arms,
@@ -231,6 +236,7 @@ def test_quick_inversion_dpo_bench(quick):
     assert all(0.2 < ratio < 1 for ratio in last["step_time_ratio_cached"].values())
     for found in written["models"].values():
         assert found["arms"]["inversion_dpo"]["precompute_seconds"] > 0
+        assert set(found["gradients"]) >= {"states / fresh noise", "states: winners / losers"}
         assert found["arms"]["sft"]["forwards_per_pair"] < 5
 
 

@@ -1,8 +1,9 @@
 """Inversion-DPO against Diffusion-DPO, its own released form, and training on winners alone.
 
 All arms have the same pairs, model, adapter and machine, and the same seconds: what encoding and inverting took an arm
-is taken from its training. Win rates are those of held-out prompts against the base, image by image from the same
-noise.
+is taken from its training. Pairs are the model's own images, whose states were kept while they were drawn; one arm
+inverts them nonetheless, as images of others must be. Win rates are those of held-out prompts against the base, image
+by image from the same noise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from diffalign import lora
 from diffalign.bench.curves import Curve, evaluations, finite, speedup
+from diffalign.bench.pair_gradients import PAIRS, cosines
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.data.pair_cache import PairCache
@@ -45,7 +47,11 @@ ARMS: dict[str, tuple[str, ...]] = {
         "--algorithm.timesteps_per_pair=2",
         "--optimizer.learning_rate=1e-3",
     ),
-    "released": ("--algorithm.variant=released",),
+    "inverted": ("--pairs.inversion.solver=euler", "--pairs.inversion.steps=8"),
+    "released": (
+        "--algorithm.variant=released",
+        "--training.num_updates=20",  # enough: its gradient is exactly zero
+    ),
     "sft": (
         *DIFFUSION_DPO,
         "--algorithm.loss_type=sft",
@@ -56,11 +62,11 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """What each changes in the recipe of its model. Rates and betas are the best of those tried on shapes-sd with one seed
 (benchmarks/results/inversion-dpo-tuning.json); `released` takes ours."""
-NOISE_OF = {"inversion_dpo": "inverted states", "diffusion_dpo": "fresh noise"}
+NOISE_OF = {"inversion_dpo": "recorded states", "diffusion_dpo": "fresh noise"}
 """The two that are compared most closely, and what each trains on."""
 UNITS = ("seconds", "training")
 """With what was precomputed, and without: a cache serves many runs."""
-IMAGES_PER_PROMPT = 8
+IMAGES_PER_PROMPT, STATES = 8, 4
 STEP_REPEATS = 9
 QUICK = (
     "--training.num_updates=2",
@@ -90,6 +96,7 @@ class Subject:
             f"--output_dir={self.pairs}",
             "--pick=nested",
             f"--images_per_prompt={2 if self.options.quick else IMAGES_PER_PROMPT}",
+            f"--record_states={STATES}",
             *(["--max_prompts=60"] if self.options.quick else []),
         ]
         command = [sys.executable, "-m", "diffalign.cli", *arguments]
@@ -100,7 +107,8 @@ class Subject:
         self, arm: str, seed: int, *, seconds: float = SECONDS
     ) -> PreferenceRunConfig:
         """The run of one arm and seed, training for `seconds`; its folder is resumed when it is there."""
-        kept = "plain" if DIFFUSION_DPO[0] in ARMS[arm] else "inverted"
+        kept = "plain" if DIFFUSION_DPO[0] in ARMS[arm] else "recorded"
+        kept = arm if arm == "inverted" else kept
         overrides = [
             f"--output_dir={self.options.folder(f'{self.name} {arm}', seed)}",
             f"--pairs.source={self.pairs}",
@@ -222,15 +230,26 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
     }
 
 
-def step_times(subject: Subject) -> dict[str, Any]:
-    """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, turn
-    and turn about on the same pairs; on CUDA also the peak of memory."""
+def before_training(subject: Subject) -> dict[str, Any]:
+    """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, on
+    the same pairs, on CUDA also the peak of memory; and where gradients point."""
     config = subject.configuration("inversion_dpo", 0)
     folder = str(subject.options.work / f"step-{subject.name}")
     trainer = Run.prepare(replace(config, output_dir=folder)).trainer
     assert isinstance(trainer, PreferenceTrainer)
     trainer.prepare()
-    pairs = trainer.chosen(1)[: config.training.micro_batch_size]
+    return {"step": _step_times(trainer), "gradients": _gradients(subject, trainer)}
+
+
+def _gradients(subject: Subject, trainer: PreferenceTrainer) -> dict[str, float]:
+    """Whether states point where fresh noise does (`pair_gradients.cosines`)."""
+    fresh = subject.configuration("diffusion_dpo", 0).algorithm
+    return cosines(trainer, fresh, pairs=32 if subject.options.quick else PAIRS)
+
+
+def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """Turn and turn about, after once to warm up."""
+    pairs = trainer.chosen(1)[: trainer.config.training.micro_batch_size]
     batch = trainer.cache.batch(pairs, trainer.accelerator.device)
     times: dict[bool, list[float]] = {True: [], False: []}
     peaks: dict[bool, int] = {}
@@ -279,7 +298,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         found: dict[str, Any] = {"pairs": subject.make_pairs()}
         found |= measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
-            found["step"] = step_times(subject)
+            found |= before_training(subject)
         found["times"] = times(found["arms"])
         models[name] = found
     headline = {
