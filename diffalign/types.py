@@ -124,7 +124,7 @@ def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> R
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The K stochastic steps of B rollouts, one after the other: `steps`, their numbers on the grid; `latents`
+    """K steps of B rollouts, one after the other, that are trained on: `steps`, their numbers on the grid; `latents`
     (B, K + 1, C, H, W), before the first of them and after each."""
 
     steps: list[int]

@@ -53,6 +53,7 @@ def test_the_reward_rises(tmp_path, family):
             "algorithm": {"reference_guidance_scale": 2.0, "kl_beta": 0.1},
             "optimizer": {"lr_scheduler": "cosine"},
         },
+        {"algorithm": {"noise": "rollout", "timestep_stop": 0.75}},
     ],
 )
 def test_resumed_run_is_bit_identical(tmp_path, groups):
@@ -122,13 +123,16 @@ def test_a_checkpoint_cut_in_half_is_an_error(tmp_path):
         trainer(tmp_path).resume()
 
 
-@pytest.mark.parametrize("updates_per_rollout", [1, 2])
-def test_micro_batches_change_nothing(tmp_path, updates_per_rollout):
+@pytest.mark.parametrize(
+    ("updates_per_rollout", "noise"), [(1, "fresh"), (2, "fresh"), (2, "rollout")]
+)
+def test_micro_batches_change_nothing(tmp_path, updates_per_rollout, noise):
     runs = [
         trainer(
             tmp_path / str(size),
             rollout={"micro_batch_size": size},
             training={"micro_batch_size": size, "updates_per_rollout": updates_per_rollout},
+            algorithm={"noise": noise, "timestep_stop": 0.67},
         )
         for size in (12, 5)
     ]

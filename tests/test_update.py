@@ -5,9 +5,12 @@ import torch
 
 from diffalign import lora
 from diffalign.config import AWMConfig
+from diffalign.errors import UsageError
+from diffalign.pipelines.sampling import sample
 from diffalign.training import forward_update
 from diffalign.training.forward_update import ForwardProcessUpdate, draw
 from diffalign.training.update import TrainingBatch, UpdateSettings
+from diffalign.types import Trajectory
 
 N = 6
 
@@ -82,6 +85,71 @@ def test_ratio_moves_when_the_policy_has_moved(policy):
     perturb(policy[1])
     _, metrics = gradient(policy, updates_per_rollout=2)
     assert metrics["ratio"] != 1.0
+
+
+class TestNoiseOfTheRollout:
+    """`noise: rollout` trains on states of the rollout itself, towards its end."""
+
+    def batch(self, model, grid):
+        generator = torch.Generator().manual_seed(5)
+        states = torch.randn(N, len(grid) + 1, 4, 8, 8, generator=generator)
+        batch = make_batch(model)
+        return TrainingBatch(**{**vars(batch), "trajectory": Trajectory([*range(8)], states)})
+
+    def test_the_gradient_is_that_of_a_loss_written_out_by_hand(self, policy):
+        model, parameters = policy
+        perturb(parameters)
+        options = {"noise": "rollout", "timestep_stop": 0.75, "weight": "uniform"}
+        options |= {"kl_beta": 0.0, "ema_kl_beta": 0.0}
+        update = make_update(model, **options)
+        batch = self.batch(model, update.grid)
+        found, metrics = gradient(policy, batch, **options)
+        drawn = draw(batch, range(N), update.parts, kl_timesteps=3, key=(0, 1, 0))
+        for p in parameters:
+            p.grad = None
+        total = 0
+        for i in range(N):
+            for place in drawn.grid_index[i].tolist():
+                sigma = update.settings.sigmas[place]
+                state = batch.trajectory.latents[i : i + 1, place]
+                velocity = (state - batch.latents[i : i + 1]) / sigma
+                embeds = batch.embeds[batch.prompt_index[i : i + 1]]
+                miss = model.predict(state, update.grid[place].expand(1), embeds) - velocity
+                total = total + batch.advantages[i] * miss.square().mean() / (3 * N)
+        total.backward()
+        expected = torch.cat([p.grad.flatten() for p in parameters])
+        assert (found - expected).norm() < 1e-3 * expected.norm()
+        assert metrics["ratio"] == 1.0
+
+    def test_states_are_those_through_which_the_stock_scheduler_goes(self, sd3):
+        update = make_update(sd3, noise="rollout", timestep_stop=0.75)
+        sampler = update.sampler(1)
+        embeds = sd3.encode_prompt(["a photo of a ring"] * 2)
+        with torch.no_grad():
+            ends = [
+                sample(
+                    sd3,
+                    embeds,
+                    num_inference_steps=8,
+                    generator=torch.Generator().manual_seed(seed),
+                    step=sampler,
+                )
+                for seed in (0, 1)
+            ]
+        found = sampler.trajectory()
+        assert found.latents.shape == (4, 9, 4, 8, 8)
+        torch.testing.assert_close(found.latents[:, -1], torch.cat(ends), rtol=0, atol=0)
+        both = sd3.encode_prompt(["a photo of a ring"] * 4)
+        for step in found.steps:
+            state, sigma = found.latents[:, step], update.settings.sigmas
+            with torch.no_grad():
+                velocity = sd3.predict(state, update.grid[step].expand(4), both)
+            after = state + (sigma[step + 1] - sigma[step]) * velocity
+            torch.testing.assert_close(found.latents[:, step + 1], after, rtol=1e-4, atol=1e-5)
+
+    def test_states_with_next_to_no_noise_are_refused(self, sd3):
+        with pytest.raises(UsageError, match=r"algorithm\.noise=rollout.*timestep_stop=0\.87"):
+            make_update(sd3, noise="rollout")
 
 
 def test_fresh_lora_has_zero_distances_with_zero_gradient(policy):

@@ -47,7 +47,11 @@ ARMS: dict[str, tuple[str, ...]] = {
         "--algorithm.timesteps_per_pair=2",
         "--optimizer.learning_rate=1e-3",
     ),
-    "inverted": ("--pairs.inversion.solver=euler", "--pairs.inversion.steps=8"),
+    "inverted": (
+        "--pairs.inversion.solver=euler",
+        "--pairs.inversion.steps=8",
+        "--optimizer.learning_rate=4e-4",
+    ),
     "released": (
         "--algorithm.variant=released",
         "--training.num_updates=20",  # enough: its gradient is exactly zero
@@ -117,7 +121,7 @@ class Subject:
             f"--evaluation.seed={1000 + seed}",
             f"--training.max_minutes={round(seconds / 60, 3)}",
             "--training.num_updates=100000",
-            "--training.eval_every=40",
+            "--training.eval_every=50",
             "--training.sample_every=0",
             "--evaluation.images_per_task=128",
             *ARMS[arm],

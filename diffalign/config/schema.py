@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from diffalign.config.checks import check, one_of, positive
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
+NOISES = ("fresh", "rollout")
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -92,6 +93,9 @@ class ForwardProcessConfig(AlgorithmConfig):
     timestep_start: float = 0.0
     timestep_stop: float = 1.0
     """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
+    noise: str = "fresh"
+    """What images are noised with: "fresh" noise at every update, or the "rollout" itself: the states through which an
+    image was made, and what leads from them straight to it."""
     ema_kl_beta: float = 1.0
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1
@@ -105,6 +109,7 @@ class ForwardProcessConfig(AlgorithmConfig):
         for name in ("ema_kl_beta", "lag_ramp"):
             check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
         check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+        one_of(self.noise, NOISES, "algorithm.noise")
         n = self.timesteps_per_image
         check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
         check(

@@ -124,13 +124,14 @@ def generate_samples(
             recorder=keeper.recorder if keeper else None,
             **sizes,
         )
+        drawn = keeper.recorder.take() if keeper else None
         for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
             place = sample_path(folder, p, k)
             if not good:
                 logger.warning("%s: the model made no finite image", place)
                 continue
-            if keeper:  # first: an image that is there has its states
-                keeper.write(place, row, prompt=p)
+            if keeper and drawn:  # first: an image that is there has its states
+                keeper.write(place, drawn, row, prompt=p)
             picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
             with aside(place) as file:
                 picture.save(file, format="PNG")

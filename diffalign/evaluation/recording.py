@@ -14,7 +14,7 @@ from diffalign.errors import UsageError
 from diffalign.fingerprint import of_pipeline
 from diffalign.noise import chord_target
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.recording import Recorder
+from diffalign.pipelines.recording import Recorder, Recording
 from diffalign.seeds import STATES, stream
 
 
@@ -55,16 +55,16 @@ class StateKeeper:
         order = torch.randperm(len(self.allowed), generator=generator)[: self.count]
         return self.allowed[order].sort(descending=True).values
 
-    def write(self, image: Path, row: int, *, prompt: int) -> None:
-        """States of one image, row `row` of the batch that was drawn last."""
+    def write(self, image: Path, drawn: Recording, row: int, *, prompt: int) -> None:
+        """States of one image, row `row` of those that were drawn."""
         steps = self.chosen(prompt)
-        states, latents = self.recorder.noisy[row, steps], self.recorder.latents[row]
+        states, latents = drawn.noisy[row, steps], drawn.latents[row]
         times = self.timesteps[steps]
         error = None
         if not self.model.costs_a_forward(self.config.guidance_scale):
             target = chord_target(
                 self.model.noise, latents.float().expand_as(states), states.float(), times
             )
-            model_pred = self.recorder.model_pred[row, steps].float()
+            model_pred = drawn.model_pred[row, steps].float()
             error = (model_pred - target).square().flatten(1).mean(1)
         write_states(image, RecordedStates(latents, states, times, self.made_by, error))

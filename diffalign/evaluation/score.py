@@ -15,7 +15,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.geneval import summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
-from diffalign.pipelines.sampling import EmbedCache, Step, generate, scheduler_step
+from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import solver_step
 from diffalign.seeds import EVALUATION, stream
 from diffalign.types import RewardOutput
@@ -108,15 +108,12 @@ def render(
     on_images: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says, and (N,) bool: whether its latents are finite,
-    for pixels of uint8 do not show what was NaN. A `cache` outlives the call; a `recorder` remembers the last batch."""
+    for pixels of uint8 do not show what was NaN. A `cache` outlives the call; a `recorder` remembers the way."""
     cache = cache or EmbedCache(model)
     guided = model.costs_a_forward(config.guidance_scale)
     texts = list(dict.fromkeys(p.text for p in prompts))
     row = {text: i for i, text in enumerate(texts)}
-    step: Step | None = solver_step(config.solver, model.noise)
-    if recorder is not None:
-        recorder.step = step or scheduler_step
-        step = recorder
+    solver = solver_step(config.solver, model.noise)
     latents, images = generate(
         model,
         cache(texts),
@@ -129,7 +126,7 @@ def render(
         width=width,
         micro_batch_size=micro_batch_size,
         mixed_precision=mixed_precision,
-        step=step,
+        step=recorder.around(solver) if recorder else solver,
         on_images=on_images,
     )
     return images, latents.isfinite().flatten(1).all(1).cpu()

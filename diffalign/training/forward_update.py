@@ -6,6 +6,7 @@ number of processes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,16 @@ from diffalign import lora
 from diffalign.algorithms import awm, diffusion_nft, timesteps
 from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proximal_loss
 from diffalign.config import ForwardProcessConfig
+from diffalign.errors import UsageError
+from diffalign.noise import chord_target
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.recording import Recorder
 from diffalign.seeds import TIMESTEPS, stream
 from diffalign.training.update import PolicyUpdate, Sums, TrainingBatch, UpdateSettings
+from diffalign.types import Trajectory
 
 LOSSES = {"awm": awm, "diffusion_nft": diffusion_nft}
+MIN_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ def draw(
     return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
 
 
+class RolloutStates(Recorder):
+    """The states that a rollout passes through."""
+
+    def trajectory(self) -> Trajectory:
+        """Of all steps."""
+        drawn = self.take()
+        latents = torch.cat([drawn.noisy, drawn.latents.unsqueeze(1)], 1)
+        return Trajectory(list(range(drawn.noisy.shape[1])), latents)
+
+
 class ForwardProcessUpdate(PolicyUpdate):
     """AWM, DiffusionNFT: the loss of the module that the algorithm's type names, and two distances."""
 
@@ -70,10 +86,26 @@ class ForwardProcessUpdate(PolicyUpdate):
             start=config.timestep_start,
             stop=config.timestep_stop,
         )
+        if config.noise == "rollout":
+            self._check_noise()
         self.distances = (
             ("kl", config.kl_beta, lora.REFERENCE),
             ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
         )
+
+    def _check_noise(self) -> None:
+        """UsageError where states are trained on that have next to none."""
+        enough = int((self.settings.sigmas[:-1] >= MIN_NOISE).sum())
+        if self.parts[-1].stop > enough:
+            raise UsageError(
+                f"algorithm.noise=rollout: the last {len(self.grid) - enough} of {len(self.grid)} steps have less than "
+                f"{MIN_NOISE} of noise, by which what they imply is divided: needs algorithm.timestep_stop="
+                f"{math.floor(100 * enough / len(self.grid)) / 100:g} or less"
+            )
+
+    def sampler(self, update: int) -> Any:
+        """For `noise: rollout`, the solver's step that remembers where it was."""
+        return RolloutStates() if self.config.noise == "rollout" else None
 
     def lag_decay(self, update: int) -> float:
         return lag_decay(update, ramp=self.config.lag_ramp, maximum=self.config.lag_max)
@@ -121,8 +153,14 @@ class ForwardProcessUpdate(PolicyUpdate):
             batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
         ]
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
-        noisy = model.noise.add_noise(latents, noise, times)
-        target = model.noise.target(latents, noise, times)
+        if batch.trajectory is None:
+            noisy = model.noise.add_noise(latents, noise, times)
+            target = model.noise.target(latents, noise, times)
+        else:
+            states = batch.trajectory[rows.start : rows.stop].latents
+            of_image = torch.arange(len(rows)).unsqueeze(1)
+            noisy = states[of_image, draws.grid_index].flatten(0, 1).float().to(device)
+            target = chord_target(model.noise, latents, noisy, times)
         sigmas = model.noise.scales(times)[1]
 
         old = None

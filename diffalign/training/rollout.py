@@ -20,6 +20,7 @@ from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherCon
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.recording import Recorder
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import solver_step
 from diffalign.seeds import IMAGES, PROMPTS, stream
@@ -118,6 +119,7 @@ class RolloutMaker:
         index = plan.prompt_index[mine.start : mine.stop]
         guided = self.model.costs_a_forward(c.guidance_scale)
         sampler = policy_update.sampler(update)
+        solver = solver_step(c.solver, self.model.noise)
         chosen = [plan.prompts[i] for i in index.tolist()]
 
         def score(part: slice, images: Tensor) -> None:
@@ -137,7 +139,7 @@ class RolloutMaker:
                 width=self.size[1],
                 micro_batch_size=c.micro_batch_size,
                 mixed_precision=self.config.training.mixed_precision,
-                step=sampler or solver_step(c.solver, self.model.noise),
+                step=sampler.around(solver) if isinstance(sampler, Recorder) else sampler or solver,
                 on_images=score,
             )
         output = self._collect()
