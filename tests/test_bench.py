@@ -96,7 +96,8 @@ def test_every_arm_can_be_chosen(tmp_path):
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 0, options))
-    for name, arm in {**awm.LEVERS, "plain awm": awm.PLAIN["plain awm"]}.items():
+    of_awm = {"plain awm": awm.PLAIN["plain awm"], "released awm": awm.RELEASED["released awm"]}
+    for name, arm in {**awm.LEVERS, **of_awm}.items():
         theirs = to_dict(awm.configuration(name, arm, 0, options))
         found = {line.partition(":")[0] for line in differences(ours, theirs)} - {"output_dir"}
         named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
