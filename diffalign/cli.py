@@ -113,7 +113,7 @@ def _add_images(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     pairs.add_argument(
         "--record_states",
         type=int,
-        default=0,
+        default=None,
         metavar="K",
         help="keep K states of each image on its way from noise, for `pairs.inversion.solver=recorded`: Inversion-DPO "
         "without an inversion; default: none",

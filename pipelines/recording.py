@@ -14,18 +14,20 @@ from diffalign.pipelines.sampling import Generators, Step, scheduler_step
 @dataclass(frozen=True)
 class Recording:
     """Of B images in N steps, on the CPU, as the sampler held them: `noisy`, what the denoiser read, and `model_pred`,
-    what it predicted (B, N, C, H, W); `latents` (B, C, H, W) after the last step."""
+    what it predicted (B, N, C, H, W), or None; `latents` (B, C, H, W) after the last step."""
 
     noisy: Tensor
-    model_pred: Tensor
+    model_pred: Tensor | None
     latents: Tensor
 
 
 @dataclass
 class Recorder:
-    """A `step` for `sampling.sample` that also remembers, batch after batch, until it is asked."""
+    """A `step` for `sampling.sample` that also remembers, batch after batch, until it is asked; `predictions`, too, or
+    states alone."""
 
     step: Step = scheduler_step
+    predictions: bool = True
     _batches: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = field(default_factory=list)
 
     def __call__(
@@ -39,7 +41,8 @@ class Recorder:
             shown = scheduler.scale_model_input(latents, scheduler.timesteps[i])
         following = self.step(i, model_pred, latents, scheduler, generator)
         noisy.append(shown.cpu())
-        preds.append(model_pred.cpu())
+        if self.predictions:
+            preds.append(model_pred.cpu())
         ends[:] = [following.cpu()]
         return following
 
@@ -54,6 +57,6 @@ class Recorder:
         noisy, preds, ends = zip(*batches, strict=True)
         return Recording(
             torch.cat([torch.stack(part, 1) for part in noisy]),
-            torch.cat([torch.stack(part, 1) for part in preds]),
+            torch.cat([torch.stack(part, 1) for part in preds]) if self.predictions else None,
             torch.cat([end for (end,) in ends]),
         )

@@ -1,6 +1,7 @@
 """States that are kept while images are drawn: what an inversion would find, at no forward of its own."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.data.states import states_path
 from diffalign.errors import UsageError
 from diffalign.evaluation import geneval
+from diffalign.evaluation.recording import StateKeeper
 from diffalign.inversion import integrate
 from diffalign.noise import chord_target
 from diffalign.training import precompute as module
@@ -30,7 +32,8 @@ def draw(folder, family="sd3", *, states=STATES, **settings):
     config = EvaluationConfig(num_inference_steps=STEPS, images_per_prompt=2, **settings)
     prompts = [Prompt(text, {"prompt": text}) for text in PROMPTS]
     geneval.write_prompts(folder, prompts)
-    geneval.generate_samples(model, prompts, folder, config, record_states=states, **FLAGS)
+    keeper = StateKeeper(model, config, states, mixed_precision="no")
+    geneval.generate_samples(model, prompts, folder, config, keeper=keeper, **FLAGS)
     rows = [
         {
             "prompt": text,
@@ -107,7 +110,7 @@ class TestTheSamplersOwnWay:
             torch.testing.assert_close(there.flip(1), here, rtol=0, atol=0)
 
     def test_fewer_states_than_were_recorded(self, tmp_path):
-        cache, _ = fill(draw(tmp_path / "pairs", states=5), tmp_path, states=2)
+        cache, _ = fill(draw(tmp_path / "pairs", states=4), tmp_path, states=2)
         batch = cache.batch(range(3))
         assert batch.states.shape[2] == 2
         check_errors(cache, tiny.sd3_model(), settings("", tmp_path, states=2))
@@ -118,6 +121,8 @@ def check_errors(cache, model, config):
     batch, grid = cache.batch(range(3)), module.grid_of(config, model)
     for i, text in enumerate(PROMPTS):
         embeds = model.encode_prompt([text] * 2)
+        if batch.time_ids is not None:
+            embeds = replace(embeds, time_ids=batch.time_ids[i])
         for k in range(config.states):
             state = batch.states[i, :, k]
             times = grid[batch.grid_index[i, k]].expand(2)
@@ -126,6 +131,8 @@ def check_errors(cache, model, config):
                 miss = model.predict(state, times, embeds) - target
             error = miss.square().flatten(1).mean(1)
             torch.testing.assert_close(batch.reference_error[i, :, k], error, rtol=1e-3, atol=1e-6)
+    # where all lead to what the model says, nothing could be learned
+    assert batch.reference_error.min() > 1e-3 * batch.reference_error.max()
 
 
 class TestRefused:
@@ -166,7 +173,7 @@ class TestRefused:
             fill(source, tmp_path)
 
     def test_too_many_to_keep(self, tmp_path):
-        with pytest.raises(UsageError, match=r"--record_states: must lie in 1\.\.5"):
+        with pytest.raises(UsageError, match=r"--record_states: must lie in 1\.\.4"):
             draw(tmp_path / "pairs", states=7)
 
 
@@ -197,10 +204,27 @@ class TestTheCommand:
         assert manifest["skipped"] == {}
         assert manifest["round_trip_error"] is None
 
-    def test_a_folder_without_them_is_refused(self, tmp_path, capsys):
-        assert self.pairs(tmp_path) == 0
-        assert self.pairs(tmp_path, "--record_states=2") == 2
+    def test_a_folder_with_another_number_is_refused_either_way(self, tmp_path, capsys):
+        assert self.pairs(tmp_path / "without") == 0
+        assert self.pairs(tmp_path / "without", "--record_states=2") == 2
         assert "another way (record_states: None there)" in capsys.readouterr().err
+        assert self.pairs(tmp_path / "with", "--record_states=2") == 0
+        assert self.pairs(tmp_path / "with") == 2
+        assert "another way (record_states: 2 there)" in capsys.readouterr().err
+
+    def test_a_number_that_cannot_be_kept_leaves_no_trace(self, tmp_path, capsys):
+        for count in (0, 20):
+            assert self.pairs(tmp_path, f"--record_states={count}") == 2
+            assert "--record_states: must lie in" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_lost_states_are_drawn_again(self, tmp_path, capsys):
+        assert self.pairs(tmp_path, "--record_states=2") == 0
+        lost = states_path(tmp_path / "00001" / "samples" / "0001.png")
+        there = lost.read_bytes()
+        lost.unlink()
+        assert self.pairs(tmp_path, "--record_states=2") == 0
+        assert lost.stat().st_size == len(there)
 
     def test_not_of_another_model_than_is_trained(self, tmp_path, capsys):
         assert self.pairs(tmp_path, "--record_states=2", "--lora=somewhere") == 2

@@ -147,8 +147,8 @@ class TestNoiseOfTheRollout:
             after = state + (sigma[step + 1] - sigma[step]) * velocity
             torch.testing.assert_close(found.latents[:, step + 1], after, rtol=1e-4, atol=1e-5)
 
-    def test_states_with_next_to_no_noise_are_refused(self, sd3):
-        with pytest.raises(UsageError, match=r"algorithm\.noise=rollout.*timestep_stop=0\.87"):
+    def test_states_that_lead_where_the_model_says_are_refused(self, sd3):
+        with pytest.raises(UsageError, match=r"algorithm\.noise=rollout.*timestep_stop=0\.75"):
             make_update(sd3, noise="rollout")
 
 

@@ -200,7 +200,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     }
     ratios = {}
     for name in arms:
-        ours = next(iter(PLAIN)) if name in PLAIN else "awm"
+        ours = next((next(iter(g)) for g in (PLAIN, RELEASED) if name in g), "awm")
         if name == ours or ours not in arms:
             continue
         curves = arms[ours]["curves"], arms[name]["curves"]

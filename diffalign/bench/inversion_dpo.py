@@ -38,14 +38,13 @@ from diffalign.types import PreferenceBatch
 SECONDS = 180.0
 """Of precomputing and training together."""
 RECIPES = {"shapes-sd3": "inversion-dpo-shapes", "shapes-sd": "inversion-dpo-shapes-sd"}
+BETAS = {"shapes-sd3": 30, "shapes-sd": 500}
 DIFFUSION_DPO = ("--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "inversion_dpo": (),
     "diffusion_dpo": (
         *DIFFUSION_DPO,
-        "--algorithm.beta=500",
         "--algorithm.timesteps_per_pair=2",
-        "--optimizer.learning_rate=1e-3",
     ),
     "inverted": (
         "--pairs.inversion.solver=euler",
@@ -64,8 +63,8 @@ ARMS: dict[str, tuple[str, ...]] = {
         "--training.eval_every=200",  # its updates are short
     ),
 }
-"""What each changes in the recipe of its model. Rates and betas are the best of those tried on shapes-sd with one seed
-(benchmarks/results/inversion-dpo-tuning.json); `released` takes ours."""
+"""What each changes in the recipe of its model. Rates and betas are the best of those tried with one seed
+(benchmarks/results/inversion-dpo-tuning.json), the same for Diffusion-DPO; `released` takes ours."""
 NOISE_OF = {"inversion_dpo": "recorded states", "diffusion_dpo": "fresh noise"}
 """The two that are compared most closely, and what each trains on."""
 UNITS = ("seconds", "training")
@@ -125,6 +124,7 @@ class Subject:
             "--training.sample_every=0",
             "--evaluation.images_per_task=128",
             *ARMS[arm],
+            *([f"--algorithm.beta={BETAS[self.name]}"] if arm == "diffusion_dpo" else []),
             *(QUICK if self.options.quick else ()),
         ]
         config = load(RECIPES[self.name], overrides)

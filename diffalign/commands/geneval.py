@@ -26,6 +26,7 @@ from diffalign.evaluation.geneval import (
     write_prompts,
     write_rows,
 )
+from diffalign.evaluation.recording import StateKeeper
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.detection import DetectionReward
 from diffalign.rewards.registry import create
@@ -97,11 +98,8 @@ def fill_folder(
     Raises:
         GenEvalError: the folder is being filled in another way.
     """
-    recorded = getattr(args, "record_states", 0)
-    if recorded and args.lora:
-        raise UsageError(
-            "--record_states: states are of the model that is to be trained, without --lora"
-        )
+    states = getattr(args, "record_states", None)
+    keeper = None if states is None else _keeper(args, states)  # what it refuses is not noted
     made = {
         **drawing(args),
         "model_fingerprint": fingerprint(args.model),
@@ -111,23 +109,33 @@ def fill_folder(
         "height": args.height,
         "width": args.width,
         "dtype": args.dtype,
-        **({"record_states": recorded} if recorded else {}),
+        "record_states": states,
     }
     if state.is_main_process:
         claim(args.output_dir, made)
         write_prompts(args.output_dir, prompts)
     state.wait_for_everyone()
     generate_samples(
-        load(args),
+        keeper.model if keeper else load(args),
         prompts,
         args.output_dir,
         evaluation(args),
         process=(state.process_index, state.num_processes),
-        record_states=recorded,
+        keeper=keeper,
         **batching(args),
     )
     state.wait_for_everyone()
     return made
+
+
+def _keeper(args: argparse.Namespace, states: int) -> StateKeeper:
+    """Of so many states of each image of --model."""
+    if args.lora is not None:
+        raise UsageError(
+            "--record_states: states are of the model that is to be trained, without --lora"
+        )
+    sizes = {k: v for k, v in batching(args).items() if k != "micro_batch_size"}
+    return StateKeeper(load(args), evaluation(args), states, **sizes)
 
 
 def _detector(name: str | None, metadata: Sequence[Mapping[str, Any]]) -> DetectionReward:

@@ -29,7 +29,7 @@ class RecordedStates:
 
 def states_path(image: Path) -> Path:
     """Where the states of an image of GenEval's layout stand."""
-    return image.parents[1] / "states" / f"{image.stem}.safetensors"
+    return image.parent.parent / "states" / f"{image.stem}.safetensors"
 
 
 def write_states(image: Path, recorded: RecordedStates) -> None:
@@ -58,7 +58,9 @@ def read_states(image: Path | bytes) -> RecordedStates:
             columns = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             return RecordedStates(**columns, made_by=dict(file.metadata() or {}))
     except (OSError, SafetensorError, TypeError) as error:
-        raise PairsError(f"{place} is damaged: {error}") from error
+        raise PairsError(
+            f"{place} is damaged ({error}): delete it, and the same `diffalign pairs` draws its image again"
+        ) from error
 
 
 def stacked(found: list[RecordedStates], name: str) -> Tensor:

@@ -19,6 +19,7 @@ from diffalign.config import EvaluationConfig
 from diffalign.data.files import aside, write_text
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt, parse_line
+from diffalign.data.states import states_path
 from diffalign.errors import UserError
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import image_seeds, render
@@ -94,11 +95,11 @@ def generate_samples(
     *,
     micro_batch_size: int,
     process: tuple[int, int] = (0, 1),
-    record_states: int = 0,
+    keeper: StateKeeper | None = None,
     **sizes: Any,
 ) -> int:
     """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were; one that is
-    not finite is not written, and so counts as missing. `record_states` of each image are kept beside it.
+    not finite is not written, and so counts as missing. A `keeper` writes states of each, without which it is missing.
 
     `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
     configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
@@ -107,11 +108,13 @@ def generate_samples(
     seeds = image_seeds(config, len(prompts) * n)
     number, count = process
     wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
-    missing = [(p, k) for p, k in wanted if not sample_path(folder, p, k).is_file()]
+    places = [lambda image: image, *([states_path] if keeper else [])]
+    missing = [
+        (p, k)
+        for p, k in wanted
+        if not all(place(sample_path(folder, p, k)).is_file() for place in places)
+    ]
     cache = EmbedCache(model)
-    keeper = None
-    if record_states and missing:
-        keeper = StateKeeper(model, config, record_states, **sizes)
     for start in range(0, len(missing), micro_batch_size):
         part = missing[start : start + micro_batch_size]
         images, finite = render(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from diffalign.seeds import STATES, stream
 
 @dataclass
 class StateKeeper:
-    """Writes `count` states of each image, at the same timesteps of all images of a prompt: any of those with enough
-    noise to say which noise it is (`pairs.inversion.min_noise`)."""
+    """Writes `count` states of each image, at the same timesteps of all images of a prompt: any of those that have
+    noise even a step later (`pairs.inversion.min_noise`). Of others it is the model that says where they lead."""
 
     model: TextToImageModel
     config: EvaluationConfig
@@ -29,24 +29,27 @@ class StateKeeper:
     height: int | None = None
     width: int | None = None
     mixed_precision: str = "bf16"
-    recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
+        plain = not self.model.costs_a_forward(self.config.guidance_scale)
+        self.recorder = Recorder(predictions=plain)
         size = self.height or self.model.default_size[0], self.width or self.model.default_size[1]
         scheduler = self.model.scheduler_at(
             self.config.num_inference_steps, height=size[0], width=size[1]
         )
         self.timesteps = scheduler.timesteps.float().cpu()
         noise = self.model.noise.scales(self.timesteps)[1]
-        self.allowed = (noise >= InversionConfig().min_noise).nonzero().flatten()
+        later = torch.cat([noise[1:], noise.new_zeros(1)])
+        self.allowed = (later >= InversionConfig().min_noise).nonzero().flatten()
         if not 1 <= self.count <= len(self.allowed):
             raise UsageError(
-                f"--record_states: must lie in 1..{len(self.allowed)}, the steps that have enough noise"
+                f"--record_states: must lie in 1..{len(self.allowed)}, the steps after which there is noise left"
             )
         self.made_by = {
             "model": of_pipeline(self.model.pipeline),
             "guidance_scale": str(self.config.guidance_scale),
             "mixed_precision": self.mixed_precision,
+            "dtype": str(self.model.denoiser.dtype),
         }
 
     def chosen(self, prompt: int) -> Tensor:
@@ -61,7 +64,7 @@ class StateKeeper:
         states, latents = drawn.noisy[row, steps], drawn.latents[row]
         times = self.timesteps[steps]
         error = None
-        if not self.model.costs_a_forward(self.config.guidance_scale):
+        if drawn.model_pred is not None:
             target = chord_target(
                 self.model.noise, latents.float().expand_as(states), states.float(), times
             )

@@ -94,18 +94,18 @@ class ForwardProcessUpdate(PolicyUpdate):
         )
 
     def _check_noise(self) -> None:
-        """UsageError where states are trained on that have next to none."""
-        enough = int((self.settings.sigmas[:-1] >= MIN_NOISE).sum())
+        """UsageError where states are trained on from which there is no way to go but the model's."""
+        enough = int((self.settings.sigmas[1:] >= MIN_NOISE).sum())
         if self.parts[-1].stop > enough:
             raise UsageError(
-                f"algorithm.noise=rollout: the last {len(self.grid) - enough} of {len(self.grid)} steps have less than "
-                f"{MIN_NOISE} of noise, by which what they imply is divided: needs algorithm.timestep_stop="
+                f"algorithm.noise=rollout: after the last {len(self.grid) - enough} of {len(self.grid)} steps no noise "
+                "is left, and they lead where the model itself says: needs algorithm.timestep_stop="
                 f"{math.floor(100 * enough / len(self.grid)) / 100:g} or less"
             )
 
     def sampler(self, update: int) -> Any:
         """For `noise: rollout`, the solver's step that remembers where it was."""
-        return RolloutStates() if self.config.noise == "rollout" else None
+        return RolloutStates(predictions=False) if self.config.noise == "rollout" else None
 
     def lag_decay(self, update: int) -> float:
         return lag_decay(update, ramp=self.config.lag_ramp, maximum=self.config.lag_max)
@@ -147,13 +147,13 @@ class ForwardProcessUpdate(PolicyUpdate):
             key=(self.settings.seed, *key),
         )
         latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
-        noise = draws.noise.flatten(0, 1).to(device)
         times = self.grid[draws.grid_index].flatten().to(device)
         embeds = batch.embeds[
             batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
         ]
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
         if batch.trajectory is None:
+            noise = draws.noise.flatten(0, 1).to(device)
             noisy = model.noise.add_noise(latents, noise, times)
             target = model.noise.target(latents, noise, times)
         else:

@@ -40,6 +40,7 @@ class RecordedSource:
         self.settings = {
             "guidance_scale": str(c.pairs.inversion.guidance_scale),
             "mixed_precision": c.training.mixed_precision,
+            "dtype": str(self.model.denoiser.dtype),
         }
 
     def read(self, pairs: list[PreferencePair]) -> list[RecordedStates]:
@@ -62,8 +63,8 @@ class RecordedSource:
         there = recorded.made_by.get("model")
         if there != self.weights:
             raise PairsError(
-                f"{pair.place}: its states were recorded with other weights ({there}, here {self.weights}); draw the "
-                "pairs with this model, or invert them with another pairs.inversion.solver"
+                f"{pair.place}: its states were recorded with other weights ({there}, here {self.weights}), or another "
+                "--dtype; draw the pairs with this model, or invert them with another pairs.inversion.solver"
             )
         if tuple(recorded.latents.shape) != self.shape:
             raise PairsError(
@@ -104,7 +105,9 @@ class RecordedSource:
             for recorded in found[2 * i : 2 * i + 2]:
                 states.append(recorded.states[order])
                 known = recorded.reference_error
-                if known is None or any(recorded.made_by[k] != v for k, v in self.settings.items()):
+                if known is None or any(
+                    recorded.made_by.get(k) != v for k, v in self.settings.items()
+                ):
                     known = torch.full((len(recorded.timesteps),), math.nan)
                 errors.append(known[order])
         return torch.stack(index), torch.stack(states), torch.stack(errors)
