@@ -141,6 +141,26 @@ def test_micro_batches_change_nothing(tmp_path, updates_per_rollout, noise):
     assert rows[0][0]["reward"] == pytest.approx(rows[1][0]["reward"], abs=1e-3)
 
 
+@pytest.mark.parametrize("solver", ["default", "adams_bashforth"])
+@pytest.mark.parametrize("algorithm", ["awm", "diffusion_nft"])
+def test_noise_of_the_rollout_changes_no_image_and_is_trained_on(tmp_path, algorithm, solver):
+    runs = {
+        noise: trainer(
+            tmp_path / noise,
+            rollout={"solver": solver, "num_inference_steps": 4, "micro_batch_size": 5},
+            algorithm={
+                **{"type": algorithm, "noise": noise, "timestep_stop": 0.5},
+                **{"timesteps_per_image": 2, "kl_timesteps": 1},
+            },
+        )
+        for noise in ("fresh", "rollout")
+    }
+    rows = {noise: run.train_update() for noise, run in runs.items()}
+    assert rows["rollout"]["reward"] == rows["fresh"]["reward"]
+    assert 0 < rows["rollout"]["grad_norm"] != rows["fresh"]["grad_norm"]
+    assert rows["rollout"]["forwards_per_image"] == rows["fresh"]["forwards_per_image"]
+
+
 def test_several_updates_per_rollout_use_the_lagged_policy(tmp_path):
     run = trainer(tmp_path, training={"updates_per_rollout": 3})
     row = run.train_update()

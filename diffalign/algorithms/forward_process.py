@@ -1,4 +1,4 @@
-"""What losses on the forward process share: clean latents are noised afresh, and policies predict for the same noise.
+"""What losses on the forward process share: clean latents are noised, and policies predict for the same noise.
 
 A module of such a loss has `loss(sample, config) -> (per-sample loss, metrics)`, the names of its `METRICS`, and
 `NEEDS_OLD`: whether it is about an old policy even when that has just made one update.

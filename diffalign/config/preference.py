@@ -110,7 +110,7 @@ class PairsConfig:
     cache: str | None = None
     """Where latents, prompts and inverted states are kept; null: OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
-    """Of what is kept: bfloat16 or float32."""
+    """Of what is kept: bfloat16 or float32. Recorded states stay as they were drawn."""
     ties: str = "drop"
     """Pairs without a preference: drop, soft (label 0.5), or random (one is called the winner)."""
     limit: int | None = None

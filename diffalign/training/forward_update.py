@@ -1,4 +1,5 @@
-"""Updates with a loss on the forward process: latents of the rollout are noised afresh, at timesteps of its grid.
+"""Updates with a loss on the forward process: latents of the rollout are noised afresh, at timesteps of its grid, or
+have the noise that they were made from.
 
 Noise and timesteps of an image come from a stream of its own, so that they depend neither on the micro-batch nor on the
 number of processes.
