@@ -73,6 +73,16 @@ def test_what_is_recovered_at_some_steps():
     assert found["means"]["lost"] == pytest.approx(0.2)
 
 
+def test_a_form_with_a_branch_stands_in_for_the_one_without():
+    """By hand: rounding takes 0.4; of that the branch gives back 0.2 and the factors that it carries 0.1."""
+    found = student({"2": [cell(0.8, 0.8)]}, {"2": [cell(0.4, 0.4)]})
+    branched = student({"2": [cell(0.8, 0.8)]}, {"2": [cell(0.6, 0.7)]})["forms"]["int4"]
+    found["forms"]["branched"] = branched
+    got = qsched.recovered([found], "geneval", "int4", repaired="branched")
+    assert got["share"] == 0.75
+    assert got["means"]["gained"] == pytest.approx(0.3)
+
+
 def test_a_larger_search_has_cells_of_its_own(tmp_path):
     options = BenchOptions(quick=False, work=tmp_path, seeds=2)
     name = "shapes-sd-lcm"

@@ -74,9 +74,11 @@ FORMS = {
     "int4": Form("int4"),
     "int4 svd": Form("int4", svd_rank=16),
     "int4 rows": Form("int4", group_size=None, everywhere=True),
+    "int4 rows svd": Form("int4", svd_rank=16, group_size=None, everywhere=True),
 }
-"""`int4 rows` is what a careful quantiser avoids, one scale for each output and no layer spared: there something is
-lost that can be given back."""
+COARSE, BRANCHED = "int4 rows", "int4 rows svd"
+"""The first is what a careful quantiser avoids, one scale for each output and no layer spared: there something is lost
+that can be given back, by factors alone or, with the second, by a branch in full precision and factors."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ LARGER = {
     "more": Size(budget=48, prompts=384, steps=(2, 4)),
     "more by task": Size(budget=48, prompts=384, by_task=True, steps=(2, 4)),
 }
-"""Of searches where much is lost: four times the prompts, twice the candidates; `int4 rows` of the second student."""
+"""Of searches where much is lost: four times the prompts, twice the candidates; `COARSE` of the second student."""
 QUICK = Size(budget=4, prompts=24, images_per_task=4, grid=4, grid_images=12, steps=(2,))
 
 
@@ -289,6 +291,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for form in FORMS
             if FORMS[form].backend is not None
         }
+        found["recovered"][f"{COARSE}, with a branch"] = {
+            score: recovered(found["students"].values(), score, COARSE, repaired=BRANCHED)
+            for score in SCORES
+        }
         headline["quality_recovered"] = {
             form: {"share": g["share"], "lost": g["means"]["lost"]}
             for form, g in ((f, rows["geneval"]) for f, rows in found["recovered"].items())
@@ -340,14 +346,14 @@ def larger(options: BenchOptions, size: Size) -> dict[str, Any]:
                 for steps in size.steps
             }
         }
-        for form, of in (("bf16", usual), ("int4 rows", student))
+        for form, of in (("bf16", usual), (COARSE, student))
     }
     return {
         "size": asdict(size),
-        "steps": forms["int4 rows"]["steps"],
+        "steps": forms[COARSE]["steps"],
         "recovered": {
             steps: {
-                score: recovered([{"forms": forms}], score, "int4 rows", steps=[steps])
+                score: recovered([{"forms": forms}], score, COARSE, steps=[steps])
                 for score in SCORES
             }
             for steps in forms["bf16"]["steps"]
@@ -377,11 +383,16 @@ def against_grid(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def recovered(
-    students: Any, score: str, form: str, *, steps: Iterable[str] | None = None
+    students: Any,
+    score: str,
+    form: str,
+    *,
+    repaired: str | None = None,
+    steps: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """What the factors give back of a score that quantising took, over all students, seeds and steps (or these);
     `means`, over cells, tell how much there was to give back; `control` is what they give to the student in full
-    precision."""
+    precision. `repaired` is the form that stands in for `form` with them."""
     lost = gained = control = 0.0
     cells = 0
     for student in students:
@@ -389,7 +400,8 @@ def recovered(
         for n in steps or full:
             cells += len(full[n]["plain"][score]["values"])
             lost += _sum(full[n]["plain"], score) - _sum(small[n]["plain"], score)
-            gained += _sum(small[n]["qsched"], score) - _sum(small[n]["plain"], score)
+            after = student["forms"][repaired or form]["steps"][n]["qsched"]
+            gained += _sum(after, score) - _sum(small[n]["plain"], score)
             control += _sum(full[n]["qsched"], score) - _sum(full[n]["plain"], score)
     return {
         "share": round(gained / lost, 3) if lost > 0 else None,
