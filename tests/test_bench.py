@@ -296,6 +296,26 @@ def test_bytes_at_the_peak_are_those_of_torchs_own_tracker(device):
     assert peak_bytes(lambda: vae.decode(latents), [vae, latents]) == wanted > 0
 
 
+def test_bytes_of_a_step_are_those_of_torchs_own_tracker():
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    vae = deep_autoencoder().decoder
+    latents = torch.zeros(1, 8, 4, 4)
+
+    def step():
+        vae(latents).square().mean().backward()
+
+    tracker = MemTracker()
+    tracker.track_external(vae, latents)
+    with tracker:
+        step()
+    (rows,) = tracker.get_tracker_snapshot("peak").values()
+    told = {kind.name: size for kind, size in rows.items() if kind != "Total"}
+    vae.zero_grad()
+    wanted = sum(told[kind] for kind in ("ACT", "TEMP", "GRAD"))
+    assert peak_bytes(step, [vae, latents], backward=True) == wanted > 0
+
+
 def test_fused_attention_never_writes_its_matrix():
     q = torch.empty(1, 2, 512, 8, device="meta", dtype=torch.bfloat16)
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffalign import lora
 from diffalign.bench.curves import Curve, evaluations, finite, speedup
 from diffalign.bench.pair_gradients import PAIRS, cosines
+from diffalign.bench.peak_memory import peak_bytes
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.data.pair_cache import PairCache
@@ -236,7 +239,7 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
 
 def before_training(subject: Subject) -> dict[str, Any]:
     """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, on
-    the same pairs, on CUDA also the peak of memory; and where gradients point."""
+    the same pairs, bytes at the peak of either beside the weights; and where gradients point."""
     config = subject.configuration("inversion_dpo", 0)
     folder = str(subject.options.work / f"step-{subject.name}")
     trainer = Run.prepare(replace(config, output_dir=folder)).trainer
@@ -256,26 +259,23 @@ def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
     pairs = trainer.chosen(1)[: trainer.config.training.micro_batch_size]
     batch = trainer.cache.batch(pairs, trainer.accelerator.device)
     times: dict[bool, list[float]] = {True: [], False: []}
-    peaks: dict[bool, int] = {}
     for _ in range(STEP_REPEATS):
         for cached in (True, False):
-            seconds, peaks[cached] = _gradient(trainer, batch, cached=cached)
-            times[cached].append(seconds)
+            times[cached].append(_gradient(trainer, batch, cached=cached))
     ratios = [a / b for a, b in zip(times[True], times[False], strict=True)][1:]  # once to warm up
-    found: dict[str, Any] = {"pairs": len(pairs), "ratio": spread(ratios)}
-    if torch.cuda.is_available():
-        found["peak_bytes"] = {"cached": peaks[True], "with a reference": peaks[False]}
-    return found
+    known = [trainer.model.denoiser, *(p for p in vars(batch).values() if isinstance(p, Tensor))]
+    peaks = {
+        name: peak_bytes(partial(_gradient, trainer, batch, cached=cached), known, backward=True)
+        for name, cached in (("cached", True), ("with a reference", False))
+    }
+    return {"pairs": len(pairs), "ratio": spread(ratios), "peak_bytes": peaks}
 
 
-def _gradient(
-    trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool
-) -> tuple[float, int]:
-    """Seconds and, on CUDA, peak bytes of one gradient."""
+def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool) -> float:
+    """Seconds of one gradient."""
     cuda = batch.latents.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     question = trainer.update.ask(batch, (TIMESTEPS, 0))
     if not cached:
@@ -287,7 +287,7 @@ def _gradient(
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     trainer.optimizer.zero_grad()
-    return seconds, torch.cuda.max_memory_allocated() if cuda else 0
+    return seconds
 
 
 def run(options: BenchOptions) -> dict[str, Any]:

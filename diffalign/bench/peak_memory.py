@@ -1,10 +1,12 @@
-"""How much memory a forward needs at its peak, counted on any device, the meta device too: the bytes of all storages
-that are alive at once, beside those that were there before. An allocator rounds up and a kernel has scratch space."""
+"""How much memory a forward or a step needs at its peak, counted on any device, the meta device too: the bytes of all
+storages that are alive at once, beside those that were there before. An allocator rounds up, a kernel has scratch space.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@torch.no_grad()
-def peak_bytes(call: Callable[[], Any], known: Iterable[nn.Module | Tensor]) -> int:
-    """Of what a call allocates; `known`: modules and tensors that it gets."""
+def peak_bytes(
+    call: Callable[[], Any], known: Iterable[nn.Module | Tensor], *, backward: bool = False
+) -> int:
+    """Of what a call allocates; `known`: modules and tensors that it gets. `backward`: the call makes gradients, which
+    count; on a device where kernels run."""
     tensors: list[Tensor] = []
     for item in known:
         tensors += [*item.parameters(), *item.buffers()] if isinstance(item, nn.Module) else [item]
-    with _Fused(), _Storages(tensors) as storages:
+    fused = nullcontext() if backward else _Fused()
+    with torch.set_grad_enabled(backward), fused, _Storages(tensors) as storages:
         call()
     return storages.peak
 
