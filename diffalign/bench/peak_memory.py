@@ -1,5 +1,5 @@
 """How much memory a forward or a step needs at its peak, counted on any device, the meta device too: the bytes of all
-storages that are alive at once, beside those that were there before. An allocator rounds up, a kernel has scratch space.
+storages that are alive at once, beside those that were there before. Allocators round up, kernels have scratch space.
 """
 
 from __future__ import annotations
