@@ -48,12 +48,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "diffusion_dpo": (
         *DIFFUSION_DPO,
         "--algorithm.timesteps_per_pair=2",
+        "--optimizer.learning_rate=1e-3",
     ),
-    "inverted": (
-        "--pairs.inversion.solver=euler",
-        "--pairs.inversion.steps=8",
-        "--optimizer.learning_rate=4e-4",
-    ),
+    "inverted": ("--pairs.inversion.solver=euler", "--pairs.inversion.steps=8"),
     "released": (
         "--algorithm.variant=released",
         "--training.num_updates=20",  # enough: its gradient is exactly zero
