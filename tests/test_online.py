@@ -53,7 +53,10 @@ def test_the_reward_rises(tmp_path, family):
             "algorithm": {"reference_guidance_scale": 2.0, "kl_beta": 0.1},
             "optimizer": {"lr_scheduler": "cosine"},
         },
-        {"algorithm": {"noise": "rollout", "timestep_stop": 0.75}},
+        {
+            "algorithm": {"noise": "rollout", "timestep_stop": 0.5},
+            "rollout": {"num_inference_steps": 4},
+        },
     ],
 )
 def test_resumed_run_is_bit_identical(tmp_path, groups):
@@ -130,9 +133,9 @@ def test_micro_batches_change_nothing(tmp_path, updates_per_rollout, noise):
     runs = [
         trainer(
             tmp_path / str(size),
-            rollout={"micro_batch_size": size},
+            rollout={"micro_batch_size": size, "num_inference_steps": 4},
             training={"micro_batch_size": size, "updates_per_rollout": updates_per_rollout},
-            algorithm={"noise": noise, "timestep_stop": 0.67},
+            algorithm={"noise": noise, "timestep_stop": 0.5},
         )
         for size in (12, 5)
     ]
