@@ -47,10 +47,11 @@ def read_states(image: Path | bytes) -> RecordedStates:
     Raises:
         PairsError: there are none, or the file is damaged.
     """
+    name = str(image) if isinstance(image, Path) else "an image in a table"
     place = states_path(image) if isinstance(image, Path) else None
     if place is None or not place.is_file():
         raise PairsError(
-            f"pairs.inversion.solver=recorded: no states of {image if place else 'an image'}: "
+            f"pairs.inversion.solver=recorded: no states of {name}: "
             "`diffalign pairs --record_states K` keeps them while it draws; other images are inverted by another solver"
         )
     try:
