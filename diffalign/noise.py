@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_NOISE = 0.05
+"""Share below which there is next to no noise."""
+
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, ..., 1) with as many dimensions as `like`."""
@@ -173,6 +176,12 @@ def chord_target(path: Path, latents: Tensor, noisy_latents: Tensor, timesteps: 
     """What leads from noisy latents straight to `latents` (B, ...): the target of the noise that they imply."""
     noise = implied_noise(path, latents, noisy_latents, timesteps)
     return path.target(latents, noise, timesteps)
+
+
+def way_to_go(noise: Tensor) -> Tensor:
+    """(N,) bool, of the shares of noise (N,) at a sampler's falling timesteps: whether noise is left a step later. From
+    the other states it is the model's own prediction that leads straight to the image."""
+    return torch.cat([noise[1:], noise.new_zeros(1)]) >= MIN_NOISE
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

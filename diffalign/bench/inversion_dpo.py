@@ -41,7 +41,6 @@ from diffalign.types import PreferenceBatch
 SECONDS = 180.0
 """Of precomputing and training together."""
 RECIPES = {"shapes-sd3": "inversion-dpo-shapes", "shapes-sd": "inversion-dpo-shapes-sd"}
-BETAS = {"shapes-sd3": 30, "shapes-sd": 500}
 DIFFUSION_DPO = ("--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0")
 ARMS: dict[str, tuple[str, ...]] = {
     "inversion_dpo": (),
@@ -91,6 +90,13 @@ class Subject:
     def pairs(self) -> str:
         return str(self.options.work / f"pairs-{self.name}")
 
+    @property
+    def beta(self) -> float:
+        """Of the model's recipe; another `algorithm.type` does not inherit it."""
+        config = load(RECIPES[self.name])
+        assert isinstance(config, PreferenceRunConfig)
+        return config.algorithm.beta
+
     def make_pairs(self) -> list[str]:
         """`diffalign pairs`, as a user would; returns its arguments. Images that are there are kept."""
         arguments = [
@@ -124,7 +130,7 @@ class Subject:
             "--training.sample_every=0",
             "--evaluation.images_per_task=128",
             *ARMS[arm],
-            *([f"--algorithm.beta={BETAS[self.name]}"] if arm == "diffusion_dpo" else []),
+            *([f"--algorithm.beta={self.beta}"] if arm == "diffusion_dpo" else []),
             *(QUICK if self.options.quick else ()),
         ]
         config = load(RECIPES[self.name], overrides)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,8 +61,3 @@ def read_states(image: Path | bytes) -> RecordedStates:
         raise PairsError(
             f"{place} is damaged ({error}): delete it, and the same `diffalign pairs` draws its image again"
         ) from error
-
-
-def stacked(found: list[RecordedStates], name: str) -> Tensor:
-    """(B, ...) of B images."""
-    return torch.stack([getattr(r, name) for r in found])

@@ -108,12 +108,11 @@ def generate_samples(
     seeds = image_seeds(config, len(prompts) * n)
     number, count = process
     wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
-    places = [lambda image: image, *([states_path] if keeper else [])]
-    missing = [
-        (p, k)
-        for p, k in wanted
-        if not all(place(sample_path(folder, p, k)).is_file() for place in places)
-    ]
+
+    def is_there(place: Path) -> bool:
+        return place.is_file() and (keeper is None or states_path(place).is_file())
+
+    missing = [(p, k) for p, k in wanted if not is_there(sample_path(folder, p, k))]
     cache = EmbedCache(model)
     for start in range(0, len(missing), micro_batch_size):
         part = missing[start : start + micro_batch_size]

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.config import EvaluationConfig, InversionConfig
+from diffalign.algorithms.forward_process import matching_error
+from diffalign.config import EvaluationConfig
 from diffalign.data.states import RecordedStates, write_states
 from diffalign.errors import UsageError
 from diffalign.fingerprint import of_pipeline
-from diffalign.noise import chord_target
+from diffalign.noise import chord_target, way_to_go
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder, Recording
 from diffalign.seeds import STATES, stream
@@ -21,7 +22,7 @@ from diffalign.seeds import STATES, stream
 @dataclass
 class StateKeeper:
     """Writes `count` states of each image, at the same timesteps of all images of a prompt: any of those that have
-    noise even a step later (`pairs.inversion.min_noise`). Of others it is the model that says where they lead."""
+    noise even a step later (`noise.way_to_go`)."""
 
     model: TextToImageModel
     config: EvaluationConfig
@@ -39,8 +40,7 @@ class StateKeeper:
         )
         self.timesteps = scheduler.timesteps.float().cpu()
         noise = self.model.noise.scales(self.timesteps)[1]
-        later = torch.cat([noise[1:], noise.new_zeros(1)])
-        self.allowed = (later >= InversionConfig().min_noise).nonzero().flatten()
+        self.allowed = way_to_go(noise).nonzero().flatten()
         if not 1 <= self.count <= len(self.allowed):
             raise UsageError(
                 f"--record_states: must lie in 1..{len(self.allowed)}, the steps after which there is noise left"
@@ -68,6 +68,5 @@ class StateKeeper:
             target = chord_target(
                 self.model.noise, latents.float().expand_as(states), states.float(), times
             )
-            model_pred = drawn.model_pred[row, steps].float()
-            error = (model_pred - target).square().flatten(1).mean(1)
+            error = matching_error(drawn.model_pred[row, steps], target)
         write_states(image, RecordedStates(latents, states, times, self.made_by, error))

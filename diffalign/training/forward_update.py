@@ -19,7 +19,7 @@ from diffalign.algorithms import awm, diffusion_nft, timesteps
 from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proximal_loss
 from diffalign.config import ForwardProcessConfig
 from diffalign.errors import UsageError
-from diffalign.noise import chord_target
+from diffalign.noise import chord_target, way_to_go
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
 from diffalign.seeds import TIMESTEPS, stream
@@ -27,7 +27,6 @@ from diffalign.training.update import PolicyUpdate, Sums, TrainingBatch, UpdateS
 from diffalign.types import Trajectory
 
 LOSSES = {"awm": awm, "diffusion_nft": diffusion_nft}
-MIN_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class ForwardProcessUpdate(PolicyUpdate):
 
     def _check_noise(self) -> None:
         """UsageError where states are trained on from which there is no way to go but the model's."""
-        enough = int((self.settings.sigmas[1:] >= MIN_NOISE).sum())
+        enough = int(way_to_go(self.settings.sigmas[:-1]).sum())
         if self.parts[-1].stop > enough:
             raise UsageError(
                 f"algorithm.noise=rollout: after the last {len(self.grid) - enough} of {len(self.grid)} steps no noise "

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from diffalign import lora
+from diffalign.algorithms.forward_process import matching_error
 from diffalign.config import PreferenceRunConfig
 from diffalign.data.images import fit, read_image
 from diffalign.data.pairs import PreferencePair, Skipped
 from diffalign.data.shard_cache import Shard, prompt_tensors
-from diffalign.data.states import RecordedStates, stacked
+from diffalign.data.states import RecordedStates
 from diffalign.errors import UsageError
 from diffalign.inversion import Predict, integrate, round_trip_error
 from diffalign.noise import RectifiedFlow, chord_target
@@ -143,7 +144,7 @@ class PairMaker:
         pairs = [pair for pair, _, _ in kept]
         recorded = self.recorded.read(pairs) if self.recorded else None
         if recorded:
-            latents = stacked(recorded, "latents").to(self.model.device)
+            latents = torch.stack([r.latents for r in recorded]).to(self.model.device)
         else:
             images = torch.cat([pixels for _, pixels, _ in kept])
             with compute(self.model.device, self.config.training.mixed_precision):
@@ -221,7 +222,7 @@ class PairMaker:
     def _error(self, model_pred: Tensor, latents: Tensor, states: Tensor, times: Tensor) -> Tensor:
         """(B,) of predictions for states, beside what leads straight to the latents."""
         target = chord_target(self.model.noise, latents, states, times)
-        return (model_pred.float() - target).square().flatten(1).mean(1)
+        return matching_error(model_pred, target)
 
     def _inverted(
         self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
