@@ -11,7 +11,7 @@ from tiny_moves import deep_autoencoder
 from diffalign import cli
 from diffalign.bench import (
     BENCHES,
-    awm,
+    awm_arms,
     deep_latency,
     demo,
     inversion_dpo,
@@ -47,6 +47,20 @@ def test_names_and_seeds_are_checked(capsys):
     assert "--arms: no arm 'dema'; did you mean 'demo'" in capsys.readouterr().err
 
 
+def test_what_was_found_is_kept(tmp_path):
+    options = record.BenchOptions(quick=False, work=tmp_path)
+    asked = []
+
+    def make(folder):
+        asked.append(folder)
+        return {"x": len(asked)}
+
+    assert options.kept("int4 rows, 2", 1, make) == {"x": 1}
+    assert options.kept("int4 rows, 2", 1, make) == {"x": 1}
+    assert options.kept("int4 rows, 2", 2, make) == {"x": 2}
+    assert asked == [tmp_path / "int4-rows-2-1", tmp_path / "int4-rows-2-2"]
+
+
 def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     runs = {arm: demo.configuration(arm, 1, options) for arm in demo.ARMS}
@@ -73,9 +87,9 @@ def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
 
 def test_rivals_share_everything_but_the_algorithm(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
-    ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 2, options))
-    for name, arm in awm.RIVALS.items():
-        theirs = to_dict(awm.configuration(name, arm, 2, options))
+    ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 2, options))
+    for name, arm in awm_arms.RIVALS.items():
+        theirs = to_dict(awm_arms.configuration(name, arm, 2, options))
         assert theirs["algorithm"].pop("type") == name
         found = {line.partition(":")[0] for line in differences(ours, theirs)}
         assert {f for f in found if not f.startswith("algorithm")} <= {
@@ -86,7 +100,7 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
 
 
 def test_every_arm_can_be_chosen(tmp_path):
-    for names in (("awm", *awm.RIVALS, *awm.PLAIN, *awm.LEVERS), demo.ARMS):
+    for names in (("awm", *awm_arms.RIVALS, *awm_arms.RELEASED, *awm_arms.LEVERS), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
         assert options.chosen(names) == list(names)
@@ -95,10 +109,10 @@ def test_every_arm_can_be_chosen(tmp_path):
 
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
-    ours = to_dict(awm.configuration("awm", awm.Arm(awm.AWM), 0, options))
-    of_awm = {"plain awm": awm.PLAIN["plain awm"], "released awm": awm.RELEASED["released awm"]}
-    for name, arm in {**awm.LEVERS, **of_awm}.items():
-        theirs = to_dict(awm.configuration(name, arm, 0, options))
+    ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 0, options))
+    of_awm = {"released awm": awm_arms.RELEASED["released awm"]}
+    for name, arm in {**awm_arms.LEVERS, **of_awm}.items():
+        theirs = to_dict(awm_arms.configuration(name, arm, 0, options))
         found = {line.partition(":")[0] for line in differences(ours, theirs)} - {"output_dir"}
         named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
         assert found
@@ -218,12 +232,14 @@ def test_quick_solvers_bench(quick):
 
 @pytest.mark.slow
 def test_quick_awm_bench(quick):
-    last, _ = quick("awm")
+    last, written = quick("awm")
     assert {"speedup_vs_flow_grpo", "speedup_vs_nft", "geneval_final", "forwards_per_image"} == set(
         last
     )
     # rollout 6, policy 2 x 2.2, guided reference 2; less where groups are dropped
     assert 10 < last["forwards_per_image"] < 13
+    assert written["costs"]["two updates a rollout"]["seconds"]["median"] > 1.2
+    assert written["signals"]["4 timesteps"]["square_over_awm"] < 1
 
 
 @pytest.mark.slow

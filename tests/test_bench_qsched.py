@@ -122,12 +122,6 @@ def test_nothing_lost_is_no_share():
     assert found["means"]["lost"] == pytest.approx(-0.1)
 
 
-def test_a_rival_of_the_grid_counts_where_it_matched():
-    found = [{"ratio": 12.0}, {"ratio": None}, {"ratio": 40.0}]
-    assert qsched.against_grid(found) == {"ratio": 26.0, "matched": "2 of 3"}
-    assert qsched.against_grid(found[1:2]) == {"ratio": None, "matched": "0 of 1"}
-
-
 def test_psnr_by_hand():
     black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     grey = black + torch.tensor([51, 0], dtype=torch.uint8).view(2, 1, 1, 1)
@@ -140,12 +134,12 @@ def test_cells_are_taken_from_the_work_folder(tmp_path):
     options = BenchOptions(quick=True, work=tmp_path, seeds=1)
     made = qsched.Student("shapes-flux-schnell", options)
     assert made.size == qsched.QUICK
-    for name in ("shapes-flux-schnell int4 2", "shapes-flux-schnell grid"):
+    for name in ("shapes-flux-schnell int4 2", "shapes-flux-schnell published grid"):
         file = options.folder(name, 0) / "cell.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"name": name}))
     assert made.cell("int4", 2, 0) == {"name": "shapes-flux-schnell int4 2"}
-    assert made.grid(0) == {"name": "shapes-flux-schnell grid"}
+    assert made.grid(0) == {"name": "shapes-flux-schnell published grid"}
     assert not made.models  # nothing was loaded
 
 

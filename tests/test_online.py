@@ -127,7 +127,8 @@ def test_a_checkpoint_cut_in_half_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("updates_per_rollout", "noise"), [(1, "fresh"), (2, "fresh"), (1, "rollout")]
+    ("updates_per_rollout", "noise"),
+    [(1, "fresh"), (2, "fresh"), (1, "group"), (1, "rollout")],
 )
 def test_micro_batches_change_nothing(tmp_path, updates_per_rollout, noise):
     runs = [

@@ -152,6 +152,63 @@ class TestNoiseOfTheRollout:
             make_update(sd3, noise="rollout")
 
 
+class TestOneNoiseAGroup:
+    """`noise: group`: timesteps and noise are those of the prompt."""
+
+    def test_draws_depend_on_the_prompt_alone(self, model):
+        batch = make_batch(model)
+        update = make_update(model)
+        options = {"kl_timesteps": 1, "key": (0, 1, 0), "by_group": True}
+        drawn = draw(batch, range(N), update.parts, **options)
+        for name, values in vars(drawn).items():
+            assert torch.equal(values[0], values[2]), name  # prompts 0 and 0
+        assert not torch.equal(drawn.noise[0], drawn.noise[1])
+        part = draw(batch, range(2, 4), update.parts, **options)
+        assert torch.equal(part.noise, drawn.noise[2:4])
+        other = draw(batch, range(N), update.parts, **(options | {"key": (0, 2, 0)}))
+        assert not torch.equal(other.noise, drawn.noise)
+
+    def test_what_a_group_has_in_common_adds_up_to_nothing(self, policy):
+        """Equal images with advantages that add up to zero: nothing is better than anything, and no noise says so."""
+        perturb(policy[1])
+        batch = make_batch(policy[0])
+        advantages = torch.tensor([0.5, 1.0, 0.25, -0.5, -0.75, -0.5])  # of prompts 0 1 0 1 0 1
+        equal = TrainingBatch(
+            **{
+                **vars(batch),
+                "latents": batch.latents[:2].repeat(3, 1, 1, 1),
+                "advantages": advantages,
+            }
+        )
+        options = {"kl_beta": 0.0, "ema_kl_beta": 0.0, "weight": "uniform"}
+        fresh, _ = gradient(policy, equal, **options)
+        shared, _ = gradient(policy, equal, noise="group", **options)
+        assert shared.norm() < 1e-5 * fresh.norm()
+
+    def test_the_expected_gradient_is_that_of_noise_of_its_own(self, policy):
+        """An image's own draws have the same distribution: with one image a prompt nothing else is left, and the mean
+        over many updates comes out the same."""
+        perturb(policy[1])
+        model, parameters = policy
+        options = {"kl_beta": 0.0, "ema_kl_beta": 0.0, "weight": "uniform"}
+        batch = make_batch(model)
+        means, errors = {}, {}
+        for noise in ("fresh", "group"):
+            update = make_update(model, noise=noise, **options)
+            rows = []
+            for number in range(1, 121):
+                for p in parameters:
+                    p.grad = None
+                update.accumulate(batch, update=number)
+                rows.append(torch.cat([p.grad.flatten() for p in parameters]))
+            found = torch.stack(rows)
+            means[noise] = found.mean(0)
+            errors[noise] = found.var(0).sum() / len(found)
+        apart = (means["fresh"] - means["group"]).square().sum()
+        assert apart < 2 * (errors["fresh"] + errors["group"])  # 1 is expected
+        assert means["fresh"].square().sum() > 4 * errors["fresh"]  # or it would show nothing
+
+
 def test_fresh_lora_has_zero_distances_with_zero_gradient(policy):
     with_terms, metrics = gradient(policy, kl_beta=5.0, ema_kl_beta=5.0)
     without, _ = gradient(policy, kl_beta=0.0, ema_kl_beta=0.0)

@@ -7,21 +7,20 @@ control that tells repair from improvement. Finished cells are kept in the work 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.bench.eyes import Eyes
+from diffalign.bench.published_grid import against_grid, summary
 from diffalign.bench.record import BenchOptions, spread
 from diffalign.bench.weights import published_sizes, speeds
 from diffalign.config import EvaluationConfig
-from diffalign.data.files import write_text
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
@@ -43,8 +42,6 @@ STEPS = (2, 4, 8)
 OBJECTIVE = "jaq-shapes"
 SCORES = ("geneval", "verifier")
 """Of which it is counted what quantising takes and what the factors give back."""
-RIVALS = ("cma", "ramp")
-"""Of the grid."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +72,11 @@ FORMS = {
     "int4 svd": Form("int4", svd_rank=16),
     "int4 rows": Form("int4", group_size=None, everywhere=True),
     "int4 rows svd": Form("int4", svd_rank=16, group_size=None, everywhere=True),
+    "int4 rows svd 32": Form("int4", svd_rank=32, group_size=None, everywhere=True),
 }
-COARSE, BRANCHED = "int4 rows", "int4 rows svd"
+COARSE, BRANCHED = "int4 rows", {"int4 rows svd": 16, "int4 rows svd 32": 32}
 """The first is what a careful quantiser avoids, one scale for each output and no layer spared: there something is lost
-that can be given back, by factors alone or, with the second, by a branch in full precision and factors."""
+that can be given back, by factors alone or, with the others, by a branch in full precision and factors; its rank."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ class Size:
     prompts: int = 96
     images_per_task: int = 48
     grid: int = 50
-    grid_images: int = 8
+    grid_images: int = 24
+    grid_held_out: int = 192
     grid_seeds: int = 2
     rows: int = 16
     by_task: bool = False
@@ -104,7 +103,15 @@ LARGER = {
     "more by task": Size(budget=48, prompts=384, by_task=True, steps=(2, 4)),
 }
 """Of searches where much is lost: four times the prompts, twice the candidates; `COARSE` of the second student."""
-QUICK = Size(budget=4, prompts=24, images_per_task=4, grid=4, grid_images=12, steps=(2,))
+QUICK = Size(
+    budget=4,
+    prompts=24,
+    images_per_task=4,
+    grid=4,
+    grid_images=12,
+    grid_held_out=12,
+    steps=(2,),
+)
 
 
 class Student:
@@ -144,10 +151,14 @@ class Student:
         """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
         searched = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
         searched += " by task" if self.size.by_task else ""
-        folder = self.options.folder(f"{self.name} {form} {steps}{searched}", seed)
-        file = folder / "cell.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+        return self.options.kept(
+            f"{self.name} {form} {steps}{searched}",
+            seed,
+            lambda folder: self.search(form, steps, seed, folder),
+        )
+
+    def search(self, form: str, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+        """The cell."""
         model = self.model(form, steps)
         model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
         result = tune(
@@ -174,7 +185,6 @@ class Student:
             "network_rows": result.network_rows,
             "seconds": round(result.seconds, 1),
         }
-        write_text(file, json.dumps(found, indent=1))
         return found
 
     def scores(self, form: str, steps: int, seed: int) -> dict[str, float]:
@@ -222,53 +232,37 @@ class Student:
         return spread(t / b for t, b in zip(times, base, strict=True))
 
     def grid(self, seed: int) -> dict[str, Any]:
-        """Rows of the denoiser's forwards until CMA-ES, on all factors and on the grid's two numbers, is as good as the
-        best of the published grid, on the same images; 4-bit weights, 4 steps (a quick bench: 2)."""
-        file = self.options.folder(f"{self.name} grid", seed) / "cell.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        size, steps = self.size, max(s for s in self.size.steps if s <= 4)
-        prompts = load_prompts("shapes:train", limit=2 * size.grid_images)
-        results = {
-            engine: tune(
-                self.model("int4", steps),
+        """`against_grid`, of weights with which something is lost, in the fewest steps: cheapest there, and there is
+        something to find."""
+        size = self.size
+        prompts = by_task(size.grid_images + size.grid_held_out)
+        return self.options.kept(
+            f"{self.name} published grid",
+            seed,
+            lambda _: against_grid(
+                self.model(COARSE, size.steps[0]),
                 prompts,
                 self.reward.score,
-                Settings(self.objective, engine=engine, budget=budget, seed=seed),
-                Drawing(num_inference_steps=steps, seed=seed),
-            )
-            for engine, budget in (
-                ("grid", size.grid**2),
-                *((rival, size.grid**2 // 10) for rival in RIVALS),
-            )
-        }
-        best, rows = results["grid"].calibration_value, results["grid"].network_rows
-        found: dict[str, Any] = {
-            "grid_value": round(best, 4),
-            "grid_rows": rows,
-            "grid_rows_without_reuse": size.grid**2 * size.grid_images * steps,
-        }
-        for rival in RIVALS:
-            reached = [r["rows"] for r in results[rival].history if r["value"] >= best]
-            found[rival] = {
-                "value": round(results[rival].calibration_value, 4),
-                "rows": results[rival].network_rows,
-                "rows_to_match": reached[0] if reached else None,
-                "ratio": round(rows / reached[0], 2) if reached else None,
-            }
-        write_text(file, json.dumps(found, indent=1))
-        return found
+                Settings(self.objective, held_out=size.grid_held_out / len(prompts), seed=seed),
+                Drawing(num_inference_steps=size.steps[0], seed=seed),
+                side=size.grid,
+            ),
+        )
 
 
 def training_prompts(size: Size) -> list[Prompt]:
     """To search and to accept with."""
-    if not size.by_task:
-        return load_prompts("shapes:train", limit=size.prompts)
+    return (
+        by_task(size.prompts) if size.by_task else load_prompts("shapes:train", limit=size.prompts)
+    )
+
+
+def by_task(count: int) -> list[Prompt]:
+    """So many training prompts, as many of each task."""
     found = load_prompts("shapes:train")
     random.Random(0).shuffle(found)
     tasks = len({p.task for p in found})
-    return repeat_prompts(found, EvaluationConfig(images_per_task=size.prompts // tasks))
+    return repeat_prompts(found, EvaluationConfig(images_per_task=count // tasks))
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
@@ -291,16 +285,17 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for form in FORMS
             if FORMS[form].backend is not None
         }
-        found["recovered"][f"{COARSE}, with a branch"] = {
-            score: recovered(found["students"].values(), score, COARSE, repaired=BRANCHED)
-            for score in SCORES
-        }
+        for form, rank in BRANCHED.items():
+            found["recovered"][f"{COARSE}, with a branch of rank {rank}"] = {
+                score: recovered(found["students"].values(), score, COARSE, repaired=form)
+                for score in SCORES
+            }
         headline["quality_recovered"] = {
             form: {"share": g["share"], "lost": g["means"]["lost"]}
             for form, g in ((f, rows["geneval"]) for f, rows in found["recovered"].items())
         }
         grids = [g for s in found["students"].values() for g in s["grid"]]
-        headline["network_calls_vs_grid"] = {r: against_grid([g[r] for g in grids]) for r in RIVALS}
+        headline["network_calls_vs_grid"] = summary(grids)
     if "larger" in chosen and not options.quick:
         found["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
     if "sizes" in chosen:
@@ -370,15 +365,6 @@ def table(cells: list[dict[str, Any]]) -> dict[str, Any]:
             for how in ("plain", "best", "qsched")
         },
         "searches": [c["search"] for c in cells],
-    }
-
-
-def against_grid(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one rival over students and seeds: the median ratio of those that matched the grid, and how many did."""
-    ratios = [f["ratio"] for f in found if f["ratio"] is not None]
-    return {
-        "ratio": median(ratios) if ratios else None,
-        "matched": f"{len(ratios)} of {len(found)}",
     }
 
 

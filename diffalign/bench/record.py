@@ -9,7 +9,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from diffalign.bench import BENCHES
 from diffalign.config import AnyRunConfig, decode, differences, nearest, to_dict
+from diffalign.data.files import write_text
 from diffalign.errors import UsageError
 from diffalign.training.run import run as train
 from diffalign.training.run_folder import SUMMARY
@@ -37,6 +38,17 @@ class BenchOptions:
     def folder(self, arm: str, seed: int) -> Path:
         """Where the run of an arm is kept."""
         return self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+    def kept(self, arm: str, seed: int, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` found for an arm, given its folder; from there, where it was found before."""
+        folder = self.folder(arm, seed)
+        file = folder / "cell.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        folder.mkdir(parents=True, exist_ok=True)
+        found = make(folder)
+        write_text(file, json.dumps(found, indent=1))
+        return found
 
     def chosen(self, known: Iterable[str]) -> list[str]:
         """The arms to run, of those that the benchmark knows."""

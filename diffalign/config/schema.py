@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from diffalign.config.checks import check, one_of, positive
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
-NOISES = ("fresh", "rollout")
+NOISES = ("fresh", "group", "rollout")
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -94,8 +94,9 @@ class ForwardProcessConfig(AlgorithmConfig):
     timestep_stop: float = 1.0
     """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
     noise: str = "fresh"
-    """What images are noised with: "fresh" noise at every update, or that of the "rollout" itself: the states through
-    which an image was made, and what leads from them straight to it."""
+    """What images are noised with: "fresh" noise at every update, an image's own or, "group", one for all images of a
+    prompt, at the same timesteps, or that of the "rollout" itself: the states through which an image was made, and what
+    leads from them straight to it."""
     ema_kl_beta: float = 1.0
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1

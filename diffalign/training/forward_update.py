@@ -1,8 +1,8 @@
 """Updates with a loss on the forward process: latents of the rollout are noised afresh, at timesteps of its grid, or
 have the noise that they were made from.
 
-Noise and timesteps of an image come from a stream of its own, so that they depend neither on the micro-batch nor on the
-number of processes.
+Noise and timesteps of an image, or of all images of a prompt, come from a stream of its own, so that they depend
+neither on the micro-batch nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ def draw(
     *,
     kl_timesteps: int,
     key: tuple[int, ...],
+    by_group: bool = False,
 ) -> Draws:
-    """Timesteps, noise and the subset for the distances, image by image."""
+    """Timesteps, noise and the subset for the distances: for each image, or the same for all images of a prompt.
+
+    Advantages of a group add up to nothing, and so does, with one noise, what its images have in common: the same
+    expectation, a lower variance.
+    """
     index, noise, pick = [], [], []
     for row in rows:
-        generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, batch.image[row]))
+        own = int(batch.prompt_index[row]) if by_group else batch.image[row]
+        generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, own))
         index.append(timesteps.draw(parts, generator=generator))
         noise.append(torch.randn(len(parts), *batch.latents.shape[1:], generator=generator))
         pick.append(torch.randperm(len(parts), generator=generator)[:kl_timesteps])
@@ -145,6 +151,7 @@ class ForwardProcessUpdate(PolicyUpdate):
             self.parts,
             kl_timesteps=config.kl_timesteps,
             key=(self.settings.seed, *key),
+            by_group=config.noise == "group",
         )
         latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
         times = self.grid[draws.grid_index].flatten().to(device)

@@ -1,0 +1,97 @@
+"""Where AWM's speed comes from: what an update costs, and how much of its gradient is signal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.bench.awm_arms import AWM, COSTS, NOISES, RIVALS, Arm, configuration
+from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
+from diffalign.bench.record import BenchOptions, spread
+from diffalign.config import RunConfig
+from diffalign.quantization.latency import interleaved
+from diffalign.training.online import OnlineTrainer
+from diffalign.training.run import Run
+
+UPDATES = 9
+"""Of each arm, timed."""
+BATCHES = {"signal": 48, "noise": 12}
+"""Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
+
+
+def costs(options: BenchOptions) -> dict[str, Any]:
+    """Seconds of an update over AWM's, turn and turn about, and forwards of the denoiser for an image."""
+    arms = {"awm": Arm(AWM), **RIVALS, **COSTS}
+    trainers = [_trainer(_alone(f"cost {n}", arm, options)) for n, arm in arms.items()]
+    rows: list[list[dict[str, Any]]] = [[] for _ in trainers]
+    train = torch.enable_grad()(lambda trainer, log: log.append(trainer.train_update()))
+    calls = [partial(train, t, log) for t, log in zip(trainers, rows, strict=True)]
+    times = interleaved(
+        calls, trainers[0].accelerator.device, repeats=2 if options.quick else UPDATES
+    )
+    return {
+        name: {
+            "seconds": spread(t / base for t, base in zip(seconds, times[0], strict=True)),
+            "forwards_per_image": round(median(r["forwards_per_image"] for r in done), 2),
+            "overrides": list(arm.overrides),
+        }
+        for (name, arm), seconds, done in zip(arms.items(), times, rows, strict=True)
+    }
+
+
+def signals(options: BenchOptions) -> dict[str, Any]:
+    """Gradients of the reward alone, without distances, at the policy that AWM's first run ended with: of the rivals,
+    and of ways to draw timesteps and noise."""
+    arms = {"awm": Arm(AWM), **RIVALS, **NOISES}
+    sizes = {n: BATCHES["noise" if n in NOISES else "signal"] for n in arms}
+    found: dict[str, Tensor] = {}
+    table: dict[str, Any] = {}
+    for name, arm in arms.items():
+        config = _reward_alone(_alone(f"signal {name}", arm, options))
+        trainer = _trainer(config)
+        load_policy(trainer, options.folder("awm", 0) / "checkpoints")
+        found[name] = gradients(trainer, batches=3 if options.quick else sizes[name])
+        ours = found["awm"][: len(found[name])]
+        images = config.rollout.prompts_per_update * config.rollout.group_size
+        seen = signal(found[name], images=images)
+        table[name] = {
+            "batches": len(found[name]),
+            "square_over_awm": _rounded(seen.square / float(ours.square().sum(1).mean())),
+            "cosine": _rounded(seen.cosine),
+            "cosine_error": _rounded(seen.error),
+            "images_to_signal": _rounded(seen.images),
+            "direction": _rounded(direction(found["awm"][: len(ours)], found[name])),
+            "overrides": list(arm.overrides),
+        }
+    return table
+
+
+def _alone(name: str, arm: Arm, options: BenchOptions) -> RunConfig:
+    """In a folder of its own that no run uses."""
+    config = configuration(name, arm, 0, options)
+    return replace(config, evaluation=replace(config.evaluation, images_per_task=1))
+
+
+def _reward_alone(config: RunConfig) -> RunConfig:
+    """Without distances and, as no time is measured, without compilation."""
+    algorithm = replace(config.algorithm, kl_beta=0.0)
+    if hasattr(algorithm, "ema_kl_beta"):
+        algorithm = replace(algorithm, ema_kl_beta=0.0)
+    return replace(config, algorithm=algorithm, model=replace(config.model, compile=False))
+
+
+def _trainer(config: RunConfig) -> OnlineTrainer:
+    trainer = Run.prepare(config).trainer
+    assert isinstance(trainer, OnlineTrainer)
+    trainer.prepare()
+    return trainer
+
+
+def _rounded(value: float | None) -> float | None:
+    """Four digits that say something."""
+    return None if value is None else float(f"{value:.4g}")
