@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffalign.bench.awm_arms import (
 from diffalign.bench.awm_causes import costs, signals
 from diffalign.bench.curves import Curve, finite, read_curve, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
+from diffalign.bench.second_opinion import REWARD, SecondOpinion
 from diffalign.config import RunConfig
 from diffalign.training.run_folder import RunFolder
 
@@ -33,9 +35,11 @@ UNITS = ("seconds", "images", "forwards")
 CAUSES = {"costs": costs, "signals": signals}
 
 
-def measure(name: str, arm: Arm, options: BenchOptions, seeds: int) -> dict[str, Any]:
+def measure(
+    name: str, arm: Arm, options: BenchOptions, seeds: int, opinion: SecondOpinion
+) -> dict[str, Any]:
     """All seeds of an arm: curves, and the figures that make a table."""
-    curves, summaries, logs = [], [], []
+    curves, summaries, logs, seconds = [], [], [], []
     if not options.quick:
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
@@ -44,11 +48,13 @@ def measure(name: str, arm: Arm, options: BenchOptions, seeds: int) -> dict[str,
         logs.append(RunFolder(config.output_dir).read_log())
         images = config.rollout.prompts_per_update * config.rollout.group_size
         curves.append(read_curve(logs[-1], summaries[-1], images))
+        seconds.append(options.kept(f"second opinion {name}", seed, partial(opinion, config)))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
+        REWARD: {key: spread(s[key] for s in seconds) for key in ("before", "after", "win_rate")},
         "diversity_first": spread(log[0]["diversity"] for log in logs),
         "diversity_last": spread(log[-1]["diversity"] for log in logs),
         "forwards_per_image": round(median(r["forwards_per_image"] for r in rows), 2),
@@ -85,9 +91,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
     chosen = options.chosen(("awm", *known, *CAUSES))
     if options.quick and options.arms is None:
         chosen = ["awm", *RIVALS, *CAUSES]
-    arms = {"awm": measure("awm", Arm(AWM), options, options.seeds)}
+    opinion = SecondOpinion()
+    arms = {"awm": measure("awm", Arm(AWM), options, options.seeds, opinion)}
     for name in (n for n in chosen if n in known):
-        arms[name] = measure(name, known[name], options, 1 if name in LEVERS else options.seeds)
+        seeds = 1 if name in LEVERS else options.seeds
+        arms[name] = measure(name, known[name], options, seeds, opinion)
     headline = {
         "geneval_final": arms["awm"]["geneval_final"]["median"],
         "forwards_per_image": arms["awm"]["forwards_per_image"],
@@ -105,9 +113,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
             headline[HEADLINES[name]] = finite(median(decided)) if decided else None
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
-    causes = {
-        n: options.kept(n, 0, lambda _, n=n: CAUSES[n](options)) for n in CAUSES if n in chosen
-    }
+    causes = {n: options.kept(n, 0, partial(CAUSES[n], options)) for n in CAUSES if n in chosen}
     return {"headline": headline, "speedups": ratios, "arms": arms, **causes}
 
 

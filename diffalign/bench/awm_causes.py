@@ -13,14 +13,14 @@ from torch import Tensor
 from diffalign.bench.awm_arms import AWM, COSTS, NOISES, RIVALS, Arm, configuration
 from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
 from diffalign.bench.record import BenchOptions, spread
-from diffalign.config import RunConfig
+from diffalign.config import ForwardProcessConfig, RunConfig
 from diffalign.quantization.latency import interleaved
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.run import Run
 
 UPDATES = 9
 """Of each arm, timed."""
-BATCHES = {"signal": 48, "noise": 12}
+BATCHES = {"signal": 32, "noise": 8}
 """Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
 
 
@@ -80,7 +80,7 @@ def _alone(name: str, arm: Arm, options: BenchOptions) -> RunConfig:
 def _reward_alone(config: RunConfig) -> RunConfig:
     """Without distances and, as no time is measured, without compilation."""
     algorithm = replace(config.algorithm, kl_beta=0.0)
-    if hasattr(algorithm, "ema_kl_beta"):
+    if isinstance(algorithm, ForwardProcessConfig):
         algorithm = replace(algorithm, ema_kl_beta=0.0)
     return replace(config, algorithm=algorithm, model=replace(config.model, compile=False))
 

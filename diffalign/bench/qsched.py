@@ -151,13 +151,11 @@ class Student:
         """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
         searched = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
         searched += " by task" if self.size.by_task else ""
-        return self.options.kept(
-            f"{self.name} {form} {steps}{searched}",
-            seed,
-            lambda folder: self.search(form, steps, seed, folder),
-        )
+        arm = f"{self.name} {form} {steps}{searched}"
+        file = self.options.folder(arm, seed) / "scores.jsonl"
+        return self.options.kept(arm, seed, lambda: self.search(form, steps, seed, file))
 
-    def search(self, form: str, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    def search(self, form: str, steps: int, seed: int, file: Path) -> dict[str, Any]:
         """The cell."""
         model = self.model(form, steps)
         model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
@@ -168,7 +166,7 @@ class Student:
             Settings(self.objective, budget=self.size.budget, seed=seed),
             Drawing(num_inference_steps=steps, seed=seed),
             reference=None if form == "bf16" else self.model("bf16", steps),
-            file=folder / "scores.jsonl",
+            file=file,
         )
         plain = self.scores(form, steps, seed)
         model.pipeline.scheduler.set_coefficients(result.best)
@@ -239,7 +237,7 @@ class Student:
         return self.options.kept(
             f"{self.name} published grid",
             seed,
-            lambda _: against_grid(
+            lambda: against_grid(
                 self.model(COARSE, size.steps[0]),
                 prompts,
                 self.reward.score,

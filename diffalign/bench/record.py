@@ -39,14 +39,14 @@ class BenchOptions:
         """Where the run of an arm is kept."""
         return self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
 
-    def kept(self, arm: str, seed: int, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` found for an arm, given its folder; from there, where it was found before."""
+    def kept(self, arm: str, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` found for an arm; from the arm's folder, where it was found before."""
         folder = self.folder(arm, seed)
         file = folder / "cell.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
         folder.mkdir(parents=True, exist_ok=True)
-        found = make(folder)
+        found = make()
         write_text(file, json.dumps(found, indent=1))
         return found
 
