@@ -87,7 +87,7 @@ class Size:
     prompts: int = 96
     images_per_task: int = 48
     grid: int = 50
-    grid_images: int = 24
+    grid_images: int = 18
     grid_held_out: int = 192
     grid_seeds: int = 2
     rows: int = 16
