@@ -29,6 +29,7 @@ from diffalign.bench.second_opinion import REWARD, SecondOpinion
 from diffalign.config import RunConfig
 from diffalign.training.run_folder import RunFolder
 
+RELEASED_AWM = "released awm"
 HEADLINES = {"flow_grpo": "speedup_vs_flow_grpo", "diffusion_nft": "speedup_vs_nft"}
 TARGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 UNITS = ("seconds", "images", "forwards")
@@ -101,15 +102,15 @@ def run(options: BenchOptions) -> dict[str, Any]:
         "forwards_per_image": arms["awm"]["forwards_per_image"],
     }
     ratios = {}
-    for name in arms:
-        ours = "released awm" if name in RELEASED else "awm"
-        if name == ours or ours not in arms:
-            continue
+    pairs = [("awm", name) for name in arms if name != "awm"]
+    if RELEASED_AWM in arms:
+        pairs += [(RELEASED_AWM, n) for n in RELEASED if n in arms and n != RELEASED_AWM]
+    for ours, name in pairs:
         curves = arms[ours]["curves"], arms[name]["curves"]
         times = {unit: _speedups(*curves, unit) for unit in UNITS}
         ratios[f"{ours} over {name}"] = {u: [finite(v) for v in t] for u, t in times.items()}
         decided = [v for v in times["seconds"] if not math.isnan(v)]
-        if name in HEADLINES:
+        if ours == "awm" and name in HEADLINES:
             headline[HEADLINES[name]] = finite(median(decided)) if decided else None
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]

@@ -18,9 +18,9 @@ from diffalign.quantization.latency import interleaved
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.run import Run
 
-UPDATES = 9
+UPDATES = 5
 """Of each arm, timed."""
-BATCHES = {"signal": 32, "noise": 8}
+BATCHES = {"signal": 24, "noise": 6}
 """Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
 
 
