@@ -1,9 +1,9 @@
-"""AWM against Flow-GRPO and DiffusionNFT on the same loop, model, adapter, prompts and machine; and AWM's levers.
+"""AWM against Flow-GRPO and DiffusionNFT on the same loop, model, prompts and machine; and AWM's levers.
 
-Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the guided
-reference, fewer timesteps and distances; the second is with each method as it was released, but for the rate, which is
-ours: without guidance, rewards alone move the policy. A lever's arm changes one thing in AWM's recipe. Causes are what
-an update costs and how much of its gradient is signal.
+Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the same
+adapter, the guided reference, fewer timesteps and distances; the second is with the hyper-parameters of the releases,
+but for the rate, which is ours: without guidance, rewards alone move the policy. A lever's arm changes one thing in
+AWM's recipe. Causes are what an update costs and how much of its gradient is signal.
 """
 
 from __future__ import annotations

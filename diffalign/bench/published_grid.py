@@ -1,7 +1,7 @@
 """Q-Sched's published grid of 50 x 50 candidates against searches with a tenth of them.
 
 The best of 2,500 candidates on a few images is partly luck, so that as good a value on these images is half of the
-answer: what both searches chose is drawn for held-out prompts, too, with the same noise.
+answer: what both searches chose is drawn for other images, too, both with the same noise.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class ForwardProcessConfig(AlgorithmConfig):
     """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
     noise: str = "fresh"
     """What images are noised with: "fresh" noise at every update, an image's own or, "group", one for all images of a
-    prompt, at the same timesteps, or that of the "rollout" itself: the states through which an image was made, and what
-    leads from them straight to it."""
+    prompt, at the same timesteps (less variance of the reward's part, not of the distances), or that of the "rollout"
+    itself: the states through which an image was made, and what leads from them straight to it."""
     ema_kl_beta: float = 1.0
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1
