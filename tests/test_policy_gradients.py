@@ -5,8 +5,11 @@ import torch
 from tiny_runs import trainer
 
 from diffalign import lora
+from diffalign.algorithms.timesteps import strata
 from diffalign.bench import awm_arms
 from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
+from diffalign.bench.record import BenchOptions
+from diffalign.config import differences, to_dict
 
 
 def test_signal_by_hand():
@@ -73,11 +76,18 @@ def test_a_run_s_checkpoint_is_the_policy(tmp_path):
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_causes_change_one_thing_each(tmp_path):
-    """And ways to draw change nothing that is expected: neither images nor rewards nor where timesteps lie."""
+def test_causes_change_what_they_are_named_for(tmp_path):
+    """And ways to draw leave the timesteps' distribution alone: every one of the grid's as likely as before."""
+    options = BenchOptions(quick=False, work=tmp_path)
+    ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 0, options))
     for name, arm in {**awm_arms.COSTS, **awm_arms.NOISES}.items():
-        assert arm.recipe == awm_arms.AWM
-        assert 1 <= len(arm.overrides) <= 3, name
-    for arm in awm_arms.NOISES.values():
-        names = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
-        assert names <= {"algorithm.timesteps_per_image", "algorithm.noise"}
+        theirs = awm_arms.configuration(name, arm, 0, options)
+        changed = {line.partition(":")[0] for line in differences(ours, to_dict(theirs))}
+        named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
+        assert changed == named | {"output_dir"}, name
+        if name in awm_arms.NOISES:
+            c = theirs.algorithm
+            parts = strata(
+                theirs.rollout.num_inference_steps, c.timesteps_per_image, stop=c.timestep_stop
+            )
+            assert [1 / (len(parts) * len(p)) for p in parts for _ in p] == [0.25] * 4
