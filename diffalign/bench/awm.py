@@ -40,22 +40,21 @@ def measure(
     name: str, arm: Arm, options: BenchOptions, seeds: int, opinion: SecondOpinion
 ) -> dict[str, Any]:
     """All seeds of an arm: curves, and the figures that make a table."""
-    curves, summaries, logs, seconds = [], [], [], []
+    curves, summaries, logs, opinions = [], [], [], []
     if not options.quick:
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
         config = configuration(name, arm, seed, options)
         summaries.append(run_once(config))
         logs.append(RunFolder(config.output_dir).read_log())
-        images = config.rollout.prompts_per_update * config.rollout.group_size
-        curves.append(read_curve(logs[-1], summaries[-1], images))
-        seconds.append(options.kept(f"second opinion {name}", seed, partial(opinion, config)))
+        curves.append(read_curve(logs[-1], summaries[-1], config.rollout.images_per_update))
+        opinions.append(options.kept(f"second opinion {name}", seed, partial(opinion, config)))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
-        REWARD: {key: spread(s[key] for s in seconds) for key in ("before", "after", "win_rate")},
+        REWARD: {key: spread(s[key] for s in opinions) for key in ("before", "after", "win_rate")},
         "diversity_first": spread(log[0]["diversity"] for log in logs),
         "diversity_last": spread(log[-1]["diversity"] for log in logs),
         "forwards_per_image": round(median(r["forwards_per_image"] for r in rows), 2),

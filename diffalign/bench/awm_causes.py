@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffalign.bench.awm_arms import AWM, COSTS, NOISES, RIVALS, Arm, configuration
@@ -27,10 +25,12 @@ BATCHES = {"signal": 24, "noise": 6}
 def costs(options: BenchOptions) -> dict[str, Any]:
     """Seconds of an update over AWM's, turn and turn about, and forwards of the denoiser for an image."""
     arms = {"awm": Arm(AWM), **RIVALS, **COSTS}
-    trainers = [_trainer(_alone(f"cost {n}", arm, options)) for n, arm in arms.items()]
+    trainers = [_trainer(configuration(f"cost {n}", arm, 0, options)) for n, arm in arms.items()]
     rows: list[list[dict[str, Any]]] = [[] for _ in trainers]
-    train = torch.enable_grad()(lambda trainer, log: log.append(trainer.train_update()))
-    calls = [partial(train, t, log) for t, log in zip(trainers, rows, strict=True)]
+    calls = [
+        lambda t=t, log=log: log.append(t.train_update())
+        for t, log in zip(trainers, rows, strict=True)
+    ]
     times = interleaved(
         calls, trainers[0].accelerator.device, repeats=2 if options.quick else UPDATES
     )
@@ -48,33 +48,26 @@ def signals(options: BenchOptions) -> dict[str, Any]:
     """Gradients of the reward alone, without distances, at the policy that AWM's first run ended with: of the rivals,
     and of ways to draw timesteps and noise."""
     arms = {"awm": Arm(AWM), **RIVALS, **NOISES}
-    sizes = {n: BATCHES["noise" if n in NOISES else "signal"] for n in arms}
     found: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
     for name, arm in arms.items():
-        config = _reward_alone(_alone(f"signal {name}", arm, options))
+        config = _reward_alone(configuration(f"signal {name}", arm, 0, options))
         trainer = _trainer(config)
         load_policy(trainer, options.folder("awm", 0) / "checkpoints")
-        found[name] = gradients(trainer, batches=3 if options.quick else sizes[name])
-        ours = found["awm"][: len(found[name])]
-        images = config.rollout.prompts_per_update * config.rollout.group_size
-        seen = signal(found[name], images=images)
+        batches = 3 if options.quick else BATCHES["noise" if name in NOISES else "signal"]
+        found[name] = gradients(trainer, batches=batches)
+        ours = found["awm"][:batches]
+        seen = signal(found[name], images=config.rollout.images_per_update)
         table[name] = {
-            "batches": len(found[name]),
+            "batches": batches,
             "square_over_awm": _rounded(seen.square / float(ours.square().sum(1).mean())),
             "cosine": _rounded(seen.cosine),
             "cosine_error": _rounded(seen.error),
             "images_to_signal": _rounded(seen.images),
-            "direction": _rounded(direction(found["awm"][: len(ours)], found[name])),
+            "direction": _rounded(direction(ours, found[name])),
             "overrides": list(arm.overrides),
         }
     return table
-
-
-def _alone(name: str, arm: Arm, options: BenchOptions) -> RunConfig:
-    """In a folder of its own that no run uses."""
-    config = configuration(name, arm, 0, options)
-    return replace(config, evaluation=replace(config.evaluation, images_per_task=1))
 
 
 def _reward_alone(config: RunConfig) -> RunConfig:

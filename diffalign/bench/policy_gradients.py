@@ -17,7 +17,6 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.training import checkpoint
 from diffalign.training.online import OnlineTrainer
-from diffalign.training.rollout import make_plan
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,7 @@ def gradients(trainer: OnlineTrainer, *, batches: int) -> Tensor:
     """(B, P) gradients of so many updates, each with prompts and images of its own; none is applied."""
     rows = []
     for number in range(1, batches + 1):
-        plan = make_plan(
-            trainer.prompts,
-            trainer.config.rollout,
-            seed=trainer.config.training.seed,
-            update=number,
-            tasks=trainer.config.prompts,
-        )
+        plan = trainer.plan(number)
         batch, _ = trainer.make_batch(plan, trainer.rollout(plan, number))
         trainer.optimizer.zero_grad()
         if batch.kept:

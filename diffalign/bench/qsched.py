@@ -74,9 +74,9 @@ FORMS = {
     "int4 rows svd": Form("int4", svd_rank=16, group_size=None, everywhere=True),
     "int4 rows svd 32": Form("int4", svd_rank=32, group_size=None, everywhere=True),
 }
-COARSE, BRANCHED = "int4 rows", {"int4 rows svd": 16, "int4 rows svd 32": 32}
+COARSE, BRANCHED = "int4 rows", ("int4 rows svd", "int4 rows svd 32")
 """The first is what a careful quantiser avoids, one scale for each output and no layer spared: there something is lost
-that can be given back, by factors alone or, with the others, by a branch in full precision and factors; its rank."""
+that can be given back, by factors alone or, with the others, by a branch in full precision and factors."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
             for form in FORMS
             if FORMS[form].backend is not None
         }
-        for form, rank in BRANCHED.items():
-            found["recovered"][f"{COARSE}, with a branch of rank {rank}"] = {
+        for form in BRANCHED:
+            name = f"{COARSE}, with a branch of rank {FORMS[form].svd_rank}"
+            found["recovered"][name] = {
                 score: recovered(found["students"].values(), score, COARSE, repaired=form)
                 for score in SCORES
             }

@@ -262,6 +262,10 @@ class RolloutConfig(DrawingConfig):
     def group(self) -> str:
         return "rollout"
 
+    @property
+    def images_per_update(self) -> int:
+        return self.prompts_per_update * self.group_size
+
 
 @dataclass
 class OptimizerConfig:

@@ -40,12 +40,11 @@ def compare(
     return Comparison(1000 * statistics.median(times), 1000 * statistics.median(base), ratio)
 
 
-@torch.no_grad()
 def interleaved(
     calls: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = REPEATS
 ) -> list[list[float]]:
     """Seconds of several calls, `repeats` of each after some to warm up, turn and turn about: a machine that slows down
-    slows all of them."""
+    slows all of them. Whether gradients are kept is the caller's to say."""
     found: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + WARM_UP):
         for times, call in zip(found, calls, strict=True):

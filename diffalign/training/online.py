@@ -54,7 +54,7 @@ class OnlineTrainer(Trainer):
                 f"{self.model.family} model"
             )
         super().__post_init__()
-        images = c.rollout.prompts_per_update * c.rollout.group_size
+        images = c.rollout.images_per_update
         if images < self.accelerator.num_processes:
             raise UsageError(
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
@@ -116,7 +116,7 @@ class OnlineTrainer(Trainer):
     def full_batches(self) -> dict[bool, set[int]]:
         """Rows of the denoiser's full batches, with gradient (True) and without: what is worth compiling for."""
         c, world = self.config, self.accelerator.num_processes
-        share = -(-c.rollout.prompts_per_update * c.rollout.group_size // world)
+        share = -(-c.rollout.images_per_update // world)
         found = self.policy_update.rows(min(c.training.micro_batch_size, share))
         drawn = min(c.rollout.micro_batch_size, share)
         for images, guidance in (
@@ -142,13 +142,7 @@ class OnlineTrainer(Trainer):
         started = time.perf_counter()
         number = self.progress.update + 1
         self.forwards.take()  # those of an evaluation are not the update's
-        plan = make_plan(
-            self.prompts,
-            self.config.rollout,
-            seed=self.config.training.seed,
-            update=number,
-            tasks=self.config.prompts,
-        )
+        plan = self.plan(number)
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
             self.save()
@@ -177,6 +171,16 @@ class OnlineTrainer(Trainer):
             "update_seconds": finished - sampled,
             "images_per_second": len(plan) / (finished - started),
         }
+
+    def plan(self, update: int) -> Plan:
+        """What an update draws."""
+        return make_plan(
+            self.prompts,
+            self.config.rollout,
+            seed=self.config.training.seed,
+            update=update,
+            tasks=self.config.prompts,
+        )
 
     def rollout(self, plan: Plan, update: int) -> Rollout:
         """This process's images, with the rewards of the whole update."""
