@@ -18,6 +18,7 @@ from diffalign.quantization.accounting import report
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackedLinear
 from diffalign.tuning.objective import PRESETS
+from diffalign.tuning.tune import Settings, split
 
 
 def test_forms_say_whether_they_are_calibrated():
@@ -111,8 +112,25 @@ def test_prompts_by_task_are_as_many_of_each():
     assert len(found) == size.prompts
     tasks = Counter(p.task for p in found)
     assert set(tasks.values()) == {size.prompts // 6}
+    halves = split(found, Settings({}).held_out)
+    for half in halves:
+        counts = Counter(p.task for p in half)
+        assert len(counts) == 6
+        assert max(counts.values()) - min(counts.values()) <= 8
+    assert {p.text for p in halves[0]}.isdisjoint(p.text for p in halves[1])
     by_list = Counter(p.task for p in qsched.training_prompts(qsched.FULL))
     assert by_list["color_attr"] > 0.8 * qsched.FULL.prompts
+
+
+@pytest.mark.parametrize("size", [qsched.FULL, qsched.QUICK])
+def test_what_the_grid_is_held_against_has_prompts_of_its_own(size):
+    seen, held_out = qsched.by_task(size.grid_images, size.grid_held_out)
+    assert (len(seen), len(held_out)) == (size.grid_images, size.grid_held_out)
+    for prompts in (seen, held_out):
+        assert set(Counter(p.task for p in prompts).values()) == {len(prompts) // 6}
+    assert {p.text for p in seen}.isdisjoint(p.text for p in held_out)
+    by_text = Counter(p.text for p in seen if p.task == "color_attr")
+    assert max(by_text.values()) == 1  # where there are enough, none is asked for twice
 
 
 def test_nothing_lost_is_no_share():

@@ -276,6 +276,16 @@ def test_split_keeps_prompts_apart():
         split(PROMPTS[:1], 0.5)
 
 
+def test_a_text_that_is_asked_for_twice_stays_on_one_side():
+    """Otherwise the best would be accepted by what the search has seen, with other noise."""
+    twice = [*PROMPTS, *PROMPTS[:4]]
+    a, b = split(twice, 0.5)
+    assert len(a) + len(b) == 10
+    assert {p.text for p in a}.isdisjoint(p.text for p in b)
+    with pytest.raises(UsageError, match="1 prompts cannot be split"):
+        split(PROMPTS[:1] * 8, 0.5)
+
+
 def test_acceptance_is_sure_or_it_is_not():
     rng = np.random.default_rng(0)
     base = {"a": rng.normal(size=40)}

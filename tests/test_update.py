@@ -153,18 +153,24 @@ class TestNoiseOfTheRollout:
 
 
 class TestOneNoiseAGroup:
-    """`noise: group`: timesteps and noise are those of the prompt."""
+    """`noise: group`: timesteps and noise are those of the prompt, the subset for the distances is the image's."""
 
     def test_draws_depend_on_the_prompt_alone(self, model):
         batch = make_batch(model)
         update = make_update(model)
         options = {"kl_timesteps": 1, "key": (0, 1, 0), "by_group": True}
         drawn = draw(batch, range(N), update.parts, **options)
-        for name, values in vars(drawn).items():
-            assert torch.equal(values[0], values[2]), name  # prompts 0 and 0
+        for values in (drawn.grid_index, drawn.noise):
+            assert torch.equal(values[0], values[2])  # prompts 0 and 0
+        picks = [
+            draw(batch, range(N), update.parts, **(options | {"key": (0, n, 0)})).kl_pick
+            for n in range(20)
+        ]
+        assert any(not torch.equal(p[0], p[2]) for p in picks)
         assert not torch.equal(drawn.noise[0], drawn.noise[1])
         part = draw(batch, range(2, 4), update.parts, **options)
         assert torch.equal(part.noise, drawn.noise[2:4])
+        assert torch.equal(part.kl_pick, drawn.kl_pick[2:4])
         other = draw(batch, range(N), update.parts, **(options | {"key": (0, 2, 0)}))
         assert not torch.equal(other.noise, drawn.noise)
 

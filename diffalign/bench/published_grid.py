@@ -17,10 +17,9 @@ from diffalign.data.prompts import Prompt
 from diffalign.evaluation.preference import interval
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.schedulers import Coefficients, QSched
-from diffalign.tuning.evaluator import Drawing, Evaluator
+from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.objective import Objective
-from diffalign.tuning.tune import Settings, TuneResult, split, tune
+from diffalign.tuning.tune import Search, Settings, score_unseen, search
 
 GRID = "grid"
 RIVALS = ("cma", "ramp")
@@ -30,6 +29,7 @@ RIVALS = ("cma", "ramp")
 def against_grid(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
     score: Score,
     settings: Settings,
     drawing: Drawing,
@@ -39,7 +39,8 @@ def against_grid(
     """One seed: the best of `side` x `side` candidates, and of a tenth as many that each rival tries.
 
     Args:
-        settings: `held_out` is the share of `prompts` that no search sees.
+        prompts: to search with.
+        held_out: what no search sees.
 
     Returns:
         For each search the rows of the network's forwards, the best `value` on the images it saw, and the mean gain on
@@ -49,57 +50,38 @@ def against_grid(
     """
     budgets = {GRID: side**2, **dict.fromkeys(RIVALS, side**2 // 10)}
     results = {
-        engine: tune(
+        engine: search(
             model, prompts, score, replace(settings, engine=engine, budget=budget), drawing
         )
         for engine, budget in budgets.items()
     }
-    held_out = split(prompts, settings.held_out)[1]
-    gains = held_out_gains(
-        model, held_out, score, settings, drawing, [r.best for r in results.values()]
-    )
-    of_grid = gains[0]
+    chosen = [r.best for r in results.values()]
+    base, *scores = score_unseen(model, held_out, score, settings, drawing, chosen)
+    objective = Objective(settings.objective, base)
+    gains = [objective.per_image(s) for s in scores]
     texts = [p.text for p in held_out]
     found: dict[str, Any] = {
         "steps": drawing.num_inference_steps,
-        "images": len(prompts) - len(held_out),
+        "images": len(prompts),
         "held_out": len(held_out),
     }
     for (engine, result), gain in zip(results.items(), gains, strict=True):
         row = {
             "rows": result.network_rows,
-            "value": round(result.calibration_value, 4),
+            "value": round(result.value, 4),
             "best": [round(v, 6) for v in result.best.vector],
             "held_out_value": _mean(gain, texts),
         }
         if engine != GRID:
             row |= matched(result, results[GRID])
-            row["held_out_more"] = _mean(gain - of_grid, texts)
+            row["held_out_more"] = _mean(gain - gains[0], texts)
         found[engine] = row
     return found
 
 
-def held_out_gains(
-    model: TextToImageModel,
-    prompts: Sequence[Prompt],
-    score: Score,
-    settings: Settings,
-    drawing: Drawing,
-    candidates: Sequence[Coefficients],
-) -> list[np.ndarray]:
-    """For each candidate the gains (P,) over the schedule as it is, of noise that no search has seen."""
-    model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
-    drawn = Evaluator(
-        model, prompts, score, list(settings.objective), replace(drawing, seed=drawing.seed + 1)
-    )
-    base, *scores = drawn([Coefficients.ones(drawing.num_inference_steps), *candidates])
-    objective = Objective(settings.objective, base)
-    return [objective.per_image(found) for found in scores]
-
-
-def matched(result: TuneResult, grid: TuneResult) -> dict[str, Any]:
+def matched(result: Search, grid: Search) -> dict[str, Any]:
     """After how many rows of the network a search had found as good a value as the grid's best."""
-    rows = next((h["rows"] for h in result.history if h["value"] >= grid.calibration_value), None)
+    rows = next((h["rows"] for h in result.history if h["value"] >= grid.value), None)
     return {"rows_to_match": rows, "ratio": round(grid.network_rows / rows, 2) if rows else None}
 
 

@@ -8,7 +8,7 @@ control that tells repair from improvement. Finished cells are kept in the work 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from diffalign.bench.record import BenchOptions, spread
 from diffalign.bench.weights import published_sizes, speeds
 from diffalign.config import EvaluationConfig
 from diffalign.data.prompts import Prompt, load_prompts
-from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
+from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.precision import attention
@@ -233,15 +233,16 @@ class Student:
         """`against_grid`, of weights with which something is lost, in the fewest steps: cheapest there, and there is
         something to find."""
         size = self.size
-        prompts = by_task(size.grid_images + size.grid_held_out)
+        prompts, held_out = by_task(size.grid_images, size.grid_held_out)
         return self.options.kept(
             f"{self.name} published grid",
             seed,
             lambda: against_grid(
                 self.model(COARSE, size.steps[0]),
                 prompts,
+                held_out,
                 self.reward.score,
-                Settings(self.objective, held_out=size.grid_held_out / len(prompts), seed=seed),
+                Settings(self.objective, seed=seed),
                 Drawing(num_inference_steps=size.steps[0], seed=seed),
                 side=size.grid,
             ),
@@ -250,17 +251,37 @@ class Student:
 
 def training_prompts(size: Size) -> list[Prompt]:
     """To search and to accept with."""
-    return (
-        by_task(size.prompts) if size.by_task else load_prompts("shapes:train", limit=size.prompts)
-    )
+    if not size.by_task:
+        return load_prompts("shapes:train", limit=size.prompts)
+    return by_task(size.prompts)[0]
 
 
-def by_task(count: int) -> list[Prompt]:
-    """So many training prompts, as many of each task."""
-    found = load_prompts("shapes:train")
-    random.Random(0).shuffle(found)
-    tasks = len({p.task for p in found})
-    return repeat_prompts(found, EvaluationConfig(images_per_task=count // tasks))
+def by_task(*counts: int) -> list[list[Prompt]]:
+    """Lists of so many training prompts each, in every one as many of each task. No two share a text; of tasks with few
+    texts these repeat."""
+    pools: dict[str, list[Prompt]] = {}
+    for prompt in load_prompts("shapes:train"):
+        pools.setdefault(prompt.task, []).append(prompt)
+    found: list[list[Prompt]] = [[] for _ in counts]
+    for pool in pools.values():
+        random.Random(0).shuffle(pool)
+        wanted = [count // len(pools) for count in counts]
+        for prompts, dealt, images in zip(found, _deal(pool, wanted), wanted, strict=True):
+            prompts.extend(dealt[i % len(dealt)] for i in range(images))
+    return found
+
+
+def _deal(pool: Sequence[Prompt], wanted: Sequence[int]) -> list[list[Prompt]]:
+    """In turn to each list that has not enough yet."""
+    found: list[list[Prompt]] = [[] for _ in wanted]
+    waiting = iter(pool)
+    while short := [hand for hand, n in zip(found, wanted, strict=True) if len(hand) < n]:
+        for hand in short:
+            card = next(waiting, None)
+            if card is None:
+                return found
+            hand.append(card)
+    return found
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:

@@ -47,17 +47,21 @@ def draw(
     key: tuple[int, ...],
     by_group: bool = False,
 ) -> Draws:
-    """Timesteps, noise and the subset for the distances: for each image, or the same for all images of a prompt.
+    """Timesteps, noise and the subset for the distances: for each image, or the first two the same for all images of
+    a prompt.
 
     Advantages of a group add up to nothing, and so does, with one noise, what its images have in common: the same
-    expectation, a lower variance. The distances have no advantages, and fewer draws.
+    expectation, a lower variance. The distances have no advantages: each image has a subset of its own.
     """
     index, noise, pick = [], [], []
     for row in rows:
-        own = int(batch.prompt_index[row]) if by_group else batch.image[row]
+        image = batch.image[row]
+        own = int(batch.prompt_index[row]) if by_group else image
         generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, own))
         index.append(timesteps.draw(parts, generator=generator))
         noise.append(torch.randn(len(parts), *batch.latents.shape[1:], generator=generator))
+        if by_group:
+            generator = torch.Generator().manual_seed(stream(TIMESTEPS, *key, image, len(parts)))
         pick.append(torch.randperm(len(parts), generator=generator)[:kl_timesteps])
     return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
 

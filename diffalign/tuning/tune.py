@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,25 @@ class TuneResult:
 
 
 def split(prompts: Sequence[Prompt], held_out: float) -> tuple[list[Prompt], list[Prompt]]:
-    """For calibration and for acceptance, both spread over the list.
+    """For calibration and for acceptance, both spread over the list; no text is in both.
+
+    Args:
+        held_out: share of the texts that accept. Of a list that repeats some, the shares of images can differ from it.
 
     Raises:
         UsageError: one of them would be empty.
     """
-    count = round(len(prompts) * held_out)
-    if not 0 < count < len(prompts):
+    texts = list(dict.fromkeys(p.text for p in prompts))
+    count = round(len(texts) * held_out)
+    if not 0 < count < len(texts):
         raise UsageError(
-            f"--prompts: {len(prompts)} prompts cannot be split into calibration and held-out ones (--held_out "
+            f"--prompts: {len(texts)} prompts cannot be split into calibration and held-out ones (--held_out "
             f"{held_out:g}); give at least 2, better 50"
         )
-    chosen = {i * len(prompts) // count for i in range(count)}
+    chosen = {texts[i * len(texts) // count] for i in range(count)}
     return (
-        [p for i, p in enumerate(prompts) if i not in chosen],
-        [prompts[i] for i in sorted(chosen)],
+        [p for p in prompts if p.text not in chosen],
+        [p for p in prompts if p.text in chosen],
     )
 
 
@@ -142,60 +147,107 @@ def tune(
         ObjectiveError: scores that leave nothing to maximise.
     """
     started = time.perf_counter()
-    pipeline = model.pipeline
-    pipeline.scheduler = QSched.wrap(pipeline.scheduler)
-    known = pipeline.scheduler.tables
-    pipeline.scheduler.clear_coefficients()
-    try:
-        return _tune(model, prompts, score, settings, drawing, reference, file, started)
-    finally:
-        pipeline.scheduler.tables = known
+    calibration, held_out = split(prompts, settings.held_out)
+    found = search(model, calibration, score, settings, drawing, reference=reference, file=file)
+    base, best = score_unseen(model, held_out, score, settings, drawing, [found.best], file=file)
+    asked = [p.text for p in held_out for _ in range(drawing.images_per_prompt)]
+    gain, bounds = accept(settings.objective, base, best, asked)
+    return TuneResult(
+        best=found.best,
+        accepted=not found.best.identity and bounds[0] > 0,
+        gain=gain,
+        interval=bounds,
+        calibration_value=found.value,
+        start=found.start,
+        fingerprint=of_denoiser(model.pipeline),
+        network_rows=found.network_rows,
+        evaluations=len(found.history),
+        seconds=time.perf_counter() - started,
+        held_out={"identity": _means(base), "best": _means(best)},
+        history=found.history,
+    )
 
 
-def _tune(
+@dataclass(frozen=True)
+class Search:
+    """The best candidate by its `value` on the images that a search saw, and how it was found: where it started, all
+    candidates in the order they were tried (`coefficients`, `value`, and the network's `rows` until then)."""
+
+    best: Coefficients
+    value: float
+    start: Coefficients
+    network_rows: int
+    history: list[dict[str, Any]]
+
+
+def search(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
     score: Score,
     settings: Settings,
     drawing: Drawing,
-    reference: TextToImageModel | None,
-    file: Path | None,
-    started: float,
-) -> TuneResult:
-    identity = of_denoiser(model.pipeline)
-    terms = list(settings.objective)
-    calibration, held_out = split(prompts, settings.held_out)
-    key = [identity, model.pipeline.scheduler.settings]
-    evaluator = Evaluator(model, calibration, score, terms, drawing, file=file, key=key)
-    ones = Coefficients.ones(drawing.num_inference_steps)
-    space = Space(len(ones), settings.low, settings.high, ones)
-    objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
-    if reference is not None:
-        space = _start(evaluator, objective, space, settings, reference)
-    with tqdm(desc="qsched", unit="candidate", total=settings.budget) as bar:
-        evaluator.on_scores = _Progress(bar, objective)
-        history = _search(evaluator, objective, space, settings)
+    *,
+    reference: TextToImageModel | None = None,
+    file: Path | None = None,
+) -> Search:
+    """`tune` without its acceptance: all `prompts` are searched with."""
+    with _bare_schedule(model):
+        evaluator = _evaluator(model, prompts, score, settings, drawing, file)
+        ones = Coefficients.ones(drawing.num_inference_steps)
+        space = Space(len(ones), settings.low, settings.high, ones)
+        objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
+        if reference is not None:
+            space = _start(evaluator, objective, space, settings, reference)
+        with tqdm(desc="qsched", unit="candidate", total=settings.budget) as bar:
+            evaluator.on_scores = _Progress(bar, objective)
+            history = _search(evaluator, objective, space, settings)
     best = max(history, key=lambda row: row["value"])
     chosen = Coefficients.from_vector(best["coefficients"])
-    fresh = Evaluator(
-        model, held_out, score, terms, replace(drawing, seed=drawing.seed + 1), file=file, key=key
-    )
-    base, found = fresh([ones, chosen])
-    gain, bounds = accept(settings.objective, base, found, [p.text for p in fresh.prompts])
-    return TuneResult(
-        best=chosen,
-        accepted=not chosen.identity and bounds[0] > 0,
-        gain=gain,
-        interval=bounds,
-        calibration_value=best["value"],
-        start=space.origin,
-        fingerprint=identity,
-        network_rows=evaluator.network_rows,
-        evaluations=len(history),
-        seconds=time.perf_counter() - started,
-        held_out={"identity": _means(base), "best": _means(found)},
-        history=history,
-    )
+    return Search(chosen, best["value"], space.origin, evaluator.network_rows, history)
+
+
+def score_unseen(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    score: Score,
+    settings: Settings,
+    drawing: Drawing,
+    candidates: Sequence[Coefficients],
+    *,
+    file: Path | None = None,
+) -> list[Scores]:
+    """Of the schedule as it is and of each candidate, all with noise that `search` has not drawn with that `drawing`;
+    the prompts should be new to it, too."""
+    with _bare_schedule(model):
+        other = replace(drawing, seed=drawing.seed + 1)
+        evaluator = _evaluator(model, prompts, score, settings, other, file)
+        return evaluator([Coefficients.ones(drawing.num_inference_steps), *candidates])
+
+
+@contextmanager
+def _bare_schedule(model: TextToImageModel) -> Iterator[None]:
+    """The pipeline's scheduler is wrapped; factors that it had come back at the end."""
+    pipeline = model.pipeline
+    pipeline.scheduler = QSched.wrap(pipeline.scheduler)
+    known = pipeline.scheduler.tables
+    pipeline.scheduler.clear_coefficients()
+    try:
+        yield
+    finally:
+        pipeline.scheduler.tables = known
+
+
+def _evaluator(
+    model: TextToImageModel,
+    prompts: Sequence[Prompt],
+    score: Score,
+    settings: Settings,
+    drawing: Drawing,
+    file: Path | None,
+) -> Evaluator:
+    """Scores belong to weights and a scheduler's settings."""
+    key = [of_denoiser(model.pipeline), model.pipeline.scheduler.settings]
+    return Evaluator(model, prompts, score, list(settings.objective), drawing, file=file, key=key)
 
 
 @dataclass
