@@ -55,10 +55,13 @@ def test_what_was_found_is_kept(tmp_path):
         asked.append(True)
         return {"x": len(asked)}
 
-    assert options.kept("int4 rows, 2", 1, make) == {"x": 1}
-    assert options.kept("int4 rows, 2", 1, make) == {"x": 1}
-    assert options.kept("int4 rows, 2", 2, make) == {"x": 2}
+    assert options.kept("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
+    assert options.kept("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
+    assert options.kept("int4 rows, 2", 2, make, key=[1, "a"]) == {"x": 2}
     assert (tmp_path / "int4-rows-2-1" / "cell.json").is_file()
+    # with other settings it is another, whatever lies there
+    assert options.kept("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
+    assert options.kept("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
 
 
 def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
@@ -110,10 +113,13 @@ def test_every_arm_can_be_chosen(tmp_path):
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 0, options))
-    of_awm = {"released awm": awm_arms.RELEASED["released awm"]}
-    for name, arm in {**awm_arms.LEVERS, **of_awm}.items():
+    for name, arm in {**awm_arms.LEVERS, **awm_arms.RELEASED}.items():
+        plain = awm_arms.configuration(name, awm_arms.Arm(arm.recipe), 0, options)
+        assert (to_dict(plain) == {**ours, "output_dir": plain.output_dir}) == (
+            arm.recipe == awm_arms.AWM
+        )
         theirs = to_dict(awm_arms.configuration(name, arm, 0, options))
-        found = {line.partition(":")[0] for line in differences(ours, theirs)} - {"output_dir"}
+        found = {line.partition(":")[0] for line in differences(to_dict(plain), theirs)}
         named = {o.lstrip("-").partition("=")[0] for o in arm.overrides}
         assert found
         assert all(any(f.startswith(n) for n in named) for f in found)

@@ -40,6 +40,16 @@ def test_what_never_learns_is_infinitely_slow():
     assert math.isnan(speedup(line(-0.01), line(-0.02), "seconds"))
 
 
+def test_a_beginning_that_was_scored_more_often_joins_its_curve():
+    curve = Curve([0.4, 0.5, 0.6], {"seconds": [0, 20, 40], "images": [0, 200, 400]})
+    early = Curve([0.4, 0.48, 0.5], {"seconds": [0, 11, 21], "images": [0, 100, 200]})
+    joined = curve.joined(early)
+    assert joined.score == [0.4, 0.48, 0.5, 0.6]
+    assert joined.cost == {"seconds": [0, 11, 20, 40], "images": [0, 100, 200, 400]}
+    assert joined.to_reach(0.44, "images") == pytest.approx(50)
+    assert curve.to_reach(0.44, "images") == pytest.approx(80)
+
+
 def test_json_has_finite_numbers():
     assert finite(1.23456) == 1.235
     assert finite(math.inf) is None

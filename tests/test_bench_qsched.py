@@ -1,6 +1,5 @@
 """bench qsched: what it makes of its cells, and its weights in all forms, on tiny inputs."""
 
-import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -84,22 +83,26 @@ def test_a_form_with_a_branch_stands_in_for_the_one_without():
     assert got["means"]["gained"] == pytest.approx(0.3)
 
 
+def keep(student, arm, seed, found, key):
+    """A finished cell in the work folder."""
+    assert student.options.kept(arm, seed, lambda: found, key=key) == found
+
+
 def test_a_larger_search_has_cells_of_its_own(tmp_path):
     options = BenchOptions(quick=False, work=tmp_path, seeds=2)
-    name = "shapes-sd-lcm"
-    for cells, found in (
-        (f"{name} bf16", cell(0.6, 0.6)),
-        (f"{name} int4 rows", cell(0.5, 0.5)),
-        (f"{name} int4 rows", cell(0.4, 0.55)),
+    name, sizes = "shapes-sd-lcm", ("budget", "prompts", "images_per_task", "by_task")
+    usual = qsched.Student(name, options)
+    more = qsched.Student(name, options, qsched.LARGER["more"])
+    for made, form, found, searched in (
+        (usual, "bf16", cell(0.6, 0.6), ""),
+        (usual, "int4 rows", cell(0.5, 0.5), ""),
+        (more, "int4 rows", cell(0.4, 0.55), " 48x384"),
     ):
-        searched = " 48x384" if found["plain"]["geneval"] == 0.4 else ""
         for how in ("plain", "best", "qsched"):
             found[how]["verifier"] = found[how]["geneval"]
         for steps in (2, 4):
             for seed in range(2):
-                file = options.folder(f"{cells} {steps}{searched}", seed) / "cell.json"
-                file.parent.mkdir(parents=True)
-                file.write_text(json.dumps(found))
+                keep(made, f"{name} {form} {steps}{searched}", seed, found, made.key(form, *sizes))
     found = qsched.larger(options, qsched.LARGER["more"])
     assert found["recovered"]["2"]["geneval"]["share"] == 0.75
     assert found["recovered"]["4"]["verifier"]["means"]["lost"] == pytest.approx(0.2)
@@ -152,10 +155,15 @@ def test_cells_are_taken_from_the_work_folder(tmp_path):
     options = BenchOptions(quick=True, work=tmp_path, seeds=1)
     made = qsched.Student("shapes-flux-schnell", options)
     assert made.size == qsched.QUICK
-    for name in ("shapes-flux-schnell int4 2", "shapes-flux-schnell published grid"):
-        file = options.folder(name, 0) / "cell.json"
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"name": name}))
+    sizes = ("budget", "prompts", "images_per_task", "by_task")
+    for name, key in (
+        ("shapes-flux-schnell int4 2", made.key("int4", *sizes)),
+        (
+            "shapes-flux-schnell published grid",
+            made.key(qsched.COARSE, "grid", "grid_images", "grid_held_out"),
+        ),
+    ):
+        keep(made, name, 0, {"name": name}, key)
     assert made.cell("int4", 2, 0) == {"name": "shapes-flux-schnell int4 2"}
     assert made.grid(0) == {"name": "shapes-flux-schnell published grid"}
     assert not made.models  # nothing was loaded

@@ -14,15 +14,16 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from diffalign.bench import awm_causes
 from diffalign.bench.awm_arms import (
     AWM,
+    EARLY,
     LEVERS,
     RELEASED,
     RIVALS,
     Arm,
     configuration,
 )
-from diffalign.bench.awm_causes import costs, signals
 from diffalign.bench.curves import Curve, finite, read_curve, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.bench.second_opinion import REWARD, SecondOpinion
@@ -33,28 +34,41 @@ RELEASED_AWM = "released awm"
 HEADLINES = {"flow_grpo": "speedup_vs_flow_grpo", "diffusion_nft": "speedup_vs_nft"}
 TARGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
 UNITS = ("seconds", "images", "forwards")
-CAUSES = {"costs": costs, "signals": signals}
 
 
 def measure(
-    name: str, arm: Arm, options: BenchOptions, seeds: int, opinion: SecondOpinion
+    name: str,
+    arm: Arm,
+    options: BenchOptions,
+    seeds: int,
+    opinion: SecondOpinion,
+    *,
+    early: Arm | None = None,
 ) -> dict[str, Any]:
-    """All seeds of an arm: curves, and the figures that make a table."""
+    """All seeds of an arm: curves, and the figures that make a table. `early` is its beginning, scored more often."""
     curves, summaries, logs, opinions = [], [], [], []
     if not options.quick:
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
         config = configuration(name, arm, seed, options)
-        summaries.append(run_once(config))
-        logs.append(RunFolder(config.output_dir).read_log())
-        curves.append(read_curve(logs[-1], summaries[-1], config.rollout.images_per_update))
-        opinions.append(options.kept(f"second opinion {name}", seed, partial(opinion, config)))
+        summary, log, curve = train(config)
+        if early is not None:
+            beginning = configuration(f"{name} early", early, seed, options)
+            curve = curve.joined(train(beginning)[2])
+        summaries.append(summary)
+        logs.append(log)
+        curves.append(curve)
+        told = partial(opinion, config)
+        opinions.append(options.kept(f"second opinion {name}", seed, told, key=opinion.key(config)))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
-        REWARD: {key: spread(s[key] for s in opinions) for key in ("before", "after", "win_rate")},
+        REWARD: {
+            **{key: spread(s[key] for s in opinions) for key in ("before", "after", "win_rate")},
+            "intervals": [s["interval"] for s in opinions],
+        },
         "diversity_first": spread(log[0]["diversity"] for log in logs),
         "diversity_last": spread(log[-1]["diversity"] for log in logs),
         "forwards_per_image": round(median(r["forwards_per_image"] for r in rows), 2),
@@ -68,6 +82,13 @@ def measure(
         "overrides": list(arm.overrides),
         "recipe": arm.recipe,
     }
+
+
+def train(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]], Curve]:
+    """Summary, log and curve of a run."""
+    summary = run_once(config)
+    log = RunFolder(config.output_dir).read_log()
+    return summary, log, read_curve(log, summary, config.rollout.images_per_update)
 
 
 def warm_up(config: RunConfig) -> None:
@@ -88,11 +109,12 @@ def run(options: BenchOptions) -> dict[str, Any]:
     """AWM and its rivals over all seeds, each lever with one, and the causes; `options.arms` chooses among them, AWM
     always runs. A quick bench leaves all but the rivals and the causes out."""
     known = {**RIVALS, **RELEASED, **LEVERS}
-    chosen = options.chosen(("awm", *known, *CAUSES))
+    chosen = options.chosen(("awm", *known, *awm_causes.CAUSES))
     if options.quick and options.arms is None:
-        chosen = ["awm", *RIVALS, *CAUSES]
+        chosen = ["awm", *RIVALS, *awm_causes.CAUSES]
     opinion = SecondOpinion()
-    arms = {"awm": measure("awm", Arm(AWM), options, options.seeds, opinion)}
+    early = None if options.quick else EARLY
+    arms = {"awm": measure("awm", Arm(AWM), options, options.seeds, opinion, early=early)}
     for name in (n for n in chosen if n in known):
         seeds = 1 if name in LEVERS else options.seeds
         arms[name] = measure(name, known[name], options, seeds, opinion)
@@ -113,7 +135,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
             headline[HEADLINES[name]] = finite(median(decided)) if decided else None
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
-    causes = {n: options.kept(n, 0, partial(CAUSES[n], options)) for n in CAUSES if n in chosen}
+    causes = {
+        name: options.kept(name, 0, partial(cause, options), key=awm_causes.key(name, options))
+        for name, cause in awm_causes.CAUSES.items()
+        if name in chosen
+    }
     return {"headline": headline, "speedups": ratios, "arms": arms, **causes}
 
 

@@ -17,6 +17,13 @@ class Arm:
 
 
 AWM = "awm-shapes-sd3"
+EVERY = 20
+"""Updates between two evaluations."""
+EARLY = Arm(
+    AWM,
+    (f"--training.num_updates={EVERY}", "--training.eval_every=4", "--training.max_minutes=null"),
+)
+"""AWM until its first evaluation, scored more often: what others reach in all of their time lies there."""
 RIVALS = {
     "flow_grpo": Arm("flow-grpo-shapes-sd3"),
     "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
@@ -76,6 +83,9 @@ LEVERS = {
     "two updates a rollout": Arm(AWM, ("--training.updates_per_rollout=2",)),
     "noise of the rollout": Arm(AWM, ("--algorithm.noise=rollout",)),
     "one noise a group": Arm(AWM, ("--algorithm.noise=group",)),
+    "four timesteps and one noise a group": Arm(
+        AWM, ("--algorithm.timesteps_per_image=4", "--algorithm.noise=group")
+    ),
 }
 """What is learned with one thing changed; without guidance, with the distance's best weight of those tried."""
 COSTS = {
@@ -102,9 +112,7 @@ NOISES = {
     "1 timestep": Arm(AWM, ("--algorithm.timesteps_per_image=1",)),
     "4 timesteps": Arm(AWM, ("--algorithm.timesteps_per_image=4",)),
     "one noise a group": LEVERS["one noise a group"],
-    "4 timesteps, one noise a group": Arm(
-        AWM, ("--algorithm.timesteps_per_image=4", "--algorithm.noise=group")
-    ),
+    "4 timesteps, one noise a group": LEVERS["four timesteps and one noise a group"],
 }
 """Timesteps and noise of which AWM's gradient has the same expectation."""
 MINUTES = 6
@@ -125,7 +133,7 @@ def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunC
         f"--evaluation.seed={1000 + seed}",
         f"--training.max_minutes={MINUTES}",
         "--training.num_updates=100000",
-        "--training.eval_every=20",
+        f"--training.eval_every={EVERY}",
         "--training.sample_every=0",
         *arm.overrides,
         *(QUICK if options.quick else ()),

@@ -11,20 +11,25 @@ from torch import Tensor
 from diffalign.bench.awm_arms import AWM, COSTS, NOISES, RIVALS, Arm, configuration
 from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
 from diffalign.bench.record import BenchOptions, spread
-from diffalign.config import ForwardProcessConfig, RunConfig
+from diffalign.bench.second_opinion import weights_left
+from diffalign.config import ForwardProcessConfig, RunConfig, to_dict
 from diffalign.quantization.latency import interleaved
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.run import Run
 
 UPDATES = 5
 """Of each arm, timed."""
+ARMS = {
+    "costs": {"awm": Arm(AWM), **RIVALS, **COSTS},
+    "signals": {"awm": Arm(AWM), **RIVALS, **NOISES},
+}
 BATCHES = {"signal": 24, "noise": 6}
 """Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
 
 
 def costs(options: BenchOptions) -> dict[str, Any]:
     """Seconds of an update over AWM's, turn and turn about, and forwards of the denoiser for an image."""
-    arms = {"awm": Arm(AWM), **RIVALS, **COSTS}
+    arms = ARMS["costs"]
     trainers = [_trainer(configuration(f"cost {n}", arm, 0, options)) for n, arm in arms.items()]
     rows: list[list[dict[str, Any]]] = [[] for _ in trainers]
     calls = [
@@ -47,10 +52,9 @@ def costs(options: BenchOptions) -> dict[str, Any]:
 def signals(options: BenchOptions) -> dict[str, Any]:
     """Gradients of the reward alone, without distances, at the policy that AWM's first run ended with: of the rivals,
     and of ways to draw timesteps and noise."""
-    arms = {"awm": Arm(AWM), **RIVALS, **NOISES}
     found: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
-    for name, arm in arms.items():
+    for name, arm in ARMS["signals"].items():
         config = _reward_alone(configuration(f"signal {name}", arm, 0, options))
         trainer = _trainer(config)
         load_policy(trainer, options.folder("awm", 0) / "checkpoints")
@@ -68,6 +72,19 @@ def signals(options: BenchOptions) -> dict[str, Any]:
             "overrides": list(arm.overrides),
         }
     return table
+
+
+CAUSES = {"costs": costs, "signals": signals}
+
+
+def key(name: str, options: BenchOptions) -> Any:
+    """What a cause depends on: every arm's configuration, and the policy that gradients are of."""
+    runs = {n: to_dict(configuration(n, arm, 0, options)) for n, arm in ARMS[name].items()}
+    for run in runs.values():
+        del run["output_dir"]
+    if name == "costs":
+        return [runs, UPDATES]
+    return [runs, BATCHES, weights_left(configuration("awm", Arm(AWM), 0, options))]
 
 
 def _reward_alone(config: RunConfig) -> RunConfig:

@@ -29,6 +29,20 @@ class Curve:
                 return cost[i - 1] + share * (cost[i] - cost[i - 1])
         return None
 
+    def joined(self, early: Curve) -> Curve:
+        """With the points before this curve's first evaluation of a shorter run of the same updates."""
+        first = self.cost["images"][1]
+        kept = [i for i, n in enumerate(early.cost["images"]) if 0 < n < first]
+        return Curve(
+            _inserted(self.score, early.score, kept),
+            {unit: _inserted(spent, early.cost[unit], kept) for unit, spent in self.cost.items()},
+        )
+
+
+def _inserted(values: list[float], other: list[float], kept: list[int]) -> list[float]:
+    """Some of the others, after the first."""
+    return [values[0], *(other[i] for i in kept), *values[1:]]
+
 
 def read_curve(log: Sequence[dict[str, Any]], summary: dict[str, Any], group: int) -> Curve:
     """From a run's log and summary; `group`: images of an update."""

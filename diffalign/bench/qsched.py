@@ -153,7 +153,16 @@ class Student:
         searched += " by task" if self.size.by_task else ""
         arm = f"{self.name} {form} {steps}{searched}"
         file = self.options.folder(arm, seed) / "scores.jsonl"
-        return self.options.kept(arm, seed, lambda: self.search(form, steps, seed, file))
+        return self.options.kept(
+            arm,
+            seed,
+            lambda: self.search(form, steps, seed, file),
+            key=self.key(form, "budget", "prompts", "images_per_task", "by_task"),
+        )
+
+    def key(self, form: str, *sizes: str) -> Any:
+        """What a cell depends on: the objective, the form and these sizes."""
+        return [OBJECTIVE, asdict(FORMS[form]), [[s, getattr(self.size, s)] for s in sizes]]
 
     def search(self, form: str, steps: int, seed: int, file: Path) -> dict[str, Any]:
         """The cell."""
@@ -246,6 +255,7 @@ class Student:
                 Drawing(num_inference_steps=size.steps[0], seed=seed),
                 side=size.grid,
             ),
+            key=self.key(COARSE, "grid", "grid_images", "grid_held_out"),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -24,6 +25,8 @@ from diffalign.training.run import run as train
 from diffalign.training.run_folder import SUMMARY
 from diffalign.versions import versions
 
+CELL = "cell.json"
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -39,15 +42,20 @@ class BenchOptions:
         """Where the run of an arm is kept."""
         return self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
 
-    def kept(self, arm: str, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` found for an arm; from the arm's folder, where it was found before."""
-        folder = self.folder(arm, seed)
-        file = folder / "cell.json"
+    def kept(
+        self, arm: str, seed: int, make: Callable[[], dict[str, Any]], *, key: Any
+    ) -> dict[str, Any]:
+        """What `make` found for an arm; from the arm's folder, where it was found before with the same `key` (JSON):
+        settings and weights that it depends on."""
+        file = self.folder(arm, seed) / CELL
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        folder.mkdir(parents=True, exist_ok=True)
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            if cell["key"] == digest:
+                return cell["found"]
+        file.parent.mkdir(parents=True, exist_ok=True)
         found = make()
-        write_text(file, json.dumps(found, indent=1))
+        write_text(file, json.dumps({"key": digest, "found": found}, indent=1))
         return found
 
     def chosen(self, known: Iterable[str]) -> list[str]:

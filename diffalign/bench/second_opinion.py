@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffalign.config import EvaluationConfig, RunConfig
+from diffalign.config import EvaluationConfig, RunConfig, to_dict
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.score import Evaluation, evaluate_model
@@ -20,22 +22,44 @@ REWARD = "shapes_clip"
 IMAGES_PER_TASK = 48
 
 
+def lora_left(config: RunConfig) -> Path:
+    """The folder with what a finished run has trained."""
+    return Path(config.output_dir) / "lora"
+
+
+def weights_left(config: RunConfig) -> dict[str, str]:
+    """Digests of its files of weights."""
+    files = sorted(lora_left(config).glob("*.safetensors"))
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+
+
 class SecondOpinion:
-    """By `REWARD`, on held-out prompts; the base is drawn once a seed."""
+    """By `REWARD`, on held-out prompts; a base is drawn once."""
 
     def __init__(self) -> None:
         self.reward = CompositeReward.from_config({REWARD: 1.0})
-        self.base: dict[int, Evaluation] = {}
+        self.bases: dict[str, Evaluation] = {}
+
+    def key(self, config: RunConfig) -> Any:
+        """What it depends on."""
+        return [self.setting(config), weights_left(config)]
+
+    def setting(self, config: RunConfig) -> Any:
+        """Of the base as well."""
+        return [REWARD, config.model.name, config.prompts.evaluation, to_dict(self.how(config))]
+
+    def how(self, config: RunConfig) -> EvaluationConfig:
+        """The run's own evaluation, of fewer images."""
+        few = min(config.evaluation.images_per_task or IMAGES_PER_TASK, IMAGES_PER_TASK)
+        return replace(config.evaluation, images_per_task=few)
 
     def __call__(self, config: RunConfig) -> dict[str, Any]:
         """Of a finished run: means over images of the base and of the LoRA that it left, and how often the latter's are
-        better."""
-        few = min(config.evaluation.images_per_task or IMAGES_PER_TASK, IMAGES_PER_TASK)
-        how = replace(config.evaluation, images_per_task=few)
-        if how.seed not in self.base:
-            self.base[how.seed] = self.evaluate(config, None, how)
-        before = self.base[how.seed]
-        after = self.evaluate(config, Path(config.output_dir) / "lora", how)
+        better, with the 95 % interval over prompts."""
+        setting = json.dumps(self.setting(config))
+        if setting not in self.bases:
+            self.bases[setting] = self.evaluate(config, None)
+        before, after = self.bases[setting], self.evaluate(config, lora_left(config))
         wins = win_rate(after.rewards, before.rewards, [p.text for p in after.prompts])
         assert wins is not None  # it scores every image
         return {
@@ -45,10 +69,10 @@ class SecondOpinion:
             "interval": [round(wins.low, 4), round(wins.high, 4)],
         }
 
-    def evaluate(self, config: RunConfig, lora: Path | None, how: EvaluationConfig) -> Evaluation:
+    def evaluate(self, config: RunConfig, lora: Path | None) -> Evaluation:
         """The run's model, with a LoRA or without."""
         model = load_model(config.model.name)
         if lora is not None:
             load_lora(model.pipeline, str(lora))
         prompts = load_prompts(config.prompts.evaluation)
-        return evaluate_model(model, prompts, self.reward.score, how)
+        return evaluate_model(model, prompts, self.reward.score, self.how(config))
