@@ -214,14 +214,14 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def quick(tmp_path, capsys):
+def quick(tmp_path, capfd):
     """Runs a benchmark as a user would; its last line and its file."""
 
     def run(name):
         output = tmp_path / f"{name}.json"
         flags = ["--quick", f"--work={tmp_path}", f"--output={output}"]
         assert cli.main(["bench", name, *flags]) == 0
-        last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        last = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
         written = json.loads(output.read_text())
         assert last == written["headline"]
         return last, written

@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffalign import lora
@@ -28,6 +26,7 @@ from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.data.pair_cache import PairCache
 from diffalign.precision import attention
+from diffalign.quantization.latency import interleaved
 from diffalign.seeds import TIMESTEPS, VALIDATION
 from diffalign.training import trackers
 from diffalign.training.precompute import precompute
@@ -69,7 +68,7 @@ NOISE_OF = {"inversion_dpo": "recorded states", "diffusion_dpo": "fresh noise"}
 UNITS = ("seconds", "training")
 """With what was precomputed, and without: a cache serves many runs."""
 IMAGES_PER_PROMPT, STATES = 8, 4
-STEP_REPEATS = 9
+STEP_REPEATS = 8
 QUICK = (
     "--training.num_updates=2",
     "--training.eval_every=1",
@@ -258,39 +257,29 @@ def _gradients(subject: Subject, trainer: PreferenceTrainer) -> dict[str, float]
 
 
 def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
-    """Turn and turn about, after once to warm up."""
+    """Of a gradient from the cache over one with the reference in it, and bytes at the peak of both."""
     pairs = trainer.chosen(1)[: trainer.config.training.micro_batch_size]
     batch = trainer.cache.batch(pairs, trainer.accelerator.device)
-    times: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(STEP_REPEATS):
-        for cached in (True, False):
-            times[cached].append(_gradient(trainer, batch, cached=cached))
-    ratios = [a / b for a, b in zip(times[True], times[False], strict=True)][1:]  # once to warm up
+    calls = [partial(_gradient, trainer, batch, cached=cached) for cached in (True, False)]
+    ours, plain = interleaved(calls, trainer.accelerator.device, repeats=STEP_REPEATS)
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     known = [trainer.model.denoiser, *(p for p in vars(batch).values() if isinstance(p, Tensor))]
     peaks = {
-        name: peak_bytes(partial(_gradient, trainer, batch, cached=cached), known, backward=True)
-        for name, cached in (("cached", True), ("with a reference", False))
+        name: peak_bytes(call, known, backward=True)
+        for name, call in zip(("cached", "with a reference"), calls, strict=True)
     }
     return {"pairs": len(pairs), "ratio": spread(ratios), "peak_bytes": peaks}
 
 
-def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool) -> float:
-    """Seconds of one gradient."""
-    cuda = batch.latents.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool) -> None:
+    """One, and it is forgotten."""
     question = trainer.update.ask(batch, (TIMESTEPS, 0))
     if not cached:
         question = replace(question, reference_error=None)
     loss = trainer.update.loss(batch, question, Sums(METRICS, batch.latents.device))
     with attention(batch.latents.device):
         loss.mean().backward()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
     trainer.optimizer.zero_grad()
-    return seconds
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
