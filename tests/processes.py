@@ -1,4 +1,4 @@
-"""Several processes on one machine, as `accelerate launch` starts them."""
+"""Several processes on one machine, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,43 @@ import sys
 
 import torch
 
+WHO = """
+from accelerate import PartialState
+if PartialState().is_main_process:
+    open(sys.argv[1] + "/world", "w").write(str(PartialState().num_processes))
+"""
+
 
 def results_of(world, source, folder, *arguments):
     """What a script's main process saved as `result.pt` in `folder`, which is its first argument."""
     folder.mkdir()
     script = folder / "script.py"
-    script.write_text(source)
+    script.write_text(source + WHO)
     launch(world, script, folder, *arguments)
+    assert (folder / "world").read_text() == str(world)
     return torch.load(folder / "result.pt", weights_only=False)
 
 
 def launch(world, *arguments):
-    """Run a script (or `-m` and a module) in `world` processes on the CPU; returns what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
-    command += [f"--num_processes={world}", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0"] if world > 1 else []
-    done = subprocess.run(
+    """Run a script (or `-m` and a module) in `world` processes on the CPU; returns what the first printed.
+
+    By torchrun: `accelerate launch --cpu` starts one process on one machine, whatever number it is given."""
+    done = run(world, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run(world, *arguments):
+    """The same, whatever comes of it."""
+    command = [sys.executable]
+    if world > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=environment,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout

@@ -292,8 +292,12 @@ class TestAdvantages:
         group = torch.tensor([0, 0, 1, 1, 2])
         latents = torch.tensor([[0.0, 2.0], [2.0, 2.0], [5.0, 5.0], [5.0, 5.0], [9.0, 9.0]])
         # group 0: standard deviations sqrt 2 and 0; group 1 draws one image; group 2 has one image only
-        total, count = adv.group_diversity(latents, group)
-        assert (total, count) == (pytest.approx(2**0.5 / 2), 2)
+        moments = adv.group_moments(latents, group, groups=3)
+        assert adv.group_diversity(moments) == pytest.approx(2**0.5 / 4)
+        # whichever process has which image
+        parts = [adv.group_moments(latents[r], group[r], groups=3) for r in ([0, 2, 4], [1, 3])]
+        torch.testing.assert_close(parts[0] + parts[1], moments)
+        assert math.isnan(adv.group_diversity(adv.group_moments(latents[4:], group[4:], groups=3)))
 
     def test_clip_and_scale(self):
         values = torch.tensor([-10.0, -5.0, 0.0, 2.5, 7.0])

@@ -15,7 +15,7 @@ from diffalign.config import ONLINE, ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.training import checkpoint
-from diffalign.training.rollout import make_plan
+from diffalign.training.rollout import Plan, make_plan
 from diffalign.training.scoring import BackgroundScorer
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
@@ -319,6 +319,18 @@ class TestPlan:
         with pytest.raises(ConfigError, match=r"task_weights\.counting: .*-1"):
             PromptsConfig(task_weights={"counting": -1.0})
 
+    def test_fewer_prompts_than_an_update_needs_are_refused(self, tmp_path):
+        """Otherwise an update would quietly be smaller than its recipe says."""
+        with pytest.raises(UsageError, match=r"rollout\.prompts_per_update is 700.*652 prompts: "):
+            trainer(tmp_path, rollout={"prompts_per_update": 700})
+        weights = {"color_attr": 0.0, "position": 0.0}
+        with pytest.raises(UsageError, match="52 prompts of tasks that have a weight"):
+            trainer(
+                tmp_path,
+                rollout={"prompts_per_update": 60},
+                prompts={"task_weights": weights},
+            )
+
     def test_unbalanced_plans_follow_the_file(self):
         tasks = [p.task for u in range(100) for p in self.plan(u, balance_tasks=False).prompts]
         assert tasks.count("color_attr") > 200
@@ -334,6 +346,16 @@ class TestPlan:
         assert [i for r in range(world) for i in plan.shard(r, world)] == list(range(12))
 
 
+def gathered(run):
+    """Rewards of five images, one of them without, from every process's share: bits and order are kept."""
+    values = np.float32([0.1, 1 / 3, np.nan, -1e-30, 16777217.0])
+    plan = Plan([], torch.zeros(5, dtype=torch.long), list(range(5)))
+    share = plan.shard(run.accelerator.process_index, run.accelerator.num_processes)
+    found = run.rollouts._gather(values[share.start : share.stop], plan)
+    assert found.tobytes() == values.tobytes()
+    return torch.from_numpy(found)
+
+
 PROCESS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -343,7 +365,9 @@ for kind in t.ONLINE:
     few = {{"timesteps_per_image": 2}} if kind == "diffusion_nft" else {{}}
     run = t.trainer(sys.argv[1], algorithm={{"type": kind, **few}})
     rows = [run.train_update() for _ in range(2)]
-    results[kind] = t.weights(run), rows
+    policies = [t.lora.adapter_state(run.model.denoiser, n) for n in (t.lora.LAGGED, t.lora.AVERAGED)]
+    results[kind] = t.weights(run), rows, policies
+results["gathered"] = t.gathered(run)
 if run.accelerator.is_main_process:
     torch.save(results, sys.argv[1] + "/result.pt")
 """
@@ -352,11 +376,15 @@ if run.accelerator.is_main_process:
 def test_two_processes_give_what_one_gives(tmp_path):
     script = PROCESS.format(tests=os.path.dirname(__file__))
     results = [results_of(world, script, tmp_path / str(world)) for world in (1, 2)]
-    assert set(results[0]) == set(ONLINE)
+    assert set(results[0]) == {*ONLINE, "gathered"}
+    assert torch.equal(*(result["gathered"].view(torch.int32) for result in results))
     for kind in ONLINE:
-        (one, rows), (two, others) = (result[kind] for result in results)
+        (one, rows, policies), (two, others, same) = (result[kind] for result in results)
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-        assert rows[0]["reward"] == pytest.approx(others[0]["reward"], abs=1e-4)
+        torch.testing.assert_close(policies, same, rtol=1e-3, atol=1e-4)
+        for name in ("reward", "reward_group_std", "diversity", "grad_norm", "forwards_per_image"):
+            found = [r[name] for r in others]
+            assert [r[name] for r in rows] == pytest.approx(found, rel=2e-3, abs=1e-4), name
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])

@@ -1,6 +1,8 @@
 """Whole runs on a tiny pipeline from disk: what a user types, what lies in the folder, what a mistake says."""
 
+import errno
 import json
+import os
 import shutil
 from functools import partial
 
@@ -13,8 +15,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffalign import cli
+from diffalign.evaluation.report import image_grid
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
+from diffalign.training import checkpoint
 from diffalign.training.health import Collapse
 
 SETTINGS = [
@@ -145,9 +149,80 @@ def test_a_folder_of_another_configuration_is_refused(base, prompts, tmp_path, c
     assert "optimizer.learning_rate: 0.001, 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("which", ["train", "evaluation"])
+def test_prompts_that_were_edited_in_between_are_noticed(which, base, prompts, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text(prompts.read_text())
+    more = ["--training.num_updates=1", f"--prompts.{which}={other}"]
+    assert train(base, prompts, folder, *more) == 0
+    other.write_text("a cat\na dog\na fish\n")
+    assert train(base, prompts, folder, *more) == 2
+    assert f"what prompts.{which} names has changed since it began" in capsys.readouterr().err
+    other.write_text(prompts.read_text())
+    assert train(base, prompts, folder, *more) == 0
+    (folder / "prompts.json").unlink()  # a folder of an older version
+    other.write_text("a cat\na dog\na fish\n")
+    assert train(base, prompts, folder, *more) == 0
+
+
+class FullDisk:
+    """A picture whose file cannot grow."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def save(self, file):
+        file.write_bytes(b"half a pict")
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    number, base, prompts, tmp_path, capsys, monkeypatch
+):
+    """Full while the samples of update 2 are written, before its checkpoint."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    more = ["--training.num_updates=3"]
+    assert train(base, prompts, whole, *more) == 0
+    grids = []
+
+    def grid(images, **options):
+        grids.append(1)
+        return FullDisk(number) if len(grids) == 2 else image_grid(images, **options)
+
+    monkeypatch.setattr("diffalign.training.run.image_grid", grid)
+    assert train(base, prompts, folder, *more) == 2
+    good = folder / "checkpoints" / "000001"
+    expected = f"{os.strerror(number)}: {folder / 'samples' / '000002.png'}; the last good checkpoint is {good}. "
+    error = capsys.readouterr().err
+    assert expected + "Free space, and the same command goes on from there" in error
+    assert "Traceback" not in error
+    assert [p.name for p in (folder / "samples").iterdir()] == ["000001.png"]
+    assert checkpoint.latest(folder / "checkpoints") == good
+    checkpoint.load(good)
+    monkeypatch.undo()
+    assert train(base, prompts, folder, *more) == 0
+    assert "resumed after update 1" in capsys.readouterr().out
+    weights = [load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, folder)]
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_a_full_disk_is_one_line_where_there_are_no_checkpoints(
+    base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "diffalign.commands.images.image_grid", lambda *_, **__: FullDisk(errno.ENOSPC)
+    )
+    flags = [f"--model={base}", "--dtype=float32", "--num_inference_steps=1"]
+    assert cli.main(["generate", "a cat", *flags, f"--output_dir={tmp_path / 'images'}"]) == 2
+    error = capsys.readouterr().err
+    assert "diffalign: error: No space left on device. Free space, and the same command" in error
+    assert "Traceback" not in error
+
+
 def test_trackers_get_the_log_the_configuration_and_the_samples(base, prompts, tmp_path):
     folder = tmp_path / "run"
-    more = ["--training.num_updates=2", "--report_to=tensorboard"]
+    more = ["--training.num_updates=2", "--training.eval_every=1", "--report_to=tensorboard"]
     assert train(base, prompts, folder, *more) == 0
     events = EventAccumulator(str(folder / "diffalign"), size_guidance={"images": 0})
     events.Reload()
@@ -155,6 +230,9 @@ def test_trackers_get_the_log_the_configuration_and_the_samples(base, prompts, t
     found = events.Scalars("reward")
     assert [e.step for e in found] == [1, 2]
     assert [e.value for e in found] == pytest.approx([r["reward"] for r in log])
+    held_out = events.Scalars("evaluation/jpeg")
+    assert [e.step for e in held_out] == [1]
+    assert held_out[0].value == pytest.approx(log[0]["evaluation"]["means"]["jpeg"])
     assert {e.step for e in events.Images("samples")} == {1, 2}
     written = "".join(p.read_text() for p in folder.rglob("hparams.yml"))
     assert "optimizer.learning_rate: 0.001" in written
@@ -306,6 +384,30 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path, capsys):
 def test_dry_run_prints_the_configuration(capsys):
     assert cli.main(["train", "demo", "--dry-run", "--seed=9"]) == 0
     assert "seed: 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
+        (["--prompts.evaluation=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--evaluation.rewards=jpg"], "evaluation.rewards: unknown reward 'jpg'; did you mean"),
+        (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
+        (["--training.eval_every=-1"], "training.eval_every: must not be negative"),
+        (["--learning_rate=inf"], "optimizer.learning_rate: must be finite"),
+        (["--algorithm.type=flow_grpo", "--algorithm.window_size=50"], "algorithm.window_size: 50"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_start_refuses(more, message, base, prompts, tmp_path, capsys):
+    if "--algorithm.type=flow_grpo" in more:  # the settings of these tests are AWM's
+        code = cli.main(["train", "demo", "--dry-run", *more])
+    else:
+        code = train(base, prompts, tmp_path / "run", "--dry-run", *more)
+    printed = capsys.readouterr()
+    assert code == 2
+    assert message in printed.err
+    assert not printed.out
+    assert not (tmp_path / "run").exists()
 
 
 def test_listings(capsys):

@@ -105,6 +105,11 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
         (("--components", "text_encoder_9"), "no component 'text_encoder_9' to quantise"),
         (("--lora=somewhere",), "`diffalign merge` first"),
         (("--backend=int4", "--group_size=0"), "group_size must be positive"),
+        (("--backend=int4", "--latency=-1"), "--latency must be at least 0, got -1"),
+        (
+            ("--backend=int4", "--svd_rank=2", "--prompts=shapes:train", "--max_prompts=0"),
+            "--max_prompts must be at least 1",
+        ),
     ],
 )
 def test_quantize_says_what_it_cannot_do_and_leaves_nothing(flags, message, tmp_path, capsys):
@@ -192,7 +197,7 @@ def test_a_folder_is_itself_however_it_is_spelled(spelling, own, tmp_path, capsy
     other = {"link": tmp_path / "link", "relative": own.name}.get(spelling, spelling.format(own))
     for model, output in ((own, other), (other, own)):
         (own / "qsched.json").unlink(missing_ok=True)
-        flags = ("--prompts=shapes:train", "--engine=none", f"--output_dir={output}")
+        flags = ("--prompts=shapes:train", "--engine=grid", f"--output_dir={output}")
         assert qsched(model, tmp_path, *flags) == 0
         assert (own / "qsched.json").is_file()
     capsys.readouterr()
@@ -240,6 +245,15 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
         (own, (asked, "--lora=somewhere"), "`diffalign merge`"),
         (own, (asked, f"--output_dir={tmp_path}"), "exists already"),
         (own, (asked, "--max_prompts=1"), "cannot be split"),
+        (own, (asked, "--max_prompts=0"), "--max_prompts must be at least 1, got 0"),
+        (own, (asked, "--batch_size=0"), "--batch_size must be at least 1, got 0"),
+        (own, (asked, "--images_per_prompt=0"), "--images_per_prompt must be at least 1, got 0"),
+        (own, (asked, "--num_inference_steps=0"), "--num_inference_steps must be at least 1"),
+        (own, (asked, "--seed=-1"), "--seed must be at least 0, got -1"),
+        (own, (asked, "--penalty=nan"), "--penalty must be at least 0, got nan"),
+        (own, (asked, "--engine=none"), "needs a --reference"),
+        (own, (asked, f"--work={words}"), "words.txt is a file"),
+        (own, (asked, f"--plot={words / 'a.png'}"), "a.png cannot be written"),
         (tmp_path / "gone", (asked,), "gone"),
     ]
     before = (own / "scheduler" / "scheduler_config.json").read_bytes()

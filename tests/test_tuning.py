@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from diffusers import (
 )
 from tiny import flux_model, sd_model
 
+from diffalign.config import EvaluationConfig
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
+from diffalign.evaluation.score import render
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.schedulers.closed_form import best_factors
 from diffalign.tuning.evaluator import Drawing, Evaluator
@@ -295,8 +298,12 @@ def test_acceptance_is_sure_or_it_is_not():
     assert low <= gain <= high
     _, (low, high) = accept({"a": 1.0}, base, {"a": base["a"] + rng.normal(size=40)}, prompts)
     assert low < 0.5
-    with pytest.raises(ObjectiveError):
-        accept({"a": 1.0}, base, {"a": np.full(40, np.nan)}, prompts)
+    few = np.where(np.arange(40) < 19, base["a"] + 0.5, np.nan)  # as in a search: half are needed
+    for scores in (np.full(40, np.nan), few):
+        with pytest.raises(ObjectiveError, match="of 40 held-out images"):
+            accept({"a": 1.0}, base, {"a": scores}, prompts)
+    few[19] = base["a"][19] + 0.5
+    assert accept({"a": 1.0}, base, {"a": few}, prompts)[0] == pytest.approx(0.5 / base["a"].std())
 
 
 @pytest.mark.parametrize("engine", ["cma", "coordinate", "ramp", "grid"])
@@ -318,6 +325,19 @@ def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, 
     assert again.network_rows == 0
     result.apply(model.pipeline)
     model.pipeline.save_pretrained(tmp_path / "pipe")
+    stock = flux_model().pipeline.scheduler
+    saved = type(stock).from_pretrained(tmp_path / "pipe" / "scheduler")
+    drawn = {}
+    for name, scheduler in (
+        ("applied", model.pipeline.scheduler),
+        ("saved", QSched.wrap(saved)),
+        ("as it is", stock),
+    ):
+        other = flux_model()
+        other.pipeline.scheduler = scheduler
+        drawn[name] = render(other, prompts[:2], [1, 2], EvaluationConfig(num_inference_steps=3))[0]
+    assert torch.equal(drawn["applied"], drawn["saved"])
+    assert not torch.equal(drawn["applied"], drawn["as it is"])
     config = json.loads((tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text())
     assert config["qsched"]["steps"]["3"]["sample"] == list(result.best.sample)
     result.save(tmp_path / "result.json")
@@ -357,6 +377,34 @@ def test_a_search_starts_at_the_closed_form_where_that_beats_the_schedule(engine
     assert result.start.identity == (not closed)
     assert result.history[1]["coefficients"] == result.start.vector
     assert result.calibration_value >= 0
+
+
+def test_a_search_that_finds_nothing_keeps_what_an_earlier_one_found():
+    model = flux_model()
+    found = tune(
+        model, PROMPTS, brightness, Settings({"spread": 1.0}, budget=9, engine="grid"), drawing()
+    )
+    earlier = replace(found, best=Coefficients((0.9,) * 3, (1.1,) * 3), accepted=True)
+    earlier.apply(model.pipeline)
+    tables = model.pipeline.scheduler.tables
+    replace(found, accepted=False).apply(model.pipeline)
+    assert model.pipeline.scheduler.tables == tables
+    other = replace(found, best=Coefficients.ones(2), accepted=False)  # of another number of steps
+    other.apply(model.pipeline)
+    assert model.pipeline.scheduler.tables.steps == {**tables.steps, 2: Coefficients.ones(2)}
+
+
+def test_scores_of_another_autoencoder_are_not_taken_for_these(tmp_path):
+    settings, file = Settings({"spread": 1.0}, budget=4, engine="grid"), tmp_path / "scores.jsonl"
+    described = [Prompt(p.text, {"tag": "counting", "prompt": p.text}) for p in PROMPTS]
+    rows = []
+    for scale, asked in ((1.0, PROMPTS), (1.0, PROMPTS), (1.5, PROMPTS), (1.0, described)):
+        model = flux_model()
+        with torch.no_grad():
+            for weight in model.pipeline.vae.parameters():
+                weight.mul_(scale)
+        rows.append(tune(model, asked, brightness, settings, drawing(), file=file).network_rows)
+    assert [n == 0 for n in rows] == [False, True, False, False]
 
 
 class Bar:

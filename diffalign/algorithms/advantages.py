@@ -76,21 +76,31 @@ def informative(rewards: Tensor, group: Tensor, *, tolerance: float = 1e-6) -> T
     return valid & ((high - low)[index] > tolerance)
 
 
-def group_diversity(latents: Tensor, group: Tensor) -> tuple[float, int]:
-    """Sum over groups of the standard deviation of an image's values within its group, and the number of groups.
+def group_moments(latents: Tensor, group: Tensor, *, groups: int) -> Tensor:
+    """(G, 1 + 2 D) float64: images of each group, and the sums of their D values and of the values' squares. Those of
+    parts of a batch add up to those of the batch.
+
+    Args:
+        latents: (B, ...); group: (B,) integers below `groups`.
+    """
+    values = latents.flatten(1).double()
+    rows = torch.cat([torch.ones_like(values[:, :1]), values, values.square()], 1)
+    return rows.new_zeros(groups, rows.shape[1]).index_add_(0, group.to(rows.device), rows)
+
+
+def group_diversity(moments: Tensor) -> float:
+    """Standard deviation of an image's values within its group: mean over values, then over groups of at least two
+    images; NaN without any.
 
     A policy that has learnt to draw one image for a prompt has 0; rewards alone do not show it.
 
     Args:
-        latents: (B, ...); group: (B,) integers. Groups of one image are left out.
+        moments: of `group_moments`.
     """
-    total, count = 0.0, 0
-    for g in group.unique():
-        members = latents[group == g].float()
-        if len(members) > 1:
-            total += float(members.std(0).mean())
-            count += 1
-    return total, count
+    moments = moments[moments[:, 0] > 1]
+    count, (total, squares) = moments[:, :1], moments[:, 1:].chunk(2, 1)
+    variance = (squares - total.square() / count) / (count - 1)
+    return variance.clamp_min(0).sqrt().mean().item()
 
 
 def _sum_by(values: Tensor, index: Tensor) -> Tensor:

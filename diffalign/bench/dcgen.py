@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
+from diffalign import processes
 from diffalign.bench.curves import read_curve
 from diffalign.bench.deep_latency import flops, parts_of, real_sizes
 from diffalign.bench.eyes import Eyes
@@ -173,7 +173,7 @@ def alignment(options: BenchOptions) -> dict[str, Any]:
     assert config.latents.autoencoder is not None
     vae = load_autoencoder(config.latents.autoencoder)
     moved = move_model(base, vae, size=base.default_size)
-    accelerator = Accelerator()
+    accelerator = processes.make_accelerator()
     cache = precompute_latents(config, base, accelerator, codec=moved.codec)
     pairs = Alignment(base, moved, cache, cache.paired, accelerator, BATCH)
     rows = [pairs.rows(batch) for _, batch in pairs.batches(paired=True)]

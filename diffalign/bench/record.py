@@ -51,7 +51,7 @@ class BenchOptions:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         if file.is_file():
             cell = json.loads(file.read_text(encoding="utf-8"))
-            if cell["key"] == digest:
+            if cell.get("key") == digest:
                 return cell["found"]
         file.parent.mkdir(parents=True, exist_ok=True)
         found = make()

@@ -12,6 +12,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from diffalign import processes
 from diffalign.commands.images import batching, drawing, evaluation, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.data.images import read_folder
@@ -49,7 +50,7 @@ def evaluate_fid(args: argparse.Namespace) -> int:
     on_shapes = (args.reference or "").startswith("shapes:") or (
         args.images is None and args.model.startswith("shapes-")
     )
-    state = PartialState()  # first: it says which GPU is this process's
+    state = processes.current()  # first: it says which GPU is this process's
     network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
     # whether it is there is to be known now
     reference_of = None if args.reference is None else _reference(args, network)

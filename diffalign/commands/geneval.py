@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from diffalign import processes
 from diffalign.commands.images import batching, drawing, evaluation, fingerprint, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.data.prompts import Prompt, load_prompts
@@ -37,7 +38,7 @@ DETECTORS = ("verifier", "geneval")
 
 def evaluate_geneval(args: argparse.Namespace) -> int:
     """Generate what is missing of a GenEval folder, or take one that is there, and score it."""
-    state = PartialState()
+    state = processes.current()
     folder = args.images or args.output_dir
     made: dict[str, Any] = {}
     detector = None

@@ -69,6 +69,17 @@ def drawing(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Those of the file, or some of them: that is said."""
+    if args.max_prompts < 1:
+        raise UsageError(f"--max_prompts must be at least 1, got {args.max_prompts}")
+    found = load_prompts(args.prompts)
+    few = load_prompts(args.prompts, limit=args.max_prompts)
+    if len(few) < len(found):
+        print(f"{len(few)} of {len(found)} prompts are used (--max_prompts)")
+    return few
+
+
 def batching(args: argparse.Namespace) -> dict[str, Any]:
     """In what sizes and precision."""
     return {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from diffalign import processes
 from diffalign.commands.geneval import fill_folder
 from diffalign.commands.rewards import load_rewards
 from diffalign.data.files import write_text
@@ -32,7 +32,7 @@ def pairs(args: argparse.Namespace) -> int:
         raise UsageError("--images_per_prompt: a pair needs at least 2 images of a prompt")
     if args.weights == "rankdpo" and args.pick != "all":
         raise UsageError("--weights=rankdpo weighs all pairs of a ranking: it needs --pick=all")
-    state = PartialState()
+    state = processes.current()
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
     fill_folder(args, prompts, state)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from diffusers import PipelineQuantizationConfig
 
-from diffalign.commands.images import load
+from diffalign.commands.images import chosen_prompts, load
 from diffalign.data.files import folder_aside
-from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
@@ -34,7 +34,9 @@ def quantize(args: argparse.Namespace) -> int:
         raise UsageError(
             "--lora: weights are quantised with the LoRA in them; `diffalign merge` first"
         )
-    prompts = load_prompts(args.prompts, limit=args.max_prompts) if args.prompts else None
+    prompts = chosen_prompts(args) if args.prompts else None
+    if args.latency < 0:
+        raise UsageError(f"--latency must be at least 0, got {args.latency}")
     static = args.backend in BACKENDS and BACKENDS[args.backend].activations
     if static and not prompts:
         raise UsageError(f"--backend {args.backend} is calibrated on images: give --prompts")

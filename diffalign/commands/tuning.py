@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from diffalign.commands.images import load
+from diffalign.commands.images import chosen_prompts, load
 from diffalign.data.files import folder_aside, write_text
-from diffalign.data.prompts import load_prompts
 from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import available, load_model
@@ -34,6 +33,8 @@ def qsched(args: argparse.Namespace) -> int:
     folder, whole = _target(args)
     if args.plot is not None:
         check_plot(args.plot)
+    if args.engine == "none" and args.reference is None:
+        raise UsageError("--engine none is the closed form alone, which needs a --reference")
     settings = Settings(
         parse(args.objective),
         engine=args.engine,
@@ -45,11 +46,7 @@ def qsched(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     reward = CompositeReward.from_config(settings.objective, setting="--objective")
-    prompts = load_prompts(args.prompts, limit=args.max_prompts)
-    reward.check_metadata([p.metadata for p in prompts])
-    reward.prepare()
-    model = load(args)
-    reference = _reference(args, model)
+    prompts = chosen_prompts(args)
     drawing = Drawing(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
@@ -60,14 +57,26 @@ def qsched(args: argparse.Namespace) -> int:
         micro_batch_size=args.batch_size,
         mixed_precision="bf16" if args.dtype == "bfloat16" else "no",
     )
+    if args.work.exists() and not args.work.is_dir():
+        raise UsageError(f"--work: {args.work} is a file; scores are kept in a folder")
+    reward.check_metadata([p.metadata for p in prompts])
+    reward.prepare()
+    model = load(args)
+    reference = _reference(args, model)
     file = args.work / "scores.jsonl"
     result = tune(model, prompts, reward.score, settings, drawing, reference=reference, file=file)
     result.apply(model.pipeline)
     save(model.pipeline, result, folder, whole=whole)
     if args.plot is not None:
         plot_history(result, args.plot)
-    print(describe(result, folder))
+    print(describe(result, folder, kept=_kept(result, model.pipeline)))
     return 0
+
+
+def _kept(result: TuneResult, pipeline: Any) -> bool:
+    """Whether factors of an earlier search are still in force, after one that found none."""
+    steps = len(result.best)
+    return not result.accepted and not pipeline.scheduler.tables.steps[steps].identity
 
 
 def _target(args: argparse.Namespace) -> tuple[Path, bool]:
@@ -104,15 +113,15 @@ def save(pipeline: Any, result: TuneResult, folder: Path, *, whole: bool) -> Non
     result.save(folder / RESULT)
 
 
-def describe(result: TuneResult, folder: Path) -> str:
-    """A few lines for people, the last of them JSON."""
+def describe(result: TuneResult, folder: Path, *, kept: bool = False) -> str:
+    """A few lines for people, the last of them JSON. `kept`: factors were there before, and stay."""
     low, high = result.interval
     sure = f"95 % interval {low:+.3f}..{high:+.3f}"
     verdict = f"accepted: {result.gain:+.3f} standard deviations on held-out prompts, {sure}"
     if not result.accepted:
         verdict = (
             f"not accepted: held-out prompts see {result.gain:+.3f}, {sure}, which may be nothing; "
-            "the schedule stays as it is"
+            + ("the factors of an earlier search stay" if kept else "the schedule stays as it is")
         )
     lines = [verdict, "step  sample  model_output"]
     pairs = zip(result.best.sample, result.best.model_output, strict=True)

@@ -105,6 +105,11 @@ class QSched:
         steps = {**known.steps, len(coefficients): coefficients}
         self.tables = Tables(steps, denoiser or known.fingerprint, self.settings)
 
+    def has_coefficients(self, steps: int) -> bool:
+        """Whether the configuration holds factors for so many steps that would be in force."""
+        tables = self.tables
+        return steps in tables.steps and self._foreign(tables, self._denoiser) is None
+
     def clear_coefficients(self) -> None:
         """Forget all factors."""
         self.tables = Tables({})

@@ -33,7 +33,7 @@ from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.precision import attention
 from diffalign.seeds import STATES, stream
 from diffalign.training.forward import predict
-from diffalign.training.rollout import Plan, make_plan
+from diffalign.training.rollout import Plan, check_prompts, make_plan
 from diffalign.training.trainer import Trainer
 from diffalign.training.update import Sums
 from diffalign.types import PromptEmbeds
@@ -80,6 +80,12 @@ class DistillationTrainer(Trainer):
             raise UsageError(
                 f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes"
             )
+        check_prompts(
+            self.prompts,
+            c.teacher.prompts_per_update,
+            c.prompts,
+            setting="teacher.prompts_per_update",
+        )
         if self.model.costs_a_forward(c.evaluation.guidance_scale):
             raise UsageError(
                 f"evaluation.guidance_scale: a student of {c.model.name} has the teacher's guidance "

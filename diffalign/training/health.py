@@ -8,8 +8,9 @@ healthy runs: rewards are noisy, and prompts differ from update to update.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ REWARD_DROP = 4.0
 """Standard errors that the reward must have fallen from its best window."""
 GRADIENT_RISE = 5.0
 """How many times its usual size the gradient must have."""
+DIVERSITY_LEFT = 0.5
+"""Share of the first updates' spread within groups below which images of a prompt have become alike."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,37 @@ class Collapse:
             f"{self.good}) to {self.reward:.3f}, and the gradient is {self.gradient_rise:.0f} times its usual size; "
             "a lower optimizer.learning_rate or a higher algorithm.kl_beta holds the policy"
         )
+
+
+def find_warnings(
+    rows: Sequence[Mapping[str, Any]], before: Mapping[str, float], held_out: Iterable[str]
+) -> dict[str, str]:
+    """What else deserves a look, by what it is about: images of a prompt that become alike, and rewards that are not
+    trained on and fell while the trained one rose, in two evaluations running.
+
+    Args:
+        rows: of the log.
+        before: means of the evaluation before training.
+        held_out: names of rewards among them.
+    """
+    found = {}
+    update = rows[-1]["update"] if rows else 0
+    spread = [r["diversity"] for r in rows if math.isfinite(r.get("diversity", math.nan))]
+    if len(spread) >= 3 * WINDOW:
+        first, last = (statistics.median(part) for part in (spread[:WINDOW], spread[-WINDOW:]))
+        if last < DIVERSITY_LEFT * first:
+            found["diversity"] = (
+                f"update {update}: images of one prompt become alike: their spread fell from {first:.3f} to {last:.3f}"
+            )
+    seen = [r["evaluation"]["means"] for r in rows if "evaluation" in r][-2:]
+    better = len(seen) == 2 and all(m["reward"] > before["reward"] for m in seen)
+    for name in held_out:
+        if better and all(m.get(name, math.inf) < before.get(name, -math.inf) for m in seen):
+            found[name] = (
+                f"update {update}: the trained reward rose from {before['reward']:.3f} to {seen[-1]['reward']:.3f} and "
+                f"{name}, which is only looked at, fell from {before[name]:.3f} to {seen[-1][name]:.3f}"
+            )
+    return found
 
 
 def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:

@@ -25,7 +25,7 @@ from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 from diffalign.noise import RectifiedFlow
 from diffalign.training.forward_update import ForwardProcessUpdate
-from diffalign.training.rollout import Plan, RolloutMaker, make_plan
+from diffalign.training.rollout import Plan, RolloutMaker, check_prompts, make_plan
 from diffalign.training.scoring import RewardTimeout
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.training.trajectory_update import TrajectoryUpdate
@@ -60,6 +60,12 @@ class OnlineTrainer(Trainer):
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
         self._check_tasks()
+        check_prompts(
+            self.prompts,
+            c.rollout.prompts_per_update,
+            c.prompts,
+            setting="rollout.prompts_per_update",
+        )
         self.rollouts = RolloutMaker(
             c, self.model, self.score, self.accelerator, self.size, self.drawing
         )
@@ -129,6 +135,9 @@ class OnlineTrainer(Trainer):
     @property
     def planned_steps(self) -> int:
         return self.config.training.num_updates * self.config.training.updates_per_rollout
+
+    def facts(self) -> dict[str, Any]:
+        return {"rollbacks": self.progress.rollbacks}
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {
@@ -224,12 +233,12 @@ class OnlineTrainer(Trainer):
         return batch, _reward_row(rewards, group, keep, rollout.details)
 
     def _diversity(self, rollout: Rollout) -> float:
-        """Mean over groups; of a group that is spread over processes each counts its own images."""
-        found = adv.group_diversity(rollout.latents.cpu(), rollout.prompt_index)
-        total, count = self.accelerator.reduce(
-            torch.tensor(found, device=self.accelerator.device), "sum"
-        ).tolist()
-        return total / count if count else float("nan")
+        """Mean over groups, whichever processes their images are on."""
+        groups = len(rollout.group.unique())
+        moments = adv.group_moments(rollout.latents.cpu(), rollout.prompt_index, groups=groups)
+        if self.accelerator.num_processes > 1:
+            moments = self.accelerator.reduce(moments.to(self.accelerator.device), "sum")
+        return adv.group_diversity(moments)
 
     def optimize(self, batch: TrainingBatch, number: int) -> dict[str, float]:
         """All optimizer steps on one rollout."""

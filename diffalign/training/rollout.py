@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherConfig
 from diffalign.data.prompts import Prompt
+from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
@@ -45,6 +46,20 @@ class Plan:
         return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)
 
 
+def check_prompts(
+    prompts: Sequence[Prompt], wanted: int, tasks: PromptsConfig, *, setting: str
+) -> None:
+    """UsageError where an update cannot have as many distinct prompts as `setting` wants."""
+    weights = tasks.task_weights or {}
+    drawn = [p for p in prompts if not tasks.balance_tasks or weights.get(p.task, 1.0) > 0]
+    if len(drawn) < wanted:
+        of_tasks = "" if len(drawn) == len(prompts) else " of tasks that have a weight"
+        raise UsageError(
+            f"{setting} is {wanted}, and prompts.train has {len(drawn)} prompts{of_tasks}: give more prompts, or draw "
+            "fewer at a time and more images of each (group_size)"
+        )
+
+
 def make_plan(
     prompts: Sequence[Prompt],
     config: RolloutConfig | TeacherConfig,
@@ -55,7 +70,7 @@ def make_plan(
 ) -> Plan:
     """Draw distinct prompts and `group_size` images for each; `tasks` says how often which task is drawn."""
     rng = np.random.default_rng(stream(PROMPTS, seed, update))
-    wanted = min(config.prompts_per_update, len(prompts))
+    wanted = config.prompts_per_update
     chosen = [int(i) for i in rng.permutation(len(prompts))]
     if tasks.balance_tasks:
         chosen = _by_task(prompts, chosen, wanted, tasks.task_weights or {}, rng)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor
 
+from diffalign import processes
 from diffalign.config import AnyRunConfig, ConfigError, nearest, to_dict
 
 PROJECT = "diffalign"
@@ -27,7 +28,7 @@ def make_accelerator(config: AnyRunConfig) -> Accelerator:
             raise ConfigError(f"training.trackers: accelerate knows no {name!r}{hint}")
         if name not in installed:
             raise ConfigError(f"training.trackers: {name} is not installed (pip install {name})")
-    return Accelerator(log_with=list(names) or None, project_dir=config.output_dir)
+    return processes.make_accelerator(log_with=list(names) or None, project_dir=config.output_dir)
 
 
 def start(accelerator: Accelerator, config: AnyRunConfig) -> None:
@@ -40,7 +41,7 @@ def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     """The numbers of a row of the log, at its update."""
     values = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
     found = row.get("evaluation", {})
-    scores = dict(found.get("tasks", {}))
+    scores = {**found.get("means", {}), **found.get("tasks", {})}
     if found.get("win_rate"):
         scores["win_rate"] = found["win_rate"]["rate"]
     values |= {f"evaluation/{name}": score for name, score in scores.items()}

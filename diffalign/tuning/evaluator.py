@@ -45,6 +45,17 @@ class Drawing:
     micro_batch_size: int = 64
     mixed_precision: str = "bf16"
 
+    def __post_init__(self) -> None:
+        for name, flag in (
+            ("num_inference_steps", "num_inference_steps"),
+            ("images_per_prompt", "images_per_prompt"),
+            ("micro_batch_size", "batch_size"),
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, got {self.seed}")
+
 
 class Evaluator:
     """Scores candidates on some prompts.
@@ -88,8 +99,8 @@ class Evaluator:
         self._file = file
         plain = asdict(drawing)
         del plain["micro_batch_size"]
-        texts = [p.text for p in self.prompts]
-        told = json.dumps([plain, texts, self.terms, key], sort_keys=True)
+        asked = [[p.text, p.metadata] for p in self.prompts]
+        told = json.dumps([plain, asked, self.terms, key], sort_keys=True, default=str)
         self.key = hashlib.sha256(told.encode()).hexdigest()[:16]
         self._known = self._read()
 

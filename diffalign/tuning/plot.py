@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def check_plot(file: Path) -> None:
     """Before a search, whose picture would be lost.
 
     Raises:
-        UsageError: matplotlib is not there, or the file is of another kind than `KINDS`.
+        UsageError: matplotlib is not there, the file is of another kind than `KINDS`, or it could not be written.
     """
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'diffalign[plots]'")
@@ -26,6 +27,9 @@ def check_plot(file: Path) -> None:
         raise UsageError(f"--plot: {file} must end in {', '.join(KINDS)}")
     if file.is_dir():
         raise UsageError(f"--plot: {file} is a folder")
+    there = next(p for p in file.absolute().parents if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UsageError(f"--plot: {file} cannot be written, see {there}")
 
 
 def plot_history(result: TuneResult, file: Path) -> None:

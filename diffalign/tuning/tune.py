@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.preference import interval
 from diffalign.evaluation.score import Score
-from diffalign.fingerprint import of_denoiser
+from diffalign.fingerprint import of_denoiser, of_pipeline
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.engines import ENGINES, Space
@@ -52,6 +53,8 @@ class Settings:
             raise UsageError(f"--budget must be at least 1, got {self.budget}")
         if not 0 < self.held_out < 1:
             raise UsageError(f"--held_out must lie in 0..1, got {self.held_out}")
+        if not 0 <= self.penalty < math.inf:
+            raise UsageError(f"--penalty must be at least 0, got {self.penalty}")
 
 
 @dataclass
@@ -82,9 +85,10 @@ class TuneResult:
 
     def apply(self, pipeline: Any) -> None:
         """Put the factors into a pipeline's scheduler; its next call with so many steps uses them, if its weights are
-        those that they were found with."""
+        those that they were found with. What was not accepted does not replace what an earlier search left there."""
         pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=of_denoiser(pipeline))
-        pipeline.scheduler.set_coefficients(self.coefficients, fingerprint=self.fingerprint)
+        if self.accepted or not pipeline.scheduler.has_coefficients(len(self.best)):
+            pipeline.scheduler.set_coefficients(self.coefficients, fingerprint=self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -245,8 +249,9 @@ def _evaluator(
     drawing: Drawing,
     file: Path | None,
 ) -> Evaluator:
-    """Scores belong to weights and a scheduler's settings."""
-    key = [of_denoiser(model.pipeline), model.pipeline.scheduler.settings]
+    """Scores belong to weights, of text encoders and of the autoencoder as well, and to a scheduler's settings."""
+    pipeline = model.pipeline
+    key = [of_pipeline(pipeline), str(model.denoiser.dtype), pipeline.scheduler.settings]
     return Evaluator(model, prompts, score, list(settings.objective), drawing, file=file, key=key)
 
 
@@ -312,12 +317,15 @@ def accept(
     """Mean gain over images and its 95 % interval over prompts, on the scale of the schedule as it is.
 
     Raises:
-        ObjectiveError: no image could be scored with both.
+        ObjectiveError: fewer than half of the images could be scored with both: what is left says nothing of the rest.
     """
     gains = Objective(weights, base).per_image(found)
     valid = np.isfinite(gains)
-    if not valid.any():
-        raise ObjectiveError("no held-out image could be scored with both schedules")
+    if valid.sum() < max(1, len(gains) / 2):
+        raise ObjectiveError(
+            f"{valid.sum()} of {len(gains)} held-out images could be scored with both schedules: too few to accept or "
+            "to refuse by"
+        )
     asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
     return float(gains[valid].mean()), interval(gains[valid], asked)
 
