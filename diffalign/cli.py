@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffalign import __version__
 from diffalign.cli_latents import add_autoencoder
-from diffalign.errors import UserError
+from diffalign.errors import UserError, full_disk
 
 EPILOG = """examples:
   diffalign demo
@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--key.sub=value. Flags of diffusers' training scripts work where they mean the same.",
     )
     train.add_argument("recipe", help="name or YAML file")
-    train.add_argument("--dry-run", action="store_true", help="print the configuration and stop")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, prompts and rewards, print the configuration and stop",
+    )
 
     precompute = verbs.add_parser(
         "precompute",
@@ -226,7 +230,10 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     convert.add_argument("lora", help="a .safetensors file, or a folder with diffusers' file name")
     convert.add_argument("--to", required=True, choices=("diffusers", "comfyui", "kohya"))
     convert.add_argument(
-        "--family", default=None, choices=("sd3", "flux"), help="needed for kohya's keys"
+        "--family",
+        default=None,
+        choices=("sd3", "flux"),
+        help="needed for a transformer in kohya's keys",
     )
     convert.add_argument("--output", type=Path, required=True)
 
@@ -432,64 +439,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if args.verb == "list":
-            return _list(args.what)
-        if args.verb == "train":
-            return _train(args.recipe, rest, dry_run=args.dry_run)
-        if args.verb == "precompute":
-            from diffalign.commands.training import precompute
-
-            return precompute(args, rest)
-        module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
-        return int(getattr(module, args.verb.replace("-", "_"))(args) or 0)
+        return _run(args, rest)
     except KeyboardInterrupt:
-        goes_on = args.verb in RESUMES or getattr(args, "what", None) == "geneval"
-        more = "; the same command goes on from where it was" if goes_on else ""
+        more = "; the same command goes on from where it was" if _goes_on(args) else ""
         print(f"interrupted{more}", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"diffalign: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        more = "goes on from where it was" if _goes_on(args) else "can be run again"
+        print(f"diffalign: error: {full}. Free space, and the same command {more}", file=sys.stderr)
+        return 2
 
 
-def _train(recipe: str, overrides: Sequence[str], *, dry_run: bool) -> int:
-    from diffalign import config as configuration
-    from diffalign.pipelines import registry as models
-    from diffalign.rewards import registry as rewards
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.verb == "list":
+        from diffalign.commands.light import listing
 
-    config = configuration.load(recipe, overrides)
-    for name in config.rewards:
-        rewards.check_name(name)
-    models.resolve(config.model.name)
-    if dry_run:
-        print(configuration.dump(config), end="")
-        return 0
-    from diffalign.commands.training import train
+        return listing(args.what)
+    if args.verb == "train":
+        from diffalign.commands.light import train
 
-    return train(config)
+        return train(args.recipe, rest, dry_run=args.dry_run)
+    if args.verb == "precompute":
+        from diffalign.commands.training import precompute
+
+        return precompute(args, rest)
+    module = import_module(f"diffalign.commands.{VERBS[args.verb]}")
+    return int(getattr(module, args.verb.replace("-", "_"))(args) or 0)
 
 
-def _list(what: str) -> int:
-    if what == "recipes":
-        from diffalign.config import describe_recipes
-
-        rows = describe_recipes()
-    elif what == "rewards":
-        from diffalign.rewards.registry import SUMMARIES, available
-
-        rows = {name: SUMMARIES.get(name, target) for name, target in available().items()}
-    elif what == "benches":
-        from diffalign.bench import BENCHES
-
-        rows = BENCHES
-    else:
-        from diffalign.pipelines.registry import available as models
-
-        rows = {name: spec.description for name, spec in models().items()}
-    width = max(map(len, rows), default=0)
-    for name, text in rows.items():
-        print(f"{name:<{width}}  {text}")
-    return 0
+def _goes_on(args: argparse.Namespace) -> bool:
+    """Whether the verb, started again, keeps what it has done."""
+    return args.verb in RESUMES or getattr(args, "what", None) == "geneval"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def launch(world, *arguments):
 
     By torchrun: `accelerate launch --cpu` starts one process on one machine, whatever number it is given."""
     done = run(world, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
 
 

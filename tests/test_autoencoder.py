@@ -179,6 +179,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         ([f"--images={folder}", "--resolution=33"], "--resolution: must be a multiple of 2"),
         ([f"--images={folder}", "--phase=finish"], "--phase: unknown value 'finish'"),
         (["--num_updates=0"], "--num_updates: must be positive"),
+        (["--learning_rate=inf"], "--learning_rate: must be positive and finite"),
     ):
         assert cli.main([*base, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from diffalign.bench import (
     deep_latency,
     demo,
     inversion_dpo,
+    qsched,
     record,
     reward_models,
 )
@@ -246,6 +247,25 @@ def test_quick_awm_bench(quick):
     assert 10 < last["forwards_per_image"] < 13
     assert written["costs"]["two updates a rollout"]["seconds"]["median"] > 1.2
     assert written["signals"]["4 timesteps"]["square_over_awm"] < 1
+
+
+@pytest.mark.slow
+def test_quick_qsched_bench(quick):
+    last, written = quick("qsched")
+    assert set(last) == {
+        "quality_recovered",
+        "network_calls_vs_grid",
+        "bytes_ratio",
+        "int8_latency_vs_bf16",
+    }
+    assert set(last["quality_recovered"]) >= set(qsched.FORMS) - {"bf16"}
+    assert min(last["bytes_ratio"].values()) > 2.8
+    assert last["int8_latency_vs_bf16"] > 0
+    for student in written["students"].values():
+        steps = student["forms"]["int8"]["steps"]["2"]
+        assert 0 < steps["plain"]["geneval"]["median"] < 1
+        assert steps["plain"]["psnr"]["median"] > 30
+        assert student["grid"][0]["cma"]["rows"] > 0
 
 
 @pytest.mark.slow

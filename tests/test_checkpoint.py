@@ -103,6 +103,18 @@ class TestRunFolder:
             folder.claim(load(None, ["--learning_rate=0.5"]))
         assert (folder.path / "config.yaml").read_text() == before
 
+    def test_other_prompts_are_refused_and_old_folders_go_on(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        old, new = {"prompts.train": "1", "prompts.evaluation": "2"}, {"prompts.train": "3"}
+        folder.claim(load())  # by a version that did not look
+        folder.claim(load(), old)
+        folder.claim(load(), old)
+        with pytest.raises(RunFolderError, match=r"other prompts: what prompts\.train names has"):
+            folder.check(load(), old | new)
+        (folder.path / "prompts.json").write_text("{")
+        with pytest.raises(RunFolderError, match=r"prompts\.json is not readable"):
+            folder.check(load(), old)
+
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("dear to me")
         with pytest.raises(RunFolderError, match="not empty and no run of diffalign"):

@@ -101,6 +101,12 @@ def test_every_alias_leads_to_a_setting():
         (["--learnin_rate=1"], "did you mean 'learning_rate'"),
         (["--optimizer.learning_rate=fast"], "optimizer.learning_rate: .*fast"),
         (["--optimizer.learning_rate=-1"], "optimizer.learning_rate: must be positive"),
+        (["--optimizer.learning_rate=inf"], "optimizer.learning_rate: must be finite, got inf"),
+        (["--optimizer.learning_rate=nan"], "optimizer.learning_rate: must be positive, got nan"),
+        (["--optimizer.weight_decay=-1"], "optimizer.weight_decay: must be finite and not neg"),
+        (["--training.eval_every=-1"], "training.eval_every: must not be negative; 0 for none"),
+        (["--training.sample_every=-1"], "training.sample_every: must not be negative"),
+        (["--training.checkpoint_every=0"], "training.checkpoint_every: must be at least 1"),
         (["--training.num_updates=2.5"], "training.num_updates: expected a whole number"),
         (["--training.num_updates=true"], "training.num_updates: expected a number"),
         (["--training.num_updates=many"], "training.num_updates"),
@@ -217,6 +223,23 @@ def test_the_algorithm_may_stand_apart_from_its_flag():
     assert found.images.height == 64
 
 
+def test_a_window_that_no_schedule_has_room_for():
+    """Which steps can be stochastic depends on the model, that the last one cannot does not."""
+    flags = ["--algorithm.type=flow_grpo", "--rollout.num_inference_steps=6"]
+    for more in (["--algorithm.window_size=5"], ["--algorithm.window_size=null"]):
+        load("demo", [*flags, *more])
+    for more, most in (
+        (["--algorithm.window_size=50"], 5),
+        (["--algorithm.window_size=6"], 5),
+        (["--algorithm.window_size=4", "--algorithm.window_stop=0.5"], 3),
+        (["--rollout.num_inference_steps=1"], 0),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"algorithm\.window_size: .* of which {most} at most"
+        ):
+            load("demo", [*flags, *more])
+
+
 def test_settings_are_checked_against_the_chosen_algorithm_alone():
     apart = ["--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0"]
     assert load("inversion-dpo", apart).states == 0
@@ -244,3 +267,25 @@ def test_settings_are_checked_against_the_chosen_algorithm_alone():
 def test_preference_settings_that_cannot_be(override, message):
     with pytest.raises(ConfigError, match=message):
         load("inversion-dpo", [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("awm-sd3.5-medium-geneval", 20.8),
+        ("awm-sd3.5-medium-ocr", 20.8),
+        ("awm-sana", 20.8),
+        ("awm-flux.1-dev-ocr", 23.8),  # of which 4 are forwards that checkpointing makes again
+    ],
+)
+def test_forwards_an_image_of_recipes_for_real_models(recipe, expected):
+    """The release of AWM needs 39. That a run counts what this sum says is asserted in test_online."""
+    c = load(recipe, [])
+    trained = 2.2 + c.model.gradient_checkpointing
+    distances = (c.algorithm.kl_beta > 0) + (c.algorithm.ema_kl_beta > 0)
+    found = (
+        c.rollout.num_inference_steps
+        + c.algorithm.timesteps_per_image * trained
+        + c.algorithm.kl_timesteps * distances
+    )
+    assert found == pytest.approx(expected)

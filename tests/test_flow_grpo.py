@@ -208,9 +208,8 @@ def test_windows_move_and_stay_where_noise_can_be_removed(tmp_path):
         window = every.policy_update.sampler(1).window
         assert window.start == 0
         assert window.stop in stops
-    for size in (4, 3):
-        with pytest.raises(UsageError, match="do not fit"):
-            trainer(tmp_path, algorithm={**GRPO, "window_size": size})
+    with pytest.raises(UsageError, match="do not fit"):  # a step before the last has too much noise
+        trainer(tmp_path, rollout=rollout, algorithm={**GRPO, "window_size": 9})
 
 
 @pytest.mark.parametrize("dynamics", ["sde", "cps"])

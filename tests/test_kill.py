@@ -1,5 +1,6 @@
 """A process that dies, a disk that is full: nothing finished is lost, and the resumed run is the uninterrupted one."""
 
+import errno
 import json
 import os
 import signal
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_runs import trainer
 
 from diffalign import lora
+from diffalign.data.files import aside
+from diffalign.errors import UsageError, full_disk
 from diffalign.training import checkpoint
 
 UPDATES = 4
@@ -122,3 +126,27 @@ def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(tmp_path):
     assert "the last good one is" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["000001"]
     checkpoint.load(tmp_path / "000001")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_known_in_every_form(tmp_path):
+    """As Python, torch and safetensors report it; an error of the suite speaks for itself."""
+    tensors = {"w": torch.zeros(100_000)}
+    errors = []
+    for write in (lambda file: file.write(b"x" * 100_000), lambda file: torch.save(tensors, file)):
+        try:
+            with Path("/dev/full").open("wb") as file:
+                write(file)
+        except Exception as error:
+            errors.append(error)
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    errors.append(SafetensorError(text))  # what save_file raises on a full tmpfs
+    assert [full_disk(e) for e in errors] == ["No space left on device"] * 3
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(OSError, match="quota") as caught, aside(tmp_path / "a.png"):
+        raise quota
+    assert full_disk(caught.value) == f"Disk quota exceeded: {tmp_path / 'a.png'}"
+    told = UsageError("said better")
+    told.__cause__ = quota
+    for error in (told, OSError(errno.ENOENT, "no such file"), ValueError(28), None):
+        assert full_disk(error) is None

@@ -1,9 +1,14 @@
 """LoRA files of other programs: the same update on the model, whatever the keys."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +20,8 @@ ALL = {
     "sd3": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     "flux": ("ff.net.0.proj", "ff.net.2", "proj_mlp", "0.proj_out", "norm.linear"),
 }
+UNET = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv")
 
 
 def trained(family, *, every=True):
@@ -193,6 +200,138 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya", family="sd3")
     with pytest.raises(UsageError, match="sd3 or flux"):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya")
+
+
+def trained_unet(family, *targets):
+    model = tiny.UNETS[family]()
+    parameters = lora.attach(model.denoiser, rank=RANK, alpha=ALPHA, targets=targets)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def drawn(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    options = {"height": 16, "width": 16, "generator": generator, "output_type": "np"}
+    return pipeline("a photo of a ring", num_inference_steps=2, **options).images
+
+
+@pytest.mark.parametrize("family", sorted(tiny.UNETS))
+def test_a_stock_unet_draws_the_same_with_kohyas_file_and_back(family, tmp_path):
+    """Of linear layers and of convolutions; diffusers reads kohya's keys of U-Nets by its own rules."""
+    model = trained_unet(family, *UNET, *CONVOLUTIONS)
+    original = exported(model, tmp_path / "lora")
+    kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
+    for source, to, file in ((original, "kohya", kohya), (kohya, "diffusers", back)):
+        assert cli.main(["convert", str(source), f"--to={to}", f"--output={file}"]) == 0
+    attention = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert load_file(kohya)[f"{attention}.alpha"].item() == ALPHA
+    before, after = load_file(original), load_file(back)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    images = {}
+    for name, file in (("plain", None), ("a", original), ("kohya", kohya), ("back", back)):
+        pipeline = tiny.UNETS[family]().pipeline
+        if file is not None:
+            pipeline.load_lora_weights(file)
+            (adapter,) = pipeline.unet.peft_config.values()
+            assert (adapter.r, adapter.lora_alpha) == (RANK, ALPHA)
+        images[name] = drawn(pipeline)
+    assert np.abs(images["plain"] - images["a"]).max() > 0.01
+    for name in ("kohya", "back"):
+        np.testing.assert_allclose(images[name], images["a"], atol=1e-5)
+    np.testing.assert_allclose(drawn(model.pipeline), images["a"], atol=1e-5)
+
+
+def of_the_release():
+    """Every kind of place in SDXL's release, as sd-scripts names it."""
+    residual = ("in_layers_2", "out_layers_3", "emb_layers_1")
+    attention = [f"transformer_blocks_0_attn{i}_to_{x}" for i in (1, 2) for x in "qkv"]
+    attention += ["transformer_blocks_0_attn1_to_out_0", "transformer_blocks_0_ff_net_0_proj"]
+    attention += ["transformer_blocks_0_ff_net_2", "proj_in", "proj_out"]
+    places = {f"input_blocks_{i}_0": residual for i in (1, 2, 4, 5, 7, 8)}
+    places |= {f"output_blocks_{i}_0": (*residual, "skip_connection") for i in range(9)}
+    places |= {f"input_blocks_{i}_1": attention for i in (4, 5, 7, 8)}
+    places |= {f"output_blocks_{i}_1": attention for i in range(6)}
+    places |= {"middle_block_0": residual, "middle_block_1": attention, "middle_block_2": residual}
+    names = [f"{place}_{inner}" for place, inners in places.items() for inner in inners]
+    names += ["input_blocks_3_0_op", "input_blocks_6_0_op", "input_blocks_4_0_skip_connection"]
+    return [*names, "output_blocks_2_2_conv", "output_blocks_5_2_conv", "input_blocks_0_0", "out_2"]
+
+
+def test_the_release_names_of_sdxl_are_read_as_diffusers_reads_them(tmp_path):
+    state = {}
+    for i, name in enumerate(of_the_release()):
+        state[f"lora_unet_{name}.lora_down.weight"] = torch.full((2, 3), float(i))
+        state[f"lora_unet_{name}.lora_up.weight"] = torch.full((3, 2), float(i))
+        state[f"lora_unet_{name}.alpha"] = torch.tensor(1.0)
+    file = tmp_path / "sdxl.safetensors"
+    save_file(state, file)
+    ours = lora_formats.read(file)
+    assert ours.part == "unet"
+    theirs, _ = StableDiffusionXLPipeline.lora_state_dict(
+        state, unet_config=SimpleNamespace(layers_per_block=2)
+    )
+    theirs = convert_unet_state_dict_to_peft(theirs)
+    found = {f"unet.{n}.lora_A.weight".replace(".processor", ""): w for n, w in ours.down.items()}
+    expected = {k.replace(".processor", ""): w for k, w in theirs.items() if ".lora_A." in k}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+    sdxl = UNet2DConditionModel(  # its blocks, with few channels
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    assert ours.down.keys() <= {name for name, _ in sdxl.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to=comfyui"], "ComfyUI reads LoRAs of U-Nets (SD1.5, SDXL) in kohya's keys"),
+        (["--to=kohya", "--family=sd3"], "--family is for transformers"),
+    ],
+)
+def test_a_unets_lora_has_no_other_keys(flags, message, tmp_path, capsys):
+    exported(trained_unet("sd", "to_q"), tmp_path / "lora")
+    output = tmp_path / "out" / "x.safetensors"
+    assert cli.main(["convert", str(tmp_path / "lora"), *flags, f"--output={output}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(output.parent.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight", "text_encoder.a.alpha"],
+            "text_encoder.a",
+        ),
+        (["a.b.lora_A.weight", "a.b.lora_B.weight"], "a.b.lora_A.weight"),
+        (["transformer.a.lora_A.weight"], "transformer.a has no lora_B"),
+        (["transformer.a.lora_A.weight", "transformer.a.lora_magnitude_vector"], "magnitude"),
+        (["lora_unet_up_blocks_0_conv.lora_down.weight"], "has no lora_up"),
+        (
+            ["lora_unet_up_blocks_0_conv.lora_down.weight", "lora_te_x.lora_down.weight"],
+            "lora_te_x",
+        ),
+        (["lora_unet_up_blocks_0_conv.lora_down.weight", "lora_unet_a.hada_w1_a"], "hada_w1_a"),
+        (
+            ["lora_unet_up_blocks_0_x.lora_down.weight", "lora_unet_up_blocks_0_x.lora_up.weight"],
+            "0_x",
+        ),
+    ],
+)
+def test_nothing_of_a_file_is_lost_in_silence(keys, message, tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({key: torch.zeros(1, 1) for key in keys}, file)
+    with pytest.raises(UsageError, match=message):
+        lora_formats.read(file)
 
 
 def test_from_the_command_line(tmp_path, capsys):

@@ -2,14 +2,27 @@
 
 import pytest
 import tiny
+import tiny_runs
 import torch
+from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from diffalign import lora
-from diffalign.config import load
+from diffalign.bench.awm_phases import published
+from diffalign.config import load, recipes
+from diffalign.data.prompts import load_prompts
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.precision import compute
-from diffalign.training.memory import forecast, saved_bytes, size_of
+from diffalign.training.memory import MemoryForecast, adapted, forecast, saved_bytes, size_of
+from diffalign.training.online import OnlineTrainer
+from diffalign.training.run_folder import RunFolder
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
@@ -24,7 +37,7 @@ def family(request, tmp_path_factory):
     return request.param, folder, model
 
 
-def configuration(folder, *more):
+def configuration(folder, *more, algorithm=("--algorithm.timesteps_per_image=2",)):
     side = 32 if folder.name.startswith("sana") else 16
     return load(
         None,
@@ -36,7 +49,7 @@ def configuration(folder, *more):
             f"--rollout.height={side}",
             f"--rollout.width={side}",
             "--training.micro_batch_size=8",
-            "--algorithm.timesteps_per_image=2",
+            *algorithm,
             *more,
         ],
     )
@@ -108,6 +121,172 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(fam
         sizes[name] = forecast(model, configuration(folder, *more)).activations
     assert sizes["two"] == pytest.approx(2 * sizes["one"], rel=0.1)
     assert sizes["checkpointed"] < sizes["two"]
+
+
+KEPT = {
+    "awm": ["--algorithm.timesteps_per_image=2"],
+    "awm, states": [
+        *("--algorithm.timesteps_per_image=2", "--algorithm.noise=rollout"),
+        "--algorithm.timestep_stop=0.5",
+    ],
+    "flow_grpo": [
+        *("--algorithm.type=flow_grpo", "--algorithm.window_size=2", "--algorithm.dynamics=cps")
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", tiny.MODELS)
+@pytest.mark.parametrize("how", KEPT)
+def test_forecast_of_a_rollout_agrees_with_what_an_update_keeps(kind, how, tmp_path):
+    folder = tmp_path / kind
+    model = FAMILIES[kind]()
+    model.pipeline.to(torch.bfloat16)
+    model.pipeline.save_pretrained(folder)
+    more = [
+        *("--rollout.prompts_per_update=3", "--rollout.group_size=4"),
+        *("--rollout.num_inference_steps=4", "--rollout.micro_batch_size=5"),
+        *("--training.drop_uninformative=false", "--training.num_updates=2"),
+    ]
+    config = configuration(folder, *more, algorithm=KEPT[how])
+    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+
+    trainer = OnlineTrainer(
+        config,
+        model,
+        Accelerator(cpu=True),
+        RunFolder(tmp_path / "run"),
+        tiny_runs.redness,
+        load_prompts("shapes:train"),
+    )
+    plan = trainer.plan(1)
+    rollout = trainer.rollout(plan, 1)
+    batch, _ = trainer.make_batch(plan, rollout)
+    parts = [rollout.latents, batch.latents]
+    embeds = [rollout.embeds.prompt_embeds, rollout.embeds.pooled_prompt_embeds]
+    states = [part.trajectory.latents for part in (rollout, batch) if part.trajectory is not None]
+    assert found.rollout == stored([*parts, *embeds, *(states if how == "flow_grpo" else [])])
+    rest = found.host - stored(states if how == "awm, states" else [])
+    assert rest == 2 * stored(embeds)  # of two updates with prompts of their own
+
+
+def stored(tensors):
+    """Bytes of tensors that share none."""
+    sizes = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None
+    }
+    return sum(sizes.values())
+
+
+def test_processes_share_images_and_not_prompts(tmp_path):
+    tiny.sd3_pipeline().save_pretrained(tmp_path)
+    config = configuration(tmp_path, "--rollout.prompts_per_update=3", "--rollout.group_size=4")
+    one, five = (
+        forecast(
+            load_meta_model(str(tmp_path), max_sequence_length=16), config, processes=n
+        ).rollout
+        for n in (1, 5)
+    )
+    image = 4 * 8 * 8 * 2
+    assert one - five == 2 * (12 - 3) * image  # the largest share of 12 images
+
+
+def test_merged_weights_are_those_that_merging_makes(family):
+    kind, folder, _ = family
+    config = configuration(folder, "--rollout.merge_lora=true")
+    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+    model = FAMILIES[kind]()
+    model.pipeline.to(torch.bfloat16)
+    lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
+    before = {p.data_ptr() for p in model.denoiser.parameters()}
+    with lora.merged(model.denoiser, lora.CURRENT):
+        copies = [p for p in model.denoiser.parameters() if p.data_ptr() not in before]
+        made = sum(p.numel() * p.element_size() for p in copies)
+    assert found.merged_weights == adapted(model.denoiser) == made > 0
+    plain = forecast(load_meta_model(str(folder), max_sequence_length=16), configuration(folder))
+    assert plain.merged_weights == 0
+
+
+def clip(width, layers, kind):
+    heads, inner = width // 64, 4 * width
+    return kind(
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            projection_dim=width,
+        )
+    )
+
+
+def text_encoders(family):
+    """Of published size, on the meta device."""
+    with torch.device("meta"):
+        t5 = T5EncoderModel(
+            T5Config(
+                d_model=4096,
+                d_ff=10240,
+                d_kv=64,
+                num_heads=64,
+                num_layers=24,
+                vocab_size=32128,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        if family == "flux":
+            found = {"text_encoder": clip(768, 12, CLIPTextModel), "text_encoder_2": t5}
+        else:
+            found = {
+                "text_encoder": clip(768, 12, CLIPTextModelWithProjection),
+                "text_encoder_2": clip(1280, 32, CLIPTextModelWithProjection),
+                "text_encoder_3": t5,
+            }
+    return {name: part.to(torch.bfloat16) for name, part in found.items()}
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in recipes() if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))]
+)
+def test_recipes_at_published_sizes(recipe):
+    config = load(recipe, ["--rollout.merge_lora=true"])
+    model = published(config.model.name)
+    model.pipeline.register_modules(**text_encoders(model.family))
+    found = forecast(model, config)
+    modules = [p for p in model.pipeline.components.values() if isinstance(p, torch.nn.Module)]
+    assert all(t.is_meta for m in modules for t in (*m.parameters(), *m.buffers()))
+
+    gib = {name: size / 2**30 for name, size in vars(found).items()}
+    flux = model.family == "flux"
+    # 11.9 and 2.24 billion parameters (and SD3.5's table of positions), T5 4.76 with CLIP's, the autoencoder 0.084
+    assert gib["denoiser"] == pytest.approx(22.17 if flux else 4.60, abs=0.01)
+    assert gib["text_encoders"] == pytest.approx(9.10 if flux else 10.41, abs=0.02)
+    assert gib["autoencoder"] == pytest.approx(0.156, abs=0.001)
+    inner = 3072 if flux else 1536
+    matrices = 19 * 8 + 38 * 3 if flux else 24 * 8 - 1
+    assert found.adapters == found.optimizer == 3 * matrices * 2 * inner * 32 * 4
+    assert found.merged_weights == matrices * inner**2 * 2
+    image, prompt = 16 * 64 * 64 * 2, (512 * 4096 + 768 if flux else 333 * 4096 + 2048) * 2
+    prompts = config.rollout.prompts_per_update
+    assert config.rollout.group_size == 24
+    assert found.rollout == prompts * (2 * 24 * image + prompt)
+    assert found.host == 4096 * prompt
+    assert 1 < gib["activations"] < 20
+    parts = [size for name, size in vars(found).items() if name not in ("host", "merged_weights")]
+    assert found.activations > found.merged_weights
+    assert found.total == sum(parts)
+
+
+def test_printed_parts():
+    parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
+    sizes = {name: (i + 1) * 2**30 for i, name in enumerate(parts)}
+    text = "denoiser 1.00, text encoders 2.00, autoencoder 3.00, adapters 4.00, optimizer 5.00"
+    online = MemoryForecast(**sizes, activations=7 * 2**30, merged_weights=9 * 2**30, host=2**29)
+    assert str(online) == (
+        f"memory forecast, GiB for a process: 30.00 ({text}, rollout 6.00, activations 7.00 or merged weights 9.00), "
+        "and up to 0.50 on the CPU"
+    )
+    pairs = MemoryForecast(**{**sizes, "rollout": 0}, activations=2**30, merged_weights=0, host=0)
+    assert str(pairs) == f"memory forecast, GiB for a process: 16.00 ({text}, activations 1.00)"
 
 
 def test_printed(family):

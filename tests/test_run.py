@@ -193,9 +193,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     monkeypatch.setattr("diffalign.training.run.image_grid", grid)
     assert train(base, prompts, folder, *more) == 2
     good = folder / "checkpoints" / "000001"
-    expected = f"{os.strerror(number)}: {folder / 'samples' / '000002.png'}; the last good checkpoint is {good}. "
     error = capsys.readouterr().err
-    assert expected + "Free space, and the same command goes on from there" in error
+    assert f"error: {os.strerror(number)}: {folder / 'samples' / '000002.png'}; the last" in error
+    assert f"checkpoint in {folder} is 000001. Free space, and the same command goes on" in error
     assert "Traceback" not in error
     assert [p.name for p in (folder / "samples").iterdir()] == ["000001.png"]
     assert checkpoint.latest(folder / "checkpoints") == good

@@ -3,7 +3,8 @@
 Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the same
 adapter, the guided reference, fewer timesteps and distances; the second is with the hyper-parameters of the releases,
 but for the rate, which is ours: without guidance, rewards alone move the policy. A lever's arm changes one thing in
-AWM's recipe. Causes are what an update costs and how much of its gradient is signal.
+AWM's recipe. Causes are what an update costs and how much of its gradient is signal. Phases are where its time and
+memory go at published sizes, on CUDA alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from diffalign.bench import awm_causes
+from diffalign.bench import awm_causes, awm_phases
 from diffalign.bench.awm_arms import (
     AWM,
     EARLY,
@@ -106,10 +107,12 @@ def warm_up(config: RunConfig) -> None:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """AWM and its rivals over all seeds, each lever with one, and the causes; `options.arms` chooses among them, AWM
-    always runs. A quick bench leaves all but the rivals and the causes out."""
+    """AWM and its rivals over all seeds, each lever with one, the causes and the phases; `options.arms` chooses among
+    them, AWM always runs but for the phases alone. A quick bench leaves all but the rivals and the causes out."""
     known = {**RIVALS, **RELEASED, **LEVERS}
-    chosen = options.chosen(("awm", *known, *awm_causes.CAUSES))
+    chosen = options.chosen(("awm", *known, *awm_causes.CAUSES, awm_phases.NAME))
+    if chosen == [awm_phases.NAME]:
+        return {"headline": {}, **awm_phases.measure(options)}
     if options.quick and options.arms is None:
         chosen = ["awm", *RIVALS, *awm_causes.CAUSES]
     opinion = SecondOpinion()
@@ -140,7 +143,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
         for name, cause in awm_causes.CAUSES.items()
         if name in chosen
     }
-    return {"headline": headline, "speedups": ratios, "arms": arms, **causes}
+    phases = awm_phases.measure(options) if awm_phases.NAME in chosen else {}
+    return {"headline": headline, "speedups": ratios, "arms": arms, **causes, **phases}
 
 
 def _speedups(fast: list[Curve], slow: list[Curve], unit: str) -> list[float]:

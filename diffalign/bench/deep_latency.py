@@ -121,7 +121,7 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
             if cuda:
                 row[name] |= _measured(channels, tokens, text, quick=quick)
         decoders = {
-            "AutoencoderKL f8": _kl(),
+            "AutoencoderKL f8": kl_autoencoder(),
             "AutoencoderDC f32": _dc(6, 32),
             "AutoencoderDC f64": _dc(7, 128),
         }
@@ -206,7 +206,7 @@ def timed(call: Callable[[], Any], device: torch.device, *, quick: bool) -> dict
     return found
 
 
-def _kl() -> tuple[Any, int, int]:
+def kl_autoencoder() -> tuple[Any, int, int]:
     """FLUX.1's autoencoder on the meta device, its compression and channels."""
     with torch.device("meta"):
         vae = AutoencoderKL(

@@ -1,1 +1,1 @@
-"""The verbs that need torch, one function each; the command line imports them when they are called."""
+"""The verbs, one function each; the command line imports them, and most of them torch, when they are called."""

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from diffalign.commands.images import load
-from diffalign.data.files import folder_aside
+from diffalign.data.files import aside, folder_aside
 from diffalign.errors import UsageError
 from diffalign.lora import WEIGHT_NAME
 from diffalign.lora_formats import read, write
@@ -24,7 +24,9 @@ def convert(args: argparse.Namespace) -> int:
     """Rewrite a LoRA file."""
     source = Path(args.lora)
     found = read(source / WEIGHT_NAME if source.is_dir() else source)
-    write(found, args.output, to=args.to, family=args.family)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with aside(args.output) as file:
+        write(found, file, to=args.to, family=args.family)
     print(f"{args.output}: {len(found.down)} modules in {args.to}'s keys")
     return 0
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.table import Table
 
+from diffalign import processes
 from diffalign.bench.record import BenchOptions, run_bench
 from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig, load
 from diffalign.data.shard_cache import ShardCache
@@ -28,10 +28,10 @@ from diffalign.training.run_folder import SUMMARY
 
 def train(config: AnyRunConfig) -> int:
     """Run a configuration and print what it will need and what came of it."""
-    if PartialState().is_main_process:
+    if processes.current().is_main_process:
         print_forecast(config)
     summary = run(config)
-    if PartialState().is_main_process:
+    if processes.current().is_main_process:
         print_summary(summary)
     return 0
 
@@ -43,7 +43,7 @@ def precompute(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UsageError(
             f"precompute: {config.algorithm.type} learns from no pairs and from no latents"
         )
-    accelerator = Accelerator()
+    accelerator = processes.make_accelerator()
     model = prepare_model(config, accelerator.device)
     cache: ShardCache
     if isinstance(config, LatentRunConfig):
@@ -72,7 +72,7 @@ def print_forecast(config: AnyRunConfig) -> None:
             )
             size = image_size(config, model)
             model = move_model(model, vae, size=size, channels=config.latents.channels)
-        print(forecast(model, config))
+        print(forecast(model, config, processes=processes.current().num_processes))
     except (OSError, UserError):
         return  # no configuration to read, or one that cannot be run: loading it for good will say so
 

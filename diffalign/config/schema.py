@@ -283,6 +283,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
+        rate, decay = self.learning_rate, self.weight_decay
+        check(math.isfinite(rate), "optimizer.learning_rate", f"must be finite, got {rate}")
+        check(
+            0 <= decay < math.inf,
+            "optimizer.weight_decay",
+            f"must be finite and not negative, got {decay}",
+        )
         one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
         check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
 
@@ -314,6 +321,8 @@ class LoopConfig:
         one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
         for name in ("num_updates", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
+        for name in ("eval_every", "sample_every"):
+            check(getattr(self, name) >= 0, f"training.{name}", "must not be negative; 0 for none")
         check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
         check(self.seed >= 0, "training.seed", "must not be negative")
 
@@ -445,6 +454,20 @@ class RunConfig(AnyRunConfig):
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.algorithm, FlowGRPOConfig):
+            # of any schedule: the last step arrives where no noise is
+            steps = self.rollout.num_inference_steps
+            most = min(round(self.algorithm.window_stop * steps), steps - 1)
+            size = 1 if self.algorithm.window_size is None else self.algorithm.window_size
+            check(
+                size <= most,
+                "algorithm.window_size",
+                f"{size} stochastic steps do not fit into {steps} (rollout.num_inference_steps), of which {most} at "
+                "most may be stochastic",
+            )
 
     @property
     def drawing(self) -> DrawingConfig:

@@ -12,11 +12,14 @@ from pathlib import Path
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A hidden name beside `path`, with its suffix, to write to; it takes the place of `path` once that is done, and is
-    gone if it cannot be."""
+    gone if it cannot be. An error of the system's that names no file, as of a full disk, names `path` then."""
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield hidden
         hidden.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         hidden.unlink(missing_ok=True)
 

@@ -66,7 +66,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         one_of(self.phase, list(PHASES), "--phase")
         for name in ("num_updates", "batch_size", "learning_rate", "checkpoint_every"):
-            check(getattr(self, name) > 0, f"--{name}", "must be positive")
+            check(0 < getattr(self, name) < math.inf, f"--{name}", "must be positive and finite")
 
 
 def reconstruction_loss(pixels: Tensor, target: Tensor, config: AutoencoderConfig) -> Tensor:
@@ -241,8 +241,9 @@ class AutoencoderTrainer:
             "seconds": self.seconds,
             "history": self.history,
         }
-        with aside(self.folder / STATE) as file:
-            torch.save(state, file)
+        # through a file of Python's, whose error says that a disk is full; torch's own says "unexpected pos"
+        with aside(self.folder / STATE) as file, file.open("wb") as opened:
+            torch.save(state, opened)
 
     def resume(self) -> None:
         """From the checkpoint in the folder, if there is one.

@@ -7,12 +7,14 @@ come on top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +30,7 @@ from diffalign.config import (
 )
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
+from diffalign.pipelines.sampling import EmbedCache
 from diffalign.training.forward import image_size
 
 GIB = 2**30
@@ -45,24 +48,41 @@ class MemoryForecast:
     """Float32 copies of the LoRA: current, averaged, and online the lagged one."""
     optimizer: int
     """Gradients and two moments, float32."""
+    rollout: int
+    """What an online update keeps of its images: latents and, of Flow-GRPO, trajectories, all of them and once more
+    those that are trained on; embeddings of its prompts."""
     activations: int
     """Of one micro-batch of training."""
+    merged_weights: int
+    """A second copy of the weights that carry an adapter (`merge_lora`), while images are made."""
+    host: int
+    """Beside the total, on the CPU: embeddings that are kept for later updates, and states of `noise: rollout`."""
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, f.name) for f in fields(self))
+        """Images are made before anything is trained on: of activations and merged weights the larger counts."""
+        always = self.denoiser + self.text_encoders + self.autoencoder + self.adapters
+        return always + self.optimizer + self.rollout + max(self.activations, self.merged_weights)
 
     def __str__(self) -> str:
-        rows = [(f.name.replace("_", " "), getattr(self, f.name)) for f in fields(self)]
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in rows)
-        return f"memory forecast, GiB for a process: {self.total / GIB:.2f} ({parts})"
+        names = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
+        sizes = {n.replace("_", " "): getattr(self, n) for n in names}
+        shown = [f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size]
+        last = f"activations {self.activations / GIB:.2f}"
+        if self.merged_weights:
+            last += f" or merged weights {self.merged_weights / GIB:.2f}"
+        text = f"memory forecast, GiB for a process: {self.total / GIB:.2f} ({', '.join([*shown, last])})"
+        return f"{text}, and up to {self.host / GIB:.2f} on the CPU" if self.host else text
 
 
-def forecast(model: TextToImageModel, config: AnyRunConfig) -> MemoryForecast:
+def forecast(
+    model: TextToImageModel, config: AnyRunConfig, *, processes: int = 1
+) -> MemoryForecast:
     """Count a run on a model whose modules are on the meta device; they get the run's adapters.
 
     Args:
         model: from `pipelines.registry.load_meta_model`.
+        processes: those that share the images of an update.
     """
     parts = {
         name: size_of(part)
@@ -76,13 +96,17 @@ def forecast(model: TextToImageModel, config: AnyRunConfig) -> MemoryForecast:
         model.denoiser, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, policies=()
     )
     trained = sum(p.numel() for p in parameters) * FLOAT32
+    rollout, host = kept_of_rollout(model, config, processes=processes)
     return MemoryForecast(
         denoiser=denoiser,
         text_encoders=sum(parts.values()) - denoiser - autoencoder,
         autoencoder=autoencoder,
         adapters=(3 if isinstance(config, RunConfig) else 2) * trained,
         optimizer=3 * trained,
+        rollout=rollout,
         activations=activations(model, config),
+        merged_weights=adapted(model.denoiser) if config.drawing.merge_lora else 0,
+        host=host,
     )
 
 
@@ -90,6 +114,37 @@ def size_of(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def adapted(denoiser: nn.Module) -> int:
+    """Bytes of the base's weights that carry an adapter: what `lora.merged` makes anew."""
+    layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    return sum(w.numel() * w.element_size() for w in weights)
+
+
+def kept_of_rollout(
+    model: TextToImageModel, config: AnyRunConfig, *, processes: int
+) -> tuple[int, int]:
+    """Bytes that one process keeps of an update's images: on its device, and on the CPU."""
+    if not isinstance(config, RunConfig):
+        return 0, 0
+    drawn, algorithm = config.rollout, config.algorithm
+    base = getattr(torch, config.model.dtype)
+    tokens, width, pooled = model.prompt_shape()
+    prompt = (tokens * width + pooled) * base.itemsize
+    latents = math.prod(model.latent_shape(*image_size(config, model)))
+    latents *= (model.latents_dtype or base).itemsize
+    # twice: the batch that is trained on is a copy, of all images where no group is dropped
+    images = 2 * -(-drawn.images_per_update // processes)
+    rollout = images * latents + drawn.prompts_per_update * prompt
+    asked = drawn.prompts_per_update * config.training.num_updates
+    host = min(EmbedCache(model).size, asked) * prompt
+    if isinstance(algorithm, FlowGRPOConfig):
+        rollout += images * latents * (_rows_per_image(config) + 1)
+    elif isinstance(algorithm, ForwardProcessConfig) and algorithm.noise == "rollout":
+        host += images * latents * (drawn.num_inference_steps + 1)
+    return rollout, host
 
 
 def activations(model: TextToImageModel, config: AnyRunConfig) -> int:

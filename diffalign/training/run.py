@@ -25,7 +25,9 @@ from diffalign.config import (
     RunConfig,
     to_dict,
 )
-from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.data.files import aside
+from diffalign.data.prompts import Prompt
+from diffalign.errors import full_disk
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import image_grid, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model
@@ -34,13 +36,14 @@ from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
-from diffalign.training import trackers
+from diffalign.training import checkpoint, trackers
 from diffalign.training.distillation import DistillationTrainer
-from diffalign.training.health import Collapse, find_collapse
+from diffalign.training.health import Collapse, find_collapse, find_warnings
+from diffalign.training.inputs import read_inputs
 from diffalign.training.latents import LatentTrainer
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.preference import PreferenceTrainer
-from diffalign.training.run_folder import SUMMARY, RunFolder
+from diffalign.training.run_folder import SUMMARY, RunFolder, RunFolderError
 from diffalign.training.scoring import BackgroundScorer
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import RewardOutput, no_reward
@@ -97,6 +100,8 @@ class Run:
     trainer: Trainer
     before: Evaluation = field(init=False)
     """Of the reference: what win rates compare with."""
+    warned: set[str] = field(default_factory=set)
+    """What was warned of already."""
 
     @classmethod
     def prepare(cls, config: AnyRunConfig) -> Run:
@@ -104,20 +109,10 @@ class Run:
         accelerator = trackers.make_accelerator(
             config
         )  # first: it decides on which device rewards are made
-        held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
-        reward = CompositeReward.from_config(config.rewards)
-        watched = CompositeReward.from_config(
-            dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
-        )
-        train = []
-        if isinstance(config, RunConfig | DistillationRunConfig):
-            train = load_prompts(config.prompts.train)
-        if isinstance(config, RunConfig):
-            reward.check_metadata([p.metadata for p in train])
-        for part in (reward, watched):
-            part.check_metadata([p.metadata for p in held_out])
+        inputs = read_inputs(config)
+        reward, watched = inputs.reward, inputs.watched
         folder = RunFolder(config.output_dir)
-        folder.check(config)
+        folder.check(config, inputs.digests)
         for part in (reward, watched):
             part.prepare()
         model = prepare_model(config, accelerator.device)
@@ -127,16 +122,16 @@ class Run:
         elif isinstance(config, LatentRunConfig):
             trainer = LatentTrainer(config, model, accelerator, folder)
         elif isinstance(config, DistillationRunConfig):
-            trainer = DistillationTrainer(config, model, accelerator, folder, train)
+            trainer = DistillationTrainer(config, model, accelerator, folder, inputs.train)
         else:
             assert isinstance(config, RunConfig)
-            trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, train)
+            trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, inputs.train)
         if config.model.compile:
             compile_blocks(trainer.model.denoiser, trainer.full_batches())
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
-            folder.claim(config)
-        return cls(config, accelerator, model, reward, watched, held_out, trainer)
+            folder.claim(config, inputs.digests)
+        return cls(config, accelerator, model, reward, watched, inputs.held_out, trainer)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end and return what `summary.json` holds."""
@@ -190,6 +185,7 @@ class Run:
                 found = self._evaluate(self.trainer.policy)
                 row["evaluation"] = found.to_dict() | self.trainer.validate() | self._wins(found)
             log.append(row)
+            collapse = self._look_after(log)
             trackers.log(self.accelerator, row)
             if self.accelerator.is_main_process:
                 self.trainer.folder.append_log(row)
@@ -199,8 +195,7 @@ class Run:
                 self.trainer.save()
             bar.set_postfix(self.trainer.headline(row))
             bar.update()
-            online = isinstance(self.config, RunConfig)
-            if online and (collapse := find_collapse(log)) is not None:
+            if collapse is not None:
                 log = self._collapsed(collapse)
                 bar.n = self.trainer.progress.update
                 last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
@@ -209,6 +204,21 @@ class Run:
         for name, count in self.failures.items():
             if count:
                 self._say(f"reward {name} could not score {count} images; they were left out")
+
+    def _look_after(self, log: list[dict[str, Any]]) -> Collapse | None:
+        """Whether an online run has collapsed; that, and what is warned of once, is said and noted in the last row."""
+        if not isinstance(self.config, RunConfig):
+            return None
+        found = find_warnings(log, self.before.means, self.config.evaluation.rewards)
+        new = {about: text for about, text in found.items() if about not in self.warned}
+        self.warned |= set(new)
+        for text in new.values():
+            self._say(f"warning: {text}")
+        collapse = find_collapse(log)
+        told = [*new.values(), *([str(collapse)] if collapse is not None else [])]
+        if told:
+            log[-1]["warnings"] = told
+        return collapse
 
     def _collapsed(self, collapse: Collapse) -> list[dict[str, Any]]:
         """Do what the configuration wants; returns the log from which the run goes on."""
@@ -278,7 +288,8 @@ class Run:
             )
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
-        image_grid(found.images, columns=6).save(folder / f"{update:06d}.png")
+        with aside(folder / f"{update:06d}.png") as file:
+            image_grid(found.images, columns=6).save(file)
         trackers.log_images(self.accelerator, found.images, update=update)
 
     def _wins(self, found: Evaluation) -> dict[str, Any]:
@@ -321,5 +332,19 @@ class Run:
 
 
 def run(config: AnyRunConfig) -> dict[str, Any]:
-    """Prepare and execute a run."""
-    return Run.prepare(config).execute()
+    """Prepare and execute a run.
+
+    Raises:
+        RunFolderError: the disk is full, wherever that is noticed.
+    """
+    try:
+        return Run.prepare(config).execute()
+    except Exception as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        good = checkpoint.latest(RunFolder(config.output_dir).checkpoints)
+        raise RunFolderError(
+            f"{full}; the last good checkpoint in {config.output_dir} is {good.name if good else 'none'}. Free "
+            "space, and the same command goes on from there"
+        ) from error

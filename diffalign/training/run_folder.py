@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ FREE = {
     "pairs.cache",
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
+PROMPTS = "prompts.json"
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -57,8 +59,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def check(self, config: AnyRunConfig) -> None:
-        """RunFolderError where the folder belongs to something else; it lists what differs. Writes nothing."""
+    def check(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
+        """RunFolderError where the folder belongs to something else; it lists what differs. Writes nothing.
+
+        Args:
+            prompts: settings to digests of what they led to.
+        """
         file = self.path / CONFIG
         if file.is_file():
             try:
@@ -83,16 +89,35 @@ class RunFolder:
                     + "\n  ".join(lines)
                     + "\nchoose another --output_dir, or delete that folder"
                 )
+            self._check_prompts(prompts or {})
         elif self.path.exists() and any(self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} is not empty and no run of diffalign; choose another --output_dir"
             )
 
-    def claim(self, config: AnyRunConfig) -> None:
-        """Check the folder, create it and note down its configuration."""
-        self.check(config)
+    def _check_prompts(self, prompts: Mapping[str, str]) -> None:
+        """Those of a run from before they were noted down are not known, and pass."""
+        file = self.path / PROMPTS
+        if not file.is_file():
+            return
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunFolderError(f"{file} is not readable: {error}") from error
+        for setting, digest in prompts.items():
+            if there.get(setting, digest) != digest:
+                raise RunFolderError(
+                    f"{self.path} holds a run with other prompts: what {setting} names has changed since it began; "
+                    "put the old prompts back, or choose another --output_dir"
+                )
+
+    def claim(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
+        """Check the folder, create it and note down its configuration and the digests of its prompts."""
+        self.check(config, prompts)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(CONFIG, dump(config))
+        if prompts:
+            self.write(PROMPTS, json.dumps(prompts, indent=1))
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file aside and rename it."""

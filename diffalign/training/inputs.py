@@ -1,0 +1,63 @@
+"""Prompts and rewards that a configuration names: what can be wrong with them before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.rewards.composition import CompositeReward
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rewards have their weights still to load."""
+
+    train: list[Prompt]
+    """Those that images are made of for training; none where it is done on pairs or images."""
+    held_out: list[Prompt]
+    reward: CompositeReward
+    watched: CompositeReward
+    """Rewards that are only looked at."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Settings to the digest of the prompts that they led to: a file of the same name may hold others."""
+        return {
+            name: digest(prompts)
+            for name, prompts in (
+                ("prompts.train", self.train),
+                ("prompts.evaluation", self.held_out),
+            )
+            if prompts
+        }
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of texts and metadata, in their order."""
+    rows = [[p.text, p.metadata] for p in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def read_inputs(config: AnyRunConfig) -> Inputs:
+    """Read the prompts and look up the rewards.
+
+    Raises:
+        UserError: prompts cannot be read, a reward is unknown, or prompts lack what a reward needs.
+    """
+    held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
+    reward = CompositeReward.from_config(config.rewards)
+    watched = CompositeReward.from_config(
+        dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
+    )
+    train = []
+    if isinstance(config, RunConfig | DistillationRunConfig):
+        train = load_prompts(config.prompts.train)
+    if isinstance(config, RunConfig):
+        reward.check_metadata([p.metadata for p in train])
+    for part in (reward, watched):
+        part.check_metadata([p.metadata for p in held_out])
+    return Inputs(train, held_out, reward, watched)

@@ -1,0 +1,39 @@
+"""Two real processes, of which one dies."""
+
+import os
+
+import torch
+from processes import results_of, run
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+import test_online as t
+os.makedirs(sys.argv[1] + "/run", exist_ok=True)
+made = t.trainer(sys.argv[1] + "/run")
+made.resume()
+while made.progress.update < 4:
+    if sys.argv[2] == "die" and made.progress.update == 3 and made.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.train_update()
+    if made.progress.update == 2:
+        made.save()
+if made.accelerator.is_main_process:
+    torch.save(t.weights(made), sys.argv[1] + "/result.pt")
+"""
+
+
+def test_a_peer_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path):
+    source = SCRIPT.format(tests=os.path.dirname(__file__))
+    whole = results_of(2, source, tmp_path / "whole", "live")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / "script.py").write_text(source)
+    done = run(2, folder / "script.py", folder, "die")  # and does not hang
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert [p.name for p in (folder / "run" / "checkpoints").iterdir()] == ["000002"]
+    assert not (folder / "result.pt").exists()
+    done = run(2, folder / "script.py", folder, "live")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(folder / "result.pt"), whole)
