@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +40,8 @@ VERBS = {
 TALKATIVE = ("torchao", "torch.utils._pytree")
 """Where torchao is installed, both warn on import of what concerns nobody here."""
 RESUMES = ("autoencoder", "demo", "train", "bench", "precompute", "pairs", "qsched")
+SHARES = ("demo", "train", "precompute", "pairs")
+"""Verbs for several processes; `evaluate geneval` and `evaluate fid` as well."""
 TAKES_SETTINGS = ("train", "precompute")
 """Verbs with a recipe, whose settings can be overridden."""
 DTYPES = ("bfloat16", "float16", "float32")
@@ -457,6 +460,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    shares = args.verb in SHARES or getattr(args, "what", None) in ("geneval", "fid")
+    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not shares:
+        raise UserError(
+            f"{args.verb} shares no work: start one process, without accelerate or torchrun"
+        )
     if args.verb == "list":
         from diffalign.commands.light import listing
 

@@ -120,7 +120,7 @@ def read(path: Path) -> Lora:
 
 def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None:
     """Write a LoRA; `family` ("sd3" or "flux") for kohya's names of a transformer. UsageError for a module without a
-    name there."""
+    name there, before anything is made."""
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; valid are {', '.join(FORMATS)}")
     if to == "comfyui" and lora.part == UNET:

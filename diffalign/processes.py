@@ -1,7 +1,8 @@
 """Which of the processes of a launch this is: `accelerate launch` on GPUs, `torchrun` on CPUs as well.
 
-Every verb asks here, so that no process takes itself for the only one. accelerate looks for processes without an
-accelerator only where it is told that they run on CPUs.
+Verbs that share work ask here, so that no process takes itself for the only one; the command line refuses to start
+others more than once. accelerate looks for processes without an accelerator only where it is told that they run on
+CPUs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SHARDED = {
 
 
 def current() -> PartialState:
-    """This process among all; the first call joins them."""
+    """This process among all; the first call joins them. Whether a model is spread over them, only an accelerator
+    knows."""
     state = PartialState(cpu=_on_cpus())
     _check(state.num_processes, state.distributed_type)
     return state
@@ -47,7 +49,11 @@ def _on_cpus() -> bool:
 
 
 def _check(processes: int, kind: DistributedType) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", processes))
+    launched = processes
+    if (
+        "LOCAL_RANK" in os.environ
+    ):  # a launcher's; a cluster may export WORLD_SIZE to whatever is started
+        launched = int(os.environ.get("WORLD_SIZE", processes))
     if launched != processes:
         raise UsageError(
             f"{launched} processes were launched (WORLD_SIZE), and accelerate knows of {processes}: each would write "

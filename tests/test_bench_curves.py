@@ -41,13 +41,21 @@ def test_what_never_learns_is_infinitely_slow():
 
 
 def test_a_beginning_that_was_scored_more_often_joins_its_curve():
-    curve = Curve([0.4, 0.5, 0.6], {"seconds": [0, 20, 40], "images": [0, 200, 400]})
-    early = Curve([0.4, 0.48, 0.5], {"seconds": [0, 11, 21], "images": [0, 100, 200]})
-    joined = curve.joined(early)
-    assert joined.score == [0.4, 0.48, 0.5, 0.6]
-    assert joined.cost == {"seconds": [0, 11, 20, 40], "images": [0, 100, 200, 400]}
-    assert joined.to_reach(0.44, "images") == pytest.approx(50)
-    assert curve.to_reach(0.44, "images") == pytest.approx(80)
+    def row(seconds, score=None):
+        found = {} if score is None else {"evaluation": {"tasks": {"overall": score}}}
+        return {"seconds": seconds, "forwards_per_image": 10.0, **found}
+
+    log = [row(5), row(10), row(15), row(20, 0.5), row(25)]
+    early = [row(7), row(14, 0.44), row(21)]  # on a slower day
+    summary = {"before": {"tasks": {"overall": 0.4}}, "after": {"tasks": {"overall": 0.6}}}
+    joined = read_curve(log, summary, 2, early=early)
+    assert joined.score == [0.4, 0.44, 0.5, 0.6]
+    assert joined.cost["seconds"] == [0, 10, 20, 25]
+    assert joined.cost["images"] == [0, 4, 8, 10]
+    assert joined.to_reach(0.44, "forwards") == pytest.approx(40)
+    # what comes after the first evaluation of its own is left out
+    late = [row(5), row(10), row(15), row(20, 0.7)]
+    assert read_curve(log, summary, 2, early=late) == read_curve(log, summary, 2)
 
 
 def test_json_has_finite_numbers():

@@ -71,6 +71,8 @@ def test_a_reward_that_is_only_looked_at_and_falls_is_warned_of():
         "other, which is only looked at, fell from 0.500 to 0.300"
         in seen((0.6, 0.4), (0.7, 0.3))["other"]
     )
+    nothing = [row(1), row(2, evaluation={"means": {}}), row(3, evaluation={"means": {}})]
+    assert find_warnings(nothing, {"reward": 0.5, "other": 0.5}, ["other"]) == {}  # none was scored
     assert seen((0.6, 0.4)) == {}  # once may be chance
     assert seen((0.6, 0.6), (0.7, 0.4)) == {}
     assert seen((0.4, 0.4), (0.4, 0.3)) == {}  # the trained one fell as well: that is no gaming

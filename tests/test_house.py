@@ -53,6 +53,7 @@ ALLOWED = {
     "diffalign/lora.py": ("errors",),
     "diffalign/lora_formats.py": ("errors",),
     "diffalign/errors.py": (),
+    "diffalign/processes.py": ("errors",),
     "diffalign/shapes/world.py": ("geneval",),
     "diffalign/shapes/prompts.py": ("geneval", "shapes.world"),
     "diffalign/shapes/verifier.py": ("geneval", "shapes.world"),

@@ -269,6 +269,33 @@ def test_a_collapse_is_answered_as_configured(
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     wanted = 3 if reaction == "stop" else updates
     assert [r["update"] for r in log] == list(range(1, wanted + 1))
+    noted = {r["update"]: r["warnings"] for r in log if "warnings" in r}
+    rows = {3: {"collapse": "update 3: the run looks collapsed"}}
+    assert {n: {k: v[:33] for k, v in w.items()} for n, w in noted.items()} == (
+        {} if reaction == "rollback" else rows
+    )
+    if reaction == "rollback":
+        assert json.loads((folder / "summary.json").read_text())["rollbacks"] == 1
+
+
+def test_warnings_are_said_once_and_collapses_are_looked_for_after_the_last(
+    base, prompts, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    def detector(rows):
+        asked.append([r["update"] for r in rows])
+        return Collapse(2, 1, reward=0.1, best=0.5, gradient_rise=9.0) if len(asked) == 2 else None
+
+    monkeypatch.setattr("diffalign.training.run.find_collapse", detector)
+    monkeypatch.setattr("diffalign.training.run.find_warnings", lambda *a: {"diversity": "alike"})
+    for updates in (3, 4):  # the second resumes
+        assert train(base, prompts, tmp_path / "run", f"--training.num_updates={updates}") == 0
+    assert capsys.readouterr().out.count("warning: alike") == 1
+    assert asked == [[1], [1, 2], [3], [3, 4]]
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    noted = [set(json.loads(line).get("warnings", ())) for line in lines]
+    assert noted == [{"diversity"}, {"collapse"}, set(), set()]
 
 
 def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):
@@ -285,6 +312,11 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts,
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (
+            ["--rollout.prompts_per_update=99"],
+            "rollout.prompts_per_update is 99, and prompts.train",
+        ),
+        (["--prompts.task_weights={rings: 2}"], "no prompt has the task 'rings'"),
         (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
         (["--rewards={verifer: 1}"], "did you mean 'verifier'"),
         (["--model.name=shapes-sd2"], "no model 'shapes-sd2'"),

@@ -83,9 +83,12 @@ def group_moments(latents: Tensor, group: Tensor, *, groups: int) -> Tensor:
     Args:
         latents: (B, ...); group: (B,) integers below `groups`.
     """
-    values = latents.flatten(1).double()
-    rows = torch.cat([torch.ones_like(values[:, :1]), values, values.square()], 1)
-    return rows.new_zeros(groups, rows.shape[1]).index_add_(0, group.to(rows.device), rows)
+    values = latents.flatten(1)
+    found = values.new_zeros(groups, 1 + 2 * values.shape[1], dtype=torch.float64)
+    for row, g in zip(values, group.tolist(), strict=True):  # one by one: float64 is large
+        plain = row.double()
+        found[g] += torch.cat([plain.new_ones(1), plain, plain.square()])
+    return found
 
 
 def group_diversity(moments: Tensor) -> float:

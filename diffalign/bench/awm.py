@@ -52,13 +52,13 @@ def measure(
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
         config = configuration(name, arm, seed, options)
-        summary, log, curve = train(config)
+        summary, log = train(config)
+        more = []
         if early is not None:
-            beginning = configuration(f"{name} early", early, seed, options)
-            curve = curve.joined(train(beginning)[2])
+            more = train(configuration(f"{name} early", early, seed, options))[1]
         summaries.append(summary)
         logs.append(log)
-        curves.append(curve)
+        curves.append(read_curve(log, summary, config.rollout.images_per_update, early=more))
         told = partial(opinion, config)
         opinions.append(options.kept(f"second opinion {name}", seed, told, key=opinion.key(config)))
     rows = [row for log in logs for row in log]
@@ -85,11 +85,9 @@ def measure(
     }
 
 
-def train(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]], Curve]:
-    """Summary, log and curve of a run."""
-    summary = run_once(config)
-    log = RunFolder(config.output_dir).read_log()
-    return summary, log, read_curve(log, summary, config.rollout.images_per_update)
+def train(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and log of a run."""
+    return run_once(config), RunFolder(config.output_dir).read_log()
 
 
 def warm_up(config: RunConfig) -> None:

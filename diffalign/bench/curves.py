@@ -29,27 +29,27 @@ class Curve:
                 return cost[i - 1] + share * (cost[i] - cost[i - 1])
         return None
 
-    def joined(self, early: Curve) -> Curve:
-        """With the points before this curve's first evaluation of a shorter run of the same updates."""
-        first = self.cost["images"][1]
-        kept = [i for i, n in enumerate(early.cost["images"]) if 0 < n < first]
-        return Curve(
-            _inserted(self.score, early.score, kept),
-            {unit: _inserted(spent, early.cost[unit], kept) for unit, spent in self.cost.items()},
-        )
 
+def read_curve(
+    log: Sequence[dict[str, Any]],
+    summary: dict[str, Any],
+    group: int,
+    *,
+    early: Sequence[dict[str, Any]] = (),
+) -> Curve:
+    """From a run's log and summary.
 
-def _inserted(values: list[float], other: list[float], kept: list[int]) -> list[float]:
-    """Some of the others, after the first."""
-    return [values[0], *(other[i] for i in kept), *values[1:]]
-
-
-def read_curve(log: Sequence[dict[str, Any]], summary: dict[str, Any], group: int) -> Curve:
-    """From a run's log and summary; `group`: images of an update."""
+    Args:
+        group: images of an update.
+        early: log of a shorter run of the same updates, scored more often. Its evaluations before this run's first are
+            taken for this run's, whose cost they have.
+    """
     score = [summary["before"]["tasks"]["overall"]]
     cost: dict[str, list[float]] = {"seconds": [0.0], "images": [0.0], "forwards": [0.0]}
     forwards = list(accumulate(group * row["forwards_per_image"] for row in log))
-    for i, found in evaluations(log, summary["after"]):
+    own = evaluations(log, summary["after"])
+    more = [(i, row["evaluation"]) for i, row in enumerate(early) if "evaluation" in row]
+    for i, found in [e for e in more if e[0] < own[0][0]] + own:
         score.append(found["tasks"]["overall"])
         spent = log[i]["seconds"], float(group * (i + 1)), forwards[i]
         for unit, value in zip(cost, spent, strict=True):

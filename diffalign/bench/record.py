@@ -45,8 +45,8 @@ class BenchOptions:
     def kept(
         self, arm: str, seed: int, make: Callable[[], dict[str, Any]], *, key: Any
     ) -> dict[str, Any]:
-        """What `make` found for an arm; from the arm's folder, where it was found before with the same `key` (JSON):
-        settings and weights that it depends on."""
+        """What `make` found for an arm; from the arm's folder, where it was found before with the same `key` (JSON),
+        which is what the caller names of what it depends on."""
         file = self.folder(arm, seed) / CELL
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         if file.is_file():

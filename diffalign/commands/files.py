@@ -24,7 +24,6 @@ def convert(args: argparse.Namespace) -> int:
     """Rewrite a LoRA file."""
     source = Path(args.lora)
     found = read(source / WEIGHT_NAME if source.is_dir() else source)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with aside(args.output) as file:
         write(found, file, to=args.to, family=args.family)
     print(f"{args.output}: {len(found.down)} modules in {args.to}'s keys")

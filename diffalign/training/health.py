@@ -63,7 +63,8 @@ def find_warnings(
                 f"update {update}: images of one prompt become alike: their spread fell from {first:.3f} to {last:.3f}"
             )
     seen = [r["evaluation"]["means"] for r in rows if "evaluation" in r][-2:]
-    better = len(seen) == 2 and all(m["reward"] > before["reward"] for m in seen)
+    start = before.get("reward", math.inf)
+    better = len(seen) == 2 and all(m.get("reward", -math.inf) > start for m in seen)
     for name in held_out:
         if better and all(m.get(name, math.inf) < before.get(name, -math.inf) for m in seen):
             found[name] = (

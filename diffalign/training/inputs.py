@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.rewards.composition import CompositeReward
+from diffalign.training.rollout import check_prompts
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     train = []
     if isinstance(config, RunConfig | DistillationRunConfig):
         train = load_prompts(config.prompts.train)
+        part = "rollout" if isinstance(config, RunConfig) else "teacher"
+        check_prompts(
+            train,
+            getattr(config, part).prompts_per_update,
+            config.prompts,
+            setting=f"{part}.prompts_per_update",
+        )
     if isinstance(config, RunConfig):
         reward.check_metadata([p.metadata for p in train])
     for part in (reward, watched):

@@ -18,7 +18,6 @@ from diffalign.config import (
     FlowGRPOConfig,
     ForwardProcessConfig,
     RunConfig,
-    nearest,
 )
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
@@ -59,7 +58,6 @@ class OnlineTrainer(Trainer):
             raise UsageError(
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
-        self._check_tasks()
         check_prompts(
             self.prompts,
             c.rollout.prompts_per_update,
@@ -70,18 +68,6 @@ class OnlineTrainer(Trainer):
             c, self.model, self.score, self.accelerator, self.size, self.drawing
         )
         self.policy_update = self._policy_update()
-
-    def _check_tasks(self) -> None:
-        """UsageError where weights name tasks that no prompt has, or leave none."""
-        weights = self.config.prompts.task_weights or {}
-        tasks = {p.task for p in self.prompts}
-        for name in weights:
-            if name not in tasks:
-                raise UsageError(
-                    f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, sorted(tasks))}"
-                )
-        if all(weights.get(task, 1.0) == 0 for task in tasks):
-            raise UsageError("prompts.task_weights: every task of the prompts has weight 0")
 
     def _policy_update(self) -> PolicyUpdate:
         """The update of the configured algorithm."""

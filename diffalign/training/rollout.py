@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherConfig
+from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherConfig, nearest
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
@@ -49,8 +49,17 @@ class Plan:
 def check_prompts(
     prompts: Sequence[Prompt], wanted: int, tasks: PromptsConfig, *, setting: str
 ) -> None:
-    """UsageError where an update cannot have as many distinct prompts as `setting` wants."""
+    """UsageError where weights name tasks that no prompt has, or leave none, or where an update cannot have as many
+    distinct prompts as `setting` wants."""
     weights = tasks.task_weights or {}
+    names = {p.task for p in prompts}
+    for name in weights:
+        if name not in names:
+            raise UsageError(
+                f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, sorted(names))}"
+            )
+    if all(weights.get(name, 1.0) == 0 for name in names):
+        raise UsageError("prompts.task_weights: every task of the prompts has weight 0")
     drawn = [p for p in prompts if not tasks.balance_tasks or weights.get(p.task, 1.0) > 0]
     if len(drawn) < wanted:
         of_tasks = "" if len(drawn) == len(prompts) else " of tasks that have a weight"

@@ -87,6 +87,10 @@ def set_attention_backend(model: TextToImageModel, backend: str) -> None:
         raise ConfigError(f"model.attention_backend: {error}") from error
 
 
+COLLAPSE = "collapse"
+"""What a row's `warnings` call it."""
+
+
 @dataclass
 class Run:
     """The parts of one run, ready to start."""
@@ -100,8 +104,6 @@ class Run:
     trainer: Trainer
     before: Evaluation = field(init=False)
     """Of the reference: what win rates compare with."""
-    warned: set[str] = field(default_factory=set)
-    """What was warned of already."""
 
     @classmethod
     def prepare(cls, config: AnyRunConfig) -> Run:
@@ -196,8 +198,9 @@ class Run:
             bar.set_postfix(self.trainer.headline(row))
             bar.update()
             if collapse is not None:
-                log = self._collapsed(collapse)
+                self._collapsed(collapse)
                 bar.n = self.trainer.progress.update
+                log = [r for r in log if r["update"] <= bar.n]  # without what was rolled back
                 last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
         bar.close()
         trackers.finish(self.accelerator)
@@ -206,22 +209,26 @@ class Run:
                 self._say(f"reward {name} could not score {count} images; they were left out")
 
     def _look_after(self, log: list[dict[str, Any]]) -> Collapse | None:
-        """Whether an online run has collapsed; that, and what is warned of once, is said and noted in the last row."""
+        """Whether an online run has collapsed; that, and what else is warned of, is said once and noted in the last
+        row. After a collapse that was only warned of, new rows are compared with each other."""
         if not isinstance(self.config, RunConfig):
             return None
         found = find_warnings(log, self.before.means, self.config.evaluation.rewards)
-        new = {about: text for about, text in found.items() if about not in self.warned}
-        self.warned |= set(new)
+        noted = [row.get("warnings", {}) for row in log]
+        known = {about for warnings in noted for about in warnings}
+        since = max((i + 1 for i, warnings in enumerate(noted) if COLLAPSE in warnings), default=0)
+        new = {about: text for about, text in found.items() if about not in known}
         for text in new.values():
             self._say(f"warning: {text}")
-        collapse = find_collapse(log)
-        told = [*new.values(), *([str(collapse)] if collapse is not None else [])]
-        if told:
-            log[-1]["warnings"] = told
+        collapse = find_collapse(log[since:])
+        if collapse is not None:
+            new[COLLAPSE] = str(collapse)
+        if new:
+            log[-1]["warnings"] = new
         return collapse
 
-    def _collapsed(self, collapse: Collapse) -> list[dict[str, Any]]:
-        """Do what the configuration wants; returns the log from which the run goes on."""
+    def _collapsed(self, collapse: Collapse) -> None:
+        """Do what the configuration wants."""
         assert isinstance(self.config, RunConfig)
         reaction = self.config.training.on_collapse
         if reaction == "stop":
@@ -233,8 +240,6 @@ class Run:
                 f"rolled back to update {self.trainer.progress.update}, learning rate times "
                 f"{0.5**self.trainer.progress.rollbacks:g}"
             )
-            return self.trainer.folder.read_log()
-        return []  # once is enough: look again when there are new rows to compare
 
     def _out_of_time(self) -> bool:
         """One answer for all processes: each has a clock of its own."""
