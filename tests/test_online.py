@@ -57,6 +57,9 @@ def test_the_reward_rises(tmp_path, family):
             "algorithm": {"noise": "rollout", "timestep_stop": 0.5},
             "rollout": {"num_inference_steps": 4},
         },
+        {"algorithm": {"noise": "group"}, "training": {"updates_per_rollout": 2}},
+        {"algorithm": {"type": "diffusion_nft", "timesteps_per_image": 2}},
+        {"algorithm": {"type": "flow_grpo"}},
     ],
 )
 def test_resumed_run_is_bit_identical(tmp_path, groups):
