@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from diffalign.bench import awm
 from diffalign.bench.curves import Curve, finite, read_curve, speedup
 
 
@@ -79,3 +80,23 @@ def test_a_curve_is_read_from_a_run():
         "images": [0.0, 6.0, 9.0],
         "forwards": [0.0, 48.0, 60.0],
     }
+
+
+def test_arms_are_compared_seed_by_seed_and_alike_where_one_is_scored_more_often():
+    def curve(*points):
+        cost = [float(at) for at, _ in points]
+        return Curve([score for _, score in points], dict.fromkeys(awm.UNITS, cost))
+
+    slow = curve((0, 0.4), (100, 0.5))
+    close, rare = curve((0, 0.4), (10, 0.5), (50, 0.6)), curve((0, 0.4), (50, 0.6))
+    arms = {
+        "awm": {"curves": [close, close], "alike": [rare, rare]},
+        "flow_grpo": {"curves": [slow]},
+        "released awm": {"curves": [rare, rare]},
+        "released flow_grpo": {"curves": [slow, slow]},
+    }
+    found = awm.compare(arms)
+    assert found["awm over flow_grpo"] == dict.fromkeys(awm.UNITS, [pytest.approx(10)])
+    assert found["awm over flow_grpo, scored alike"]["seconds"] == [pytest.approx(4)]
+    assert found["released awm over released flow_grpo"]["images"] == [pytest.approx(4)] * 2
+    assert len(found) == 7

@@ -25,7 +25,7 @@ from diffalign.bench.awm_arms import (
     Arm,
     configuration,
 )
-from diffalign.bench.curves import Curve, finite, read_curve, speedup
+from diffalign.bench.curves import finite, read_curve, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.bench.second_opinion import REWARD, SecondOpinion
 from diffalign.config import RunConfig
@@ -46,8 +46,9 @@ def measure(
     *,
     early: Arm | None = None,
 ) -> dict[str, Any]:
-    """All seeds of an arm: curves, and the figures that make a table. `early` is its beginning, scored more often."""
-    curves, summaries, logs, opinions = [], [], [], []
+    """All seeds of an arm: curves, and the figures that make a table. `early` is its beginning, scored more often; with
+    it `alike` are the curves without, scored as the other arms are."""
+    curves, alike, summaries, logs, opinions = [], [], [], [], []
     if not options.quick:
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
@@ -58,12 +59,15 @@ def measure(
             more = train(configuration(f"{name} early", early, seed, options))[1]
         summaries.append(summary)
         logs.append(log)
-        curves.append(read_curve(log, summary, config.rollout.images_per_update, early=more))
+        group = config.rollout.images_per_update
+        curves.append(read_curve(log, summary, group, early=more))
+        alike.append(read_curve(log, summary, group))
         told = partial(opinion, config)
         opinions.append(options.kept(f"second opinion {name}", seed, told, key=opinion.key(config)))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
+        **({"alike": alike} if early is not None else {}),
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
         REWARD: {
@@ -123,17 +127,17 @@ def run(options: BenchOptions) -> dict[str, Any]:
         "geneval_final": arms["awm"]["geneval_final"]["median"],
         "forwards_per_image": arms["awm"]["forwards_per_image"],
     }
-    ratios = {}
-    pairs = [("awm", name) for name in arms if name != "awm"]
-    if RELEASED_AWM in arms:
-        pairs += [(RELEASED_AWM, n) for n in RELEASED if n in arms and n != RELEASED_AWM]
-    for ours, name in pairs:
-        curves = arms[ours]["curves"], arms[name]["curves"]
-        times = {unit: _speedups(*curves, unit) for unit in UNITS}
-        ratios[f"{ours} over {name}"] = {u: [finite(v) for v in t] for u, t in times.items()}
-        decided = [v for v in times["seconds"] if not math.isnan(v)]
-        if ours == "awm" and name in HEADLINES:
-            headline[HEADLINES[name]] = finite(median(decided)) if decided else None
+    speedups = compare(arms)
+    for name, title in HEADLINES.items():
+        if name in arms:
+            decided = [v for v in speedups[f"awm over {name}"]["seconds"] if not math.isnan(v)]
+            headline[title] = finite(median(decided)) if decided else None
+    ratios = {
+        pair: {unit: [finite(v) for v in values] for unit, values in found.items()}
+        for pair, found in speedups.items()
+    }
+    for found in arms.values():
+        found.pop("alike", None)
     for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
     causes = {
@@ -145,6 +149,22 @@ def run(options: BenchOptions) -> dict[str, Any]:
     return {"headline": headline, "speedups": ratios, "arms": arms, **causes, **phases}
 
 
-def _speedups(fast: list[Curve], slow: list[Curve], unit: str) -> list[float]:
-    """Seed by seed, as many as both have."""
-    return [speedup(f, s, unit) for f, s in zip(fast, slow, strict=False)]
+def compare(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Speedups of AWM over every other arm, with all of its scores and with as few as the others have; of the released
+    AWM over the other released ones. Seed by seed, as many as both have."""
+    pairs = {f"awm over {n}": (arms["awm"]["curves"], n) for n in arms if n != "awm"}
+    if "alike" in arms["awm"]:
+        pairs |= {
+            f"awm over {n}, scored alike": (arms["awm"]["alike"], n) for n in arms if n != "awm"
+        }
+    if RELEASED_AWM in arms:
+        others = [n for n in RELEASED if n in arms and n != RELEASED_AWM]
+        ours = arms[RELEASED_AWM]["curves"]
+        pairs |= {f"{RELEASED_AWM} over {n}": (ours, n) for n in others}
+    return {
+        pair: {
+            unit: [speedup(f, s, unit) for f, s in zip(fast, arms[n]["curves"], strict=False)]
+            for unit in UNITS
+        }
+        for pair, (fast, n) in pairs.items()
+    }
