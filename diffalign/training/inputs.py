@@ -57,12 +57,12 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     train = []
     if isinstance(config, RunConfig | DistillationRunConfig):
         train = load_prompts(config.prompts.train)
-        part = "rollout" if isinstance(config, RunConfig) else "teacher"
+        drawn = "rollout" if isinstance(config, RunConfig) else "teacher"
         check_prompts(
             train,
-            getattr(config, part).prompts_per_update,
+            getattr(config, drawn).prompts_per_update,
             config.prompts,
-            setting=f"{part}.prompts_per_update",
+            setting=f"{drawn}.prompts_per_update",
         )
     if isinstance(config, RunConfig):
         reward.check_metadata([p.metadata for p in train])
