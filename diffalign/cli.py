@@ -461,11 +461,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     shares = args.verb in SHARES or getattr(args, "what", None) in ("geneval", "fid")
-    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and not shares:
-        raise UserError(
-            f"{args.verb} shares no work: start one process, without accelerate or torchrun"
-        )
+    if "LOCAL_RANK" in os.environ and not shares:
+        from diffalign.processes import launched
+
+        if (launched() or 1) > 1:
+            raise UserError(
+                f"{args.verb} shares no work: start one process, without accelerate or torchrun"
+            )
     if args.verb == "list":
         from diffalign.commands.light import listing
 

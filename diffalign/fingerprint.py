@@ -1,9 +1,11 @@
-"""Which weights something was made with: short enough to write down, and the same wherever they are loaded."""
+"""What something was made with, in few digits: weights (the same wherever they are loaded), files, JSON."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,18 @@ SMALLEST = 2.0**-14
 
 class UnknownWeights(UsageError):
     """Weights that are not in memory: offloaded to disk, or on the meta device."""
+
+
+def of_json(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
+    """64 hex digits of a value, whatever the order of its keys; `default` as of `json.dumps`."""
+    told = json.dumps(value, sort_keys=True, default=default)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """64 hex digits of its content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> str:

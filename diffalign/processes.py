@@ -25,6 +25,13 @@ SHARDED = {
 """They spread a model over processes; here each has all of it, and gradients of LoRAs are added up."""
 
 
+def launched() -> int | None:
+    """How many processes a launcher has started; None without one. (A cluster may export WORLD_SIZE to whatever is
+    started there.)"""
+    world = os.environ.get("WORLD_SIZE")
+    return int(world) if "LOCAL_RANK" in os.environ and world is not None else None
+
+
 def current() -> PartialState:
     """This process among all; the first call joins them. Whether a model is spread over them, only an accelerator
     knows."""
@@ -49,14 +56,9 @@ def _on_cpus() -> bool:
 
 
 def _check(processes: int, kind: DistributedType) -> None:
-    launched = processes
-    if (
-        "LOCAL_RANK" in os.environ
-    ):  # a launcher's; a cluster may export WORLD_SIZE to whatever is started
-        launched = int(os.environ.get("WORLD_SIZE", processes))
-    if launched != processes:
+    if launched() not in (None, processes):
         raise UsageError(
-            f"{launched} processes were launched (WORLD_SIZE), and accelerate knows of {processes}: each would write "
+            f"{launched()} processes were launched (WORLD_SIZE), and accelerate knows of {processes}: each would write "
             "what the others write"
         )
     if kind in SHARDED:

@@ -3,13 +3,12 @@
 import pytest
 import tiny
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from compilation import counted
 
 from diffalign import lora
 from diffalign.bench import awm, awm_phases
 from diffalign.bench.record import BenchOptions
 from diffalign.config import load
-from diffalign.pipelines import compiled
 from diffalign.training.forward_update import ForwardProcessUpdate
 
 PHASES = ["rollout", "decode", "policy", "reference", "lagged", "optimizer"]
@@ -31,17 +30,8 @@ def configuration(recipe, *more):
 
 @pytest.fixture
 def counter(monkeypatch):
-    """Compilation that counts and then runs the graph as it is."""
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("eager")
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kw: original(self, backend=backend, **kw)
-    )
-    monkeypatch.setattr(compiled, "_why_not", lambda denoiser: None)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield backend
-    torch._dynamo.reset()
+    with counted(monkeypatch, "eager") as counter:
+        yield counter
 
 
 def base_weights(denoiser):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import tiny_runs
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from compilation import counted
 
 from diffalign import lora
 from diffalign.pipelines import compiled
@@ -12,17 +12,8 @@ from diffalign.pipelines import compiled
 
 @pytest.fixture
 def counter(monkeypatch):
-    """Compilation by a backend that counts and runs the graph as it is: the C++ compiler is not what is tested."""
-    torch._dynamo.reset()
-    backend = CompileCounterWithBackend("aot_eager")
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kw: original(self, backend=backend, **kw)
-    )
-    monkeypatch.setattr(compiled, "_why_not", lambda denoiser: None)
-    with torch._dynamo.config.patch(recompile_limit=8):  # what compile_blocks raises is put back
-        yield backend
-    torch._dynamo.reset()
+    with counted(monkeypatch, "aot_eager") as counter:
+        yield counter
 
 
 def predictions(model, rows):

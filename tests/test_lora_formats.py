@@ -30,6 +30,10 @@ def trained(family, *, every=True):
     targets = [*model.lora_targets]
     if every:
         targets += [*ALL[family], "norm1.linear", "norm1_context.linear"]
+    return perturbed(model, targets)
+
+
+def perturbed(model, targets):
     parameters = lora.attach(model.denoiser, rank=RANK, alpha=ALPHA, targets=targets)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -203,13 +207,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
 
 
 def trained_unet(family, *targets):
-    model = tiny.UNETS[family]()
-    parameters = lora.attach(model.denoiser, rank=RANK, alpha=ALPHA, targets=targets)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return perturbed(tiny.UNETS[family](), targets)
 
 
 def drawn(pipeline):

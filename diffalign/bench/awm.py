@@ -25,7 +25,7 @@ from diffalign.bench.awm_arms import (
     Arm,
     configuration,
 )
-from diffalign.bench.curves import finite, read_curve, speedup
+from diffalign.bench.curves import Curve, finite, read_curve, speedup
 from diffalign.bench.record import BenchOptions, run_once, spread
 from diffalign.bench.second_opinion import REWARD, SecondOpinion
 from diffalign.config import RunConfig
@@ -48,26 +48,27 @@ def measure(
 ) -> dict[str, Any]:
     """All seeds of an arm: curves, and the figures that make a table. `early` is its beginning, scored more often; with
     it `alike` are the curves without, scored as the other arms are."""
-    curves, alike, summaries, logs, opinions = [], [], [], [], []
+    curves, summaries, logs, opinions = [], [], [], []
+    alike: dict[str, list[Curve]] = {} if early is None else {"alike": []}
     if not options.quick:
         warm_up(configuration(name, arm, 0, options))
     for seed in range(seeds):
         config = configuration(name, arm, seed, options)
         summary, log = train(config)
-        more = []
-        if early is not None:
-            more = train(configuration(f"{name} early", early, seed, options))[1]
         summaries.append(summary)
         logs.append(log)
         group = config.rollout.images_per_update
-        curves.append(read_curve(log, summary, group, early=more))
-        alike.append(read_curve(log, summary, group))
+        curves.append(read_curve(log, summary, group))
+        if early is not None:
+            alike["alike"].append(curves[-1])
+            more = train(configuration(f"{name} early", early, seed, options))[1]
+            curves[-1] = read_curve(log, summary, group, early=more)
         told = partial(opinion, config)
         opinions.append(options.kept(f"second opinion {name}", seed, told, key=opinion.key(config)))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
-        **({"alike": alike} if early is not None else {}),
+        **alike,
         "geneval_before": spread(s["geneval_before"] for s in summaries),
         "geneval_final": spread(s["geneval_after"] for s in summaries),
         REWARD: {
@@ -138,7 +139,6 @@ def run(options: BenchOptions) -> dict[str, Any]:
     }
     for found in arms.values():
         found.pop("alike", None)
-    for found in arms.values():
         found["curves"] = [vars(c) for c in found["curves"]]
     causes = {
         name: options.kept(name, 0, partial(cause, options), key=awm_causes.key(name, options))

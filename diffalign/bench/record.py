@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -21,6 +20,7 @@ from diffalign.bench import BENCHES
 from diffalign.config import AnyRunConfig, decode, differences, nearest, to_dict
 from diffalign.data.files import write_text
 from diffalign.errors import UsageError
+from diffalign.fingerprint import of_json
 from diffalign.training.run import run as train
 from diffalign.training.run_folder import SUMMARY
 from diffalign.versions import versions
@@ -48,7 +48,7 @@ class BenchOptions:
         """What `make` found for an arm; from the arm's folder, where it was found before with the same `key` (JSON),
         which is what the caller names of what it depends on."""
         file = self.folder(arm, seed) / CELL
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        digest = of_json(key)[:16]
         if file.is_file():
             cell = json.loads(file.read_text(encoding="utf-8"))
             if cell.get("key") == digest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffalign.config import EvaluationConfig, RunConfig, to_dict
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.fingerprint import of_file
 from diffalign.lora import load_lora
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
@@ -30,7 +30,7 @@ def lora_left(config: RunConfig) -> Path:
 def weights_left(config: RunConfig) -> dict[str, str]:
     """Digests of its files of weights."""
     files = sorted(lora_left(config).glob("*.safetensors"))
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
+    return {f.name: of_file(f)[:16] for f in files}
 
 
 class SecondOpinion:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffalign.config import EvaluationConfig
-from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.data.prompts import Prompt, load_prompts, spread
 from diffalign.errors import UsageError
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
@@ -74,7 +74,7 @@ def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.max_prompts < 1:
         raise UsageError(f"--max_prompts must be at least 1, got {args.max_prompts}")
     found = load_prompts(args.prompts)
-    few = load_prompts(args.prompts, limit=args.max_prompts)
+    few = spread(found, args.max_prompts)
     if len(few) < len(found):
         print(f"{len(few)} of {len(found)} prompts are used (--max_prompts)")
     return few

@@ -49,9 +49,14 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         found = [Prompt(entry["prompt"], entry) for entry in entries]
     else:
         found = _read(Path(source))
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found
+    return found if limit is None else spread(found, limit)
+
+
+def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """So many, spread evenly over the list; all where there are no more."""
+    if limit >= len(prompts):
+        return prompts
+    return [prompts[i * len(prompts) // limit] for i in range(limit)]
 
 
 def _read(path: Path) -> list[Prompt]:

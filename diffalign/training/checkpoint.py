@@ -6,7 +6,6 @@ adapters, the optimizer's moments and the number of the update are all there is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.errors import UserError
+from diffalign.fingerprint import of_file
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -48,7 +48,7 @@ def save(
             save_file(
                 {k: v.contiguous().cpu() for k, v in part.items()}, aside / f"{name}.safetensors"
             )
-        files = {p.name: _digest(p) for p in sorted(aside.iterdir())}
+        files = {p.name: of_file(p) for p in sorted(aside.iterdir())}
         manifest = {"update": update, "state": state, "sha256": files}
         _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} lacks {name}{_ADVICE}")
-        if _digest(file) != digest:
+        if of_file(file) != digest:
             raise CheckpointError(f"checkpoint file {file} is damaged (cut or changed){_ADVICE}")
         tensors[file.stem] = load_file(file)
     return update, tensors, state
@@ -122,11 +122,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:

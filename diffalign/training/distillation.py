@@ -80,12 +80,7 @@ class DistillationTrainer(Trainer):
             raise UsageError(
                 f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes"
             )
-        check_prompts(
-            self.prompts,
-            c.teacher.prompts_per_update,
-            c.prompts,
-            setting="teacher.prompts_per_update",
-        )
+        check_prompts(self.prompts, c)
         if self.model.costs_a_forward(c.evaluation.guidance_scale):
             raise UsageError(
                 f"evaluation.guidance_scale: a student of {c.model.name} has the teacher's guidance "

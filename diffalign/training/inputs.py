@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
 from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.fingerprint import of_json
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.rollout import check_prompts
 
@@ -39,8 +38,7 @@ class Inputs:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """Of texts and metadata, in their order."""
-    rows = [[p.text, p.metadata] for p in prompts]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return of_json([[p.text, p.metadata] for p in prompts])
 
 
 def read_inputs(config: AnyRunConfig) -> Inputs:
@@ -57,13 +55,7 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     train = []
     if isinstance(config, RunConfig | DistillationRunConfig):
         train = load_prompts(config.prompts.train)
-        drawn = "rollout" if isinstance(config, RunConfig) else "teacher"
-        check_prompts(
-            train,
-            getattr(config, drawn).prompts_per_update,
-            config.prompts,
-            setting=f"{drawn}.prompts_per_update",
-        )
+        check_prompts(train, config)
     if isinstance(config, RunConfig):
         reward.check_metadata([p.metadata for p in train])
     for part in (reward, watched):

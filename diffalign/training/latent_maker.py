@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +15,7 @@ from diffalign.data.captioned import CaptionedItem, ImageSource, stacked
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
 from diffalign.data.shard_cache import Shard, prompt_tensors
-from diffalign.fingerprint import of_pipeline
+from diffalign.fingerprint import of_json, of_pipeline
 from diffalign.latents.codec import LatentCodec
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import load_autoencoder, tokens_ratio
@@ -52,8 +50,7 @@ def cache_key(
     c = config.latents
     images = asdict(source)
     if files := source.files:
-        told = json.dumps(files, sort_keys=True).encode()
-        images |= {"source": "", "files": len(files), "digest": hashlib.sha256(told).hexdigest()}
+        images |= {"source": "", "files": len(files), "digest": of_json(files)}
     return {
         "images": images,
         "codec": codec.to_dict(),

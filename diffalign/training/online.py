@@ -58,12 +58,7 @@ class OnlineTrainer(Trainer):
             raise UsageError(
                 f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
             )
-        check_prompts(
-            self.prompts,
-            c.rollout.prompts_per_update,
-            c.prompts,
-            setting="rollout.prompts_per_update",
-        )
+        check_prompts(self.prompts, c)
         self.rollouts = RolloutMaker(
             c, self.model, self.score, self.accelerator, self.size, self.drawing
         )

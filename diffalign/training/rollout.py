@@ -16,7 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from diffalign.config import PromptsConfig, RolloutConfig, RunConfig, TeacherConfig, nearest
+from diffalign.config import (
+    DistillationRunConfig,
+    PromptsConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    nearest,
+)
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
@@ -46,11 +53,12 @@ class Plan:
         return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)
 
 
-def check_prompts(
-    prompts: Sequence[Prompt], wanted: int, tasks: PromptsConfig, *, setting: str
-) -> None:
+def check_prompts(prompts: Sequence[Prompt], config: RunConfig | DistillationRunConfig) -> None:
     """UsageError where weights name tasks that no prompt has, or leave none, or where an update cannot have as many
-    distinct prompts as `setting` wants."""
+    distinct prompts as it wants."""
+    part = "rollout" if isinstance(config, RunConfig) else "teacher"
+    wanted: int = getattr(config, part).prompts_per_update
+    tasks = config.prompts
     weights = tasks.task_weights or {}
     names = {p.task for p in prompts}
     for name in weights:
@@ -64,8 +72,8 @@ def check_prompts(
     if len(drawn) < wanted:
         of_tasks = "" if len(drawn) == len(prompts) else " of tasks that have a weight"
         raise UsageError(
-            f"{setting} is {wanted}, and prompts.train has {len(drawn)} prompts{of_tasks}: give more prompts, or draw "
-            "fewer at a time and more images of each (group_size)"
+            f"{part}.prompts_per_update is {wanted}, and prompts.train has {len(drawn)} prompts{of_tasks}: give more "
+            "prompts, or draw fewer at a time and more images of each (group_size)"
         )
 
 

@@ -52,6 +52,9 @@ from diffalign.versions import versions
 logger = logging.getLogger(__name__)
 GRID_IMAGES = 12
 
+COLLAPSE = "collapse"
+"""What a row's `warnings` call it."""
+
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
     """Load the base model in its frozen dtype with the attention and memory settings of the configuration."""
@@ -85,10 +88,6 @@ def set_attention_backend(model: TextToImageModel, backend: str) -> None:
         model.denoiser.set_attention_backend(backend)
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"model.attention_backend: {error}") from error
-
-
-COLLAPSE = "collapse"
-"""What a row's `warnings` call it."""
 
 
 @dataclass

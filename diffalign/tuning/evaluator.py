@@ -6,7 +6,6 @@ was scored is kept in a file, so that a search that was killed goes on where it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from diffalign.data.prompts import Prompt
 from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
+from diffalign.fingerprint import of_json
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, Sampling
 from diffalign.precision import compute
@@ -100,8 +100,7 @@ class Evaluator:
         plain = asdict(drawing)
         del plain["micro_batch_size"]
         asked = [[p.text, p.metadata] for p in self.prompts]
-        told = json.dumps([plain, asked, self.terms, key], sort_keys=True, default=str)
-        self.key = hashlib.sha256(told.encode()).hexdigest()[:16]
+        self.key = of_json([plain, asked, self.terms, key], default=str)[:16]
         self._known = self._read()
 
     def __call__(self, candidates: Sequence[Coefficients]) -> list[Scores]:
