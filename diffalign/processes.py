@@ -7,6 +7,7 @@ CPUs.
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -49,6 +50,14 @@ def make_accelerator(**options: Any) -> Accelerator:
     accelerator = Accelerator(cpu=_on_cpus(), **options)
     _check(accelerator.num_processes, accelerator.distributed_type)
     return accelerator
+
+
+@atexit.register
+def _leave() -> None:
+    """Before the interpreter ends: where gloo's threads outlive it, it aborts, and the launcher then ends the others,
+    which may be writing still."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _on_cpus() -> bool:

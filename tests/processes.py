@@ -9,9 +9,9 @@ import sys
 import torch
 
 WHO = """
-from accelerate import PartialState
-if PartialState().is_main_process:
-    open(sys.argv[1] + "/world", "w").write(str(PartialState().num_processes))
+from diffalign import processes
+if processes.current().is_main_process:
+    open(sys.argv[1] + "/world", "w").write(str(processes.current().num_processes))
 """
 
 

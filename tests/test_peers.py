@@ -3,7 +3,7 @@
 import os
 
 import torch
-from processes import results_of, run
+from processes import WHO, results_of, run
 
 SCRIPT = """
 import os, signal, sys, torch
@@ -28,7 +28,7 @@ def test_a_peer_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoin
     whole = results_of(2, source, tmp_path / "whole", "live")
     folder = tmp_path / "cut"
     folder.mkdir()
-    (folder / "script.py").write_text(source)
+    (folder / "script.py").write_text(source + WHO)
     done = run(2, folder / "script.py", folder, "die")  # and does not hang
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
@@ -37,3 +37,23 @@ def test_a_peer_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoin
     done = run(2, folder / "script.py", folder, "live")
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(folder / "result.pt"), whole)
+
+
+LEAVING = """
+import atexit, sys, torch
+def note():
+    state = "there" if torch.distributed.is_initialized() else "left"
+    open(f"{sys.argv[1]}/{rank}", "w").write(state)
+atexit.register(note)  # handlers run in reverse: after the suite's
+from diffalign import processes
+rank = processes.current().process_index
+torch.distributed.all_reduce(torch.ones(9))
+"""
+
+
+def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path):
+    """Otherwise about half of all launches on CPUs end in an abort of one process."""
+    (tmp_path / "script.py").write_text(LEAVING)
+    done = run(2, tmp_path / "script.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["left", "left"]
