@@ -341,6 +341,21 @@ class TestTimesteps:
             ((d >= p.start) & (d < p.stop)).all() for d, p in zip(draws.T, parts, strict=True)
         )
 
+    def test_independent_draws_have_the_same_mean_and_a_larger_spread(self):
+        grid = shift_sigmas(torch.linspace(1, 0.1, 10), 3.0)
+        means, spreads = [], []
+        for independent in (False, True):
+            parts = timesteps.strata(10, 4, stop=0.8, independent=independent)
+            generator = torch.Generator().manual_seed(0)
+            draws = torch.stack([timesteps.draw(parts, generator=generator) for _ in range(4000)])
+            of_image = grid[draws].mean(1)
+            means.append(of_image.mean())
+            spreads.append(of_image.std())
+        assert {len(p) for p in parts} == {8}
+        # the eight points are cut into fours of equal size, so that both are means over all of them
+        assert abs(means[1] - means[0]) < 4 * spreads[1] / 4000**0.5
+        assert spreads[0] < 0.5 * spreads[1]
+
     @pytest.mark.parametrize(
         "arguments", [{"start": 0.5, "stop": 0.5}, {"start": 0.0, "stop": 0.2}]
     )

@@ -1,5 +1,6 @@
 """Rewards in a thread of their own: the same values in the same order, and a hang is not for ever."""
 
+import math
 import threading
 import time
 
@@ -118,6 +119,34 @@ def test_the_thread_ends_with_the_collection():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize(("overlap", "waited"), [(True, False), (False, True), (None, True)])
+def test_overlapped_rewards_do_not_hold_up_the_next_images(tmp_path, overlap, waited):
+    seen = []
+
+    def slow(images, prompts, metadata):
+        if not seen:
+            seen.append("first")
+            drawn.wait(0.3 if waited else 30)
+            seen.append("the next images came" if drawn.is_set() else "waited for")
+        return tiny_runs.redness(images, prompts, metadata)
+
+    drawn = threading.Event()
+    settings = {"micro_batch_size": 2, "overlap_rewards": overlap}
+    run = tiny_runs.trainer(tmp_path, slow, rollout=settings)
+    submit, parts = run.rollouts.scorer.submit, []
+
+    def note(*part):
+        parts.append(part)
+        if len(parts) == 2:
+            drawn.set()
+        submit(*part)
+
+    run.rollouts.scorer.submit = note
+    row = run.train_update()
+    assert seen[1] == ("waited for" if waited else "the next images came")
+    assert math.isfinite(row["reward"])
 
 
 def test_a_run_with_a_hanging_reward_stops_with_everything_saved(tmp_path):

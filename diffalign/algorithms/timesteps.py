@@ -15,12 +15,20 @@ from torch import Tensor
 from diffalign.errors import UsageError
 
 
-def strata(num_grid: int, num_strata: int, *, start: float = 0.0, stop: float = 1.0) -> list[range]:
+def strata(
+    num_grid: int,
+    num_strata: int,
+    *,
+    start: float = 0.0,
+    stop: float = 1.0,
+    independent: bool = False,
+) -> list[range]:
     """Cut the indices of a grid into contiguous strata of (nearly) equal size.
 
     Args:
         num_grid: points of the rollout's grid; index 0 is pure noise.
         start, stop: the share of the grid that is used, counted from the noise (0) to the clean end (1).
+        independent: do not cut it; every stratum is the whole of that share.
     """
     first, last = round(start * num_grid), round(stop * num_grid)
     if not 0 <= first < last <= num_grid:
@@ -32,6 +40,8 @@ def strata(num_grid: int, num_strata: int, *, start: float = 0.0, stop: float = 
             f"{num_strata} timesteps per image do not fit into {last - first} points of the rollout's grid; "
             "use fewer, or more rollout steps"
         )
+    if independent:
+        return [range(first, last)] * num_strata
     cuts = [first + round(i * (last - first) / num_strata) for i in range(num_strata + 1)]
     return [range(a, b) for a, b in itertools.pairwise(cuts)]
 

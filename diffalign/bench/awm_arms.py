@@ -28,6 +28,7 @@ RIVALS = {
     "flow_grpo": Arm("flow-grpo-shapes-sd3"),
     "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
 }
+KEEP_ALL = "--training.drop_uninformative=false"
 UNGUIDED = ("--algorithm.reference_guidance_scale=null", "--prompts.task_weights=null")
 RELEASED = {
     "released awm": Arm(
@@ -43,7 +44,7 @@ RELEASED = {
             "--algorithm.kl_beta=0.001",
             "--algorithm.ema_kl_beta=1",
             "--rollout.num_inference_steps=14",
-            "--training.drop_uninformative=false",
+            KEEP_ALL,
         ),
     ),
     "released flow_grpo": Arm(
@@ -57,7 +58,7 @@ RELEASED = {
             "--algorithm.window_stop=1",
             "--algorithm.kl_beta=0.04",
             "--rollout.num_inference_steps=10",
-            "--training.drop_uninformative=false",
+            KEEP_ALL,
         ),
     ),
     "released diffusion_nft": Arm(
@@ -88,6 +89,14 @@ LEVERS = {
     ),
 }
 """What is learned with one thing changed; without guidance, with the distance's best weight of those tried."""
+HOUR = "an hour"
+LONG = {
+    HOUR: Arm(
+        "awm-shapes-sd3-long",
+        ("--training.max_minutes=65", "--training.num_updates=20000", "--training.eval_every=50"),
+    )
+}
+"""AWM with settings that hold for longer than minutes: where it ends."""
 COSTS = {
     "released timesteps and distances": Arm(
         AWM,
@@ -106,10 +115,13 @@ COSTS = {
     "distances on every timestep": Arm(AWM, ("--algorithm.kl_timesteps=2",)),
     "no guidance in the reference": Arm(AWM, ("--algorithm.reference_guidance_scale=null",)),
     "two updates a rollout": LEVERS["two updates a rollout"],
+    "groups without a signal kept": Arm(AWM, (KEEP_ALL,)),
+    "groups without a signal kept, no compilation": Arm(AWM, (KEEP_ALL, "--model.compile=false")),
 }
 """What an update costs with one thing changed."""
 NOISES = {
     "1 timestep": Arm(AWM, ("--algorithm.timesteps_per_image=1",)),
+    "2 independent timesteps": Arm(AWM, ("--algorithm.timestep_sampling=independent",)),
     "4 timesteps": Arm(AWM, ("--algorithm.timesteps_per_image=4",)),
     "one noise a group": LEVERS["one noise a group"],
     "4 timesteps, one noise a group": LEVERS["four timesteps and one noise a group"],

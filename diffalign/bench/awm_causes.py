@@ -1,4 +1,5 @@
-"""Where AWM's speed comes from: what an update costs, and how much of its gradient is signal."""
+"""Where AWM's speed comes from, what an update costs and how much of its gradient is signal; and where its score ends:
+what policies know of relations."""
 
 from __future__ import annotations
 
@@ -8,14 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.bench.awm_arms import AWM, COSTS, NOISES, RIVALS, Arm, configuration
+from diffalign.bench.awm_arms import AWM, COSTS, LONG, NOISES, RIVALS, Arm, configuration
 from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
 from diffalign.bench.record import BenchOptions, spread
-from diffalign.bench.second_opinion import weights_left
+from diffalign.bench.relations import colours, positions
+from diffalign.bench.second_opinion import evaluate_lora, lora_left, weights_left
 from diffalign.config import ForwardProcessConfig, RunConfig, to_dict
+from diffalign.data.prompts import load_prompts
 from diffalign.quantization.latency import interleaved
+from diffalign.shapes.verifier import detect
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.run import Run
+from diffalign.types import no_reward
 
 UPDATES = 5
 """Of each arm, timed."""
@@ -23,6 +28,10 @@ ARMS = {
     "costs": {"awm": Arm(AWM), **RIVALS, **COSTS},
     "signals": {"awm": Arm(AWM), **RIVALS, **NOISES},
 }
+ASKED = 512
+"""Images of each task that are looked at for relations."""
+BASE = "base"
+TOLD = {"position": positions, "color_attr": colours}
 BATCHES = {"signal": 24, "noise": 6}
 """Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
 
@@ -74,11 +83,38 @@ def signals(options: BenchOptions) -> dict[str, Any]:
     return table
 
 
-CAUSES = {"costs": costs, "signals": signals}
+def relations(options: BenchOptions) -> dict[str, Any]:
+    """Of the base, of AWM's first run and of the hour's, where that was made: whether a relation or a colour's owner is
+    right, in images that have both objects."""
+    table: dict[str, Any] = {}
+    for name, config in _policies(options).items():
+        each = replace(config.evaluation, images_per_task=6 if options.quick else ASKED)
+        lora = None if name == BASE else lora_left(config)
+        prompts = load_prompts(config.prompts.evaluation)
+        table[name] = {}
+        for task, tell in TOLD.items():
+            asked = [p for p in prompts if p.task == task]
+            found = evaluate_lora(config.model.name, lora, asked, no_reward, each)
+            images = found.images.permute(0, 2, 3, 1).contiguous().numpy()
+            table[name][task] = tell(images, found.prompts, detect)
+    return table
+
+
+def _policies(options: BenchOptions) -> dict[str, RunConfig]:
+    """Runs whose policies are looked at: the base's, and those that were made."""
+    known = {BASE: Arm(AWM), "awm": Arm(AWM), **LONG}
+    configs = {name: configuration(name, arm, 0, options) for name, arm in known.items()}
+    return {name: c for name, c in configs.items() if name == BASE or lora_left(c).is_dir()}
+
+
+CAUSES = {"costs": costs, "signals": signals, "relations": relations}
 
 
 def key(name: str, options: BenchOptions) -> Any:
-    """What a cause depends on: every arm's configuration, and the policy that gradients are of."""
+    """What a cause depends on: every arm's configuration, and the policies that gradients or images are of."""
+    if name == "relations":
+        policies = _policies(options).items()
+        return [{n: [to_dict(c.evaluation), weights_left(c)] for n, c in policies}, ASKED]
     runs = {n: to_dict(configuration(n, arm, 0, options)) for n, arm in ARMS[name].items()}
     for run in runs.values():
         del run["output_dir"]

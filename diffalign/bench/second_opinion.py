@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from diffalign.config import EvaluationConfig, RunConfig, to_dict
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.preference import win_rate
-from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.evaluation.score import Evaluation, Score, evaluate_model
 from diffalign.fingerprint import of_file
 from diffalign.lora import load_lora
 from diffalign.pipelines.registry import load_model
@@ -71,8 +72,19 @@ class SecondOpinion:
 
     def evaluate(self, config: RunConfig, lora: Path | None) -> Evaluation:
         """The run's model, with a LoRA or without."""
-        model = load_model(config.model.name)
-        if lora is not None:
-            load_lora(model.pipeline, str(lora))
         prompts = load_prompts(config.prompts.evaluation)
-        return evaluate_model(model, prompts, self.reward.score, self.how(config))
+        return evaluate_lora(config.model.name, lora, prompts, self.reward.score, self.how(config))
+
+
+def evaluate_lora(
+    name: str,
+    lora: Path | None,
+    prompts: Sequence[Prompt],
+    score: Score,
+    how: EvaluationConfig,
+) -> Evaluation:
+    """A model by its name, with a LoRA or without."""
+    model = load_model(name)
+    if lora is not None:
+        load_lora(model.pipeline, str(lora))
+    return evaluate_model(model, prompts, score, how)

@@ -9,6 +9,7 @@ from diffalign.config.checks import check, one_of, positive
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
 NOISES = ("fresh", "group", "rollout")
+TIMESTEP_SAMPLINGS = ("stratified", "independent")
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 
@@ -93,6 +94,8 @@ class ForwardProcessConfig(AlgorithmConfig):
     timestep_start: float = 0.0
     timestep_stop: float = 1.0
     """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
+    timestep_sampling: str = "stratified"
+    """Of an image's timesteps: "stratified", one from each of as many equal parts of that share, or "independent"."""
     noise: str = "fresh"
     """What images are noised with: "fresh" noise at every update, an image's own or, "group", one for all images of a
     prompt, at the same timesteps (less variance of the reward's part, not of the distances), or that of the "rollout"
@@ -111,6 +114,7 @@ class ForwardProcessConfig(AlgorithmConfig):
             check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
         check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
         one_of(self.noise, NOISES, "algorithm.noise")
+        one_of(self.timestep_sampling, TIMESTEP_SAMPLINGS, "algorithm.timestep_sampling")
         n = self.timesteps_per_image
         check(n >= 1, "algorithm.timesteps_per_image", "must be at least 1")
         check(
@@ -250,6 +254,9 @@ class RolloutConfig(DrawingConfig):
     losses that need clean latents alone."""
     guidance_scale: float | None = None
     """None: no classifier-free guidance (FLUX: its default guidance embedding)."""
+    overlap_rewards: bool | None = None
+    """Score a micro-batch while the next is drawn; None: on CUDA. On a CPU it pays where rewards are made elsewhere (a
+    reward server); a reward model in this process would take the denoiser's time and its attention kernel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

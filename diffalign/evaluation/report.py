@@ -83,11 +83,16 @@ def render_page(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
+def shown(images: int) -> list[int]:
+    """Which of so many images of an evaluation a report shows: spread evenly over the held-out prompts, not picked."""
+    return evenly(range(images), EXAMPLES)
+
+
 def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
-    """Pairs of the same seed, spread evenly over the held-out prompts (not picked)."""
+    """Pairs of the same seed."""
     rows = []
-    for i in evenly(range(len(before.prompts)), EXAMPLES):
-        pair = [e.images[i].permute(1, 2, 0).numpy() for e in (before, after)]
+    for i in shown(len(before.prompts)):
+        pair = [e.image(i).permute(1, 2, 0).numpy() for e in (before, after)]
         rows.append(
             {
                 "prompt": before.prompts[i].text,

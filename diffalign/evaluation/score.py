@@ -36,6 +36,15 @@ class Evaluation:
     tasks: dict[str, float]
     failed: int
     not_finite: int = 0
+    rows: tuple[int, ...] | None = None
+
+    def image(self, row: int) -> Tensor:
+        """(3, H, W) uint8 of a row of `prompts`."""
+        return self.images[row if self.rows is None else self.rows.index(row)]
+
+    def thinned(self, rows: Sequence[int]) -> Evaluation:
+        """The same with the images of some rows alone, for one that is kept."""
+        return replace(self, images=self.images[list(rows)].clone(), rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -95,6 +95,7 @@ class ForwardProcessUpdate(PolicyUpdate):
             config.timesteps_per_image,
             start=config.timestep_start,
             stop=config.timestep_stop,
+            independent=config.timestep_sampling == "independent",
         )
         if config.noise == "rollout":
             self._check_noise()

@@ -133,10 +133,11 @@ class RolloutMaker:
 
     def __post_init__(self) -> None:
         self.embed = EmbedCache(self.model)
+        overlap = self.config.rollout.overlap_rewards
         self.scorer = BackgroundScorer(
             self.score,
             timeout=self.config.rollout.reward_timeout,
-            overlap=self.accelerator.device.type != "cpu",
+            overlap=self.accelerator.device.type != "cpu" if overlap is None else overlap,
         )
 
     def make(self, plan: Plan, policy_update: PolicyUpdate, update: int) -> Rollout:

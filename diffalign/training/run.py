@@ -28,9 +28,11 @@ from diffalign.config import (
 from diffalign.data.files import aside
 from diffalign.data.prompts import Prompt
 from diffalign.errors import full_disk
+from diffalign.evaluation.kept import keep, kept
 from diffalign.evaluation.preference import win_rate
-from diffalign.evaluation.report import image_grid, write_report
-from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.evaluation.report import image_grid, shown, write_report
+from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
+from diffalign.fingerprint import of_pipeline
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.registry import load_model
@@ -43,7 +45,7 @@ from diffalign.training.inputs import read_inputs
 from diffalign.training.latents import LatentTrainer
 from diffalign.training.online import OnlineTrainer
 from diffalign.training.preference import PreferenceTrainer
-from diffalign.training.run_folder import SUMMARY, RunFolder, RunFolderError
+from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
 from diffalign.training.scoring import BackgroundScorer
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import RewardOutput, no_reward
@@ -140,12 +142,7 @@ class Run:
         self.trainer.prepare()
         if self.trainer.resume():
             self._say(f"resumed after update {self.trainer.progress.update}")
-        self._say(f"scoring {self.config.model.name} before training")
-        self.before = self._evaluate(lora.REFERENCE)
-        if self.before.failed == len(self.before.prompts):
-            raise RewardError(
-                f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
-            )
+        self.before = self._reference()
         self._train()
         after = self._evaluate(self.trainer.policy)
         summary = self._summary(after, time.perf_counter() - started)
@@ -164,6 +161,28 @@ class Run:
             self._say(f"report: {self.trainer.folder.path / 'report.html'}")
         self.accelerator.wait_for_everyone()
         return summary
+
+    def _reference(self) -> Evaluation:
+        """How the reference does: measured when a run begins, and kept for when it is resumed. Of its images those that
+        a report shows."""
+        file = self.trainer.folder.path / BEFORE
+        how = self.trainer.evaluation(lora.REFERENCE)
+        c = self.config  # what else matters the folder has checked: it belongs to one configuration
+        weights = of_pipeline(self.trainer.drawn_model(lora.REFERENCE).pipeline)
+        key = [weights, to_dict(how), c.rewards, c.evaluation.rewards, self.trainer.size]
+        found = kept(file, repeat_prompts(self.eval_prompts, how), key=key)
+        if found is not None:
+            return found
+        self._say(f"scoring {c.model.name} before training")
+        found = self._evaluate(lora.REFERENCE)
+        if found.failed == len(found.prompts):
+            raise RewardError(
+                f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
+            )
+        found = found.thinned(shown(len(found.prompts)))
+        if self.accelerator.is_main_process:
+            keep(found, file, key=key)
+        return found
 
     def _train(self) -> None:
         c = self.config.training

@@ -32,6 +32,7 @@ FREE = {
     "model.attention_backend",
     "model.compile",
     "rollout.reward_timeout",
+    "rollout.overlap_rewards",
     "teacher.reward_timeout",
     "images.micro_batch_size",
     "images.reward_timeout",
@@ -43,6 +44,8 @@ FREE = {
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 PROMPTS = "prompts.json"
+BEFORE = "before.safetensors"
+"""How the reference does on held-out prompts."""
 
 
 class RunFolderError(UserError, RuntimeError):

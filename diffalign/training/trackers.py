@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign import processes
 from diffalign.config import AnyRunConfig, ConfigError, nearest, to_dict
+from diffalign.evaluation.report import image_grid
 
 PROJECT = "diffalign"
 
@@ -58,6 +59,12 @@ def log_images(accelerator: Accelerator, images: Tensor, *, update: int) -> None
                 values = pixels if tracker.name == "tensorboard" else list(pixels)
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": values}, step=update, **options)
+            elif tracker.name == "trackio":
+                import trackio  # optional
+
+                # one picture, as in `samples`: trackio drops a list of them with no more than a warning
+                grid = trackio.Image(image_grid(images, columns=6))
+                tracker.log({"samples": grid}, step=update)
 
 
 def finish(accelerator: Accelerator) -> None:
