@@ -18,6 +18,7 @@ from diffalign.fingerprint import of_file
 from diffalign.lora import load_lora
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.weights import device
 
 REWARD = "shapes_clip"
 IMAGES_PER_TASK = 48
@@ -83,8 +84,8 @@ def evaluate_lora(
     score: Score,
     how: EvaluationConfig,
 ) -> Evaluation:
-    """A model by its name, with a LoRA or without."""
-    model = load_model(name)
+    """A model by its name, with a LoRA or without, on the GPU where there is one."""
+    model = load_model(name, device=device())
     if lora is not None:
         load_lora(model.pipeline, str(lora))
     return evaluate_model(model, prompts, score, how)

@@ -217,7 +217,8 @@ class QSched:
     def linear_update(self, timestep: Any, *args: Any, **kwargs: Any) -> Update:
         """A and B of the step at `timestep`, for the same further arguments as those of `step`."""
         index = self._index(timestep)
-        return self._update(index, timestep, torch.device("cpu"), args, kwargs)["prev_sample"]
+        device = self.timesteps.device  # type: ignore[attr-defined]  # where a flow's sigmas are, too
+        return self._update(index, timestep, device, args, kwargs)["prev_sample"]
 
     def _index(self, timestep: Any) -> int:
         """The number of the step, of image-to-image too, where the first ones are left out."""

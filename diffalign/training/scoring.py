@@ -38,6 +38,7 @@ class BackgroundScorer:
         self._overlap = overlap
         self._waiting: list[Future[RewardOutput]] = []
         self._jobs: _Jobs | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
@@ -82,8 +83,10 @@ class BackgroundScorer:
     def _work(self, jobs: _Jobs, device: int | None) -> None:
         if device is not None:  # of the thread that submits; a new one starts on the first
             torch.cuda.set_device(device)
+            # one for all rollouts: torch's allocator keeps freed memory for the stream that it was of
+            self._stream = self._stream or torch.cuda.Stream()
         # images come from the CPU, so that a stream of its own needs no other to wait for
-        with nullcontext() if device is None else torch.cuda.stream(torch.cuda.Stream()):
+        with nullcontext() if device is None else torch.cuda.stream(self._stream):
             while (job := jobs.get()) is not None:
                 future, arguments = job
                 try:
