@@ -272,8 +272,9 @@ def test_recipes_at_published_sizes(recipe):
     assert found.host == 4096 * prompt
     assert 1 < gib["activations"] < 20
     parts = [size for name, size in vars(found).items() if name not in ("host", "merged_weights")]
-    assert found.activations > found.merged_weights
-    assert found.total == sum(parts)
+    # a rollout on merged weights and a training step do not meet: FLUX.1's second copy is the larger of the two
+    assert (found.merged_weights > found.activations) == flux
+    assert found.total == sum(parts) + max(0, found.merged_weights - found.activations)
 
 
 def test_printed_parts():
