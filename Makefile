@@ -24,7 +24,7 @@ demo: install
 test: install
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -4,11 +4,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a loaded weight lies where its file's header ends, and on some CPUs MKL rounds otherwise there
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# each worker has its share of the cores, and so has what it starts
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
-)
 
 import pytest
 import tiny

@@ -99,12 +99,13 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
         assert {f for f in found if not f.startswith("algorithm")} <= {
             "output_dir",
             "rollout.merge_lora",  # Flow-GRPO must know its own log-probabilities
-            "optimizer.learning_rate",  # each has its own, the best of those tried
+            "optimizer.learning_rate",  # each has its own, the best of those tried or as good
         }
 
 
 def test_every_arm_can_be_chosen(tmp_path):
-    for names in (("awm", *awm_arms.RIVALS, *awm_arms.RELEASED, *awm_arms.LEVERS), demo.ARMS):
+    a = awm_arms
+    for names in (("awm", *a.RIVALS, *a.RELEASED, *a.LEVERS, *a.LONG), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
         assert options.chosen(names) == list(names)
@@ -114,7 +115,8 @@ def test_every_arm_can_be_chosen(tmp_path):
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 0, options))
-    for name, arm in {**awm_arms.LEVERS, **awm_arms.RELEASED}.items():
+    arms = awm_arms
+    for name, arm in {**arms.LEVERS, **arms.RELEASED, **arms.COSTS, **arms.NOISES}.items():
         plain = awm_arms.configuration(name, awm_arms.Arm(arm.recipe), 0, options)
         assert (to_dict(plain) == {**ours, "output_dir": plain.output_dir}) == (
             arm.recipe == awm_arms.AWM

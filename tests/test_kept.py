@@ -1,17 +1,21 @@
 """A run scores its base once: the evaluation is kept beside it, and made again where it is of something else."""
 
+import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_run import base, prompts, train  # noqa: F401
 
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation import report
 from diffalign.evaluation.kept import keep, kept
 from diffalign.evaluation.score import summarize_scores
+from diffalign.training.run import Run
 from diffalign.types import RewardOutput
 
 ASKED = [Prompt("a cat", {"tag": "pets"}), Prompt("a dog", {"tag": "pets"}), Prompt("a bird", {})]
@@ -52,23 +56,51 @@ def test_of_something_else_or_cut_it_is_not_taken(tmp_path):
         assert kept(tmp_path / "cut", ASKED, key=1) is None
 
 
-def test_a_resumed_run_does_not_score_its_base_again(base, prompts, tmp_path, capsys):  # noqa: F811
-    folder, told = tmp_path / "run", f"scoring {base} before training"
-    assert train(base, prompts, folder, "--training.num_updates=1") == 0
-    assert told in capsys.readouterr().out
-    first = json.loads((folder / "summary.json").read_text())
-    assert train(base, prompts, folder, "--training.num_updates=2") == 0
-    assert told not in capsys.readouterr().out
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["before"], summary["updates"]) == (first["before"], 2)
-    assert summary["win_rate"] is not None
-    assert (folder / "report.html").read_text().count("data:image/png") >= 6  # three pairs
-    images = load_file(folder / "before.safetensors")["images"].clone()
-    assert len(images) == 3
+def test_a_resumed_run_does_not_score_its_base_again(
+    base,  # noqa: F811
+    prompts,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    monkeypatch.setattr(report, "EXAMPLES", 2)
+    mine = shutil.copytree(base, tmp_path / "base")
+    folder, told = tmp_path / "run", f"scoring {mine} before training"
 
+    def run(updates):
+        assert train(mine, prompts, folder, f"--training.num_updates={updates}") == 0
+        return json.loads((folder / "summary.json").read_text()), told in capsys.readouterr().out
+
+    first, scored = run(1)
+    assert scored
+    again, scored = run(2)
+    assert not scored
+    assert (again["before"], again["updates"]) == (first["before"], 2)
+    assert again["win_rate"] is not None
     file = folder / "before.safetensors"
+    images = load_file(file)["images"].clone()
+    assert len(images) == 2 < first["before"]["images"]
+
     file.write_bytes(file.read_bytes()[:100])
-    assert train(base, prompts, folder, "--training.num_updates=3") == 0
-    assert told in capsys.readouterr().out
-    assert json.loads((folder / "summary.json").read_text())["before"] == first["before"]
+    again, scored = run(2)
+    assert scored
+    assert again["before"] == first["before"]
     assert torch.equal(load_file(file)["images"], images)
+
+    weights = mine / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: -v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    again, scored = run(2)
+    assert scored
+    assert again["before"] != first["before"]
+
+
+def test_what_a_reward_could_not_score_is_asked_again(
+    base,  # noqa: F811
+    prompts,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    counts = itertools.count()
+    monkeypatch.setattr(Run, "failures", property(lambda self: {"jpeg": next(counts)}))
+    assert train(base, prompts, tmp_path / "run", "--training.num_updates=1") == 0
+    assert not (tmp_path / "run" / "before.safetensors").exists()

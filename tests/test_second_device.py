@@ -24,6 +24,7 @@ from diffalign.pipelines.sampling import generate
 from diffalign.quantization.apply import quantize_pipeline
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackSpec
+from diffalign.rewards import preprocessing
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.composition import CompositeReward
 from diffalign.schedulers import QSched
@@ -33,10 +34,13 @@ from diffalign.tuning.tune import Settings, tune
 
 @pytest.fixture
 def cuda():
-    ClipScorer.from_pretrained.cache_clear()  # rewards keep their networks where they were made
+    caches = (ClipScorer.from_pretrained, preprocessing._bands)  # of what lies on a device
+    for cache in caches:
+        cache.cache_clear()
     with SecondDevice():
         yield CUDA
-    ClipScorer.from_pretrained.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture

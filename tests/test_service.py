@@ -122,7 +122,7 @@ def test_one_bad_image_is_nan_and_the_rest_are_scored(serve):
 
 
 def test_a_slow_reward_is_given_up_and_the_service_goes_on(serve):
-    url = serve({"moody": Moody()}, limits=Limits(timeout=0.3))
+    url = serve({"moody": Moody()}, limits=Limits(timeout=1.0))
     reward = RemoteReward(f"remote:{url}/moody")
     images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
     assert np.isnan(reward.score(images, ["sleep"], [{}]).values).all()

@@ -23,7 +23,7 @@ def strata(
     stop: float = 1.0,
     independent: bool = False,
 ) -> list[range]:
-    """Cut the indices of a grid into contiguous strata of (nearly) equal size.
+    """Cut the indices of a grid into contiguous strata of (nearly) equal size, one for each timestep of a sample.
 
     Args:
         num_grid: points of the rollout's grid; index 0 is pure noise.
@@ -35,13 +35,13 @@ def strata(
         raise UsageError(
             f"timestep range {start}..{stop} leaves nothing of a grid of {num_grid} points"
         )
+    if independent and num_strata >= 1:
+        return [range(first, last)] * num_strata
     if not 1 <= num_strata <= last - first:
         raise UsageError(
             f"{num_strata} timesteps per image do not fit into {last - first} points of the rollout's grid; "
             "use fewer, or more rollout steps"
         )
-    if independent:
-        return [range(first, last)] * num_strata
     cuts = [first + round(i * (last - first) / num_strata) for i in range(num_strata + 1)]
     return [range(a, b) for a, b in itertools.pairwise(cuts)]
 

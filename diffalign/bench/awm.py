@@ -3,8 +3,8 @@
 Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the same
 adapter, the guided reference, fewer timesteps and distances; the second is with the hyper-parameters of the releases,
 but for the rate, which is ours: without guidance, rewards alone move the policy. A lever's arm changes one thing in
-AWM's recipe. Causes are what an update costs and how much of its gradient is signal. Phases are where its time and
-memory go at published sizes, on CUDA alone.
+AWM's recipe. Causes are what an update costs, how much of its gradient is signal, and what the policies know of
+relations. Phases are where its time and memory go at published sizes, on CUDA alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def warm_up(config: RunConfig) -> None:
 def run(options: BenchOptions) -> dict[str, Any]:
     """AWM over all seeds and its rivals, each lever with one, AWM's hour, the causes and the phases; `options.arms`
     chooses among them, AWM always runs but for the phases alone. A quick bench leaves all but the rivals and the causes
-    out. The score that AWM ends with is the hour's, where that is made."""
+    out."""
     known = {**RIVALS, **RELEASED, **LEVERS, **LONG}
     chosen = options.chosen(("awm", *known, *awm_causes.CAUSES, awm_phases.NAME))
     if chosen == [awm_phases.NAME]:
@@ -128,9 +128,11 @@ def run(options: BenchOptions) -> dict[str, Any]:
         seeds = 1 if name in LEVERS or name in LONG else options.seeds
         arms[name] = measure(name, known[name], options, seeds, opinion)
     headline = {
-        "geneval_final": arms[HOUR if HOUR in arms else "awm"]["geneval_final"]["median"],
+        "geneval_final": arms["awm"]["geneval_final"]["median"],
         "forwards_per_image": arms["awm"]["forwards_per_image"],
     }
+    if HOUR in arms:
+        headline["geneval_after_an_hour"] = arms[HOUR]["geneval_final"]["median"]
     speedups = compare({name: found for name, found in arms.items() if name not in LONG})
     for name, title in HEADLINES.items():
         if name in arms:

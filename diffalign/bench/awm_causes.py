@@ -114,7 +114,11 @@ def key(name: str, options: BenchOptions) -> Any:
     """What a cause depends on: every arm's configuration, and the policies that gradients or images are of."""
     if name == "relations":
         policies = _policies(options).items()
-        return [{n: [to_dict(c.evaluation), weights_left(c)] for n, c in policies}, ASKED]
+        drawn = {
+            n: [c.model.name, c.prompts.evaluation, to_dict(c.evaluation), weights_left(c)]
+            for n, c in policies
+        }
+        return [drawn, ASKED]
     runs = {n: to_dict(configuration(n, arm, 0, options)) for n, arm in ARMS[name].items()}
     for run in runs.values():
         del run["output_dir"]

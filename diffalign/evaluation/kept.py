@@ -21,12 +21,12 @@ KEY, FOUND = "key", "found"
 
 
 def _digest(key: Any, prompts: Sequence[Prompt]) -> str:
-    return of_json([key, [[p.text, p.metadata] for p in prompts]])
+    return of_json([key, [[p.text, p.metadata] for p in prompts]], default=str)
 
 
 def keep(found: Evaluation, file: Path, *, key: Any) -> None:
-    """Write an evaluation aside and rename it; of its images those that it has. `key` (JSON): what it is of, besides
-    its prompts."""
+    """Write an evaluation aside and rename it; of its images those that it has. `key` (JSON, other values as texts):
+    what it is of, besides its prompts."""
     rows = range(len(found.prompts)) if found.rows is None else found.rows
     tensors = {
         "images": found.images.contiguous(),

@@ -144,7 +144,7 @@ class Run:
             self._say(f"resumed after update {self.trainer.progress.update}")
         self.before = self._reference()
         self._train()
-        after = self._evaluate(self.trainer.policy)
+        after = self._scored(self.trainer.policy)
         summary = self._summary(after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self.trainer.export(self.trainer.folder.path)
@@ -168,20 +168,35 @@ class Run:
         file = self.trainer.folder.path / BEFORE
         how = self.trainer.evaluation(lora.REFERENCE)
         c = self.config  # what else matters the folder has checked: it belongs to one configuration
-        weights = of_pipeline(self.trainer.drawn_model(lora.REFERENCE).pipeline)
-        key = [weights, to_dict(how), c.rewards, c.evaluation.rewards, self.trainer.size]
-        found = kept(file, repeat_prompts(self.eval_prompts, how), key=key)
+        pipeline = self.trainer.drawn_model(lora.REFERENCE).pipeline
+        weights = of_pipeline(pipeline)
+        rewards = [self.reward, self.held_out_reward]
+        prompts = repeat_prompts(self.eval_prompts, how)
+        rows = shown(len(prompts))
+        key = {
+            "base": [weights, dict(pipeline.scheduler.config)],
+            "drawn": [to_dict(how), self.trainer.size],
+            "rewards": [[r.weights, [vars(x.card) for x in r.rewards.values()]] for r in rewards],
+            "shown": rows,
+        }
+        found = kept(file, prompts, key=key)
         if found is not None:
             return found
         self._say(f"scoring {c.model.name} before training")
-        found = self._evaluate(lora.REFERENCE)
+        failures = self.failures
+        found = self._scored(lora.REFERENCE).thinned(rows)
+        # what a reward could not score now it may be able to when the run is resumed
+        if self.accelerator.is_main_process and self.failures == failures:
+            keep(found, file, key=key)
+        return found
+
+    def _scored(self, policy: str) -> Evaluation:
+        """An evaluation at the run's beginning or end; RewardError where no image of it has a reward."""
+        found = self._evaluate(policy)
         if found.failed == len(found.prompts):
             raise RewardError(
                 f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
             )
-        found = found.thinned(shown(len(found.prompts)))
-        if self.accelerator.is_main_process:
-            keep(found, file, key=key)
         return found
 
     def _train(self) -> None:
