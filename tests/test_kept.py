@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,3 +106,25 @@ def test_what_a_reward_could_not_score_is_asked_again(
     monkeypatch.setattr(Run, "failures", property(lambda self: {"jpeg": next(counts)}))
     assert train(base, prompts, tmp_path / "run", "--training.num_updates=1") == 0
     assert not (tmp_path / "run" / "before.safetensors").exists()
+
+
+TWICE = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_run import train
+base, prompts, folder, updates = sys.argv[1:]
+assert train(base, prompts, folder, "--training.num_updates=" + updates) == 0
+"""
+
+
+def test_two_processes_know_of_it_together(base, prompts, tmp_path):  # noqa: F811
+    """The second does not score alone what the first has found."""
+    script = tmp_path / "script.py"
+    script.write_text(TWICE.format(tests=os.path.dirname(__file__)))
+    befores = []
+    for updates, scored in (("1", True), ("2", False)):
+        done = processes.run(2, script, base, prompts, tmp_path / "run", updates)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (f"scoring {base} before training" in done.stdout) == scored
+        befores.append(json.loads((tmp_path / "run" / "summary.json").read_text())["before"])
+    assert befores[0] == befores[1]

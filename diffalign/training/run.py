@@ -179,14 +179,15 @@ class Run:
             "rewards": [[r.weights, [vars(x.card) for x in r.rewards.values()]] for r in rewards],
             "shown": rows,
         }
-        found = kept(file, prompts, key=key)
+        main = self.accelerator.is_main_process  # which tells the others: all score, or none
+        found = broadcast_object_list([kept(file, prompts, key=key) if main else None])[0]
         if found is not None:
             return found
         self._say(f"scoring {c.model.name} before training")
         failures = self.failures
         found = self._scored(lora.REFERENCE).thinned(rows)
         # what a reward could not score now it may be able to when the run is resumed
-        if self.accelerator.is_main_process and self.failures == failures:
+        if main and self.failures == failures:
             keep(found, file, key=key)
         return found
 
