@@ -96,7 +96,7 @@ def relations(options: BenchOptions) -> dict[str, Any]:
             asked = [p for p in prompts if p.task == task]
             found = evaluate_lora(config.model.name, lora, asked, no_reward, each)
             images = found.images.permute(0, 2, 3, 1).contiguous().numpy()
-            table[name][task] = tell(images, found.prompts, detect)
+            table[name][task] = tell(list(images), found.prompts, detect)
     return table
 
 
