@@ -22,3 +22,19 @@ def model(request):
 @pytest.fixture
 def sd3():
     return tiny.sd3_model()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny SD3 pipeline in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Three of them in a file."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog\na bird\n")
+    return file

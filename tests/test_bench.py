@@ -1,5 +1,6 @@
 """Benchmarks: one form of result, every arm a recipe that loads, and a quick one from the command line."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -104,8 +105,8 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
 
 
 def test_every_arm_can_be_chosen(tmp_path):
-    a = awm_arms
-    for names in (("awm", *a.RIVALS, *a.RELEASED, *a.LEVERS, *a.LONG), demo.ARMS):
+    groups = (awm_arms.RIVALS, awm_arms.RELEASED, awm_arms.LEVERS, awm_arms.LONG)
+    for names in (("awm", *itertools.chain(*groups)), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
         assert options.chosen(names) == list(names)
@@ -115,8 +116,8 @@ def test_every_arm_can_be_chosen(tmp_path):
 def test_a_lever_changes_what_it_is_named_for(tmp_path):
     options = record.BenchOptions(quick=False, work=tmp_path)
     ours = to_dict(awm_arms.configuration("awm", awm_arms.Arm(awm_arms.AWM), 0, options))
-    arms = awm_arms
-    for name, arm in {**arms.LEVERS, **arms.RELEASED, **arms.COSTS, **arms.NOISES}.items():
+    groups = (awm_arms.LEVERS, awm_arms.RELEASED, awm_arms.COSTS, awm_arms.NOISES)
+    for name, arm in itertools.chain(*(g.items() for g in groups)):
         plain = awm_arms.configuration(name, awm_arms.Arm(arm.recipe), 0, options)
         assert (to_dict(plain) == {**ours, "output_dir": plain.output_dir}) == (
             arm.recipe == awm_arms.AWM

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_run import base, prompts, train  # noqa: F401
+from test_run import train
 
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import report
@@ -59,8 +59,8 @@ def test_of_something_else_or_cut_it_is_not_taken(tmp_path):
 
 
 def test_a_resumed_run_does_not_score_its_base_again(
-    base,  # noqa: F811
-    prompts,  # noqa: F811
+    base,
+    prompts,
     tmp_path,
     capsys,
     monkeypatch,
@@ -97,8 +97,8 @@ def test_a_resumed_run_does_not_score_its_base_again(
 
 
 def test_what_a_reward_could_not_score_is_asked_again(
-    base,  # noqa: F811
-    prompts,  # noqa: F811
+    base,
+    prompts,
     tmp_path,
     monkeypatch,
 ):
@@ -117,7 +117,7 @@ assert train(base, prompts, folder, "--training.num_updates=" + updates) == 0
 """
 
 
-def test_two_processes_know_of_it_together(base, prompts, tmp_path):  # noqa: F811
+def test_two_processes_know_of_it_together(base, prompts, tmp_path):
     """The second does not score alone what the first has found."""
     script = tmp_path / "script.py"
     script.write_text(TWICE.format(tests=os.path.dirname(__file__)))

@@ -4,25 +4,19 @@ import errno
 import json
 import os
 import shutil
-import sys
 from functools import partial
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffalign import cli
 from diffalign.evaluation.report import image_grid
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
-from diffalign.training import checkpoint, trackers
+from diffalign.training import checkpoint
 from diffalign.training.health import Collapse
 
 SETTINGS = [
@@ -46,21 +40,6 @@ SETTINGS = [
     "--evaluation.num_inference_steps=2",
     "--evaluation.images_per_task=3",
 ]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A tiny SD3 pipeline in diffusers' layout."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.sd3_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("a cat\na dog\na bird\n")
-    return file
 
 
 def train(base, prompts, folder, *more):
@@ -222,64 +201,6 @@ def test_a_full_disk_is_one_line_where_there_are_no_checkpoints(
     error = capsys.readouterr().err
     assert "diffalign: error: No space left on device. Free space, and the same command" in error
     assert "Traceback" not in error
-
-
-def test_trackers_get_the_log_the_configuration_and_the_samples(base, prompts, tmp_path):
-    folder = tmp_path / "run"
-    more = ["--training.num_updates=2", "--training.eval_every=1", "--report_to=tensorboard"]
-    assert train(base, prompts, folder, *more) == 0
-    events = EventAccumulator(str(folder / "diffalign"), size_guidance={"images": 0})
-    events.Reload()
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found = events.Scalars("reward")
-    assert [e.step for e in found] == [1, 2]
-    assert [e.value for e in found] == pytest.approx([r["reward"] for r in log])
-    held_out = events.Scalars("evaluation/jpeg")
-    assert [e.step for e in held_out] == [1]
-    assert held_out[0].value == pytest.approx(log[0]["evaluation"]["means"]["jpeg"])
-    assert {e.step for e in events.Images("samples")} == {1, 2}
-    written = "".join(p.read_text() for p in folder.rglob("hparams.yml"))
-    assert "optimizer.learning_rate: 0.001" in written
-
-
-def test_trackio_gets_the_samples_as_one_grid(monkeypatch):
-    """trackio itself is not needed: accelerate's tracker of it takes no images but logs what it is given."""
-    logged = []
-    tracker = SimpleNamespace(
-        name="trackio", log=lambda values, step: logged.append((values, step))
-    )
-    accelerator = SimpleNamespace(is_main_process=True, trackers=[tracker])
-    monkeypatch.setitem(
-        sys.modules, "trackio", SimpleNamespace(Image=lambda value: ("image", value))
-    )
-    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
-    trackers.log_images(accelerator, images, update=5)
-    ((values, step),) = logged
-    assert (list(values), step) == (["samples"], 5)
-    kind, grid = values["samples"]
-    assert kind == "image"
-    assert np.array_equal(np.asarray(grid), np.asarray(image_grid(images, columns=6)))
-
-
-def test_trackio_keeps_the_log_and_the_samples(base, prompts, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    folder = tmp_path / "run"
-    assert train(base, prompts, folder, "--training.num_updates=2", "--report_to=trackio") == 0
-    (name,) = SQLiteStorage.get_runs("diffalign")
-    rows = SQLiteStorage.get_logs("diffalign", name)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found = {r["step"]: r["reward"] for r in rows if "reward" in r}
-    assert found == pytest.approx({r["update"]: r["reward"] for r in log})
-    samples = {r["step"]: r["samples"] for r in rows if "samples" in r}
-    assert set(samples) == {1, 2}
-    for step, image in samples.items():
-        assert image["_type"] == "trackio.image"  # what its dashboard shows
-        kept = Image.open(tmp_path / "trackio" / "media" / image["file_path"]).convert("RGB")
-        drawn = Image.open(folder / "samples" / f"{step:06d}.png")
-        assert np.array_equal(np.asarray(kept), np.asarray(drawn))
 
 
 def test_a_schedule_ends_where_the_run_was_to_end(base, prompts, tmp_path, capsys):

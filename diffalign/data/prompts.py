@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     else:
         found = _read(Path(source))
     return found if limit is None else spread(found, limit)
+
+
+def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
+    """Texts and metadata in their order: what digests are of."""
+    return [[p.text, p.metadata] for p in prompts]
 
 
 def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffalign.data.files import aside
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, told
 from diffalign.evaluation.score import Evaluation
 from diffalign.fingerprint import of_json
 
@@ -21,7 +21,7 @@ KEY, FOUND = "key", "found"
 
 
 def _digest(key: Any, prompts: Sequence[Prompt]) -> str:
-    return of_json([key, [[p.text, p.metadata] for p in prompts]], default=str)
+    return of_json([key, told(prompts)], default=str)
 
 
 def keep(found: Evaluation, file: Path, *, key: Any) -> None:

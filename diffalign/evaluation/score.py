@@ -44,7 +44,7 @@ class Evaluation:
 
     def thinned(self, rows: Sequence[int]) -> Evaluation:
         """The same with the images of some rows alone, for one that is kept."""
-        return replace(self, images=self.images[list(rows)].clone(), rows=tuple(rows))
+        return replace(self, images=self.images[list(rows)], rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
-from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.data.prompts import Prompt, load_prompts, told
 from diffalign.fingerprint import of_json
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.rollout import check_prompts
@@ -38,7 +38,7 @@ class Inputs:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """Of texts and metadata, in their order."""
-    return of_json([[p.text, p.metadata] for p in prompts])
+    return of_json(told(prompts))
 
 
 def read_inputs(config: AnyRunConfig) -> Inputs:

@@ -327,9 +327,10 @@ class Run:
             )
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
+        grid = image_grid(found.images, columns=6)
         with aside(folder / f"{update:06d}.png") as file:
-            image_grid(found.images, columns=6).save(file)
-        trackers.log_images(self.accelerator, found.images, update=update)
+            grid.save(file)
+        trackers.log_images(self.accelerator, found.images, grid=grid, update=update)
 
     def _wins(self, found: Evaluation) -> dict[str, Any]:
         """How often its images are better than the reference's of the same noise."""

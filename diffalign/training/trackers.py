@@ -7,11 +7,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL import Image
 from torch import Tensor
 
 from diffalign import processes
 from diffalign.config import AnyRunConfig, ConfigError, nearest, to_dict
-from diffalign.evaluation.report import image_grid
 
 PROJECT = "diffalign"
 
@@ -50,8 +50,9 @@ def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
     accelerator.log(values, step=row["update"])
 
 
-def log_images(accelerator: Accelerator, images: Tensor, *, update: int) -> None:
-    """Images (N, 3, H, W) uint8, for the trackers that take images."""
+def log_images(accelerator: Accelerator, images: Tensor, *, grid: Image.Image, update: int) -> None:
+    """Images (N, 3, H, W) uint8, for the trackers that take images; `grid`, all in one picture, for one that takes no
+    more than that."""
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -63,8 +64,7 @@ def log_images(accelerator: Accelerator, images: Tensor, *, update: int) -> None
                 import trackio  # optional
 
                 # one picture, as in `samples`: trackio drops a list of them with no more than a warning
-                grid = trackio.Image(image_grid(images, columns=6))
-                tracker.log({"samples": grid}, step=update)
+                tracker.log({"samples": trackio.Image(grid)}, step=update)
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, told
 from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 from diffalign.fingerprint import of_json
@@ -99,8 +99,7 @@ class Evaluator:
         self._file = file
         plain = asdict(drawing)
         del plain["micro_batch_size"]
-        asked = [[p.text, p.metadata] for p in self.prompts]
-        self.key = of_json([plain, asked, self.terms, key], default=str)[:16]
+        self.key = of_json([plain, told(self.prompts), self.terms, key], default=str)[:16]
         self._known = self._read()
 
     def __call__(self, candidates: Sequence[Coefficients]) -> list[Scores]:
