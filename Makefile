@@ -44,10 +44,10 @@ typecheck: install
 
 # The checkpoints from nothing: an hour or two each on two cores.
 shapes: install
-	$(BIN)/python -m diffalign.scripts.train_shapes sd3 --out diffalign/shapes/checkpoints/shapes-sd3
-	$(BIN)/python -m diffalign.scripts.train_shapes flux --out diffalign/shapes/checkpoints/shapes-flux
-	$(BIN)/python -m diffalign.scripts.train_shapes dc --out diffalign/shapes/checkpoints/shapes-dc
-	$(BIN)/python -m diffalign.scripts.train_shapes clip --out diffalign/shapes/checkpoints/shapes-clip
+	$(BIN)/python -m diffalign.scripts.shapes.train sd3 --out diffalign/shapes/checkpoints/shapes-sd3
+	$(BIN)/python -m diffalign.scripts.shapes.train flux --out diffalign/shapes/checkpoints/shapes-flux
+	$(BIN)/python -m diffalign.scripts.shapes.train dc --out diffalign/shapes/checkpoints/shapes-dc
+	$(BIN)/python -m diffalign.scripts.shapes.train clip --out diffalign/shapes/checkpoints/shapes-clip
 
 clean:
 	rm -rf $(VENV) .types build dist *.egg-info

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffalign import __version__
 from diffalign.cli_latents import add_autoencoder
-from diffalign.errors import UserError, full_disk
+from diffalign.core.errors import UserError, full_disk
 
 EPILOG = """examples:
   diffalign demo
@@ -462,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     shares = args.verb in SHARES or getattr(args, "what", None) in ("geneval", "fid")
     if "LOCAL_RANK" in os.environ and not shares:
-        from diffalign.processes import launched
+        from diffalign.core.processes import launched
 
         if (launched() or 1) > 1:
             raise UserError(

@@ -17,10 +17,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.diffusion.paths import Path, RectifiedFlow, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
-from diffalign.noise import Path, RectifiedFlow, shift_sigmas
 from diffalign.types import PromptEmbeds
 
 # The eight attention projections of a joint block: what the released AWM and Flow-GRPO train.

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.latents.codec import LatentCodec, pack, position_ids, unpack
 from diffalign.latents.move import Ends
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel

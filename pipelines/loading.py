@@ -10,9 +10,9 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from diffalign.errors import UsageError
-from diffalign.fingerprint import UnknownWeights, of_denoiser
-from diffalign.lora import load_lora
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import UnknownWeights, of_denoiser
+from diffalign.lora.files import load_lora
 from diffalign.pipelines import dcgen
 from diffalign.quantization.backends import missing_for
 from diffalign.schedulers import QSched

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.latents.alignment import ratio
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import moved

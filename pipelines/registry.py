@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign.errors import UsageError, UserError
+from diffalign.core.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel

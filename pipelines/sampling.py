@@ -11,8 +11,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.precision import compute
 from diffalign.types import PromptEmbeds
 
 Generators = torch.Generator | Sequence[torch.Generator] | None

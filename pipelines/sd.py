@@ -9,8 +9,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from diffalign.errors import UsageError
-from diffalign.noise import VariancePreserving
+from diffalign.core.errors import UsageError
+from diffalign.diffusion.paths import VariancePreserving
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.errors import UsageError
-from diffalign.noise import Path, RectifiedFlow
+from diffalign.core.errors import UsageError
+from diffalign.diffusion.paths import Path, RectifiedFlow
 
 
 class AdamsBashforth:

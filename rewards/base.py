@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from diffalign.geneval import RELATIONS, Detection, Verdict, judge
+from diffalign.geneval.rules import RELATIONS, Detection, Verdict, judge
 from diffalign.rewards.base import Metadata, Reward, RewardError
 from diffalign.types import RewardOutput
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.inception import FIDInception

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffalign.geneval import CLASSES, COLORS, THRESHOLD, Detection, confident
+from diffalign.geneval.rules import CLASSES, COLORS, THRESHOLD, Detection, confident
 from diffalign.rewards.base import Metadata, RewardCard
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.detection import DetectionReward

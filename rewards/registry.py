@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward

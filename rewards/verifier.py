@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffalign.geneval import Detection, Verdict
+from diffalign.geneval.rules import Detection, Verdict
 from diffalign.rewards.base import Metadata, RewardCard
 from diffalign.rewards.detection import DetectionReward
 from diffalign.shapes.verifier import detect

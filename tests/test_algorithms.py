@@ -9,7 +9,7 @@ import torch
 from diffalign.algorithms import advantages as adv
 from diffalign.algorithms import awm, diffusion_nft, forward_process, timesteps
 from diffalign.config import WEIGHTS, AWMConfig, DiffusionNFTConfig
-from diffalign.noise import RectifiedFlow, logit_normal_sigmas, shift_sigmas
+from diffalign.diffusion.paths import RectifiedFlow, logit_normal_sigmas, shift_sigmas
 
 PATH = RectifiedFlow()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.latents.alignment import (
     MODES,
     GradientAlignment,

@@ -12,9 +12,7 @@ from tiny import _autoencoder
 from tiny_moves import deep_autoencoder
 
 from diffalign import cli
-from diffalign.config import ConfigError
-from diffalign.latents.codec import LatentCodec
-from diffalign.training.autoencoder import (
+from diffalign.autoencoders.trainer import (
     STATE,
     AutoencoderConfig,
     AutoencoderError,
@@ -25,6 +23,8 @@ from diffalign.training.autoencoder import (
     reconstruction_loss,
     set_scale,
 )
+from diffalign.config import ConfigError
+from diffalign.latents.codec import LatentCodec
 
 
 def kl_autoencoder():

@@ -5,11 +5,12 @@ import tiny
 import torch
 from compilation import counted
 
-from diffalign import lora
-from diffalign.bench import awm, awm_phases
-from diffalign.bench.record import BenchOptions
+from benchmarks.awm import awm
+from benchmarks.awm import phases as awm_phases
+from benchmarks.common.record import BenchOptions
 from diffalign.config import load
-from diffalign.training.forward_update import ForwardProcessUpdate
+from diffalign.lora import policies as lora
+from diffalign.methods.online.forward_update import ForwardProcessUpdate
 
 PHASES = ["rollout", "decode", "policy", "reference", "lagged", "optimizer"]
 NARROW = {

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization import backends
 from diffalign.quantization.accounting import report, tensor_bytes
 from diffalign.quantization.apply import quantization_config, quantize_model, quantize_pipeline

@@ -9,22 +9,19 @@ import pytest
 import torch
 from tiny_moves import deep_autoencoder
 
+from benchmarks import BENCHES, demo
+from benchmarks.awm import arms as awm_arms
+from benchmarks.common import record
+from benchmarks.common.curves import Curve
+from benchmarks.common.peak_memory import peak_bytes
+from benchmarks.dcgen import latency as deep_latency
+from benchmarks.inversion_dpo import inversion_dpo
+from benchmarks.qsched import qsched
+from benchmarks.rewards import models as reward_models
+from benchmarks.rewards import rewards as bench_rewards
 from diffalign import cli
-from diffalign.bench import (
-    BENCHES,
-    awm_arms,
-    deep_latency,
-    demo,
-    inversion_dpo,
-    qsched,
-    record,
-    reward_models,
-)
-from diffalign.bench import rewards as bench_rewards
-from diffalign.bench.curves import Curve
-from diffalign.bench.peak_memory import peak_bytes
 from diffalign.config import differences, to_dict
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.rewards.registry import BUILT_IN
 
 

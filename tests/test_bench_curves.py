@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from diffalign.bench import awm
-from diffalign.bench.curves import Curve, finite, read_curve, speedup
+from benchmarks.awm import awm
+from benchmarks.common.curves import Curve, finite, read_curve, speedup
 
 
 def line(slope, n=5):

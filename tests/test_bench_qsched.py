@@ -9,10 +9,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from benchmarks.common.record import BenchOptions
+from benchmarks.qsched import qsched, weights
 from diffalign import cli
-from diffalign.bench import qsched, weights
-from diffalign.bench.record import BenchOptions
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization.accounting import report
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackedLinear

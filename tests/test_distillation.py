@@ -15,20 +15,21 @@ from diffusers import (
     TCDScheduler,
 )
 
-from diffalign import cli, lora
+from diffalign import cli
 from diffalign.algorithms import distillation as losses
 from diffalign.config import ConfigError, DistillationRunConfig, decode, load
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
-from diffalign.errors import UsageError
-from diffalign.noise import RectifiedFlow, VariancePreserving
+from diffalign.diffusion.paths import RectifiedFlow, VariancePreserving
+from diffalign.lora import policies as lora
+from diffalign.methods.distillation.trainer import DistillationTrainer, student_scheduler
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.pipelines.sampling import generate
-from diffalign.training.distillation import DistillationTrainer, student_scheduler
 from diffalign.training.memory import forecast
-from diffalign.training.rollout import make_plan
+from diffalign.training.plan import make_plan
 from diffalign.training.run_folder import RunFolder
-from diffalign.training.update import Sums
+from diffalign.training.sums import Sums
 
 PATHS = {
     "flow": RectifiedFlow(),
@@ -199,7 +200,7 @@ def test_updates_bring_the_student_nearer(family, method, tmp_path, monkeypatch)
     base = {k: v.clone() for k, v in found.model.denoiser.state_dict().items() if "lora" not in k}
     c = found.config
     plan = make_plan(found.prompts, c.teacher, seed=0, update=99, tasks=c.prompts)
-    monkeypatch.setattr("diffalign.training.distillation.make_plan", lambda *a, **k: plan)
+    monkeypatch.setattr("diffalign.methods.distillation.trainer.make_plan", lambda *a, **k: plan)
     with torch.no_grad():
         drawn = found.draw(plan)
         before = found.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=99)

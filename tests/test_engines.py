@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
-from diffalign.errors import UsageError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.registry import BUILT_IN
 from diffalign.schedulers import Coefficients

@@ -10,14 +10,14 @@ import tiny
 import torch
 from tiny_runs import trainer
 
-from diffalign import lora
 from diffalign.algorithms import flow_grpo
 from diffalign.algorithms.surrogate import clipped_surrogate
 from diffalign.config import ConfigError, FlowGRPOConfig
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.lora import policies as lora
+from diffalign.methods.online.trajectory_update import StochasticSampler, TrajectoryUpdate
 from diffalign.pipelines.sampling import sample
-from diffalign.training.rollout import make_plan
-from diffalign.training.trajectory_update import StochasticSampler, TrajectoryUpdate
+from diffalign.training.plan import make_plan
 
 
 def case(n=5, t=0.8, after=0.6):

@@ -11,7 +11,7 @@ from transformers import (
     SwinConfig,
 )
 
-from diffalign.geneval import CLASSES, COLORS, Detection
+from diffalign.geneval.rules import CLASSES, COLORS, Detection
 from diffalign.rewards import geneval
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.geneval import GenEvalCompatReward, GenEvalReward, crop

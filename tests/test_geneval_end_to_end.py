@@ -16,7 +16,7 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
-from diffalign.geneval import CLASSES, COLORS
+from diffalign.geneval.rules import CLASSES, COLORS
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.rewards.mask2former import DetectorPreprocessing, ObjectDetector

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.geneval import Detection, judge, relative_position, summarize
+from diffalign.geneval.rules import Detection, judge, relative_position, summarize
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_runs import trainer
 
-from diffalign import lora
+from diffalign.lora import policies as lora
+from diffalign.methods.online.health import find_collapse, find_warnings
 from diffalign.training import checkpoint
-from diffalign.training.health import find_collapse, find_warnings
 from diffalign.training.trainer import TrainingError
 
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "demo-collapse.json"

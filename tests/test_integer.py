@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantization_config, quantize_model

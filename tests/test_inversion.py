@@ -7,8 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffalign.inversion import InversionError, integrate, inversion_grid, round_trip_error
-from diffalign.noise import RectifiedFlow, VariancePreserving, implied_noise
+from diffalign.diffusion.inversion import (
+    InversionError,
+    integrate,
+    inversion_grid,
+    round_trip_error,
+)
+from diffalign.diffusion.paths import RectifiedFlow, VariancePreserving, implied_noise
 
 FLOW = RectifiedFlow()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

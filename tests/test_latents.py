@@ -11,19 +11,20 @@ from diffusers import DiffusionPipeline
 from processes import results_of
 from tiny_moves import deep_autoencoder, image_folder, settings, trainer
 
-from diffalign import cli, lora
+from diffalign import cli
 from diffalign.algorithms.dcgen import dcgen_loss, guided
 from diffalign.config import ConfigError, LatentRunConfig, decode, load, recipes
+from diffalign.core.errors import UsageError
 from diffalign.data.captioned import ImageSource
+from diffalign.data.fill import SHARD_ITEMS
 from diffalign.data.images import ImageFolderError
 from diffalign.data.shard_cache import CacheError
-from diffalign.errors import UsageError
 from diffalign.latents.alignment import Statistics
 from diffalign.latents.codec import pack
 from diffalign.latents.move import layer
-from diffalign.training.latent_alignment import watched
-from diffalign.training.latents import LatentTrainer
-from diffalign.training.precompute import SHARD_ITEMS
+from diffalign.lora import policies as lora
+from diffalign.methods.dcgen.alignment import watched
+from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.training.run_folder import RunFolder
 
 FAMILIES = sorted(tiny.MODELS)

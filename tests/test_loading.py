@@ -11,8 +11,8 @@ from diffusers import FluxPipeline
 from torch import nn
 
 import diffalign
-from diffalign.errors import UserError
-from diffalign.fingerprint import UnknownWeights, fingerprint, of_denoiser
+from diffalign.core.errors import UserError
+from diffalign.core.fingerprint import UnknownWeights, fingerprint, of_denoiser
 from diffalign.quantization import backends
 from diffalign.quantization.apply import quantize_model
 from diffalign.schedulers import Coefficients, QSched

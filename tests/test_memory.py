@@ -14,14 +14,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffalign import lora
-from diffalign.bench.awm_phases import published
+from benchmarks.awm.phases import published
 from diffalign.config import load, recipes
+from diffalign.core.precision import compute
 from diffalign.data.prompts import load_prompts
+from diffalign.lora import policies as lora
+from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.pipelines.registry import load_meta_model
-from diffalign.precision import compute
 from diffalign.training.memory import MemoryForecast, adapted, forecast, saved_bytes, size_of
-from diffalign.training.online import OnlineTrainer
 from diffalign.training.run_folder import RunFolder
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

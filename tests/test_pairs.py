@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from diffalign.config import PairsConfig
-from diffalign.data.pair_tables import PairsError, rows
-from diffalign.data.pairs import PreferencePair, Skipped, held_out, read_pairs
-from diffalign.data.ranking import choose_pairs, rank_weights
+from diffalign.data.pairs.ranking import choose_pairs, rank_weights
+from diffalign.data.pairs.records import PreferencePair, Skipped, held_out, read_pairs
+from diffalign.data.pairs.tables import PairsError, rows
 
 
 def png(value=0):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_runs import trainer
 
-from diffalign import lora
+from benchmarks.awm import arms as awm_arms
+from benchmarks.awm.gradients import direction, gradients, load_policy, signal
+from benchmarks.common.record import BenchOptions
 from diffalign.algorithms.timesteps import strata
-from diffalign.bench import awm_arms
-from diffalign.bench.policy_gradients import direction, gradients, load_policy, signal
-from diffalign.bench.record import BenchOptions
 from diffalign.config import differences, to_dict
+from diffalign.lora import policies as lora
 
 
 def test_signal_by_hand():

@@ -13,18 +13,19 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import of_pipeline
 from diffalign.data import shard_cache
-from diffalign.data.pair_cache import PairCache
-from diffalign.data.pair_tables import PairsError
-from diffalign.data.pairs import Skipped
+from diffalign.data.fill import shards
+from diffalign.data.pairs.cache import PairCache
+from diffalign.data.pairs.records import Skipped
+from diffalign.data.pairs.tables import PairsError
 from diffalign.data.shard_cache import CacheError
-from diffalign.errors import UsageError
-from diffalign.fingerprint import of_pipeline
-from diffalign.inversion import integrate
-from diffalign.noise import implied_noise
-from diffalign.training import precompute as module
-from diffalign.training.pair_maker import PairMaker
-from diffalign.training.precompute import precompute, shards
+from diffalign.diffusion.inversion import integrate
+from diffalign.diffusion.paths import implied_noise
+from diffalign.methods.preference import precompute as module
+from diffalign.methods.preference.maker import PairMaker
+from diffalign.methods.preference.precompute import precompute
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ class TestRefusals:
             fill(source, tmp_path)
 
     def test_adapters_are_no_other_model(self):
-        from diffalign import lora
+        from diffalign.lora import policies as lora
 
         model = tiny.sd_model()
         plain = of_pipeline(model.pipeline)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffalign.algorithms import preference as pref
 from diffalign.algorithms.forward_process import matching_error
 from diffalign.algorithms.preference import LOSS_TYPES, PairErrors, pair_loss
-from diffalign.data.ranking import choose_pairs, rank_weights
+from diffalign.data.pairs.ranking import choose_pairs, rank_weights
 
 BETA = 50.0
 

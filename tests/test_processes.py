@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 
-from diffalign import cli, processes
-from diffalign.errors import UsageError
+from diffalign import cli
+from diffalign.core import processes
+from diffalign.core.errors import UsageError
 
 
 def test_one_process_is_the_main_one():

@@ -13,11 +13,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from diffalign import lora
-from diffalign.bench import layouts
+from benchmarks.common import layouts
 from diffalign.config import load
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.latents.move import moved
+from diffalign.lora import policies as lora
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sana import SanaModel
 from diffalign.pipelines.sd import SDModel

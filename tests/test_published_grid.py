@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from test_tuning import PROMPTS, brightness, drawing, flux
 
-from diffalign.bench import published_grid
-from diffalign.bench.published_grid import against_grid, matched, summary
+from benchmarks.qsched import published_grid
+from benchmarks.qsched.published_grid import against_grid, matched, summary
 from diffalign.schedulers import Coefficients
 from diffalign.tuning.evaluator import Evaluator
 from diffalign.tuning.tune import Settings

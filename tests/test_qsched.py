@@ -22,7 +22,7 @@ from diffusers import (
 )
 from tiny import flux_pipeline, sd_pipeline
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.schedulers.coefficients import CoefficientsError
 

@@ -13,15 +13,15 @@ from accelerate import Accelerator
 
 from diffalign import cli
 from diffalign.config import EvaluationConfig
-from diffalign.data.pair_tables import PairsError
+from diffalign.core.errors import UsageError
+from diffalign.data.pairs.states import states_path
+from diffalign.data.pairs.tables import PairsError
 from diffalign.data.prompts import Prompt
-from diffalign.data.states import states_path
-from diffalign.errors import UsageError
+from diffalign.diffusion.inversion import integrate
+from diffalign.diffusion.paths import chord_target
 from diffalign.evaluation import geneval
 from diffalign.evaluation.recording import StateKeeper
-from diffalign.inversion import integrate
-from diffalign.noise import chord_target
-from diffalign.training import precompute as module
+from diffalign.methods.preference import precompute as module
 
 STEPS, STATES, PROMPTS = 6, 3, ("a red square", "a blue ring", "two stars")
 FLAGS = {"micro_batch_size": 4, "mixed_precision": "no"}

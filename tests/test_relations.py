@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffalign.bench.relations import colours, positions
+from benchmarks.awm.relations import colours, positions
 from diffalign.data.prompts import load_prompts
 from diffalign.shapes.verifier import detect
 from diffalign.shapes.world import GRID, SceneObject, render, sample_scene

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from diffalign import cli
 from diffalign.evaluation.report import image_grid
+from diffalign.methods.online.health import Collapse
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
 from diffalign.training import checkpoint
-from diffalign.training.health import Collapse
 
 SETTINGS = [
     "--model.max_sequence_length=16",

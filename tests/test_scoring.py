@@ -9,7 +9,7 @@ import pytest
 import tiny_runs
 import torch
 
-from diffalign.training.scoring import BackgroundScorer, RewardTimeout
+from diffalign.evaluation.scoring import BackgroundScorer, RewardTimeout
 from diffalign.training.trainer import TrainingError
 from diffalign.types import RewardOutput
 

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from second_device import CUDA, SecondDevice, is_on
 
+from benchmarks.awm import phases as awm_phases
 from diffalign import cli
-from diffalign.bench import awm_phases
 from diffalign.config import load
+from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.pipelines.sampling import generate
 from diffalign.quantization.apply import quantize_pipeline
 from diffalign.quantization.integer import IntegerLinear
@@ -28,7 +29,6 @@ from diffalign.rewards import preprocessing
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.composition import CompositeReward
 from diffalign.schedulers import QSched
-from diffalign.training.scoring import BackgroundScorer
 from diffalign.tuning.tune import Settings, tune
 
 

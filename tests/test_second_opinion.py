@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from diffalign import lora
-from diffalign.bench import awm_arms
-from diffalign.bench.record import BenchOptions
-from diffalign.bench.second_opinion import IMAGES_PER_TASK, REWARD, SecondOpinion, lora_left
+from benchmarks.awm import arms as awm_arms
+from benchmarks.common.record import BenchOptions
+from benchmarks.common.second_opinion import IMAGES_PER_TASK, REWARD, SecondOpinion, lora_left
+from diffalign.lora import policies as lora
 from diffalign.pipelines.registry import load_model
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffalign import cli
 from diffalign.commands.service import read_timeout
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.rewards import registry, remote, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward

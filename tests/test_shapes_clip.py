@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from diffalign.rewards.shapes_clip import ShapesClipReward
-from diffalign.shapes import CHECKPOINTS, clip
+from diffalign.scripts.shapes import clip
+from diffalign.shapes import CHECKPOINTS
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import KINDS, SceneObject, render, sample_scene
 

@@ -3,7 +3,7 @@
 import pytest
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from diffalign.geneval import TASKS
+from diffalign.geneval.rules import TASKS
 from diffalign.shapes import text
 from diffalign.shapes.prompts import plural, prompts
 

@@ -5,11 +5,11 @@ import pytest
 import tiny
 import torch
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sd3 import SD3Model
-from diffalign.shapes.denoiser import Captioned, PretrainConfig, Pretraining
-from diffalign.shapes.guidance import GuidanceDistillation
+from diffalign.scripts.shapes.denoiser import Captioned, PretrainConfig, Pretraining
+from diffalign.scripts.shapes.guidance import GuidanceDistillation
 
 TEXTS = ["", "a photo of a red square", "a photo of two blue circles"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffalign.geneval import TASKS, judge
+from diffalign.geneval.rules import TASKS, judge
 from diffalign.shapes.prompts import RELATIONS, prompts, sample_prompts
 from diffalign.shapes.verifier import detect, name_shape, verify
 from diffalign.shapes.world import (

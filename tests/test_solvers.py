@@ -8,8 +8,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffalign.config import SOLVERS
-from diffalign.errors import UserError
-from diffalign.noise import RectifiedFlow
+from diffalign.core.errors import UserError
+from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import AdamsBashforth, solver_step
 

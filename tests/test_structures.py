@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from diffalign.data.structures import (
+from diffalign.data.pairs.structures import (
     Relation,
     Structure,
     StructuredObject,

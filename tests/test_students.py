@@ -13,9 +13,10 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from diffalign import cli, lora
-from diffalign.bench import layouts
-from diffalign.errors import UsageError
+from benchmarks.common import layouts
+from diffalign import cli
+from diffalign.core.errors import UsageError
+from diffalign.lora import policies as lora
 from diffalign.pipelines import registry
 from diffalign.pipelines.registry import MODELS, load_meta_model, load_model
 from diffalign.pipelines.sampling import sample

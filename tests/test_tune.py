@@ -11,8 +11,8 @@ from test_tuning import PROMPTS, brightness, calls, drawing, flux
 from tiny import flux_model
 
 from diffalign.config import EvaluationConfig
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.evaluation.score import render
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.objective import ObjectiveError

@@ -11,8 +11,8 @@ from diffusers import (
 )
 from tiny import flux_model, sd_model
 
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.schedulers.closed_form import best_factors
 from diffalign.tuning.evaluator import Drawing, Evaluator

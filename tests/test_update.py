@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from diffalign import lora
 from diffalign.config import AWMConfig
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.lora import policies as lora
+from diffalign.methods.online import forward_update
+from diffalign.methods.online.forward_update import ForwardProcessUpdate, draw
+from diffalign.methods.online.update import TrainingBatch, UpdateSettings
 from diffalign.pipelines.sampling import sample
-from diffalign.training import forward_update
-from diffalign.training.forward_update import ForwardProcessUpdate, draw
-from diffalign.training.update import TrainingBatch, UpdateSettings
 from diffalign.types import Trajectory
 
 N = 6

@@ -10,8 +10,8 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from diffalign.config import decode
+from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.pipelines.moving import move_model
-from diffalign.training.latents import LatentTrainer
 from diffalign.training.run_folder import RunFolder
 
 DEPTH = 3

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from diffalign.config import decode
-from diffalign.training.preference import PreferenceTrainer
+from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.training.run_folder import RunFolder
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}

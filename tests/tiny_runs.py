@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from diffalign.config import decode
 from diffalign.data.prompts import load_prompts
-from diffalign.training.online import OnlineTrainer
+from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training.run_folder import RunFolder
 from diffalign.types import RewardOutput
 

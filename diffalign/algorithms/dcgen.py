@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffalign.noise import expand
+from diffalign.diffusion.paths import expand
 
 
 def guided(model_pred: Tensor, null_pred: Tensor, guidance_scale: Tensor) -> Tensor:

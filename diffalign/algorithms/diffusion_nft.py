@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
 from diffalign.config import DiffusionNFTConfig
-from diffalign.noise import expand
+from diffalign.diffusion.paths import expand
 
 NORMALISER_FLOOR = 1e-5
 METRICS = ("optimality", "positive", "negative", "error")

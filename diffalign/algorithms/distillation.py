@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffalign.noise import Path, VariancePreserving, expand
+from diffalign.diffusion.paths import Path, VariancePreserving, expand
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0

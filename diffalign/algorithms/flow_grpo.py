@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.forward_process import matching_error, proximal_loss
-from diffalign.noise import RectifiedFlow, expand
+from diffalign.diffusion.paths import RectifiedFlow, expand
 
 PATH = RectifiedFlow()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffalign.noise import Path, RectifiedFlow
+from diffalign.diffusion.paths import Path, RectifiedFlow
 
 SIGNS = {"released": 1.0, "figure": -1.0}
 

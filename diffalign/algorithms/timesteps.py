@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 
 
 def strata(

@@ -18,19 +18,15 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from diffalign.data.files import folder_aside, write_text
+from diffalign.autoencoders.trainer import AutoencoderConfig, AutoencoderTrainer, set_scale
+from diffalign.core.errors import UsageError
+from diffalign.core.files import folder_aside, write_text
+from diffalign.core.seeds import GEOMETRY, stream
+from diffalign.core.versions import versions
 from diffalign.data.images import SUFFIXES, fit, read_image
-from diffalign.errors import UsageError
 from diffalign.latents.codec import LatentCodec, compression
 from diffalign.pipelines.moving import load_autoencoder
-from diffalign.seeds import GEOMETRY, stream
 from diffalign.shapes.autoencoder import random_images
-from diffalign.training.autoencoder import (
-    AutoencoderConfig,
-    AutoencoderTrainer,
-    set_scale,
-)
-from diffalign.versions import versions
 
 logger = logging.getLogger(__name__)
 RENDERED = "shapes"

@@ -11,12 +11,12 @@ import numpy as np
 
 from diffalign.commands.output import print_scores, write_result
 from diffalign.commands.rewards import check_captions, load_rewards
+from diffalign.core.errors import UsageError
+from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
-from diffalign.errors import UsageError
 from diffalign.evaluation.comparison import Compared, read_geneval, write_comparison
 from diffalign.evaluation.folder import counts, score_folder
 from diffalign.evaluation.preference import by_name, shared_names, win_rate
-from diffalign.versions import versions
 
 
 def evaluate_wins(args: argparse.Namespace) -> int:

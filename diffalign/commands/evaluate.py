@@ -11,12 +11,12 @@ from diffalign.commands.geneval import evaluate_geneval
 from diffalign.commands.images import batching, drawing, evaluation, load
 from diffalign.commands.output import print_scores, write_result
 from diffalign.commands.rewards import check_captions, load_rewards
+from diffalign.core.errors import UsageError
+from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
-from diffalign.errors import UsageError
 from diffalign.evaluation.folder import counts, score_folder
 from diffalign.evaluation.score import evaluate_model
-from diffalign.versions import versions
 
 
 def evaluate(args: argparse.Namespace) -> int:

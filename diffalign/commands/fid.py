@@ -12,12 +12,13 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign import processes
 from diffalign.commands.images import batching, drawing, evaluation, load
 from diffalign.commands.output import print_scores, write_result
+from diffalign.core import processes
+from diffalign.core.errors import UsageError
+from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
-from diffalign.errors import UsageError
 from diffalign.evaluation.fid import (
     FeatureSet,
     compare,
@@ -28,7 +29,6 @@ from diffalign.evaluation.fid import (
 )
 from diffalign.rewards.features import FeatureNetwork, load_network
 from diffalign.shapes.world import render, sample_scene
-from diffalign.versions import versions
 
 SHAPES_IMAGES = 8
 """Drawn scenes a prompt, where Shapes is the reference."""

@@ -12,10 +12,10 @@ from diffusers import FluxPipeline
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from diffalign.commands.images import load
-from diffalign.data.files import aside, folder_aside
-from diffalign.errors import UsageError
-from diffalign.lora import WEIGHT_NAME
-from diffalign.lora_formats import read, write
+from diffalign.core.errors import UsageError
+from diffalign.core.files import aside, folder_aside
+from diffalign.lora.files import WEIGHT_NAME
+from diffalign.lora.formats import read, write
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.schedulers.stock import scheduler_like
 

@@ -10,11 +10,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign import processes
 from diffalign.commands.images import batching, drawing, evaluation, fingerprint, load
 from diffalign.commands.output import print_scores, write_result
+from diffalign.core import processes
+from diffalign.core.errors import UsageError
+from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt, load_prompts
-from diffalign.errors import UsageError
 from diffalign.evaluation.geneval import (
     RESULTS,
     SETTINGS,
@@ -31,7 +32,6 @@ from diffalign.evaluation.recording import StateKeeper
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.detection import DetectionReward
 from diffalign.rewards.registry import create
-from diffalign.versions import versions
 
 DETECTORS = ("verifier", "geneval")
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from diffalign.config import EvaluationConfig
+from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts, spread
-from diffalign.errors import UsageError
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
-from diffalign.lora import load_lora
+from diffalign.lora.files import load_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.types import no_reward

@@ -39,7 +39,10 @@ def listing(what: str) -> int:
 
         rows = {name: SUMMARIES.get(name, target) for name, target in available().items()}
     elif what == "benches":
-        from diffalign.bench import BENCHES
+        from diffalign.core.checkout import require_benchmarks
+
+        require_benchmarks()
+        from benchmarks import BENCHES
 
         rows = BENCHES
     else:

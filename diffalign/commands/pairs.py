@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from diffalign import processes
 from diffalign.commands.geneval import fill_folder
 from diffalign.commands.rewards import load_rewards
-from diffalign.data.files import write_text
+from diffalign.core import processes
+from diffalign.core.errors import UsageError
+from diffalign.core.files import write_text
 from diffalign.data.images import CaptionedImage, batches
-from diffalign.data.pair_tables import OWN
+from diffalign.data.pairs.ranking import choose_pairs, rank_weights
+from diffalign.data.pairs.structures import of_image
+from diffalign.data.pairs.tables import OWN
 from diffalign.data.prompts import load_prompts
-from diffalign.data.ranking import choose_pairs, rank_weights
-from diffalign.data.structures import of_image
-from diffalign.errors import UsageError
 from diffalign.evaluation.geneval import read_samples
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.detection import DetectionReward

@@ -10,9 +10,10 @@ import torch
 from diffusers import PipelineQuantizationConfig
 
 from diffalign.commands.images import chosen_prompts, load
-from diffalign.data.files import folder_aside
+from diffalign.core.errors import UsageError
+from diffalign.core.files import folder_aside
+from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import folder_bytes, report
@@ -21,7 +22,6 @@ from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.latency import Comparison, compare
 from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.evaluator import Drawing
-from diffalign.versions import versions
 
 REPORT = "quantization.json"
 

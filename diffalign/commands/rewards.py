@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.core.errors import UsageError
 from diffalign.data.images import CaptionedImage
-from diffalign.errors import UsageError
 from diffalign.rewards.composition import CompositeReward
 
 

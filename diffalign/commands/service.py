@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.rewards import registry
 from diffalign.rewards.remote import TOKEN
 

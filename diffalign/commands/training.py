@@ -11,17 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffalign import processes
-from diffalign.bench.record import BenchOptions, run_bench
 from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig, load
+from diffalign.core import processes
+from diffalign.core.errors import UsageError, UserError
 from diffalign.data.shard_cache import ShardCache
-from diffalign.errors import UsageError, UserError
+from diffalign.methods.dcgen.maker import precompute_latents as fill_latents
+from diffalign.methods.preference.precompute import precompute as fill_cache
 from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_meta_model
-from diffalign.training.forward import image_size
-from diffalign.training.latent_maker import precompute_latents as fill_latents
+from diffalign.training.denoise import image_size
 from diffalign.training.memory import forecast
-from diffalign.training.precompute import precompute as fill_cache
 from diffalign.training.run import prepare_model, run
 from diffalign.training.run_folder import SUMMARY
 
@@ -106,6 +105,11 @@ def print_summary(summary: dict) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """Run a benchmark; the last line of the output is JSON."""
+    from diffalign.core.checkout import require_benchmarks
+
+    require_benchmarks()
+    from benchmarks.common.record import BenchOptions, run_bench
+
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")

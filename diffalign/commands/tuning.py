@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from diffalign.commands.images import chosen_prompts, load
-from diffalign.data.files import folder_aside, write_text
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.core.files import folder_aside, write_text
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import available, load_model
 from diffalign.rewards.composition import CompositeReward

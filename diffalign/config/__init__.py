@@ -1,8 +1,18 @@
-"""What a run is: dataclasses (`schema`), and loading them from YAML with overrides (`loading`).
+"""Settings of runs: dataclasses, a file per method, and their loading from YAML with overrides.
 
 Nothing here imports torch. Every error names the field and, for a misspelt one, the nearest valid name.
 """
 
+from diffalign.config.base import (
+    SOLVERS,
+    AnyRunConfig,
+    DrawingConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptsConfig,
+)
 from diffalign.config.checks import ConfigError, nearest
 from diffalign.config.distillation import (
     ConsistencyConfig,
@@ -27,6 +37,18 @@ from diffalign.config.loading import (
     recipes,
     to_dict,
 )
+from diffalign.config.online import (
+    ONLINE,
+    WEIGHTS,
+    AlgorithmConfig,
+    AWMConfig,
+    DiffusionNFTConfig,
+    FlowGRPOConfig,
+    ForwardProcessConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from diffalign.config.preference import (
     DiffusionDPOConfig,
     InversionConfig,
@@ -34,26 +56,6 @@ from diffalign.config.preference import (
     PairsConfig,
     PreferenceAlgorithmConfig,
     PreferenceRunConfig,
-)
-from diffalign.config.schema import (
-    ONLINE,
-    SOLVERS,
-    WEIGHTS,
-    AlgorithmConfig,
-    AnyRunConfig,
-    AWMConfig,
-    DiffusionNFTConfig,
-    DrawingConfig,
-    EvaluationConfig,
-    FlowGRPOConfig,
-    ForwardProcessConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PromptsConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainingConfig,
 )
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 
 
 class ConfigError(UserError, ValueError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diffalign.config.checks import check, one_of
-from diffalign.config.schema import (
+from diffalign.config.base import (
     AnyRunConfig,
     DrawingConfig,
     LoopConfig,
     MethodConfig,
     PromptsConfig,
 )
+from diffalign.config.checks import check, one_of
 
 TEACHER_SOLVERS = ("euler", "midpoint", "fireflow")
 

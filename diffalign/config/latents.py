@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from diffalign.config.checks import check, one_of
-from diffalign.config.schema import (
+from diffalign.config.base import (
     AnyRunConfig,
     DrawingConfig,
     LoopConfig,
     MethodConfig,
     OptimizerConfig,
 )
+from diffalign.config.checks import check, one_of
 
 OBJECTIVES = ("downsample", "upsample", "average")
 MODES = ("nearest", "bilinear", "bicubic")

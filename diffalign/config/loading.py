@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from diffalign.config.base import AnyRunConfig, LoopConfig, MethodConfig
 from diffalign.config.checks import ConfigError, nearest
 from diffalign.config.distillation import (
     ConsistencyConfig,
@@ -17,19 +18,12 @@ from diffalign.config.distillation import (
     ReflowConfig,
 )
 from diffalign.config.latents import DCGenConfig, LatentRunConfig
+from diffalign.config.online import ONLINE, AWMConfig, RunConfig
 from diffalign.config.preference import (
     DiffusionDPOConfig,
     InversionDPOConfig,
     PreferenceAlgorithmConfig,
     PreferenceRunConfig,
-)
-from diffalign.config.schema import (
-    ONLINE,
-    AnyRunConfig,
-    AWMConfig,
-    LoopConfig,
-    MethodConfig,
-    RunConfig,
 )
 
 ALGORITHMS: dict[str, type[MethodConfig]] = {

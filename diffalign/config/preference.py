@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from diffalign.config.base import AnyRunConfig, DrawingConfig, LoopConfig, MethodConfig
 from diffalign.config.checks import check, one_of, positive
-from diffalign.config.schema import AnyRunConfig, DrawingConfig, LoopConfig, MethodConfig
 
 LOSSES = ("sigmoid", "ipo", "hinge", "dmpo", "kto", "mapo", "sft")
 VARIANTS = ("chord", "figure", "released")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.core.errors import UsageError
+from diffalign.core.seeds import GEOMETRY, stream
 from diffalign.data.images import fit, read_folder, read_image
-from diffalign.errors import UsageError
-from diffalign.seeds import GEOMETRY, stream
 
 RENDERED = "shapes:train"
 

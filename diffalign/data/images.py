@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffalign.core.errors import UserError
 from diffalign.data.prompts import Prompt, parse_line
-from diffalign.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("metadata.jsonl", "metadata.csv")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 
 
 class PromptError(UserError, ValueError):
@@ -43,7 +43,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         except ValueError as error:
             raise PromptError(f"prompts {source!r}: {error}") from error
     elif source in ("geneval", "geneval:train"):
-        from diffalign.data import geneval_prompts
+        from diffalign.geneval import prompts as geneval_prompts
 
         published = source == "geneval"
         entries = geneval_prompts.prompts() if published else geneval_prompts.training_prompts()

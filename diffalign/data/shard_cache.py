@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.config import differences
-from diffalign.data.files import aside, write_text
-from diffalign.data.pairs import held_out
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
+from diffalign.core.files import aside, write_text
+from diffalign.data.pairs.records import held_out
 from diffalign.types import PromptEmbeds
 
 MANIFEST, INDEX = "manifest.json", "index.parquet"

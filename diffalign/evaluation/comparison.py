@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffalign.core.errors import UserError
 from diffalign.data.images import CaptionedImage, read_image
-from diffalign.errors import UserError
 from diffalign.evaluation.geneval import RESULTS, read_samples, summary
 from diffalign.evaluation.preference import shared_names
 from diffalign.evaluation.report import evenly, png_uri, render_page

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
-from diffalign.data.files import aside
+from diffalign.core.errors import UserError
+from diffalign.core.files import aside
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UserError
 from diffalign.evaluation import distances
 from diffalign.evaluation.distances import Moments
 from diffalign.evaluation.score import image_seeds, render

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.core.errors import UsageError
 from diffalign.data.images import CaptionedImage, batches
-from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
 
 

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
-from diffalign.data.files import aside, write_text
+from diffalign.core.errors import UserError
+from diffalign.core.files import aside, write_text
 from diffalign.data.images import CaptionedImage, batches
+from diffalign.data.pairs.states import states_path
 from diffalign.data.prompts import Prompt, parse_line
-from diffalign.data.states import states_path
-from diffalign.errors import UserError
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import image_seeds, render
-from diffalign.geneval import Detection, judge, summarize
+from diffalign.geneval.rules import Detection, judge, summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffalign.data.files import aside
+from diffalign.core.files import aside
+from diffalign.core.fingerprint import of_json
 from diffalign.data.prompts import Prompt, told
 from diffalign.evaluation.score import Evaluation
-from diffalign.fingerprint import of_json
 
 KEY, FOUND = "key", "found"
 """Of the file's header: a digest of what it is an evaluation of, and its figures."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from diffalign.core.errors import UserError
 from diffalign.data.images import CaptionedImage
-from diffalign.errors import UserError
 
 RESAMPLES = 10_000
 

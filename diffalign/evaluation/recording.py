@@ -10,13 +10,13 @@ from torch import Tensor
 
 from diffalign.algorithms.forward_process import matching_error
 from diffalign.config import EvaluationConfig
-from diffalign.data.states import RecordedStates, write_states
-from diffalign.errors import UsageError
-from diffalign.fingerprint import of_pipeline
-from diffalign.noise import chord_target, way_to_go
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import of_pipeline
+from diffalign.core.seeds import STATES, stream
+from diffalign.data.pairs.states import RecordedStates, write_states
+from diffalign.diffusion.paths import chord_target, way_to_go
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder, Recording
-from diffalign.seeds import STATES, stream
 
 
 @dataclass

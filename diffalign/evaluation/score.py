@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
+from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt
-from diffalign.geneval import summarize
+from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
 from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import solver_step
-from diffalign.seeds import EVALUATION, stream
 from diffalign.types import RewardOutput
 
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]

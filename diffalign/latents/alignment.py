@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 
 OBJECTIVES = ("downsample", "upsample", "average")
 """The new tokens against the mean of the old ones they replace; the new ones interpolated against each old one; the

@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from diffalign.errors import UserError
-from diffalign.fingerprint import fingerprint
+from diffalign.core.errors import UserError
+from diffalign.core.fingerprint import fingerprint
 
 
 def encoded(vae: Any, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:

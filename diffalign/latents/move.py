@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 from diffalign.latents.alignment import LinearFit
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")

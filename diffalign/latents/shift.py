@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 
 TOKENS = ("base_image_seq_len", "max_image_seq_len")
 MU = ("base_shift", "max_shift")

@@ -13,7 +13,7 @@ from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization.backends import BACKENDS, Backend, resolve
 from diffalign.quantization.branches import BranchConfig
 from diffalign.quantization.layers import PackSpec

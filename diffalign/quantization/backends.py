@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 
 if TYPE_CHECKING:
     import torch

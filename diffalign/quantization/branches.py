@@ -17,7 +17,7 @@ from diffusers.quantizers.quantization_config import TorchAoConfig
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from torch import Tensor, nn
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization.lowrank import decompose
 from diffalign.quantization.packed import packable, replace
 

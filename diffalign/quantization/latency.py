@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffalign.precision import attention
+from diffalign.core.precision import attention
 
 REPEATS = 7
 WARM_UP = 2

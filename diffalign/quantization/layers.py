@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization import codes
 from diffalign.quantization.lowrank import decompose
 

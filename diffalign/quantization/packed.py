@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization.integer import IntegerLinear, StepClock, packed_like
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.observer import ActivationScales

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 import diffalign.quantization.branches  # noqa: F401 (registers itself)
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.quantization.integer import StepClock, packed_like
 from diffalign.quantization.layers import PackedLayer, PackSpec
 from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, packable, replace

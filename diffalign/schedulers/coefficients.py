@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
 
 KEY = "qsched"
 VERSION = 1

@@ -21,7 +21,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.schedulers.coefficients import KEY, Coefficients, CoefficientsError, Tables
 
 logger = logging.getLogger(__name__)

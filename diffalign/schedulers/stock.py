@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 
 
 def scheduler_like(asked: str, own: Any) -> Any:

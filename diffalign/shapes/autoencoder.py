@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffalign.shapes.world import (
     COLORS,
     GRID,
-    IMAGE_SIZE,
     JITTER,
     KINDS,
     MAX_OBJECTS,
@@ -16,50 +14,6 @@ from diffalign.shapes.world import (
     SceneObject,
     render,
 )
-
-
-def build_autoencoder() -> AutoencoderKL:
-    """4x compression per side, 64 px to (4, 16, 16); narrow where the resolution is high, for CPUs."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-
-
-def build_deep_autoencoder() -> AutoencoderDC:
-    """16x compression per side, 64 px to (32, 4, 4): a quarter of the tokens that patches of the other's latents make,
-    as FLUX.1's at 1K become with DC-AE f32c32. Nothing is computed at the full resolution."""
-    stages = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 2
-    widths, layers, none = (16, 32, 64, 64, 64), (0, 1, 2, 1, 1), ((),) * 5
-    return AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=16,
-        encoder_block_types=stages,
-        decoder_block_types=stages,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        encoder_layers_per_block=layers,
-        decoder_layers_per_block=layers,
-        encoder_qkv_multiscales=none,
-        decoder_qkv_multiscales=none,
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        downsample_block_type="pixel_unshuffle",
-        upsample_block_type="pixel_shuffle",
-        scaling_factor=1.0,
-    )
 
 
 def random_images(rng: np.random.Generator, n: int) -> np.ndarray:

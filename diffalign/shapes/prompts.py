@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from diffalign.geneval import NUMBERS, RELATIONS, TASKS, Metadata, clause, entry, plural
+from diffalign.geneval.rules import NUMBERS, RELATIONS, TASKS, Metadata, clause, entry, plural
 from diffalign.shapes.world import COLORS, KINDS
 
 HELD_OUT = {

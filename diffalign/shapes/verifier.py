@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from diffalign.geneval import Detection, Verdict, judge
+from diffalign.geneval.rules import Detection, Verdict, judge
 from diffalign.shapes.world import (
     BACKGROUND,
     COLORS,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffalign.geneval import Detection, judge
+from diffalign.geneval.rules import Detection, judge
 
 IMAGE_SIZE = 64
 KINDS = ("circle", "square", "triangle", "cross", "ring")

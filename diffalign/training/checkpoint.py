@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffalign.errors import UserError
-from diffalign.fingerprint import of_file
+from diffalign.core.errors import UserError
+from diffalign.core.fingerprint import of_file
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
+from diffalign.core.fingerprint import of_json
 from diffalign.data.prompts import Prompt, load_prompts, told
-from diffalign.fingerprint import of_json
 from diffalign.rewards.composition import CompositeReward
-from diffalign.training.rollout import check_prompts
+from diffalign.training.plan import check_prompts
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
     DCGenConfig,
@@ -28,10 +27,11 @@ from diffalign.config import (
     PreferenceAlgorithmConfig,
     RunConfig,
 )
+from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
 from diffalign.pipelines.sampling import EmbedCache
-from diffalign.training.forward import image_size
+from diffalign.training.denoise import image_size
 
 GIB = 2**30
 FLOAT32 = 4

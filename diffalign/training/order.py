@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffalign.seeds import PAIRS, stream
+from diffalign.core.seeds import PAIRS, stream
 
 
 class EpochOrder:

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
     ConfigError,
@@ -25,31 +24,32 @@ from diffalign.config import (
     RunConfig,
     to_dict,
 )
-from diffalign.data.files import aside
+from diffalign.core.errors import full_disk
+from diffalign.core.files import aside
+from diffalign.core.fingerprint import of_pipeline
+from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
-from diffalign.errors import full_disk
 from diffalign.evaluation.kept import keep, kept
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import image_grid, shown, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
-from diffalign.fingerprint import of_pipeline
+from diffalign.evaluation.scoring import BackgroundScorer
+from diffalign.lora import policies as lora
+from diffalign.methods.dcgen.trainer import LatentTrainer
+from diffalign.methods.distillation.trainer import DistillationTrainer
+from diffalign.methods.online.health import Collapse, find_collapse, find_warnings
+from diffalign.methods.online.trainer import OnlineTrainer
+from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import checkpoint, trackers
-from diffalign.training.distillation import DistillationTrainer
-from diffalign.training.health import Collapse, find_collapse, find_warnings
 from diffalign.training.inputs import read_inputs
-from diffalign.training.latents import LatentTrainer
-from diffalign.training.online import OnlineTrainer
-from diffalign.training.preference import PreferenceTrainer
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
-from diffalign.training.scoring import BackgroundScorer
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import RewardOutput, no_reward
-from diffalign.versions import versions
 
 logger = logging.getLogger(__name__)
 GRID_IMAGES = 12

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from diffalign.config import AnyRunConfig, ConfigError, decode, differences, dump, to_dict
-from diffalign.data.files import write_text
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
+from diffalign.core.files import write_text
 
 # Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
 FREE = {

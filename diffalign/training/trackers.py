@@ -10,8 +10,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 from torch import Tensor
 
-from diffalign import processes
 from diffalign.config import AnyRunConfig, ConfigError, nearest, to_dict
+from diffalign.core import processes
 
 PROJECT = "diffalign"
 

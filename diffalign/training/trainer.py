@@ -14,15 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffalign import lora
 from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
-from diffalign.errors import UserError
+from diffalign.core.errors import UserError
+from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
 from diffalign.training.cost import ForwardCounter
-from diffalign.training.forward import image_size
+from diffalign.training.denoise import image_size
 from diffalign.training.run_folder import RunFolder
-from diffalign.training.update import Sums
+from diffalign.training.sums import Sums
 
 
 class TrainingError(UserError, RuntimeError):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.core.errors import UsageError
+from diffalign.core.precision import attention
+from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, Sampling, scheduler_step
-from diffalign.precision import attention
 from diffalign.quantization.lowrank import collect_input_scales
 from diffalign.quantization.observer import ActivationScales, InputObserver
 from diffalign.quantization.packed import packable
-from diffalign.seeds import EVALUATION, stream
 from diffalign.tuning.evaluator import Drawing
 
 MAX_TIMESTEPS = 16

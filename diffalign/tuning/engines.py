@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
 from diffalign.schedulers import Coefficients
 from diffalign.schedulers.coefficients import LEAST, MOST
 

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import of_json
+from diffalign.core.precision import compute
+from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt, told
-from diffalign.errors import UsageError
 from diffalign.evaluation.score import Score
-from diffalign.fingerprint import of_json
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, Sampling
-from diffalign.precision import compute
 from diffalign.schedulers import Coefficients, QSched
-from diffalign.seeds import EVALUATION, stream
 from diffalign.tuning.objective import Scores
 
 DIGITS = 6

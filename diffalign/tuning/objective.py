@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffalign.errors import UsageError, UserError
+from diffalign.core.errors import UsageError, UserError
 from diffalign.schedulers import Coefficients
 
 K = 2.0

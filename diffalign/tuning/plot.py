@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffalign.data.files import aside
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.core.files import aside
 from diffalign.tuning.tune import TuneResult
 
 KINDS = (".png", ".svg", ".pdf")

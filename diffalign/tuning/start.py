@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.errors import UsageError
+from diffalign.core.errors import UsageError
+from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import Sampling, scheduler_step, step_options
-from diffalign.precision import compute
 from diffalign.schedulers import Coefficients
 from diffalign.schedulers.closed_form import best_factors
 from diffalign.schedulers.coefficients import LEAST, MOST

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from diffalign.data.files import write_text
+from diffalign.core.errors import UsageError
+from diffalign.core.files import write_text
+from diffalign.core.fingerprint import of_denoiser, of_pipeline
 from diffalign.data.prompts import Prompt
-from diffalign.errors import UsageError
 from diffalign.evaluation.preference import interval
 from diffalign.evaluation.score import Score
-from diffalign.fingerprint import of_denoiser, of_pipeline
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.engines import ENGINES, Space

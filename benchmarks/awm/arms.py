@@ -1,0 +1,153 @@
+"""What is compared with AWM: recipes, each with what is changed in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.common.record import BenchOptions
+from diffalign.config import RunConfig, load
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe and what is changed in it."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+AWM = "awm-shapes-sd3"
+EVERY = 20
+"""Updates between two evaluations."""
+EARLY = Arm(
+    AWM,
+    (f"--training.num_updates={EVERY}", "--training.eval_every=4", "--training.max_minutes=null"),
+)
+"""AWM until its first evaluation, scored more often: what others reach in all of their time lies there."""
+RIVALS = {
+    "flow_grpo": Arm("flow-grpo-shapes-sd3"),
+    "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
+}
+KEEP_ALL = "--training.drop_uninformative=false"
+UNGUIDED = ("--algorithm.reference_guidance_scale=null", "--prompts.task_weights=null")
+RELEASED = {
+    "released awm": Arm(
+        AWM,
+        (
+            *UNGUIDED,
+            "--lora.targets=null",
+            "--algorithm.weight=ghuber",
+            "--algorithm.timesteps_per_image=6",
+            "--algorithm.kl_timesteps=6",
+            "--algorithm.timestep_start=0.07",
+            "--algorithm.timestep_stop=0.86",
+            "--algorithm.kl_beta=0.001",
+            "--algorithm.ema_kl_beta=1",
+            "--rollout.num_inference_steps=14",
+            KEEP_ALL,
+        ),
+    ),
+    "released flow_grpo": Arm(
+        "flow-grpo-shapes-sd3",
+        (
+            *UNGUIDED,
+            "--lora.targets=null",
+            "--algorithm.dynamics=sde",
+            "--algorithm.noise_level=0.7",
+            "--algorithm.window_size=null",
+            "--algorithm.window_stop=1",
+            "--algorithm.kl_beta=0.04",
+            "--rollout.num_inference_steps=10",
+            KEEP_ALL,
+        ),
+    ),
+    "released diffusion_nft": Arm(
+        "diffusion-nft-shapes-sd3",
+        (
+            *UNGUIDED,
+            "--lora.targets=null",
+            "--algorithm.timesteps_per_image=9",
+            "--algorithm.kl_timesteps=9",
+            "--algorithm.timestep_stop=0.9",
+            "--algorithm.kl_beta=1e-4",
+            "--rollout.num_inference_steps=10",
+        ),
+    ),
+}
+"""Hyper-parameters of the releases for GenEval. What this loop does not do stays out: Flow-GRPO's guidance in training,
+the noise of AWM's rollouts, DPM-Solver in DiffusionNFT's."""
+LEVERS = {
+    "no guidance in the reference": Arm(
+        AWM, ("--algorithm.reference_guidance_scale=null", "--algorithm.kl_beta=0.01")
+    ),
+    "uniform tasks": Arm(AWM, ("--prompts.task_weights=null",)),
+    "two updates a rollout": Arm(AWM, ("--training.updates_per_rollout=2",)),
+    "noise of the rollout": Arm(AWM, ("--algorithm.noise=rollout",)),
+    "one noise a group": Arm(AWM, ("--algorithm.noise=group",)),
+    "four timesteps and one noise a group": Arm(
+        AWM, ("--algorithm.timesteps_per_image=4", "--algorithm.noise=group")
+    ),
+}
+"""What is learned with one thing changed; without guidance, with the distance's best weight of those tried."""
+HOUR = "an hour"
+LONG = {
+    HOUR: Arm(
+        "awm-shapes-sd3-long",
+        ("--training.max_minutes=65", "--training.num_updates=20000", "--training.eval_every=50"),
+    )
+}
+"""AWM with settings that hold for longer than minutes: where it ends."""
+COSTS = {
+    "released timesteps and distances": Arm(
+        AWM,
+        (
+            "--algorithm.timesteps_per_image=6",
+            "--algorithm.timestep_stop=1",
+            "--algorithm.kl_timesteps=6",
+        ),
+    ),
+    "released rollout of 14 steps": Arm(AWM, ("--rollout.num_inference_steps=14",)),
+    "no compilation": Arm(AWM, ("--model.compile=false",)),
+    "unmerged rollouts": Arm(AWM, ("--rollout.merge_lora=false",)),
+    "adams_bashforth in 5 steps": Arm(
+        AWM, ("--rollout.solver=adams_bashforth", "--rollout.num_inference_steps=5")
+    ),
+    "distances on every timestep": Arm(AWM, ("--algorithm.kl_timesteps=2",)),
+    "no guidance in the reference": Arm(AWM, ("--algorithm.reference_guidance_scale=null",)),
+    "two updates a rollout": LEVERS["two updates a rollout"],
+    "groups without a signal kept": Arm(AWM, (KEEP_ALL,)),
+    "groups without a signal kept, no compilation": Arm(AWM, (KEEP_ALL, "--model.compile=false")),
+}
+"""What an update costs with one thing changed."""
+NOISES = {
+    "1 timestep": Arm(AWM, ("--algorithm.timesteps_per_image=1",)),
+    "2 independent timesteps": Arm(AWM, ("--algorithm.timestep_sampling=independent",)),
+    "4 timesteps": Arm(AWM, ("--algorithm.timesteps_per_image=4",)),
+    "one noise a group": LEVERS["one noise a group"],
+    "4 timesteps, one noise a group": LEVERS["four timesteps and one noise a group"],
+}
+"""Timesteps and noise of which AWM's gradient has the same expectation."""
+MINUTES = 6
+QUICK = (
+    "--model.compile=false",
+    "--training.num_updates=2",
+    "--training.eval_every=1",
+    "--evaluation.images_per_task=4",
+    "--rollout.prompts_per_update=3",
+)
+
+
+def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunConfig:
+    """The run of one arm and seed; its folder is resumed when it is there."""
+    overrides = [
+        f"--output_dir={options.folder(name, seed)}",
+        f"--training.seed={seed}",
+        f"--evaluation.seed={1000 + seed}",
+        f"--training.max_minutes={MINUTES}",
+        "--training.num_updates=100000",
+        f"--training.eval_every={EVERY}",
+        "--training.sample_every=0",
+        *arm.overrides,
+        *(QUICK if options.quick else ()),
+    ]
+    return load(arm.recipe, overrides)

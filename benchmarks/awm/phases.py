@@ -1,0 +1,264 @@
+"""Where time and memory of AWM's updates go, phase by phase, at published sizes with random weights, on CUDA; with the
+denoiser's blocks compiled and as they are.
+
+The phases are the trainer's own calls on random latents and embeddings. Text encoders are not there: they read a prompt
+once and can be elsewhere. Rewards have a bench of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+from torch import Tensor
+
+from benchmarks.common.layouts import denoiser
+from benchmarks.common.peak_memory import peak_bytes
+from benchmarks.common.record import BenchOptions, spread
+from benchmarks.dcgen.latency import kl_autoencoder, tensors_of
+from diffalign.config import RunConfig, load, to_dict
+from diffalign.core import processes
+from diffalign.core.precision import attention, compute
+from diffalign.data.prompts import Prompt
+from diffalign.lora import policies as lora
+from diffalign.methods.online.forward_update import ForwardProcessUpdate
+from diffalign.methods.online.trainer import OnlineTrainer
+from diffalign.methods.online.update import TrainingBatch
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import compile_blocks
+from diffalign.pipelines.registry import wrap_pipeline
+from diffalign.pipelines.sampling import sample
+from diffalign.quantization.latency import interleaved
+from diffalign.shapes.text import build_clip_tokenizer
+from diffalign.training.run_folder import RunFolder
+from diffalign.training.sums import Sums
+from diffalign.types import PromptEmbeds, no_reward
+
+NAME = "phases"
+RECIPES = {"sd3.5-medium": "awm-sd3.5-medium", "flux.1-dev": "awm-flux.1-dev"}
+REPEATS = 3
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an update: `call`, on `inputs`. `rows`: images, or rows of the denoiser's forward; `calls`: so many in
+    an update of one process."""
+
+    call: Callable[[], Any]
+    rows: int
+    calls: int
+    inputs: tuple[Tensor | PromptEmbeds, ...] = ()
+
+
+def measure(options: BenchOptions) -> dict[str, Any]:
+    """Of every model; nothing without CUDA. What was found is kept for the device that it was found on."""
+    if not torch.cuda.is_available():
+        return {}
+    device = torch.cuda.get_device_name()
+    configs = {name: load(recipe) for name, recipe in RECIPES.items()}
+    found = {
+        name: options.kept(
+            f"{NAME} {name}",
+            0,
+            partial(_real_size, name, config),
+            key=[device, to_dict(config), REPEATS],
+        )
+        for name, config in configs.items()
+    }
+    return {NAME: found}
+
+
+def _real_size(name: str, config: RunConfig) -> dict[str, Any]:
+    """On CUDA; no figure at all where not even the weights fit, in float32 while they are made."""
+    found: dict[str, Any] = {"eager": None}
+    with suppress(torch.OutOfMemoryError):
+        found = by_phase(published(name, device="cuda"), config)
+    gc.collect()  # hooks hold the model in a circle, and the next one is larger
+    torch.cuda.empty_cache()
+    return found
+
+
+def published(name: str, *, device: str = "meta", **changes: Any) -> TextToImageModel:
+    """A model of published size with random weights, where the device has any; without text encoders. `changes` are of
+    its denoiser's configuration."""
+    parts: dict[str, Any] = {"transformer": denoiser(name, device=device, **changes).eval()}
+    parts["vae"] = kl_autoencoder()[0].eval()
+    if device != "meta":
+        parts["vae"].to_empty(device=device)
+        for weight in parts["vae"].parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+    clip = build_clip_tokenizer()
+    clip.model_max_length = CLIP_TOKENS
+    if name.startswith("flux"):
+        kind, encoders, shift = FluxPipeline, 2, {"use_dynamic_shifting": True}
+    else:
+        kind, encoders, shift = StableDiffusion3Pipeline, 3, {}
+        parts["tokenizer_2"] = clip
+    for i in range(encoders):
+        parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = None
+    parts[f"tokenizer_{encoders}"] = None  # T5's: the models then know their own lengths
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **shift)
+    pipeline = kind(tokenizer=clip, scheduler=scheduler, **parts)
+    return wrap_pipeline(pipeline, default_size=(1024, 1024))
+
+
+def by_phase(
+    model: TextToImageModel, config: RunConfig, *, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Seconds and bytes of every phase, with the denoiser as it is and, where that works, with its blocks compiled.
+
+    The recipe's adapter is attached and trained. Of `config.model` only gradient checkpointing is heeded.
+    """
+    trainer = make_trainer(model, config)
+    parts = phases(trainer)
+    found = {"eager": _measured(trainer, parts, repeats=repeats)}
+    if compile_blocks(model.denoiser, trainer.full_batches()):
+        found["compiled"] = _measured(trainer, parts, repeats=repeats)
+    return {"images": config.rollout.images_per_update, **found}
+
+
+def make_trainer(model: TextToImageModel, config: RunConfig) -> OnlineTrainer:
+    """The recipe's own trainer around a model that is there already; its prompts are never read, nothing is written."""
+    for part in (model.denoiser, model.pipeline.vae):
+        part.requires_grad_(False)
+    if config.model.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    return OnlineTrainer(
+        config,
+        model,
+        processes.make_accelerator(),
+        RunFolder(config.output_dir),
+        no_reward,
+        [Prompt(str(i)) for i in range(config.rollout.prompts_per_update)],
+    )
+
+
+def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
+    """Of an update of one process, in the order in which they can run."""
+    c, update = trainer.config, trainer.policy_update
+    assert isinstance(update, ForwardProcessUpdate)
+    images, micro = c.rollout.images_per_update, c.training.micro_batch_size
+    batches = math.ceil(images / micro)
+    found = _drawing(trainer, calls=math.ceil(images / c.rollout.micro_batch_size))
+    latents, _, embeds = trainer.model.random_inputs(micro, *trainer.size)
+    batch = TrainingBatch(
+        latents=latents,
+        embeds=embeds,
+        prompt_index=torch.arange(micro),
+        advantages=torch.linspace(-1, 1, micro),
+        image=list(range(micro)),
+        total=images,
+        kept=images,
+    )
+    # the same update without its distances, which are phases of their own
+    config = replace(update.config, kl_beta=0.0, ema_kl_beta=0.0)
+    alone = ForwardProcessUpdate(trainer.model, config, update.settings)
+
+    def policy() -> None:
+        sums = Sums(alone.metrics, latents.device)
+        loss = alone.micro_batch(batch, range(micro), sums, key=(1, 0))
+        with attention(latents.device):
+            loss.backward()
+
+    inner = c.training.updates_per_rollout
+    rows = micro * update.config.timesteps_per_image
+    found["policy"] = Phase(policy, rows, batches * inner, (latents, embeds))
+    for _, weight, other in update.distances:
+        known = other == lora.LAGGED and update.off_policy  # the policy's loss needs it as well
+        if weight and not known:
+            found[other] = _distance(trainer, other, calls=batches * inner)
+    found["optimizer"] = Phase(lambda: trainer.step(1, index=0), 0, inner)
+    return found
+
+
+def _drawing(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
+    """A rollout's micro-batch, as `generate` makes it: all steps of the denoiser, then the autoencoder."""
+    c, model = trainer.config, trainer.model
+    drawn = c.rollout
+    rows = min(drawn.micro_batch_size, drawn.images_per_update)
+    noise, _, embeds = model.random_inputs(rows, *trainer.size)
+    guided = model.costs_a_forward(drawn.guidance_scale)
+
+    def rollout() -> Tensor:
+        policy = trainer.policy_update.rollout_policy
+        with trainer.drawing(policy), compute(model.device, c.training.mixed_precision):
+            return sample(
+                model,
+                embeds,
+                num_inference_steps=drawn.num_inference_steps,
+                guidance_scale=drawn.guidance_scale,
+                negative_embeds=embeds if guided else None,
+                height=trainer.size[0],
+                width=trainer.size[1],
+                latents=noise,
+            )
+
+    def decode() -> Any:
+        with compute(model.device, c.training.mixed_precision):
+            return model.decode_checked(noise)
+
+    return {
+        "rollout": Phase(rollout, rows, calls, (noise, embeds)),
+        "decode": Phase(decode, rows, calls, (noise,)),
+    }
+
+
+def _distance(trainer: OnlineTrainer, policy: str, *, calls: int) -> Phase:
+    """The forward of another policy, at the picked timesteps of a micro-batch."""
+    update, model = trainer.policy_update, trainer.model
+    assert isinstance(update, ForwardProcessUpdate)
+    rows = trainer.config.training.micro_batch_size * update.config.kl_timesteps
+    noisy, times, embeds = model.random_inputs(rows, *trainer.size)
+    guidance = update.reference_guidance_scale if policy == lora.REFERENCE else None
+
+    def forward() -> Tensor:
+        with torch.no_grad(), lora.policy(model.denoiser, policy):
+            return update.predict(noisy, times, embeds, guidance)
+
+    return Phase(forward, model.forward_rows(rows, guidance), calls, (noisy, embeds))
+
+
+def _measured(trainer: OnlineTrainer, parts: dict[str, Phase], *, repeats: int) -> dict[str, Any]:
+    """The phases, and what they make of an update of one process: no figure where one of them does not fit."""
+    rows = {name: _timed(trainer, part, repeats=repeats) for name, part in parts.items()}
+    update = None
+    if all(row["seconds"] is not None for row in rows.values()):
+        update = round(sum(row["calls"] * row["seconds"]["median"] for row in rows.values()), 3)
+    return {"update_seconds": update, "phases": rows}
+
+
+def _timed(trainer: OnlineTrainer, part: Phase, *, repeats: int) -> dict[str, Any]:
+    """Seconds after some calls to warm up, then bytes of one more; nothing where that does not fit."""
+    found: dict[str, Any] = {"rows": part.rows, "calls": part.calls, "seconds": None}
+    try:
+        seconds = interleaved([part.call], trainer.model.device, repeats=repeats)[0]
+        return {**found, "seconds": spread(seconds), **_bytes(trainer, part)}
+    except torch.OutOfMemoryError:
+        return found
+
+
+def _bytes(trainer: OnlineTrainer, part: Phase) -> dict[str, int]:
+    """`added_bytes`: what a phase needs at its peak besides what lay there before it. On CUDA also `peak_bytes`: with
+    weights and adapters, their gradients and moments, and the inputs of all phases."""
+    if trainer.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part.call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        return {"peak_bytes": peak, "added_bytes": peak - before}
+    known = [trainer.model.denoiser, trainer.model.pipeline.vae]
+    known += [p.grad for p in trainer.parameters if p.grad is not None]
+    known += tensors_of(list(s.values()) for s in trainer.optimizer.state.values())
+    known += tensors_of(
+        list(vars(i).values()) if isinstance(i, PromptEmbeds) else i for i in part.inputs
+    )
+    return {"added_bytes": peak_bytes(part.call, known, backward=True)}

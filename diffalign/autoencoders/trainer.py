@@ -1,0 +1,311 @@
+"""Train an autoencoder of diffusers, whole or a part of it: the three phases of DC-AE.
+
+First all weights at a low resolution; then, at the resolution of use, only the layers around the latents, which is
+what generalises badly across resolutions; last the decoder's final layers against an adversary, at a low resolution
+again. (Chen et al. 2024, "Deep Compression Autoencoder", arXiv 2410.10733, section 3.3.) Errors are absolute, squared,
+and absolute of finite differences: no perceptual network is needed, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffalign.config.checks import check, one_of
+from diffalign.core.errors import UserError
+from diffalign.core.files import aside
+from diffalign.latents.codec import encoded
+
+Autoencoder = Any
+"""AutoencoderDC or AutoencoderKL."""
+Images = Callable[[int, int], Tensor]
+"""(number of the update, how many) to (B, 3, H, W) uint8: a function of its arguments, so that a run can resume."""
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "reconstruct": ("",),
+    "latent": ("encoder.conv_out", "decoder.conv_in", "quant_conv", "post_quant_conv"),
+    "refine": ("decoder.norm_out", "decoder.conv_norm_out", "decoder.conv_out"),
+}
+"""Prefixes of the names of what each trains."""
+STATE = "state.pt"
+
+
+class AutoencoderError(UserError, RuntimeError):
+    """Training that cannot start or go on."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`learning_rate` falls along a cosine after 5 % of warm-up; `adversarial_weight` is for the phase "refine"."""
+
+    phase: str = "reconstruct"
+    num_updates: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    squared_weight: float = 1.0
+    difference_weight: float = 0.5
+    kl_weight: float = 1e-6
+    adversarial_weight: float = 0.1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    mixed_precision: str = "bf16"
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        one_of(self.phase, list(PHASES), "--phase")
+        for name in ("num_updates", "batch_size", "learning_rate", "checkpoint_every"):
+            check(0 < getattr(self, name) < math.inf, f"--{name}", "must be positive and finite")
+
+
+def reconstruction_loss(pixels: Tensor, target: Tensor, config: AutoencoderConfig) -> Tensor:
+    """Mean over everything of absolute and squared errors and of absolute errors of finite differences; images
+    (B, 3, H, W) in -1..1."""
+    error = pixels.float() - target.float()
+    across = (error[..., 1:] - error[..., :-1]).abs().mean()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return (
+        error.abs().mean()
+        + config.squared_weight * error.square().mean()
+        + config.difference_weight * (across + down)
+    )
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Is a patch real? Logits on a grid eight times coarser. (Isola et al. 2017, arXiv 1611.07004)"""
+
+    def __init__(self, width: int = 32) -> None:
+        def layer(c: int, d: int) -> list[nn.Module]:
+            return [nn.Conv2d(c, d, 4, 2, 1), nn.GroupNorm(1, d), nn.LeakyReLU(0.2)]
+
+        super().__init__(
+            *layer(3, width)[::2],
+            *layer(width, 2 * width),
+            *layer(2 * width, 4 * width),
+            nn.Conv2d(4 * width, 1, 3, 1, 1),
+        )
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What a discriminator minimises on its logits."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+class AutoencoderTrainer:
+    """One phase of one autoencoder.
+
+    Args:
+        vae: trained in place, in float32.
+        images: see `Images`.
+        folder: of checkpoints; the same call goes on from there.
+        key: what else a run depends on; a checkpoint of another key is refused.
+
+    Raises:
+        AutoencoderError: the phase has nothing to train in this autoencoder.
+    """
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        images: Images,
+        config: AutoencoderConfig,
+        *,
+        folder: Path,
+        key: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.vae = vae.float().train().requires_grad_(False)
+        self.vae.to(memory_format=torch.channels_last)
+        self.images, self.config, self.folder = images, config, folder
+        self.key = {**asdict(config), **(key or {})}
+        chosen = PHASES[config.phase]
+        self.parameters = [
+            p for name, p in vae.named_parameters() if any(name.startswith(c) for c in chosen)
+        ]
+        if not self.parameters:
+            raise AutoencoderError(
+                f"--phase {config.phase}: {type(vae).__name__} has none of {chosen}"
+            )
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        for module in vae.modules():
+            if isinstance(module, nn.GroupNorm) and module.weight.requires_grad:
+                module.register_forward_pre_hook(_with_gradient)
+        self.optimizers = {"autoencoder": self._optimizer(self.parameters, config.learning_rate)}
+        self.adversary: PatchDiscriminator | None = None
+        if config.phase == "refine" and config.adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.adversary = PatchDiscriminator().to(vae.device)
+            rate = 2 * config.learning_rate
+            self.optimizers["adversary"] = self._optimizer(list(self.adversary.parameters()), rate)
+        self.update, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+
+    def _optimizer(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        decay = self.config.weight_decay
+        group = {"params": parameters, "initial_lr": rate}
+        return torch.optim.AdamW([group], lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+
+    def run(self) -> Autoencoder:
+        """Train to the end."""
+        self.resume()
+        bar = tqdm(
+            total=self.config.num_updates,
+            initial=self.update,
+            desc=self.config.phase,
+            mininterval=5,
+        )
+        last: dict[str, float] = {}
+        while self.update < self.config.num_updates:
+            started = time.perf_counter()
+            last = self.step()
+            self.seconds += time.perf_counter() - started
+            bar.set_postfix({k: f"{v:.4f}" for k, v in last.items()}, refresh=False)
+            bar.update()
+            if self.update % self.config.checkpoint_every == 0:
+                self.history.append({"update": self.update, "seconds": self.seconds, **last})
+                self.save()
+        bar.close()
+        return self.vae.eval()
+
+    def step(self) -> dict[str, float]:
+        """One update; the metrics of it."""
+        drawn = self.images(self.update, self.config.batch_size).to(self.vae.device)
+        pixels = to_signed(drawn).contiguous(memory_format=torch.channels_last)
+        with self._seeded(), self._autocast():
+            latents, penalty = encoded(self.vae, pixels, sample=True)
+            decoded = self.vae.decode(latents).sample
+        loss = reconstruction_loss(decoded, pixels, self.config) + self.config.kl_weight * penalty
+        found = {"loss": loss.item()}
+        if self.adversary is not None:
+            self.adversary.requires_grad_(False)
+            with self._autocast():
+                loss = loss - self.config.adversarial_weight * self.adversary(decoded).mean()
+        self._apply("autoencoder", loss, self.parameters)
+        if self.adversary is not None:
+            self.adversary.requires_grad_(True)
+            with self._autocast():
+                logits = self.adversary(torch.cat([pixels, decoded.detach().to(pixels.dtype)]))
+            adversary_loss = hinge_loss(*logits.float().chunk(2))
+            self._apply("adversary", adversary_loss, list(self.adversary.parameters()))
+            found["adversary"] = adversary_loss.item()
+        self.update += 1
+        return found
+
+    def _apply(self, name: str, loss: Tensor, parameters: list[nn.Parameter]) -> None:
+        optimizer = self.optimizers[name]
+        if not torch.isfinite(loss):
+            raise AutoencoderError(
+                f"update {self.update + 1}: the loss is not finite; the last checkpoint in {self.folder} is kept; "
+                "try a lower --learning_rate"
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        factor = rate_factor(self.update, self.config.num_updates)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """A posterior is sampled as its update says, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.config.seed, self.update)) % 2**31)
+            yield
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.vae.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
+
+    def save(self) -> None:
+        """A checkpoint, written whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state: dict[str, Any] = {
+            "key": self.key,
+            "vae": self.vae.state_dict(),
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+            "adversary": None if self.adversary is None else self.adversary.state_dict(),
+            "update": self.update,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        # through a file of Python's, whose error says that a disk is full; torch's own says "unexpected pos"
+        with aside(self.folder / STATE) as file, file.open("wb") as opened:
+            torch.save(state, opened)
+
+    def resume(self) -> None:
+        """From the checkpoint in the folder, if there is one.
+
+        Raises:
+            AutoencoderError: it is of another run, or damaged.
+        """
+        path = self.folder / STATE
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged pickle raises
+            raise AutoencoderError(
+                f"{path} is damaged ({error}); delete it to start again"
+            ) from error
+        if state["key"] != self.key:
+            raise AutoencoderError(
+                f"{path} is of a run with other settings; use them, another folder, or delete it"
+            )
+        self.vae.load_state_dict(state["vae"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
+        self.update, self.seconds, self.history = (
+            state["update"],
+            state["seconds"],
+            state["history"],
+        )
+
+
+def _with_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """torch 2.13 crashes on CPUs in the backward of a group norm whose input, channels last, needs no gradient."""
+    first = args[0]
+    if torch.is_grad_enabled() and not first.requires_grad:
+        first = first.detach().requires_grad_()
+    return (first, *args[1:])
+
+
+def rate_factor(update: int, total: int) -> float:
+    """Linear warm-up over 5 %, then a cosine to 0."""
+    warmup = max(1, total // 20)
+    if update < warmup:
+        return (update + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup)))
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 to float32 in -1..1."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def set_scale(vae: Autoencoder, images: Tensor) -> None:
+    """Into the configuration: the scale that gives latents of these images (B, 3, H, W) uint8 a mean square of 1
+    (AutoencoderDC), or scale and shift that give them mean 0 and variance 1 (AutoencoderKL)."""
+    latents, _ = encoded(vae, to_signed(images.to(vae.device)))
+    if isinstance(vae, AutoencoderDC):
+        vae.register_to_config(scaling_factor=round(1 / latents.square().mean().sqrt().item(), 4))
+        return
+    vae.register_to_config(
+        scaling_factor=round(1 / latents.std().item(), 4),
+        shift_factor=round(latents.mean().item(), 4),
+    )

@@ -1,0 +1,26 @@
+"""Find what stands beside the package in a checkout, and not in the wheel."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from diffalign.core.errors import UsageError
+
+
+def require_benchmarks() -> None:
+    """Make `benchmarks` importable.
+
+    Raises:
+        UsageError: the package was installed without the checkout that holds the programs.
+    """
+    if find_spec("benchmarks") is not None:
+        return
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "__init__.py").is_file():
+        raise UsageError(
+            "bench: the benchmark programs are not part of the installed package. "
+            "Clone the repository and run `diffalign bench` from an editable install."
+        )
+    sys.path.insert(0, str(root))

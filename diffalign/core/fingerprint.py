@@ -1,0 +1,85 @@
+"""What something was made with, in few digits: weights (the same wherever they are loaded), files, JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.core.errors import UsageError
+
+SMALLEST = 2.0**-14
+"""Of float16's normal numbers."""
+
+
+class UnknownWeights(UsageError):
+    """Weights that are not in memory: offloaded to disk, or on the meta device."""
+
+
+def of_json(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
+    """64 hex digits of a value, whatever the order of its keys; `default` as of `json.dumps`."""
+    told = json.dumps(value, sort_keys=True, default=default)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """64 hex digits of its content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> str:
+    """16 hex digits of name, shape and the first values of each tensor of these modules, adapters left out.
+
+    Args:
+        rounded: floats count as bfloat16, and as 0 below float16's normal numbers. So weights that were saved in
+            bfloat16 are the same in whatever dtype they are loaded, as are those loaded in bfloat16 or float32 from
+            any file.
+
+    Raises:
+        UnknownWeights: some have no values here.
+    """
+    digest = hashlib.sha256()
+    for part_name, part in sorted(modules.items()):
+        for name, tensor in sorted(part.state_dict().items()):
+            if "lora_" not in name and isinstance(tensor, Tensor):
+                plain = name.replace(".base_layer", "")
+                digest.update(f"{part_name}.{plain} {tuple(tensor.shape)}".encode())
+                for inner in plain_tensors(tensor):
+                    if inner.is_meta:
+                        raise UnknownWeights(f"weights of {part_name} are offloaded ({name})")
+                    values = inner.flatten()[:64].float().cpu()
+                    digest.update((_coarse(values) if rounded else values).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def of_pipeline(pipeline: Any) -> str:
+    """Of all networks of a diffusers pipeline."""
+    parts = pipeline.components.items()
+    return fingerprint({n: p for n, p in parts if isinstance(p, nn.Module)})
+
+
+def of_denoiser(pipeline: Any) -> str:
+    """Rounded, of the part of a diffusers pipeline that Q-Sched's factors belong to."""
+    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    return fingerprint({"denoiser": denoiser}, rounded=True)
+
+
+def _coarse(values: Tensor) -> Tensor:
+    """Integers up to 256, such as codes of quantised weights, stay what they are."""
+    nearest = values.bfloat16().float()
+    return torch.where(nearest.abs() < SMALLEST, 0.0, nearest)
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's numbers: itself, or the parts of a subclass such as torchao's."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))

@@ -1,0 +1,37 @@
+"""What a number was measured with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    *("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy"),
+    "torchmetrics",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that matter, and the commit where diffalign runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    commit = _commit()
+    return found | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # a checkout on a machine without git
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,109 @@
+"""Fill a shard cache row by row, shared out among processes and resumed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data.shard_cache import Shard, ShardCache
+
+logger = logging.getLogger(__name__)
+
+
+SHARD_ITEMS = 128
+
+
+Cache = TypeVar("Cache", bound=ShardCache)
+
+
+def shards(
+    items: Iterable[Any], *, first: int = 0, limit: int | None = None, size: int
+) -> Iterator[Shard]:
+    """Cut a stream where a row ends, so that a shard can be read without those before it."""
+    held: list[Any] = []
+    number = first
+    for row, group in groupby(islice(items, limit), key=lambda item: item.row):
+        if len(held) >= size:
+            yield Shard(number, held, row)
+            held, number = [], number + 1
+        held.extend(group)
+    if held:
+        yield Shard(number, held, held[-1].row + 1)
+
+
+def fill(
+    cache: Cache,
+    accelerator: Accelerator,
+    *,
+    key: dict[str, Any],
+    items: Callable[[int], Iterable[Any]],
+    limit: int | None,
+    make: Callable[[], Callable[[Shard], tuple[dict[str, Tensor], dict[str, Any]]]],
+    nothing: Callable[[str], Exception],
+) -> Cache:
+    """A complete cache.
+
+    Args:
+        key: all that it depends on.
+        items: from a row of the source on.
+        make: gives what makes a shard's tensors and facts; not called where the cache is complete.
+        nothing: the error to raise where no row could be used, of the reasons.
+    """
+    if accelerator.is_main_process:
+        cache.claim(key)
+    accelerator.wait_for_everyone()
+    if cache.complete:
+        return cache
+    done, row, count = 0, 0, 0
+    while (facts := cache.facts(done)) is not None:
+        done, row, count = done + 1, facts["stop"], count + facts["items"]
+    maker = make()
+    bar = tqdm(
+        desc="precompute",
+        unit=cache.rows.removesuffix("s"),
+        initial=count,
+        disable=not accelerator.is_main_process,
+    )
+    left = None if limit is None else limit - count
+    for shard in shards(items(row), first=done, limit=left, size=SHARD_ITEMS):
+        done = shard.number + 1
+        mine = shard.number % accelerator.num_processes == accelerator.process_index
+        if mine and cache.facts(shard.number) is None:
+            started = time.perf_counter()
+            tensors, facts = maker(shard)
+            facts["seconds"] = time.perf_counter() - started
+            cache.write_shard(shard.number, tensors, facts)
+        bar.update(len(shard.items))
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(cache, done, nothing)
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def finish(cache: ShardCache, shards: int, nothing: Callable[[str], Exception]) -> None:
+    """Write the index; say what was left out."""
+    found = [cache.facts(number) or {} for number in range(shards)]
+    skipped = sum((Counter(f["skipped"]) for f in found), Counter[str]())
+    if not any(f[cache.rows] for f in found):
+        reasons = ", ".join(f"{why}: {n}" for why, n in skipped.items())
+        raise nothing(reasons or "there is none")
+    errors = [f["round_trip_error"] for f in found if "round_trip_error" in f]
+    notes = {
+        "skipped": dict(skipped),
+        "round_trip_error": errors[0] if errors else None,
+        "seconds": sum(f["seconds"] for f in found),
+    }
+    cache.finish(found, notes=notes)
+    if skipped:
+        left_out = ", ".join(f"{why}: {n}" for why, n in skipped.most_common())
+        logger.warning("%s left out: %s", cache.rows, left_out)

@@ -1,0 +1,63 @@
+"""States of a model's own images on their way from noise, in a file beside each image: what an inversion looks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.core.files import aside
+from diffalign.data.pairs.tables import PairsError
+
+
+@dataclass(frozen=True)
+class RecordedStates:
+    """Of one image: `latents` (C, H, W), clean; `states` (K, C, H, W) at `timesteps` (K,), rising; both as the sampler
+    held them, so that nothing is rounded. `reference_error` (K,): the model's at these states, its target what leads
+    straight to the latents; None where it drew with guidance. `made_by` says with what weights and settings."""
+
+    latents: Tensor
+    states: Tensor
+    timesteps: Tensor
+    made_by: dict[str, str]
+    reference_error: Tensor | None = None
+
+
+def states_path(image: Path) -> Path:
+    """Where the states of an image of GenEval's layout stand."""
+    return image.parent.parent / "states" / f"{image.stem}.safetensors"
+
+
+def write_states(image: Path, recorded: RecordedStates) -> None:
+    """Whole or not at all."""
+    place = states_path(image)
+    place.parent.mkdir(exist_ok=True)
+    columns = {k: v.contiguous() for k, v in vars(recorded).items() if isinstance(v, Tensor)}
+    with aside(place) as file:
+        save_file(columns, file, metadata=recorded.made_by)
+
+
+def read_states(image: Path | bytes) -> RecordedStates:
+    """Those of an image.
+
+    Raises:
+        PairsError: there are none, or the file is damaged.
+    """
+    name = str(image) if isinstance(image, Path) else "an image in a table"
+    place = states_path(image) if isinstance(image, Path) else None
+    if place is None or not place.is_file():
+        raise PairsError(
+            f"pairs.inversion.solver=recorded: no states of {name}: "
+            "`diffalign pairs --record_states K` keeps them while it draws; other images are inverted by another solver"
+        )
+    try:
+        with safe_open(place, framework="pt") as file:
+            columns = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            return RecordedStates(**columns, made_by=dict(file.metadata() or {}))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise PairsError(
+            f"{place} is damaged ({error}): delete it, and the same `diffalign pairs` draws its image again"
+        ) from error

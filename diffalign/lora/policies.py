@@ -1,0 +1,220 @@
+"""All policies of a run are LoRA adapters on one base: current, lagged, averaged; the reference is the base itself.
+
+Nothing is copied but the small adapter matrices, and a policy is a context: whatever happens inside, the current
+adapter is back in place and trainable afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import ModelMixin
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffalign.core.errors import UsageError
+
+CURRENT = "default"
+LAGGED = "lagged"
+AVERAGED = "averaged"
+REFERENCE = "reference"
+
+
+def attach(
+    denoiser: ModelMixin,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int = 0,
+    policies: Sequence[str] = (LAGGED, AVERAGED),
+) -> list[nn.Parameter]:
+    """Freeze the base, add a fresh LoRA (Gaussian A, zero B, float32) and the named copies of it.
+
+    Targets are suffixes of layers' names, or "=" and a whole name. Returns the trainable parameters. UsageError where a
+    target matches no layer.
+    """
+    missing = unresolved(denoiser, targets)
+    if missing:
+        raise UsageError(
+            f"lora.targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}"
+        )
+    denoiser.requires_grad_(False)
+    config = PeftLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=_pattern(targets) if any(map(_is_exact, targets)) else list(targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in (CURRENT, *policies):
+            denoiser.add_adapter(config, adapter_name=name)
+    for layer in _layers(denoiser):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+        layer.set_adapter(CURRENT)
+    for name in policies:
+        blend(denoiser, name, decay=0.0)
+    return trainable(denoiser)
+
+
+def keep_input_dtype(denoiser: nn.Module) -> None:
+    """For forwards under autocast, which casts the adapters' weights: peft would make each adapter a float32 copy of
+    its input, of which autograd then keeps a bfloat16 copy, where q, k and v can share one."""
+    for layer in _layers(denoiser):
+        layer.cast_input_dtype_enabled = False
+
+
+def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Those targets that are no suffix of the name of any linear layer or convolution."""
+    kinds = nn.Linear | nn.Conv2d
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    return [t for t in targets if not any(re.fullmatch(_pattern([t]), n) for n in names)]
+
+
+def _is_exact(target: str) -> bool:
+    return target.startswith("=")
+
+
+def _pattern(targets: Sequence[str]) -> str:
+    """A regular expression for the names of all layers that targets mean; peft takes one in place of suffixes, which
+    for FLUX's last layer would be those of all single blocks, too."""
+    parts = (re.escape(t[1:]) if _is_exact(t) else rf"(?:.*\.)?{re.escape(t)}" for t in targets)
+    return "|".join(parts)
+
+
+def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
+    """The current adapter's parameters, in a fixed order."""
+    return [p for _, p in adapter_parameters(denoiser, CURRENT)]
+
+
+def adapter_parameters(denoiser: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of one adapter; names are the same for every adapter."""
+    found = []
+    for layer_name, layer in denoiser.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(layer, part)[name].weight
+                found.append((f"{layer_name}.{part}.weight", weight))
+    return found
+
+
+@torch.no_grad()
+def blend(denoiser: nn.Module, name: str, *, decay: float) -> None:
+    """theta_name <- decay * theta_name + (1 - decay) * theta_current."""
+    target = [p.data for _, p in adapter_parameters(denoiser, name)]
+    source = [p.data for _, p in adapter_parameters(denoiser, CURRENT)]
+    torch._foreach_lerp_(target, source, 1 - decay)
+
+
+@contextmanager
+def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
+    """Forwards inside use this policy: CURRENT, LAGGED, AVERAGED or REFERENCE (the base without adapters); afterwards
+    the one that was active before, so that policies can be nested."""
+    layers = _layers(denoiser)
+    before = _active(layers)
+    if before == name:
+        yield
+        return
+    try:
+        _activate(layers, name)
+        yield
+    finally:
+        _activate(layers, before)
+
+
+def _active(layers: Sequence[BaseTunerLayer]) -> str:
+    """The policy that forwards use; without adapters there is the reference alone."""
+    if not layers or layers[0].disable_adapters:
+        return REFERENCE
+    return layers[0].active_adapters[0]
+
+
+def _activate(layers: Sequence[BaseTunerLayer], name: str) -> None:
+    for layer in layers:
+        if layer.disable_adapters != (name == REFERENCE):
+            layer.enable_adapters(name != REFERENCE)
+        if name != REFERENCE:
+            layer.set_adapter(name, inference_mode=name != CURRENT)
+
+
+@contextmanager
+def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
+    """As `policy`, with the adapter added into the base's weights: forwards cost what the base's cost, and differ from
+    those of `policy` by the rounding of the sums. For inference; afterwards the base's own tensors are back.
+
+    Takes memory for a second copy of the weights that carry an adapter. UsageError for a quantised base, to whose
+    weights nothing can be added.
+    """
+    layers = _layers(denoiser)
+    bases = [layer.get_base_layer() for layer in layers]
+    for base in bases:
+        weight = getattr(base, "weight", None)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise UsageError(
+                f"adapters cannot be merged into {type(base).__name__} with a {type(weight).__name__}: leave out "
+                "rollout.merge_lora for a quantised base"
+            )
+    originals = [base.weight.data for base in bases]
+    with policy(denoiser, REFERENCE):
+        try:
+            if name != REFERENCE:
+                for layer, base, weight in zip(layers, bases, originals, strict=True):
+                    delta = layer.get_delta_weight(name)
+                    base.weight.data = (weight.float() + delta.float()).to(weight.dtype)
+            yield
+        finally:
+            for base, weight in zip(bases, originals, strict=True):
+                base.weight.data = weight
+
+
+@torch.no_grad()
+def folded(denoiser: ModelMixin, name: str) -> ModelMixin:
+    """A model of the same class without adapters, with this one in its weights; the tensors that carry none are
+    shared."""
+    with torch.device("meta"):
+        plain = type(denoiser).from_config(denoiser.config)
+    with merged(denoiser, name):
+        state = {
+            key.replace(".base_layer", ""): tensor
+            for key, tensor in [*denoiser.state_dict().items(), *denoiser.named_buffers()]
+            if "lora_" not in key
+        }
+        names = {n for n, _ in [*plain.named_parameters(), *plain.named_buffers()]}
+        for key in names:
+            holder, _, leaf = key.rpartition(".")
+            module = plain.get_submodule(holder)
+            if leaf in module._buffers:
+                module._buffers[leaf] = state[key]
+            else:
+                module._parameters[leaf] = nn.Parameter(state[key], requires_grad=False)
+    return plain.eval()
+
+
+def adapter_state(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
+    """Tensors of one adapter for a checkpoint."""
+    return {
+        key: value.detach().clone().contiguous()
+        for key, value in get_peft_model_state_dict(denoiser, adapter_name=name).items()
+    }
+
+
+def load_adapter_state(denoiser: nn.Module, name: str, state: dict[str, Tensor]) -> None:
+    """The inverse of `adapter_state`; ValueError where the tensors do not fit."""
+    expected = get_peft_model_state_dict(denoiser, adapter_name=name)
+    wrong = set(state) ^ set(expected) or {k for k in state if state[k].shape != expected[k].shape}
+    if wrong:
+        raise ValueError(
+            f"adapter {name!r} does not fit this model, for instance {sorted(wrong)[0]}"
+        )
+    set_peft_model_state_dict(denoiser, state, adapter_name=name)
+
+
+def _layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    return [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]

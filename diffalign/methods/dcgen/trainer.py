@@ -1,0 +1,254 @@
+"""The loop that moves a model into another latent space: a cache of latents, both ends in closed form, then a LoRA.
+
+A LoRA whose rank reaches the channels of the latents can represent any change of the matrices of the embedder and of
+the last layer, so that these are targets like any other, and a run has one kind of parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.config import EvaluationConfig, LatentRunConfig
+from diffalign.core.errors import UsageError
+from diffalign.core.files import folder_aside, write_text
+from diffalign.core.precision import attention
+from diffalign.core.seeds import IMAGES, VALIDATION, stream
+from diffalign.data.images import ImageFolderError
+from diffalign.data.latent_cache import LatentCache
+from diffalign.diffusion.paths import RectifiedFlow, logit_normal_sigmas
+from diffalign.latents.move import layer, load_ends, matrix, save_ends
+from diffalign.latents.shift import moved_scheduler
+from diffalign.lora import policies as lora
+from diffalign.methods.dcgen.alignment import Alignment
+from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, source_of
+from diffalign.methods.dcgen.step import Step
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.moving import move_model, tokens_ratio
+from diffalign.training.denoise import image_size
+from diffalign.training.order import EpochOrder
+from diffalign.training.sums import Sums
+from diffalign.training.trainer import Trainer
+
+METRICS = ["loss", "relative_error"]
+VALIDATION_IMAGES = 256
+ALIGNED, FACTS = "aligned.safetensors", "aligned.json"
+SIGMAS = 4096
+"""Noise levels over which expectations are taken."""
+
+
+@dataclass
+class LatentTrainer(Trainer):
+    """One run; the reference is the base in its own space."""
+
+    config: LatentRunConfig
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.base = self.model
+        if not isinstance(self.base.noise, RectifiedFlow):
+            raise UsageError(
+                f"model.name: a {self.base.family} model is no rectified flow; SD3, FLUX and SANA can be moved"
+            )
+        if c.training.images_per_update < self.accelerator.num_processes:
+            raise UsageError(
+                f"training.images_per_update is {c.training.images_per_update}: fewer images than processes"
+            )
+        size = image_size(c, self.base)
+        source_of(c, size)  # a clear error now rather than after the base was scored
+        vae = new_autoencoder(c, self.accelerator.device)
+        if vae is not None:
+            self.model = move_model(
+                self.base, vae, size=size, shift=c.latents.shift, channels=c.latents.channels
+            )
+        self.codec = self.model.codec
+        super().__post_init__()
+        self.alignment: dict[str, Any] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Into another space; otherwise the model is there already."""
+        return self.model is not self.base
+
+    def prepare(self) -> None:
+        c = self.config
+        self.cache: LatentCache = precompute_latents(
+            c, self.base, self.accelerator, codec=self.codec
+        )
+        self.images, self.kept = self.cache.split(c.latents.validation)
+        if not self.images:
+            raise ImageFolderError(
+                "latents.validation: every prompt is kept for validation; use a smaller share or more images"
+            )
+        self.order = EpochOrder(
+            self.images, size=c.training.images_per_update, seed=c.training.seed
+        )
+        self.asked = Step(
+            self.model,
+            c.algorithm,
+            self.base.encode_prompt([""]),
+            self.size,
+            c.training.mixed_precision,
+        )
+        if self.moves:
+            self._align()
+
+    def _align(self) -> None:
+        """Both ends as the run folder keeps them, or anew."""
+        c = self.config.latents
+        assert self.model.ends is not None
+        folder = self.folder.path
+        if not (folder / FACTS).is_file():
+            self._align_anew()
+            if self.accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
+                write_text(folder / FACTS, json.dumps(self.alignment, indent=1))
+            self.accelerator.wait_for_everyone()
+        load_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
+        self.alignment = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if c.shift == "signal":
+            self._shift(self.alignment["signal_shift"])
+
+    def _align_anew(self) -> None:
+        c = self.config
+        started = time.perf_counter()
+        chosen = set(self.images)
+        alignment = Alignment(
+            self.base,
+            self.model,
+            self.cache,
+            [i for i in self.cache.paired if i in chosen],
+            self.accelerator,
+            c.training.micro_batch_size,
+            objective=c.latents.objective,
+            mode=c.latents.mode,
+        )
+        sigmas = None
+        if c.latents.noise_aware:
+            generator = torch.Generator().manual_seed(stream(VALIDATION, c.training.seed))
+            drawn = logit_normal_sigmas(
+                SIGMAS, mean=c.algorithm.sigma_mean, std=c.algorithm.sigma_std, generator=generator
+            )
+            sigmas = self.model.shifted(drawn, height=self.size[0], width=self.size[1])
+        alignment.align_embedder(sigmas=sigmas)
+        if c.latents.shift == "signal":
+            self._shift(alignment.facts["signal_shift"])
+        if c.latents.align_head:
+            alignment.align_head(self.asked)
+        else:
+            self._random_head()
+        self.alignment = alignment.facts | {"alignment_seconds": time.perf_counter() - started}
+
+    def _random_head(self) -> None:
+        """As `nn.Linear` begins, by the seed of the run."""
+        assert self.model.ends is not None
+        head = layer(self.model.denoiser, self.model.ends.head)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.training.seed)
+            fresh = torch.nn.Linear(*matrix(head).shape[::-1])
+        head.load_state_dict(fresh.state_dict())
+
+    def _shift(self, signal: float) -> None:
+        k = tokens_ratio(self.base, self.codec, self.size)
+        scheduler = moved_scheduler(self.base.pipeline.scheduler, ratio=k, signal=signal)
+        self.model.pipeline.register_modules(scheduler=scheduler)
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.training.images_per_update // world)
+        rows = min(c.training.micro_batch_size, share)
+        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        null = {rows} if self.model.guidance_is_embedded else set()
+        return {True: {rows}, False: {drawn} | null}
+
+    def train_update(self) -> dict[str, Any]:
+        """One optimizer step on `images_per_update` images; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        self.forwards.take()
+        chosen = self.order(number)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
+        self.optimizer.zero_grad()
+        sums = Sums(METRICS, self.accelerator.device)
+        size = self.config.training.micro_batch_size
+        for at in range(mine.start, mine.stop, size):
+            places = range(at, min(at + size, mine.stop))
+            batch = self.cache.batch([chosen[i] for i in places], self.accelerator.device)
+            seeds = [stream(IMAGES, self.config.training.seed, number, i) for i in places]
+            loss, metrics = self.asked.loss(self.asked.ask(batch, seeds))
+            with attention(self.accelerator.device):  # what is recomputed must find the same kernel
+                (loss.sum() / len(chosen)).backward()
+            for name, values in metrics.items():
+                sums.add(name, values)
+        return self.finish(number, sums, started=started, count=len(chosen), unit="image")
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on images whose prompts are never trained on, of the policy that is saved, with the same noise."""
+        kept = self.kept[:VALIDATION_IMAGES]
+        if not kept:
+            return {}
+        sums = Sums(METRICS, self.accelerator.device)
+        size = self.config.training.micro_batch_size
+        with lora.policy(self.model.denoiser, self.policy):
+            for at in range(0, len(kept), size):
+                rows = kept[at : at + size]
+                batch = self.cache.batch(rows, self.accelerator.device)
+                question = self.asked.ask(batch, [stream(VALIDATION, row) for row in rows])
+                for name, values in self.asked.loss(question)[1].items():
+                    sums.add(name, values)
+        return {f"validation/{name}": value for name, value in sums.means().items()}
+
+    def drawn_model(self, policy: str) -> TextToImageModel:
+        return self.base if policy == lora.REFERENCE else self.model
+
+    def evaluation(self, policy: str) -> EvaluationConfig:
+        return self.config.evaluation
+
+    def export(self, folder: Path) -> None:
+        """A pipeline that has the LoRA in its weights. Of a move the LoRA alone fits no model that is saved; of a lift
+        it fits the one that the run began with."""
+        if not self.moves:
+            super().export(folder)
+        target, pipeline = folder / "pipeline", self.model.pipeline
+        own = self.model.denoiser
+        pipeline.register_modules(transformer=lora.folded(own, self.policy))
+        height, width = self.size
+        if height == width:
+            pipeline.register_to_config(image_size=height)
+        try:
+            if target.exists():  # of fewer updates
+                shutil.rmtree(target)
+            with folder_aside(target) as hidden:
+                pipeline.save_pretrained(hidden)
+        finally:
+            pipeline.register_modules(transformer=own)
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "relative_error": f"{row['relative_error']:.4f}",
+            "images_per_s": f"{row['images_per_second']:.1f}",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        manifest = self.cache.manifest
+        height, width = self.size
+        return {
+            "images": len(self.images),
+            "validation_images": len(self.kept),
+            "skipped_images": manifest["skipped"],
+            "precompute_seconds": manifest["seconds"],
+            "tokens": {
+                "base": self.base.image_seq_len(height, width),
+                "moved": self.model.image_seq_len(height, width),
+            },
+            "alignment": self.alignment,
+        }

@@ -1,0 +1,322 @@
+"""The loop that distils: the base draws whole trajectories, a LoRA on it learns to take them in few steps.
+
+Teacher and student are one model, so there is no second copy of it, and nothing is learned from but prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from diffalign.algorithms import distillation as losses
+from diffalign.config import (
+    ConsistencyConfig,
+    DistillationRunConfig,
+    EvaluationConfig,
+    ReflowConfig,
+)
+from diffalign.core.errors import UsageError
+from diffalign.core.precision import attention
+from diffalign.core.seeds import STATES, stream
+from diffalign.data.prompts import Prompt
+from diffalign.diffusion.inversion import integrate, inversion_grid
+from diffalign.diffusion.paths import RectifiedFlow
+from diffalign.lora import policies as lora
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.sampling import EmbedCache, initial_latents
+from diffalign.training.denoise import predict
+from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.sums import Sums
+from diffalign.training.trainer import Trainer
+from diffalign.types import PromptEmbeds
+
+
+def student_scheduler(model: TextToImageModel, method: str) -> Any:
+    """diffusers' scheduler for a student of this method: of a flow its own or FlowMatchLCM, of a noise predictor DDIM
+    from the very noise ("trailing") or LCM."""
+    own = model.pipeline.scheduler
+    flow = isinstance(model.noise, RectifiedFlow)
+    if method == "reflow" and flow:
+        return own
+    if method == "reflow":
+        return diffusers.DDIMScheduler.from_config(
+            own.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        )
+    kind = diffusers.FlowMatchLCMScheduler if flow else diffusers.LCMScheduler
+    return kind.from_config(own.config)
+
+
+@dataclass
+class Trajectories:
+    """What the teacher drew: `states` (K + 1, B, C, H, W) float32 on the falling grid; numbers of the images."""
+
+    states: Tensor
+    embeds: PromptEmbeds
+    image: list[int]
+
+    def __getitem__(self, rows: slice) -> Trajectories:
+        return Trajectories(self.states[:, rows], self.embeds[rows], self.image[rows])
+
+
+@dataclass
+class DistillationTrainer(Trainer):
+    """One run; the policies are the student's, the reference is the teacher."""
+
+    config: DistillationRunConfig
+    prompts: Sequence[Prompt]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c, world = self.config, self.accelerator.num_processes
+        if c.teacher.prompts_per_update < world:
+            raise UsageError(
+                f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes"
+            )
+        check_prompts(self.prompts, c)
+        if self.model.costs_a_forward(c.evaluation.guidance_scale):
+            raise UsageError(
+                f"evaluation.guidance_scale: a student of {c.model.name} has the teacher's guidance "
+                "(teacher.guidance_scale) in its weights and draws without; leave it out"
+            )
+        self.scheduler = student_scheduler(self.model, c.algorithm.type)
+        self.coarse = self._student_grid()
+        steps = len(self.coarse) - 1
+        parts = -(-c.teacher.num_inference_steps // steps)
+        self.grid = losses.subdivide(self.coarse, parts)
+        self.embed = EmbedCache(self.model)
+        # Guidance that costs a second forward is the teacher's alone; an embedded one is part of the student's input.
+        embedded = self.model.guidance_is_embedded
+        self.guidance_scale = c.evaluation.guidance_scale if embedded else None
+
+    def _student_grid(self) -> Tensor:
+        """(N + 1,) timesteps from noise to the clean end."""
+        with self._student():
+            found = self.model.scheduler_at(
+                self.config.evaluation.num_inference_steps, height=self.size[0], width=self.size[1]
+            )
+        return inversion_grid(found.timesteps).flip(0)
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        c = self.config
+        share = -(-c.teacher.prompts_per_update // self.accelerator.num_processes)
+        trained = min(c.training.micro_batch_size, share) * c.algorithm.states_per_image
+        drawn = min(c.teacher.micro_batch_size, share)
+        plain = {
+            self.model.forward_rows(drawn, c.teacher.guidance_scale),
+            c.teacher.micro_batch_size,
+            self.model.forward_rows(c.teacher.micro_batch_size, c.teacher.guidance_scale),
+        }
+        return {True: {trained}, False: plain | {trained} if self._bootstraps else plain}
+
+    @property
+    def _bootstraps(self) -> bool:
+        algorithm = self.config.algorithm
+        return isinstance(algorithm, ConsistencyConfig) and algorithm.skip is not None
+
+    def train_update(self) -> dict[str, Any]:
+        """The teacher's trajectories of new prompts and one optimizer step on them; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        c = self.config
+        self.forwards.take()
+        plan = make_plan(
+            self.prompts, c.teacher, seed=c.training.seed, update=number, tasks=c.prompts
+        )
+        drawn = self.draw(plan)
+        drawing_seconds = time.perf_counter() - started
+        self.optimizer.zero_grad()
+        sums = Sums(["loss", "relative_error"], self.accelerator.device)
+        size = c.training.micro_batch_size
+        for start in range(0, len(drawn.image), size):
+            loss = self.loss(drawn[start : start + size], sums, update=number)
+            with attention(self.accelerator.device):
+                (loss.sum() / (len(plan) * c.algorithm.states_per_image)).backward()
+        row = self.finish(number, sums, started=started, count=len(plan), unit="image")
+        return row | {"teacher_seconds": drawing_seconds}
+
+    def draw(self, plan: Plan) -> Trajectories:
+        """This process's share of the teacher's trajectories."""
+        c = self.config
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        known = self.embed([p.text for p in plan.prompts])
+        embeds = known[plan.prompt_index[mine.start : mine.stop].to(self.model.device)]
+        guided = self.model.costs_a_forward(c.teacher.guidance_scale)
+        null = self.embed([""]) if guided else None
+        parts = []
+        with lora.policy(self.model.denoiser, lora.REFERENCE):
+            for start in range(0, len(embeds), c.teacher.micro_batch_size):
+                rows = slice(start, start + c.teacher.micro_batch_size)
+                seeds = plan.seeds[mine.start : mine.stop][rows]
+                parts.append(self._trajectory(embeds[rows], seeds, null))
+        states = torch.cat(parts, dim=1)
+        return Trajectories(states, embeds, list(mine))
+
+    def _trajectory(
+        self, embeds: PromptEmbeds, seeds: Sequence[int], null: PromptEmbeds | None
+    ) -> Tensor:
+        """(K + 1, B, C, H, W) float32 from the noise of the seeds."""
+        latents = initial_latents(
+            self.model,
+            len(seeds),
+            height=self.size[0],
+            width=self.size[1],
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+        )
+        negative = None if null is None else null.repeat_first(len(seeds))
+
+        def field(noisy: Tensor, times: Tensor) -> Tensor:
+            return predict(
+                self.model,
+                noisy,
+                times,
+                embeds,
+                mixed_precision=self.config.training.mixed_precision,
+                guidance_scale=self.config.teacher.guidance_scale,
+                negative_embeds=negative,
+            )
+
+        solver = self.config.teacher.solver
+        return torch.stack(integrate(field, latents, self.grid, self.model.noise, solver=solver))
+
+    def loss(self, drawn: Trajectories, sums: Sums, *, update: int) -> Tensor:
+        """(B * S,) losses of S states of each trajectory; adds to the metrics."""
+        count = self.config.algorithm.states_per_image
+        embeds = drawn.embeds[torch.arange(len(drawn.image)).repeat_interleave(count)]
+        if isinstance(self.config.algorithm, ReflowConfig):
+            return self._reflow(drawn, embeds, sums, update)
+        return self._consistency(drawn, embeds, sums, update)
+
+    def _reflow(self, drawn: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int) -> Tensor:
+        assert isinstance(self.config.algorithm, ReflowConfig)
+        windows = len(self.coarse) - 1
+        parts = (len(self.grid) - 1) // windows
+        chosen, share, coin = self._choices(drawn.image, windows, update)
+        share = torch.where(coin < self.config.algorithm.window_starts, 0.0, share)
+        rows = torch.arange(len(drawn.image)).repeat_interleave(len(chosen) // len(drawn.image))
+        path, device = self.model.noise, drawn.states.device
+        found = losses.chords(
+            path,
+            drawn.states[chosen * parts, rows],
+            drawn.states[(chosen + 1) * parts, rows],
+            self.coarse[chosen].to(device),
+            self.coarse[chosen + 1].to(device),
+            share.to(device),
+        )
+        model_pred = self.predict(found.noisy_latents, found.timesteps, embeds)
+        loss = losses.reflow_loss(path, model_pred, found)
+        power = found.slope.square().flatten(1).mean(1)
+        sums.add("loss", loss.detach())
+        sums.add("relative_error", loss.detach() / power)
+        return loss
+
+    def _consistency(
+        self, drawn: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
+    ) -> Tensor:
+        algorithm = self.config.algorithm
+        assert isinstance(algorithm, ConsistencyConfig)
+        last = len(self.grid) - 1
+        chosen, _, _ = self._choices(drawn.image, last, update)
+        rows = torch.arange(len(drawn.image)).repeat_interleave(len(chosen) // len(drawn.image))
+        later = torch.full_like(chosen, last)
+        if algorithm.skip is not None:
+            later = (chosen + algorithm.skip).clamp(max=last)
+        target = drawn.states[later, rows]
+        if algorithm.skip is not None:
+            with torch.no_grad(), lora.policy(self.model.denoiser, lora.AVERAGED):
+                guess = self._clean(target, self.grid[later], embeds)
+            ended = (later == last).to(guess.device)
+            target = torch.where(ended[:, None, None, None], target, guess)
+        found = self._clean(drawn.states[chosen, rows], self.grid[chosen], embeds)
+        loss = losses.pseudo_huber(found, target, c=algorithm.huber_c)
+        with torch.no_grad():
+            error = (found - target).square().flatten(1).mean(1)
+            sums.add("loss", loss.detach())
+            sums.add("relative_error", error / target.square().flatten(1).mean(1))
+        return loss
+
+    def _clean(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+        times = times.to(noisy.device)
+        model_pred = self.predict(noisy, times, embeds)
+        return losses.consistency_output(self.model.noise, model_pred, noisy, times)
+
+    def predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """As the student draws: without a second forward."""
+        return predict(
+            self.model,
+            noisy,
+            times,
+            embeds,
+            mixed_precision=self.config.training.mixed_precision,
+            guidance_scale=self.guidance_scale,
+        )
+
+    def _choices(
+        self, images: Sequence[int], kinds: int, update: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For S states of every image: which of `kinds` (B * S,), spread evenly over them, and two numbers in 0..1."""
+        count = self.config.algorithm.states_per_image
+        chosen, numbers = [], []
+        for image in images:
+            seed = stream(STATES, self.config.training.seed, update, image)
+            generator = torch.Generator().manual_seed(seed)
+            places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+            chosen.append((places * kinds).long().clamp(max=kinds - 1))
+            numbers.append(torch.rand(2, count, generator=generator))
+        pair = torch.cat(numbers, dim=1)
+        return torch.cat(chosen), pair[0], pair[1]
+
+    @contextmanager
+    def _student(self) -> Iterator[None]:
+        """The pipeline with the student's scheduler."""
+        own = self.model.pipeline.scheduler
+        self.model.pipeline.scheduler = self.scheduler
+        try:
+            yield
+        finally:
+            self.model.pipeline.scheduler = own
+
+    @contextmanager
+    def drawing(self, policy: str) -> Iterator[None]:
+        with super().drawing(policy):
+            if policy == lora.REFERENCE:
+                yield
+            else:
+                with self._student():
+                    yield
+
+    def evaluation(self, policy: str) -> EvaluationConfig:
+        """The teacher's images are its own: its steps, its guidance."""
+        c = self.config
+        if policy != lora.REFERENCE:
+            return c.evaluation
+        return replace(
+            c.evaluation,
+            num_inference_steps=len(self.grid) - 1,
+            guidance_scale=c.teacher.guidance_scale,
+        )
+
+    def export(self, folder: Path) -> None:
+        """Besides the LoRA the student's scheduler, which it needs."""
+        super().export(folder)
+        self.scheduler.save_pretrained(folder / "scheduler")
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "relative_error": f"{row['relative_error']:.4f}",
+            "images_per_s": f"{row['images_per_second']:.1f}",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "student_scheduler": type(self.scheduler).__name__,
+            "student_timesteps": self.coarse.tolist(),
+            "teacher_steps": len(self.grid) - 1,
+        }

@@ -1,0 +1,119 @@
+"""A rollout: the plan, which images an update makes, and the making of this process's share of them.
+
+An update is planned as a list of (prompt, seed) pairs that depends on the run's seed and the update's number alone, so
+one process or eight, large micro-batches or small, make the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from diffalign.config import (
+    RunConfig,
+)
+from diffalign.evaluation.score import Score
+from diffalign.evaluation.scoring import BackgroundScorer, RewardTimeout
+from diffalign.methods.online.update import PolicyUpdate
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.recording import Recorder
+from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.solvers import solver_step
+from diffalign.training.plan import Plan
+from diffalign.types import RewardOutput, Rollout
+
+
+@dataclass
+class RolloutMaker:
+    """Draws and scores; `size` is (height, width) in pixels, `drawing` the context of a policy."""
+
+    config: RunConfig
+    model: TextToImageModel
+    score: Score
+    accelerator: Accelerator
+    size: tuple[int, int]
+    drawing: Callable[[str], AbstractContextManager[None]]
+
+    def __post_init__(self) -> None:
+        self.embed = EmbedCache(self.model)
+        overlap = self.config.rollout.overlap_rewards
+        self.scorer = BackgroundScorer(
+            self.score,
+            timeout=self.config.rollout.reward_timeout,
+            overlap=self.accelerator.device.type != "cpu" if overlap is None else overlap,
+        )
+
+    def make(self, plan: Plan, policy_update: PolicyUpdate, update: int) -> Rollout:
+        """Make and score this process's images; rewards come back for the whole update.
+
+        Raises:
+            RewardTimeout: in all processes, when one of them got no reward in time.
+        """
+        c = self.config.rollout
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        embeds = self.embed([p.text for p in plan.prompts])
+        index = plan.prompt_index[mine.start : mine.stop]
+        guided = self.model.costs_a_forward(c.guidance_scale)
+        sampler = policy_update.sampler(update)
+        solver = solver_step(c.solver, self.model.noise)
+        chosen = [plan.prompts[i] for i in index.tolist()]
+
+        def score(part: slice, images: Tensor) -> None:
+            prompts = chosen[part]
+            self.scorer.submit(images, [p.text for p in prompts], [p.metadata for p in prompts])
+
+        with self.drawing(policy_update.rollout_policy):
+            latents, _ = generate(
+                self.model,
+                embeds,
+                index,
+                plan.seeds[mine.start : mine.stop],
+                num_inference_steps=c.num_inference_steps,
+                guidance_scale=c.guidance_scale,
+                negative_embeds=self.embed([""]) if guided else None,
+                height=self.size[0],
+                width=self.size[1],
+                micro_batch_size=c.micro_batch_size,
+                mixed_precision=self.config.training.mixed_precision,
+                step=sampler.around(solver) if isinstance(sampler, Recorder) else sampler or solver,
+                on_images=score,
+            )
+        output = self._collect()
+        nothing = np.full(len(index), np.nan, np.float32)
+        names = {k for part in gather_object([list(output.details)]) for k in part}
+        details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
+        broken = ~latents.isfinite().flatten(1).all(1).cpu().numpy()
+        values = np.where(broken, np.nan, output.values)  # whatever a reward made of their pixels
+        rewards = torch.from_numpy(self._gather(values, plan))
+        trajectory = None if sampler is None else sampler.trajectory()
+        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
+
+    def _collect(self) -> RewardOutput:
+        """Of this process's images; a timeout is everyone's, for nobody can go on without the others."""
+        output, problem = None, None
+        try:
+            output = self.scorer.collect()
+        except RewardTimeout as error:
+            problem = str(error)
+        problems = [p for p in gather_object([problem]) if p is not None]
+        if output is None or problems:
+            raise RewardTimeout(problems[0])
+        return output
+
+    def _gather(self, values: np.ndarray, plan: Plan) -> np.ndarray:
+        """Float32 values of all images from every process's share, exactly."""
+        world = self.accelerator.num_processes
+        if world == 1:
+            return np.asarray(values, np.float32)
+        width = max(len(plan.shard(r, world)) for r in range(world))
+        padded = torch.full((width,), torch.nan, device=self.accelerator.device)
+        padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
+        everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
+        return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])

@@ -1,0 +1,260 @@
+"""The online loop: rollout -> reward -> advantage -> update, on any model, reward and number of processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.algorithms import advantages as adv
+from diffalign.config import (
+    FlowGRPOConfig,
+    ForwardProcessConfig,
+    RunConfig,
+)
+from diffalign.core.errors import UsageError
+from diffalign.data.prompts import Prompt
+from diffalign.diffusion.paths import RectifiedFlow
+from diffalign.evaluation.score import Score
+from diffalign.evaluation.scoring import RewardTimeout
+from diffalign.lora import policies as lora
+from diffalign.methods.online.forward_update import ForwardProcessUpdate
+from diffalign.methods.online.rollout import RolloutMaker
+from diffalign.methods.online.trajectory_update import TrajectoryUpdate
+from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
+from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.trainer import Trainer, TrainingError
+from diffalign.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OnlineTrainer(Trainer):
+    """One run. `score` maps images, prompts and metadata to rewards; it never sees the model."""
+
+    config: RunConfig
+    score: Score
+    prompts: Sequence[Prompt]
+
+    policies: ClassVar[tuple[str, ...]] = (lora.LAGGED, lora.AVERAGED)
+    advice: ClassVar[str] = " or a higher algorithm.kl_beta"
+
+    def __post_init__(self) -> None:
+        c = self.config
+        if not isinstance(self.model.noise, RectifiedFlow):
+            raise UsageError(
+                f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX, SANA), and {c.model.name} is a "
+                f"{self.model.family} model"
+            )
+        super().__post_init__()
+        images = c.rollout.images_per_update
+        if images < self.accelerator.num_processes:
+            raise UsageError(
+                f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
+            )
+        check_prompts(self.prompts, c)
+        self.rollouts = RolloutMaker(
+            c, self.model, self.score, self.accelerator, self.size, self.drawing
+        )
+        self.policy_update = self._policy_update()
+
+    def _policy_update(self) -> PolicyUpdate:
+        """The update of the configured algorithm."""
+        c = self.config
+        scheduler = self.model.scheduler_at(
+            c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
+        )
+        reference_guidance = c.algorithm.reference_guidance_scale
+        guided = self.model.costs_a_forward(reference_guidance)
+        if reference_guidance is not None and not (guided or self.model.guidance_is_embedded):
+            raise UsageError(
+                f"algorithm.reference_guidance_scale: {c.model.name} knows no guidance of {reference_guidance}"
+            )
+        settings = UpdateSettings(
+            grid=scheduler.timesteps,
+            sigmas=scheduler.sigmas,
+            guidance_scale=c.rollout.guidance_scale,
+            micro_batch_size=c.training.micro_batch_size,
+            mixed_precision=c.training.mixed_precision,
+            seed=c.training.seed,
+            updates_per_rollout=c.training.updates_per_rollout,
+            negative_embeds=self.rollouts.embed([""]) if guided else None,
+        )
+        if isinstance(c.algorithm, FlowGRPOConfig):
+            if c.rollout.merge_lora:
+                raise UsageError(
+                    "rollout.merge_lora: Flow-GRPO scores its own steps, which the very policy it trains must have made"
+                )
+            if c.rollout.solver != "default":
+                raise UsageError(
+                    "rollout.solver: Flow-GRPO's steps are the default solver's; only losses on clean latents are free"
+                )
+            return TrajectoryUpdate(self.model, c.algorithm, settings)
+        if isinstance(c.algorithm, ForwardProcessConfig):
+            return ForwardProcessUpdate(self.model, c.algorithm, settings)
+        raise TypeError(f"no update for {type(c.algorithm).__name__}")
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        """Rows of the denoiser's full batches, with gradient (True) and without: what is worth compiling for."""
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.rollout.images_per_update // world)
+        found = self.policy_update.rows(min(c.training.micro_batch_size, share))
+        drawn = min(c.rollout.micro_batch_size, share)
+        for images, guidance in (
+            (drawn, c.rollout.guidance_scale),
+            (c.rollout.micro_batch_size, c.evaluation.guidance_scale),
+        ):
+            found[False].add(self.model.forward_rows(images, guidance))
+        return found
+
+    @property
+    def planned_steps(self) -> int:
+        return self.config.training.num_updates * self.config.training.updates_per_rollout
+
+    def facts(self) -> dict[str, Any]:
+        return {"rollbacks": self.progress.rollbacks}
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "reward": f"{row['reward']:.3f}",
+            "kl": f"{row.get('kl', 0):.4f}",
+            "images_per_s": f"{row['images_per_second']:.1f}",
+        }
+
+    def train_update(self) -> dict[str, Any]:
+        """One rollout and the updates on it; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        self.forwards.take()  # those of an evaluation are not the update's
+        plan = self.plan(number)
+        rollout = self.rollout(plan, number)
+        if not rollout.rewards.isfinite().any():
+            self.save()
+            raise TrainingError(
+                f"update {number}: no image could be scored, see the warnings above; everything up to update "
+                f"{self.progress.update} is saved, and the same command resumes from there"
+            )
+        sampled = time.perf_counter()
+        batch, row = self.make_batch(plan, rollout)
+        row["diversity"] = self._diversity(rollout)
+        if batch.kept == 0:
+            logger.warning("update %d: no group has different rewards; nothing to learn", number)
+        else:
+            row |= self.optimize(batch, number)
+        self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        row["forwards_per_image"] = self.accelerator.reduce(forwards, "sum").item() / len(plan)
+        finished = time.perf_counter()
+        self.progress.seconds += finished - started
+        return {
+            "update": number,
+            "step": self.progress.step,
+            **row,
+            "seconds": self.progress.seconds,
+            "rollout_seconds": sampled - started,
+            "update_seconds": finished - sampled,
+            "images_per_second": len(plan) / (finished - started),
+        }
+
+    def plan(self, update: int) -> Plan:
+        """What an update draws."""
+        return make_plan(
+            self.prompts,
+            self.config.rollout,
+            seed=self.config.training.seed,
+            update=update,
+            tasks=self.config.prompts,
+        )
+
+    def rollout(self, plan: Plan, update: int) -> Rollout:
+        """This process's images, with the rewards of the whole update."""
+        try:
+            return self.rollouts.make(plan, self.policy_update, update)
+        except RewardTimeout as error:
+            self.save()
+            raise TrainingError(
+                f"update {update}: {error}; everything up to update "
+                f"{self.progress.update} is saved, and the same command resumes from there"
+            ) from error
+
+    def make_batch(self, plan: Plan, rollout: Rollout) -> tuple[TrainingBatch, dict[str, Any]]:
+        """Advantages over the whole update, then this process's images that carry a signal."""
+        c = self.config.algorithm
+        rewards, group = rollout.rewards, rollout.group
+        if c.reward_mixing == "advantages":
+            parts = {k: torch.from_numpy(rollout.details[k]) for k in self.config.rewards}
+            advantages = adv.combined_advantages(
+                parts, self.config.rewards, group, std_scope=c.std_scope
+            )
+        else:
+            advantages = adv.group_advantages(rewards, group, std_scope=c.std_scope)
+        valid = rewards.isfinite()
+        keep = adv.informative(advantages.where(valid, torch.nan), group)
+        if self.policy_update.needs_all or not self.config.training.drop_uninformative:
+            keep = valid
+        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        local = torch.tensor([i for i in mine if keep[i]], dtype=torch.long)
+        rows = local - mine.start
+        batch = TrainingBatch(
+            latents=rollout.latents[rows.to(rollout.latents.device)],
+            embeds=rollout.embeds,
+            prompt_index=rollout.prompt_index[rows],
+            advantages=advantages[local],
+            image=local.tolist(),
+            total=max(int(valid.sum()), 1),
+            kept=int(keep.sum()),
+            trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
+        )
+        return batch, _reward_row(rewards, group, keep, rollout.details)
+
+    def _diversity(self, rollout: Rollout) -> float:
+        """Mean over groups, whichever processes their images are on."""
+        groups = len(rollout.group.unique())
+        moments = adv.group_moments(rollout.latents.cpu(), rollout.prompt_index, groups=groups)
+        if self.accelerator.num_processes > 1:
+            moments = self.accelerator.reduce(moments.to(self.accelerator.device), "sum")
+        return adv.group_diversity(moments)
+
+    def optimize(self, batch: TrainingBatch, number: int) -> dict[str, float]:
+        """All optimizer steps on one rollout."""
+        c = self.config
+        rows = []
+        for inner in range(c.training.updates_per_rollout):
+            self.optimizer.zero_grad()
+            sums = self.policy_update.accumulate(batch, update=number, inner=inner)
+            sums.table = self.accelerator.reduce(sums.table, "sum")
+            index = (number - 1) * c.training.updates_per_rollout + inner
+            rows.append({"grad_norm": self.step(number, index=index), **sums.means()})
+        lag = self.policy_update.lag_decay(number)
+        if lag is not None:
+            lora.blend(self.model.denoiser, lora.LAGGED, decay=lag)
+        self.optimizer.zero_grad()
+        return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
+
+
+def _reward_row(
+    rewards: Tensor, group: Tensor, keep: Tensor, details: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Means for the log; the spread is the mean over groups of the reward's standard deviation."""
+    valid = rewards.isfinite()
+    spread = [
+        float(rewards[valid & (group == g)].std(unbiased=False))
+        for g in group.unique()
+        if (valid & (group == g)).any()
+    ]
+    row = {
+        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+        "reward_group_std": float(np.mean(spread)) if spread else float("nan"),
+        "failed_rewards": int((~valid).sum()),
+        "kept": int(keep.sum()),
+    }
+    return row | {
+        f"reward/{k}": float(np.nanmean(v)) for k, v in details.items() if np.isfinite(v).any()
+    }

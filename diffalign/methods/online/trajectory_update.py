@@ -1,0 +1,174 @@
+"""Updates with a loss on the rollout's own steps (Flow-GRPO), and the sampler that makes and keeps them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffalign.algorithms import flow_grpo
+from diffalign.algorithms.advantages import clip_advantages
+from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
+from diffalign.config import FlowGRPOConfig
+from diffalign.core.errors import UsageError
+from diffalign.core.seeds import WINDOW, stream
+from diffalign.diffusion.paths import expand
+from diffalign.lora import policies as lora
+from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.training.sums import Sums
+from diffalign.types import Trajectory
+
+
+class StochasticSampler:
+    """A step for `pipelines.sampling`: stochastic in a window of the grid, the scheduler's own elsewhere.
+
+    Call `trajectory()` after all micro-batches of a rollout.
+    """
+
+    def __init__(self, config: FlowGRPOConfig, window: range) -> None:
+        self.config = config
+        self.window = window
+        self._kept: list[list[Tensor]] = [[] for _ in range(len(window) + 1)]
+
+    def __call__(
+        self, i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Any
+    ) -> Tensor:
+        ode = scheduler.step(model_pred, scheduler.timesteps[i], latents, return_dict=False)[0]
+        if i not in self.window:
+            return ode
+        sigma, following = (scheduler.sigmas[j].expand(len(latents)) for j in (i, i + 1))
+        step = flow_grpo.stochastic_step(
+            model_pred,
+            latents,
+            sigma.to(latents.device),
+            following.to(latents.device),
+            noise_level=self.config.noise_level,
+            dynamics=self.config.dynamics,
+        )
+        noise = randn_tensor(
+            latents.shape, generator=generator, device=latents.device, dtype=torch.float32
+        )
+        after = step.mean + expand(step.std, latents) * noise
+        after = after.to(latents.dtype)  # what is stored is what will be scored
+        kept = self._kept[i - self.window.start]
+        kept.append(latents)
+        if i == self.window.stop - 1:
+            self._kept[-1].append(after)
+        return after
+
+    def trajectory(self) -> Trajectory:
+        """All micro-batches of the rollout; the sampler lets go of them."""
+        kept, self._kept = self._kept, []
+        return Trajectory(list(self.window), torch.stack([torch.cat(part) for part in kept], 1))
+
+
+class TrajectoryUpdate(PolicyUpdate):
+    """Flow-GRPO: all steps of the window, in one micro-batch of images at a time."""
+
+    def __init__(
+        self, model: TextToImageModel, config: FlowGRPOConfig, settings: UpdateSettings
+    ) -> None:
+        super().__init__(model, config, settings)
+        self.config = config
+        if model.costs_a_forward(settings.guidance_scale):
+            raise UsageError(
+                "rollout.guidance_scale: Flow-GRPO's likelihoods are those of the policy without guidance; leave it out"
+            )
+        self.sigmas = settings.sigmas.float().cpu()
+        self.stop = min(round(config.window_stop * len(settings.grid)), self._stochastic_steps())
+        self.size = config.window_size or self.stop
+        if not 1 <= self.size <= self.stop:
+            raise UsageError(
+                f"algorithm.window_size: {self.size} stochastic steps do not fit into {len(settings.grid)} steps, "
+                f"of which {self.stop} may be stochastic; use more rollout.num_inference_steps, a smaller window, "
+                "or algorithm.dynamics=cps"
+            )
+        self._old: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def _stochastic_steps(self) -> int:
+        """The steps from the start of the grid whose noise the rest of the rollout can still remove."""
+        before, after = self.sigmas[:-1], self.sigmas[1:]
+        nothing = torch.zeros(len(before), 1)
+        step = flow_grpo.stochastic_step(
+            nothing,
+            nothing,
+            before,
+            after,
+            noise_level=self.config.noise_level,
+            dynamics=self.config.dynamics,
+        )
+        wrong = (step.std <= 0) | (step.std > after)
+        return int(wrong.nonzero()[0]) if wrong.any() else len(before)
+
+    @property
+    def metrics(self) -> list[str]:
+        return [*METRICS, *(["kl"] if self.config.kl_beta else [])]
+
+    def rows(self, images: int) -> dict[bool, set[int]]:
+        policy = images * self.size
+        reference = self.model.forward_rows(policy, self.reference_guidance_scale)
+        return {True: {policy}, False: {reference} if self.config.kl_beta else set()}
+
+    def sampler(self, update: int) -> StochasticSampler:
+        """The stochastic sampler of an update, with that update's window."""
+        start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)
+        return StochasticSampler(self.config, range(start, start + self.size))
+
+    def micro_batch(
+        self,
+        batch: TrainingBatch,
+        rows: range,
+        sums: Sums,
+        *,
+        key: tuple[int, int],
+    ) -> Tensor:
+        if batch.trajectory is None:
+            raise ValueError("Flow-GRPO needs the trajectory of the rollout")
+        config, part = self.config, batch.trajectory[rows.start : rows.stop]
+        device, steps = part.latents.device, len(part.steps)
+        repeat = batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps)
+        embeds = batch.embeds[repeat.to(device)]
+        index = torch.tensor(part.steps).repeat(len(rows))
+        latents, times = part.latents[:, :-1].flatten(0, 1), self.grid[index].to(device)
+        advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
+
+        def step(policy: str) -> flow_grpo.StochasticStep:
+            guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
+            with lora.policy(self.model.denoiser, policy):
+                pred = self.predict(latents, times, embeds, guidance)
+            return flow_grpo.stochastic_step(
+                pred,
+                latents,
+                self.sigmas[index].to(device),
+                self.sigmas[index + 1].to(device),
+                noise_level=config.noise_level,
+                dynamics=config.dynamics,
+            )
+
+        current = step(lora.CURRENT)
+        log_probs = flow_grpo.log_prob(
+            part.latents[:, 1:].flatten(0, 1), current, dynamics=config.dynamics
+        )
+        if key[1] == 0:
+            # on policy: these are the old ones, for this step and for those that follow on the rollout
+            mean = current.mean.detach() if config.guard else None
+            self._old[rows.start] = (log_probs.detach(), mean)
+        old, old_mean = self._old[rows.start]
+        loss, metrics = clipped_surrogate(
+            flow_grpo.log_ratio(log_probs, old, step=current, old_mean=old_mean),
+            clip_advantages(advantages, clip=config.advantage_clip, maximum=config.advantage_clip),
+            clip_range=config.clip_range,
+        )
+        for name, values in metrics.items():
+            sums.add(name, values)
+        total = loss.sum() / (batch.total * steps)
+        if config.kl_beta:
+            with torch.no_grad():
+                reference = step(lora.REFERENCE)
+            distance = flow_grpo.reference_distance(current, reference)
+            sums.add("kl", distance.detach())
+            total = total + config.kl_beta * distance.sum() / (batch.kept * steps)
+        return total

@@ -1,0 +1,75 @@
+"""One pass over preference pairs: images to latents, prompts to embeddings, and both images inverted by the reference.
+
+Training then needs neither autoencoder nor text encoders, and for states that are inverted deterministically the
+reference's error is one number an (image, state): no forward of the reference either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from diffalign.config import PreferenceRunConfig
+from diffalign.core.fingerprint import of_pipeline
+from diffalign.data.fill import fill
+from diffalign.data.pairs.cache import PairCache
+from diffalign.data.pairs.records import read_pairs
+from diffalign.data.pairs.tables import PairsError, tables
+from diffalign.diffusion.inversion import inversion_grid
+from diffalign.methods.preference.maker import PairMaker, solver_of
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.training.denoise import image_size
+
+
+def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:
+    """Everything that a cache depends on."""
+    pairs = asdict(config.pairs)
+    for name in ("cache", "validation", "micro_batch_size", "source"):
+        del pairs[name]
+    root = Path(config.pairs.source)
+    files = {
+        (f.relative_to(root) if root.is_dir() else Path(f.name)).as_posix(): f.stat().st_size
+        for f in tables(config.pairs.source)
+    }
+    pairs["inversion"] |= {"states": config.states, "solver": solver_of(config, model)}
+    return {
+        "files": files,
+        "pairs": pairs,
+        "model": of_pipeline(model.pipeline),
+        "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
+        "size": list(image_size(config, model)),
+        "mixed_precision": config.training.mixed_precision,
+    }
+
+
+def grid_of(config: PreferenceRunConfig, model: TextToImageModel) -> Tensor:
+    """The rising timesteps (N + 1,) of the model's own scheduler, from clean to noise."""
+    height, width = image_size(config, model)
+    scheduler = model.scheduler_at(config.pairs.inversion.steps, height=height, width=width)
+    return inversion_grid(scheduler.timesteps)
+
+
+def precompute(
+    config: PreferenceRunConfig, model: TextToImageModel, accelerator: Accelerator
+) -> PairCache:
+    """Fill the cache of a run, or go on where that stopped; processes share the shards.
+
+    Raises:
+        PairsError: the source is not readable, or no pair of it can be used.
+        CacheError: the cache was made from something else, or the disk is full.
+    """
+    cache = PairCache(config.pairs.cache or f"{config.output_dir.rstrip('/')}-cache")
+    grid = grid_of(config, model)
+    return fill(
+        cache,
+        accelerator,
+        key=cache_key(config, model, grid),
+        items=lambda row: read_pairs(config.pairs, start=row),
+        limit=config.pairs.limit,
+        make=lambda: PairMaker(config, model, grid).make,
+        nothing=lambda reasons: PairsError(f"pairs.source: no pair can be used ({reasons})"),
+    )

@@ -1,0 +1,113 @@
+"""States that `diffalign pairs --record_states` kept while it drew: what an inversion would look for, and exact."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffalign.config import PreferenceRunConfig
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import of_pipeline
+from diffalign.data.pairs.records import PreferencePair
+from diffalign.data.pairs.states import RecordedStates, read_states
+from diffalign.data.pairs.tables import PairsError
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.training.denoise import image_size
+
+RECORDED = "recorded"
+SAME_TIMESTEP = 0.01
+
+
+@dataclass
+class RecordedSource:
+    """Reads them for pairs, and refuses what is of another model, size or grid."""
+
+    config: PreferenceRunConfig
+    model: TextToImageModel
+    grid: Tensor
+
+    def __post_init__(self) -> None:
+        if self.config.pairs.random_flip:
+            raise UsageError(
+                f"pairs.random_flip: not with pairs.inversion.solver={RECORDED}, whose states are of images as drawn"
+            )
+        self.weights = of_pipeline(self.model.pipeline)
+        self.shape = tuple(self.model.latent_shape(*image_size(self.config, self.model)))
+        c = self.config
+        self.settings = {
+            "guidance_scale": str(c.pairs.inversion.guidance_scale),
+            "mixed_precision": c.training.mixed_precision,
+            "dtype": str(self.model.denoiser.dtype),
+        }
+
+    def read(self, pairs: list[PreferencePair]) -> list[RecordedStates]:
+        """Of both images of n pairs: 2 n.
+
+        Raises:
+            PairsError: there are none, too few, or those of another model, size or grid.
+        """
+        found = []
+        for pair in pairs:
+            both = [read_states(image) for image in pair.images]
+            for recorded in both:
+                self._check(recorded, pair)
+            if not torch.equal(both[0].timesteps, both[1].timesteps):
+                raise PairsError(f"{pair.place}: its images' states are of different timesteps")
+            found += both
+        return found
+
+    def _check(self, recorded: RecordedStates, pair: PreferencePair) -> None:
+        there = recorded.made_by.get("model")
+        if there != self.weights:
+            raise PairsError(
+                f"{pair.place}: its states were recorded with other weights ({there}, here {self.weights}), or another "
+                "--dtype; draw the pairs with this model, or invert them with another pairs.inversion.solver"
+            )
+        if tuple(recorded.latents.shape) != self.shape:
+            raise PairsError(
+                f"{pair.place}: its latents are {tuple(recorded.latents.shape)}, not {self.shape}: another size"
+            )
+        usable = len(self.usable(recorded))
+        if usable < self.config.states:
+            raise PairsError(
+                f"{pair.place}: {usable} states with at least pairs.inversion.min_noise were recorded of an image, "
+                f"fewer than pairs.inversion.states ({self.config.states})"
+            )
+
+    def usable(self, recorded: RecordedStates) -> Tensor:
+        """Numbers of the states that have enough noise."""
+        noise = self.model.noise.scales(recorded.timesteps)[1]
+        return (noise >= self.config.pairs.inversion.min_noise).nonzero().flatten()
+
+    def places(self, pair: PreferencePair, recorded: RecordedStates, order: Tensor) -> Tensor:
+        """(K,) places on the grid of the states `order` (K,) of an image."""
+        times = recorded.timesteps[order]
+        distance = (self.grid - times[:, None]).abs()
+        if (distance.amin(1) > SAME_TIMESTEP).any():
+            wrong = float(times[distance.amin(1).argmax()])
+            raise PairsError(
+                f"{pair.place}: a state at timestep {wrong:g} is not on the grid of pairs.inversion.steps="
+                f"{self.config.pairs.inversion.steps}: as many as `diffalign pairs --num_inference_steps` had"
+            )
+        return distance.argmin(1)
+
+    def states(
+        self, found: list[RecordedStates], pairs: list[PreferencePair], orders: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of n pairs: places on the grid (n, K), states (2 n, K, C, H, W), the reference's errors (2 n, K), NaN where
+        they are unknown: where images were drawn with another guidance or precision than is trained with."""
+        index, states, errors = [], [], []
+        for i, (pair, order) in enumerate(zip(pairs, orders, strict=True)):
+            index.append(self.places(pair, found[2 * i], order))
+            for recorded in found[2 * i : 2 * i + 2]:
+                states.append(recorded.states[order])
+                known = recorded.reference_error
+                if known is None or any(
+                    recorded.made_by.get(k) != v for k, v in self.settings.items()
+                ):
+                    known = torch.full((len(recorded.timesteps),), math.nan)
+                errors.append(known[order])
+        return torch.stack(index), torch.stack(states), torch.stack(errors)

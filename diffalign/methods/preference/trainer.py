@@ -1,0 +1,115 @@
+"""The loop on preference pairs: a cache made once, then updates that need the denoiser alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from diffalign.config import PreferenceRunConfig
+from diffalign.core.errors import UsageError
+from diffalign.core.seeds import TIMESTEPS, VALIDATION
+from diffalign.data.pairs.cache import PairCache
+from diffalign.data.pairs.tables import PairsError
+from diffalign.lora import policies as lora
+from diffalign.methods.preference.precompute import grid_of, precompute
+from diffalign.methods.preference.update import PreferenceUpdate
+from diffalign.training.order import EpochOrder
+from diffalign.training.trainer import Trainer
+
+VALIDATION_PAIRS = 256
+
+
+@dataclass
+class PreferenceTrainer(Trainer):
+    """One run on the pairs of `config.pairs`."""
+
+    config: PreferenceRunConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c = self.config
+        world = self.accelerator.num_processes
+        if c.training.pairs_per_update < world:
+            raise UsageError(
+                f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes"
+            )
+        self.update = PreferenceUpdate(
+            self.model,
+            c.algorithm,
+            grid=grid_of(c, self.model),
+            micro_batch_size=c.training.micro_batch_size,
+            mixed_precision=c.training.mixed_precision,
+            seed=c.training.seed,
+            guidance_scale=c.pairs.inversion.guidance_scale,
+        )
+
+    def prepare(self) -> None:
+        self.cache: PairCache = precompute(self.config, self.model, self.accelerator)
+        self.pairs, self.kept = self.cache.split(self.config.pairs.validation)
+        if not self.pairs:
+            raise PairsError(
+                "pairs.validation: every prompt is kept for validation; use a smaller share or more pairs"
+            )
+        c = self.config.training
+        self.chosen = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
+
+    def full_batches(self) -> dict[bool, set[int]]:
+        c, world = self.config, self.accelerator.num_processes
+        share = -(-c.training.pairs_per_update // world)
+        found = self.update.rows(min(c.training.micro_batch_size, share))
+        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        inverted = self.model.forward_rows(
+            c.pairs.micro_batch_size, c.pairs.inversion.guidance_scale
+        )
+        found[False] |= {drawn, inverted} if c.states else {drawn}
+        return found
+
+    def train_update(self) -> dict[str, Any]:
+        """One optimizer step on `pairs_per_update` pairs; returns the row of the log."""
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        self.forwards.take()
+        chosen = self.chosen(number)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world]
+        key = (TIMESTEPS, number)
+        batch = self.cache.batch(mine, self.accelerator.device)
+        baseline = None
+        if self.config.algorithm.loss_type == "kto":
+            gain, count = self.accelerator.reduce(self.update.gain(batch, key=key), "sum")
+            baseline = gain / count
+        self.optimizer.zero_grad()
+        sums = self.update.accumulate(batch, total=len(chosen), key=key, baseline=baseline)
+        return self.finish(number, sums, started=started, count=len(chosen), unit="pair")
+
+    def headline(self, row: dict[str, Any]) -> dict[str, str]:
+        return {
+            "loss": f"{row['loss']:.4f}",
+            "accuracy": f"{row.get('accuracy', 0):.3f}",
+            "pairs_per_s": f"{row['pairs_per_second']:.1f}",
+        }
+
+    def validate(self) -> dict[str, float]:
+        """The metrics of pairs whose prompts are never trained on, of the policy that is saved, with the same noise."""
+        pairs = self.kept[:VALIDATION_PAIRS]
+        if not pairs:
+            return {}
+        with lora.policy(self.model.denoiser, self.policy):
+            batch = self.cache.batch(pairs, self.accelerator.device)
+            found = self.update.measure(batch, key=(VALIDATION,)).means()
+        return {f"validation/{name}": value for name, value in found.items()}
+
+    def facts(self) -> dict[str, Any]:
+        c = self.config
+        manifest = self.cache.manifest
+        return {
+            "pairs": len(self.pairs),
+            "validation_pairs": len(self.kept),
+            "skipped_pairs": manifest["skipped"],
+            "precompute_seconds": manifest["seconds"],
+            "round_trip_error": manifest["round_trip_error"],
+            "beta_per_element": c.algorithm.beta / math.prod(self.model.latent_shape(*self.size)),
+            "states": c.states,
+        }
