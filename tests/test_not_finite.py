@@ -75,3 +75,15 @@ def test_the_command_counts_them(broken, capsys):
     assert cli.main(["evaluate", "--model=shapes-sd3", *flags]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (found["scored"], found["not_finite"]) == (2, 1)
+
+
+def test_batches_are_shown_in_order_as_they_are_drawn(sd3):
+    shown = []
+    prompts = load_prompts("shapes:held_out", limit=2)
+    config = EvaluationConfig(num_inference_steps=1, images_per_prompt=2)
+    flags = FLAGS | {"micro_batch_size": 3}
+    found = evaluate_model(
+        sd3, prompts, constant, config, **flags, on_images=lambda rows, x: shown.append((rows, x))
+    )
+    assert [rows.start for rows, _ in shown] == [0, 3]
+    assert torch.equal(torch.cat([x for _, x in shown]), found.images)

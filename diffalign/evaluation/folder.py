@@ -9,30 +9,40 @@ import numpy as np
 
 from diffalign.core.errors import UsageError
 from diffalign.data.images import CaptionedImage, batches
-from diffalign.evaluation.score import Score
+from diffalign.evaluation.score import Progress, Score
 
 
 def score_folder(
-    images: Sequence[CaptionedImage], score: Score, *, batch_size: int
+    images: Sequence[CaptionedImage],
+    score: Score,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """One row an image (`file`, `prompt`, and a value of each reward and detail, or `error`), and the means over the
-    images that have a value."""
+    """Return one row per image, and the means over the images that have a value.
+
+    A row has `file`, `prompt`, and a value of each reward and detail, or `error`.
+    """
     rows: list[dict[str, Any]] = [
         {"file": str(image.path), "prompt": image.prompt.text} for image in images
     ]
     if batch_size < 1:
         raise UsageError(f"--batch_size must be at least 1, got {batch_size}")
+    done = 0
     for numbers, pixels, error in batches(images, size=batch_size):
         if pixels is None:
             rows[numbers[0]]["error"] = error
-            continue
-        prompts = [images[i].prompt for i in numbers]
-        found = score(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
-        for k, i in enumerate(numbers):
-            rows[i] |= {
-                name: float(v[k]) if np.isfinite(v[k]) else None
-                for name, v in found.details.items()
-            }
+        else:
+            prompts = [images[i].prompt for i in numbers]
+            output = score(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
+            for k, i in enumerate(numbers):
+                rows[i] |= {
+                    name: float(v[k]) if np.isfinite(v[k]) else None
+                    for name, v in output.details.items()
+                }
+        done += len(numbers)
+        if progress is not None:
+            progress(done, len(images))
     names = dict.fromkeys(n for r in rows for n, v in r.items() if isinstance(v, float))
     means = {n: float(np.mean([r[n] for r in rows if r.get(n) is not None])) for n in names}
     return rows, means

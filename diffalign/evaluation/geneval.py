@@ -22,7 +22,7 @@ from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.states import states_path
 from diffalign.data.prompts import Prompt, parse_line
 from diffalign.evaluation.recording import StateKeeper
-from diffalign.evaluation.score import image_seeds, render
+from diffalign.evaluation.score import Progress, image_seeds, render
 from diffalign.geneval.rules import Detection, judge, summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
@@ -96,6 +96,7 @@ def generate_samples(
     micro_batch_size: int,
     process: tuple[int, int] = (0, 1),
     keeper: StateKeeper | None = None,
+    progress: Progress | None = None,
     **sizes: Any,
 ) -> int:
     """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were; one that is
@@ -137,6 +138,8 @@ def generate_samples(
             picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
             with aside(place) as file:
                 picture.save(file, format="PNG")
+        if progress is not None:
+            progress(start + len(part), len(missing))
     return len(missing)
 
 
@@ -166,11 +169,17 @@ def read_samples(folder: Path) -> tuple[list[CaptionedImage], int]:
 
 
 def score_samples(
-    images: Sequence[CaptionedImage], detect: Detect, *, batch_size: int, compat: bool = False
+    images: Sequence[CaptionedImage],
+    detect: Detect,
+    *,
+    batch_size: int,
+    compat: bool = False,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """One row an image with GenEval's fields (`metadata` and `details` are JSON texts) and the continuous `score`;
     what cannot be read has `error` instead, and is not correct."""
     rows: list[dict[str, Any]] = [{} for _ in images]
+    done = 0
     for numbers, pixels, error in batches(images, size=batch_size):
         entries = [images[i].prompt.metadata for i in numbers]
         found = [[] for _ in numbers] if pixels is None else detect(pixels, entries)
@@ -178,6 +187,9 @@ def score_samples(
             rows[i] = _row(images[i], objects, compat=compat)
             if error is not None:
                 rows[i] |= {"correct": False, "reason": "unreadable", "error": error}
+        done += len(numbers)
+        if progress is not None:
+            progress(done, len(images))
     return rows
 
 

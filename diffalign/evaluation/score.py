@@ -21,6 +21,10 @@ from diffalign.pipelines.solvers import solver_step
 from diffalign.types import RewardOutput
 
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
+OnImages = Callable[[slice, Tensor], None]
+"""Callback of one batch: its rows among all images, and the images (B, 3, H, W) uint8 on the CPU."""
+Progress = Callable[[int, int], None]
+"""Callback of long work: images done, images in all."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,22 @@ def evaluate_model(
     width: int | None = None,
     micro_batch_size: int = 64,
     mixed_precision: str = "bf16",
+    on_images: OnImages | None = None,
 ) -> Evaluation:
-    """Generate `images_per_prompt` images for every prompt, or `images_per_task` for every task, and score them."""
+    """Draw and score images of every prompt.
+
+    There are `config.images_per_prompt` images for every prompt, or `config.images_per_task` for every task:
+    one for each row of `repeat_prompts`.
+
+    Args:
+        on_images: called once for each batch, in the order of the rows, before the batch is scored.
+    """
     repeated = repeat_prompts(prompts, config)
     parts: list[RewardOutput] = []
 
     def score_part(part: slice, images: Tensor) -> None:
+        if on_images is not None:
+            on_images(part, images)
         asked = repeated[part]
         parts.append(score(images, [p.text for p in asked], [p.metadata for p in asked]))
 
@@ -114,7 +128,7 @@ def render(
     mixed_precision: str = "bf16",
     cache: EmbedCache | None = None,
     recorder: Recorder | None = None,
-    on_images: Callable[[slice, Tensor], None] | None = None,
+    on_images: OnImages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says, and (N,) bool: whether its latents are finite,
     for pixels of uint8 do not show what was NaN. A `cache` outlives the call; a `recorder` remembers the way."""
