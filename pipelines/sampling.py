@@ -150,24 +150,26 @@ def sample(
 
 
 class EmbedCache:
-    """Prompt embeddings, each prompt encoded once as long as it stays among the `size` most recent; kept on the CPU."""
+    """Cache of prompt embeddings on the CPU: the `size` most recent prompts, each encoded once.
+
+    A prompt is encoded alone. In a batch its embedding's last bits would depend on the batch, thus on which prompts
+    the cache happened to hold, and a resumed run, whose cache is empty, would differ from an uninterrupted one.
+    """
 
     def __init__(self, model: TextToImageModel, *, size: int = 4096) -> None:
         self.model = model
         self.size = size
         self._store: dict[str, PromptEmbeds] = {}
 
-    def __call__(self, texts: Sequence[str], *, batch_size: int = 64) -> PromptEmbeds:
-        new = [t for t in dict.fromkeys(texts) if t not in self._store]
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
-            embeds = self.model.encode_prompt(part).to("cpu")
-            self._store |= {text: embeds[i : i + 1] for i, text in enumerate(part)}
+    def __call__(self, texts: Sequence[str]) -> PromptEmbeds:
+        """Return the embeddings of the prompts, one row each, on the model's device."""
         rows = []
         for text in texts:
-            self._store[text] = self._store.pop(text)  # most recent last
+            row = self._store.pop(text, None)
+            # most recent last
+            self._store[text] = self.model.encode_prompt([text]).to("cpu") if row is None else row
             rows.append(self._store[text])
-        while len(self._store) > max(self.size, len(texts)):
+        while len(self._store) > max(self.size, len(set(texts))):
             del self._store[next(iter(self._store))]
         return PromptEmbeds.cat(rows).to(self.model.device)
 

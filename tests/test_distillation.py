@@ -174,14 +174,14 @@ def settings(folder, **groups):
 MODELS = {**tiny.MODELS, **tiny.UNETS}
 
 
-def trainer(folder, family="flux", **groups):
+def trainer(folder, family="flux", *, prompts=None, **groups):
     config = settings(folder, **groups)
     return DistillationTrainer(
         config,
         MODELS[family](),
         Accelerator(cpu=True),
         RunFolder(folder),
-        load_prompts("shapes:train"),
+        prompts or load_prompts("shapes:train"),
     )
 
 
@@ -276,6 +276,32 @@ def test_the_student_draws_with_its_scheduler_and_the_teacher_with_its_own(tmp_p
         assert found.model.pipeline.scheduler is own
     assert found.model.pipeline.scheduler is own
     assert found.evaluation(lora.REFERENCE).num_inference_steps == 8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_in_which_prompts_return_is_bit_identical(method, tmp_path, monkeypatch):
+    tiny.make_embeddings_depend_on_their_batch(monkeypatch)
+
+    def build(name):
+        prompts = load_prompts("shapes:train")[:4]
+        teacher = {"prompts_per_update": 3, "num_inference_steps": 4}
+        algorithm = METHODS[method]
+        return trainer(tmp_path / name, prompts=prompts, teacher=teacher, algorithm=algorithm)
+
+    whole = build("whole")
+    for _ in range(4):
+        whole.train_update()
+    first = build("parts")
+    for _ in range(2):
+        first.train_update()
+    first.save()
+    second = build("parts")
+    assert second.resume()
+    for _ in range(2):
+        second.train_update()
+    for policy in (lora.CURRENT, lora.AVERAGED):
+        a, b = (lora.adapter_state(r.model.denoiser, policy) for r in (whole, second))
+        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("method", ["reflow", "consistency"])

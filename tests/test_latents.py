@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from processes import results_of
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file
 from tiny_moves import deep_autoencoder, image_folder, settings, trainer
 
 from diffalign import cli
@@ -292,7 +294,10 @@ def test_a_cache_of_other_images_is_refused(autoencoder, tmp_path):
 
 
 def test_an_interrupted_pass_goes_on(autoencoder, tmp_path, monkeypatch):
+    """Prompts return in the second shard: its tensors are those of the uninterrupted pass."""
+    tiny.make_embeddings_depend_on_their_batch(monkeypatch)
     images = image_folder(tmp_path / "images", n=SHARD_ITEMS + 5)
+    (images / f"{SHARD_ITEMS + 4:03d}.txt").write_text("a prompt of the second shard alone")
     groups = {"latents": {"cache": str(tmp_path / "cache"), "alignment_images": 4}}
     ready(tmp_path / "run", images, autoencoder, **groups)
     folder = tmp_path / "cache"
@@ -308,6 +313,9 @@ def test_an_interrupted_pass_goes_on(autoencoder, tmp_path, monkeypatch):
     run = ready(tmp_path / "again", images, autoencoder, **groups)
     kept = (folder / "shard-00000.safetensors").read_bytes()
     assert kept == whole["shard-00000.safetensors"]
+    made = load_file(folder / "shard-00001.safetensors")
+    for name, values in load_bytes(whole["shard-00001.safetensors"]).items():
+        assert torch.equal(made[name], values)
     assert run.cache.manifest["images"] == SHARD_ITEMS + 5
     assert len(run.cache.paired) == SHARD_ITEMS, "by shards"
     (folder / "shard-00001.safetensors").write_bytes(b"cut")

@@ -343,7 +343,11 @@ class TestSkips:
 
 
 class TestGoingOn:
-    def test_after_an_interruption(self, source, tmp_path, monkeypatch):
+    def test_after_an_interruption(self, tmp_path, monkeypatch):
+        """Prompts of the first shard return in the others."""
+        tiny.make_embeddings_depend_on_their_batch(monkeypatch)
+        again = {f"row_{i}": {"prompt": f"a red square {i % 7}"} for i in range(12)}
+        source = tiny_pairs.write_pairs(tmp_path / "pairs", 12, **again)
         monkeypatch.setattr(module, "SHARD_ITEMS", 5)
         whole = fill(source, tmp_path / "whole")
         make = module.PairMaker.make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -287,6 +289,20 @@ def rollout(model, prompts, *, generator, guidance_scale):
         generator=generator,
     )
     return model.decode(latents).permute(0, 2, 3, 1).numpy()
+
+
+def make_embeddings_depend_on_their_batch(monkeypatch) -> None:
+    """Patch every family so that the size of a batch is seen in its embeddings, as it is in their last bits."""
+    for kind in (SD3Model, FluxModel, SanaModel, SDModel, SDXLModel):
+        monkeypatch.setattr(kind, "encode_prompt", _marked(kind.encode_prompt))
+
+
+def _marked(encode):
+    def encode_prompt(self, prompts):
+        found = encode(self, prompts)
+        return replace(found, prompt_embeds=found.prompt_embeds * (1 + len(prompts) / 64))
+
+    return encode_prompt
 
 
 class Brightness(Reward):
