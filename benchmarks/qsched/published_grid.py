@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffalign.data.prompts import Prompt
-from diffalign.evaluation.preference import interval
+from diffalign.evaluation.intervals import bootstrap
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.tuning.evaluator import Drawing
@@ -88,7 +88,7 @@ def matched(result: Search, grid: Search) -> dict[str, Any]:
 def _mean(gains: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
     """With its 95 % bootstrap interval over prompts."""
     valid = np.isfinite(gains)
-    low, high = interval(gains[valid], [p for p, kept in zip(prompts, valid, strict=True) if kept])
+    low, high = bootstrap(gains[valid], [p for p, kept in zip(prompts, valid, strict=True) if kept])
     return {
         name: round(float(v), 4)
         for name, v in (("mean", gains[valid].mean()), ("low", low), ("high", high))

@@ -17,7 +17,9 @@ from diffalign.data.prompts import Prompt, told
 from diffalign.evaluation.score import Evaluation
 
 KEY, FOUND = "key", "found"
-"""Of the file's header: a digest of what it is an evaluation of, and its figures."""
+"""Keys of the file's header: a digest of what was evaluated, and its figures."""
+COLUMN = "score:"
+"""Prefix of the tensors that hold scores per image."""
 
 
 def _digest(key: Any, prompts: Sequence[Prompt]) -> str:
@@ -32,6 +34,7 @@ def keep(found: Evaluation, file: Path, *, key: Any) -> None:
         "images": found.images.contiguous(),
         "rows": torch.tensor(list(rows)),
         "rewards": torch.from_numpy(found.rewards),
+        **{COLUMN + name: torch.from_numpy(values) for name, values in found.scores.items()},
     }
     header = {KEY: _digest(key, found.prompts), FOUND: json.dumps(found.to_dict())}
     with aside(file) as path:
@@ -51,6 +54,14 @@ def kept(file: Path, prompts: list[Prompt], *, key: Any) -> Evaluation | None:
             tensors = {n: opened.get_tensor(n).clone() for n in opened.keys()}  # noqa: SIM118
     except SafetensorError:  # cut by something that is not us: it can be made again
         return None
+    scores = {
+        name.removeprefix(COLUMN): values.numpy()
+        for name, values in tensors.items()
+        if name.startswith(COLUMN)
+    }
+    if not scores:
+        # written before scores were kept: without them no difference has an interval
+        return None
     found = json.loads(header[FOUND])
     return Evaluation(
         prompts,
@@ -61,4 +72,5 @@ def kept(file: Path, prompts: list[Prompt], *, key: Any) -> Evaluation | None:
         failed=found["failed"],
         not_finite=found["not_finite"],
         rows=tuple(tensors["rows"].tolist()),
+        scores=scores,
     )

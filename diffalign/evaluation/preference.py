@@ -10,8 +10,7 @@ import numpy as np
 
 from diffalign.core.errors import UserError
 from diffalign.data.images import CaptionedImage
-
-RESAMPLES = 10_000
+from diffalign.evaluation.intervals import FEWEST_PROMPTS, bootstrap, wilson
 
 
 class PairError(UserError, ValueError):
@@ -20,8 +19,10 @@ class PairError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of pairs that A wins, a tie being half a win; `low` and `high` bound its confidence interval; `difference`
-    is the mean of A's reward less B's."""
+    """Share of pairs that A wins, where a tie is half a win.
+
+    `low` and `high` bound its confidence interval; `difference` is the mean of A's reward less B's.
+    """
 
     rate: float
     low: float
@@ -29,6 +30,12 @@ class WinRate:
     difference: float
     pairs: int
     ties: int
+    prompts: int
+
+    @property
+    def within_noise(self) -> bool:
+        """True where the pairs do not show which side is preferred."""
+        return self.prompts < FEWEST_PROMPTS or self.low <= 0.5 <= self.high
 
 
 def win_rate(
@@ -39,17 +46,21 @@ def win_rate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> WinRate | None:
-    """Of N pairs of rewards (N,); pairs with a NaN are left out, None where none is left.
+    """Return how often A's reward (N,) beats B's; pairs with a NaN are left out, None where none is left.
 
-    The interval is a bootstrap over prompts: images of one prompt are no independent evidence.
+    The interval is a bootstrap over prompts: images of one prompt are no independent evidence. Where one side wins
+    every pair, no resample differs, and the interval is Wilson's for as many trials as there are prompts.
     """
     valid = np.isfinite(a) & np.isfinite(b)
     if not valid.any():
         return None
     a, b = a[valid].astype(np.float64), b[valid].astype(np.float64)
     wins = (a > b) + 0.5 * (a == b)
-    asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
-    low, high = interval(wins, asked, confidence=confidence, seed=seed)
+    texts = [p for p, is_valid in zip(prompts, valid, strict=True) if is_valid]
+    low, high = bootstrap(wins, texts, confidence=confidence, seed=seed)
+    prompts_left = len(set(texts))
+    if wins.min() == wins.max() != 0.5:
+        low, high = wilson(float(wins.mean()), prompts_left, confidence=confidence)
     return WinRate(
         rate=float(wins.mean()),
         low=low,
@@ -57,23 +68,8 @@ def win_rate(
         difference=float((a - b).mean()),
         pairs=len(a),
         ties=int((a == b).sum()),
+        prompts=prompts_left,
     )
-
-
-def interval(
-    values: np.ndarray, prompts: Sequence[str], *, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Of the mean of N values (N,), by a bootstrap over their prompts."""
-    _, group = np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)
-    total, count = np.bincount(group, weights=values), np.bincount(group)
-    rng = np.random.default_rng(seed)
-    even = np.full(len(count), 1 / len(count))
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):  # one at a time: with many prompts a table of all would not fit
-        drawn = rng.multinomial(len(count), even)
-        means[i] = (drawn @ total) / (drawn @ count)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def by_name(images: Sequence[CaptionedImage], folder: Path) -> dict[str, CaptionedImage]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from diffalign.config import EvaluationConfig
 from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation import intervals
+from diffalign.evaluation.intervals import Difference, Estimate
 from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
@@ -20,6 +22,8 @@ from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import solver_step
 from diffalign.types import RewardOutput
 
+CORRECT = "/correct"
+"""Suffix of the detail that says whether an image is correct."""
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
 OnImages = Callable[[slice, Tensor], None]
 """Callback of one batch: its rows among all images, and the images (B, 3, H, W) uint8 on the CPU."""
@@ -29,9 +33,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`tasks`: accuracy of each task and their mean where a reward says what is correct; `means`: mean of the reward
-    and of each detail over the images that have it; `images` (N, 3, H, W) uint8 in the order of `prompts`. `failed`
-    counts the images without a reward, `not_finite` among them those whose latents are not numbers."""
+    """Images of a model on prompts, and their scores.
+
+    `tasks` is the accuracy of each task and their mean, where a reward says what is correct. `means` is the mean of
+    the reward and of each detail over the images that have it, `scores` their values (N,) per image. `images`
+    (N, 3, H, W) uint8 are in the order of `prompts`. `failed` counts the images without a reward, `not_finite` among
+    them those whose latents are not numbers.
+    """
 
     prompts: list[Prompt]
     images: Tensor
@@ -41,6 +49,49 @@ class Evaluation:
     failed: int
     not_finite: int = 0
     rows: tuple[int, ...] | None = None
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of each image."""
+        return [p.text for p in self.prompts]
+
+    def intervals(self) -> dict[str, dict[str, Estimate]]:
+        """Return the interval of each of `means` and `tasks`."""
+        return {
+            "means": {
+                name: estimate
+                for name, values in self.scores.items()
+                if (estimate := intervals.mean(values, self.texts)) is not None
+            },
+            "tasks": {}
+            if (values := self._correct()) is None
+            else intervals.task_mean(values, self.texts, [p.task for p in self.prompts]),
+        }
+
+    def differences(self, before: Evaluation) -> dict[str, dict[str, Difference]]:
+        """Return the paired difference to `before` of each mean and task that both have.
+
+        The two evaluations have the same prompts and seeds, image by image.
+        """
+        if self.texts != before.texts:
+            return {"means": {}, "tasks": {}}
+        both = [name for name in self.scores if name in before.scores]
+        means = {
+            name: found
+            for name in both
+            if (found := intervals.difference(self.scores[name], before.scores[name], self.texts))
+        }
+        mine, other = self._correct(), before._correct()
+        tasks = {}
+        if mine is not None and other is not None:
+            kinds = [p.task for p in self.prompts]
+            tasks = intervals.task_difference(mine, other, self.texts, kinds)
+        return {"means": means, "tasks": tasks}
+
+    def _correct(self) -> np.ndarray | None:
+        """Return the column that says which images are correct."""
+        return next((v for k, v in self.scores.items() if k.endswith(CORRECT)), None)
 
     def image(self, row: int) -> Tensor:
         """(3, H, W) uint8 of a row of `prompts`."""
@@ -58,7 +109,13 @@ class Evaluation:
             "not_finite": self.not_finite,
             "means": self.means,
             "tasks": self.tasks,
+            "intervals": as_dicts(self.intervals()),
         }
+
+
+def as_dicts(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
+    """Return intervals of `means` and `tasks` for JSON."""
+    return {group: {n: e.to_dict() for n, e in found.items()} for group, found in groups.items()}
 
 
 def evaluate_model(
@@ -169,10 +226,12 @@ def summarize_scores(prompts: list[Prompt], images: Tensor, output: RewardOutput
     """Means over images with a reward; GenEval's table where some reward reports `correct`."""
     mask = output.mask
     columns = {"reward": output.values, **output.details}
+    scores = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     means = {k: float(np.nanmean(v)) for k, v in columns.items() if np.isfinite(v).any()}
-    correct = next((v for k, v in output.details.items() if k.endswith("/correct")), None)
+    correct = next((v for k, v in output.details.items() if k.endswith(CORRECT)), None)
     tasks = {}
     if correct is not None:
         kept = [(p.task, c) for p, c in zip(prompts, correct, strict=True) if np.isfinite(c)]
         tasks = summarize([t for t, _ in kept], [c for _, c in kept])
-    return Evaluation(prompts, images, output.values, means, tasks, int((~mask).sum()))
+    failed = int((~mask).sum())
+    return Evaluation(prompts, images, output.values, means, tasks, failed, scores=scores)

@@ -18,7 +18,7 @@ from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 from diffalign.core.fingerprint import of_denoiser, of_pipeline
 from diffalign.data.prompts import Prompt
-from diffalign.evaluation.preference import interval
+from diffalign.evaluation.intervals import bootstrap
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.schedulers import Coefficients, QSched
@@ -327,7 +327,7 @@ def accept(
             "to refuse by"
         )
     asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
-    return float(gains[valid].mean()), interval(gains[valid], asked)
+    return float(gains[valid].mean()), bootstrap(gains[valid], asked)
 
 
 def _means(scores: Scores) -> dict[str, float]:
