@@ -9,7 +9,7 @@ import sys
 import torch
 
 WHO = """
-from diffalign import processes
+from diffalign.core import processes
 if processes.current().is_main_process:
     open(sys.argv[1] + "/world", "w").write(str(processes.current().num_processes))
 """

@@ -8,8 +8,8 @@ from compilation import counted
 from benchmarks.awm import awm
 from benchmarks.awm import phases as awm_phases
 from benchmarks.common.record import BenchOptions
+from diffalign import lora
 from diffalign.config import load
-from diffalign.lora import policies as lora
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
 
 PHASES = ["rollout", "decode", "policy", "reference", "lagged", "optimizer"]

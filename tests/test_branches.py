@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import diffalign
+from diffalign import lora
 from diffalign.core.errors import UserError
-from diffalign.lora import policies as lora
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantization_config, quantize_model
 from diffalign.quantization.branches import BranchLinear

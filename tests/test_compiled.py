@@ -6,7 +6,7 @@ import tiny_runs
 import torch
 from compilation import counted
 
-from diffalign.lora import policies as lora
+from diffalign import lora
 from diffalign.pipelines import compiled
 
 

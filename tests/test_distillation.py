@@ -15,13 +15,12 @@ from diffusers import (
     TCDScheduler,
 )
 
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.algorithms import distillation as losses
 from diffalign.config import ConfigError, DistillationRunConfig, decode, load
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.paths import RectifiedFlow, VariancePreserving
-from diffalign.lora import policies as lora
 from diffalign.methods.distillation.trainer import DistillationTrainer, student_scheduler
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.pipelines.registry import load_meta_model

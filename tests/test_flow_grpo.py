@@ -10,11 +10,11 @@ import tiny
 import torch
 from tiny_runs import trainer
 
+from diffalign import lora
 from diffalign.algorithms import flow_grpo
 from diffalign.algorithms.surrogate import clipped_surrogate
 from diffalign.config import ConfigError, FlowGRPOConfig
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.methods.online.trajectory_update import StochasticSampler, TrajectoryUpdate
 from diffalign.pipelines.sampling import sample
 from diffalign.training.plan import make_plan

@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from processes import launch
 
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation import geneval
 from diffalign.evaluation.geneval import GenEvalError
 from diffalign.geneval import prompts as geneval_prompts
 from diffalign.geneval.rules import TASKS
-from diffalign.lora import policies as lora
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.geneval import GenEvalReward
 from diffalign.shapes.prompts import prompts as shapes_prompts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_runs import trainer
 
-from diffalign.lora import policies as lora
+from diffalign import lora
 from diffalign.methods.online.health import find_collapse, find_warnings
 from diffalign.training import checkpoint
 from diffalign.training.trainer import TrainingError

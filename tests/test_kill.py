@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from tiny_runs import trainer
 
+from diffalign import lora
 from diffalign.core.errors import UsageError, full_disk
 from diffalign.core.files import aside
-from diffalign.lora import policies as lora
 from diffalign.training import checkpoint
 
 UPDATES = 4

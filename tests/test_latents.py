@@ -13,7 +13,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from tiny_moves import deep_autoencoder, image_folder, settings, trainer
 
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.algorithms.dcgen import dcgen_loss, guided
 from diffalign.config import ConfigError, LatentRunConfig, decode, load, recipes
 from diffalign.core.errors import UsageError
@@ -24,7 +24,6 @@ from diffalign.data.shard_cache import CacheError
 from diffalign.latents.alignment import Statistics
 from diffalign.latents.codec import pack
 from diffalign.latents.move import layer
-from diffalign.lora import policies as lora
 from diffalign.methods.dcgen.alignment import watched
 from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.training.run_folder import RunFolder

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline, QuantoConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffalign import lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 
 RANK, ALPHA = 4, 12.0
 

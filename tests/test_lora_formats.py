@@ -12,10 +12,9 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.core.errors import UsageError
 from diffalign.lora import formats as lora_formats
-from diffalign.lora import policies as lora
 
 RANK, ALPHA = 4, 12.0
 ALL = {

@@ -7,8 +7,8 @@ import tiny
 import torch
 from torch import nn
 
+from diffalign import lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization import codes, lowrank
 from diffalign.quantization.apply import quantize_model

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from benchmarks.awm.phases import published
+from diffalign import lora
 from diffalign.config import load, recipes
 from diffalign.core.precision import compute
 from diffalign.data.prompts import load_prompts
-from diffalign.lora import policies as lora
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.training.memory import MemoryForecast, adapted, forecast, saved_bytes, size_of

@@ -12,12 +12,12 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_moves import deep_autoencoder, moved_model
 
+from diffalign import lora
 from diffalign.core.errors import UsageError, UserError
 from diffalign.latents.alignment import LinearFit
 from diffalign.latents.codec import CodecError, LatentCodec
 from diffalign.latents.move import MoveError, layer, load_ends, matrix, save_ends, set_layer
 from diffalign.latents.shift import moved_scheduler
-from diffalign.lora import policies as lora
 from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_meta_model, load_model
 

@@ -10,11 +10,11 @@ from diffusers.optimization import get_scheduler
 from processes import results_of
 from tiny_runs import redness, settings, trainer
 
+from diffalign import lora
 from diffalign.config import ONLINE, ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
-from diffalign.lora import policies as lora
 from diffalign.training import checkpoint
 from diffalign.training.plan import Plan, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor

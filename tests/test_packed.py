@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from test_published import build
 from torch import nn
 
+from diffalign import lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.quantization import codes
 from diffalign.quantization.accounting import folder_bytes, report, tensor_bytes
 from diffalign.quantization.layers import PackedConv2d, PackedLayer, PackedLinear, PackSpec

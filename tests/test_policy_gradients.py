@@ -7,9 +7,9 @@ from tiny_runs import trainer
 from benchmarks.awm import arms as awm_arms
 from benchmarks.awm.gradients import direction, gradients, load_policy, signal
 from benchmarks.common.record import BenchOptions
+from diffalign import lora
 from diffalign.algorithms.timesteps import strata
 from diffalign.config import differences, to_dict
-from diffalign.lora import policies as lora
 
 
 def test_signal_by_hand():

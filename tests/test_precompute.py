@@ -271,7 +271,7 @@ class TestRefusals:
             fill(source, tmp_path)
 
     def test_adapters_are_no_other_model(self):
-        from diffalign.lora import policies as lora
+        from diffalign import lora
 
         model = tiny.sd_model()
         plain = of_pipeline(model.pipeline)

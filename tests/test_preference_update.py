@@ -8,10 +8,10 @@ import tiny_pairs
 import torch
 from processes import results_of
 
+from diffalign import lora
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
 from diffalign.core.seeds import TIMESTEPS
 from diffalign.diffusion.paths import RectifiedFlow, implied_noise
-from diffalign.lora import policies as lora
 from diffalign.types import PreferenceBatch
 
 KEY = (TIMESTEPS, 1)

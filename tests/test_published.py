@@ -14,10 +14,10 @@ from diffusers import (
 )
 
 from benchmarks.common import layouts
+from diffalign import lora
 from diffalign.config import load
 from diffalign.core.errors import UsageError
 from diffalign.latents.move import moved
-from diffalign.lora import policies as lora
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sana import SanaModel
 from diffalign.pipelines.sd import SDModel

@@ -14,8 +14,8 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffalign import lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import folder_bytes, report
 from diffalign.quantization.apply import quantize_model

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.awm import arms as awm_arms
 from benchmarks.common.record import BenchOptions
 from benchmarks.common.second_opinion import IMAGES_PER_TASK, REWARD, SecondOpinion, lora_left
-from diffalign.lora import policies as lora
+from diffalign import lora
 from diffalign.pipelines.registry import load_model
 
 

@@ -27,7 +27,10 @@ def dataset(model, n=8):
     model.max_sequence_length = 16
     shape = model.latent_shape(tiny.SIZE, tiny.SIZE)
     rows = torch.arange(n) % 2 + 1
-    return Captioned(torch.randn(n, *shape, generator=generator), rows, short, long)
+    latents = torch.randn(n, *shape, generator=generator)
+    side = tiny.SIZE // model.pixels_per_token
+    maps = torch.randint(6, (n, 2, side * side), generator=generator).byte()
+    return Captioned(latents, rows, short, long, maps)
 
 
 def config(**kwargs):

@@ -14,9 +14,8 @@ from diffusers import (
 )
 
 from benchmarks.common import layouts
-from diffalign import cli
+from diffalign import cli, lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.pipelines import registry
 from diffalign.pipelines.registry import MODELS, load_meta_model, load_model
 from diffalign.pipelines.sampling import sample

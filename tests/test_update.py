@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from diffalign import lora
 from diffalign.config import AWMConfig
 from diffalign.core.errors import UsageError
-from diffalign.lora import policies as lora
 from diffalign.methods.online import forward_update
 from diffalign.methods.online.forward_update import ForwardProcessUpdate, draw
 from diffalign.methods.online.update import TrainingBatch, UpdateSettings

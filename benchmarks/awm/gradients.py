@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffalign.lora import policies as lora
+from diffalign import lora
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training import checkpoint
 

@@ -23,11 +23,11 @@ from benchmarks.common.layouts import denoiser
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.common.record import BenchOptions, spread
 from benchmarks.dcgen.latency import kl_autoencoder, tensors_of
+from diffalign import lora
 from diffalign.config import RunConfig, load, to_dict
 from diffalign.core import processes
 from diffalign.core.precision import attention, compute
 from diffalign.data.prompts import Prompt
-from diffalign.lora import policies as lora
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.methods.online.update import TrainingBatch

@@ -22,11 +22,11 @@ from benchmarks.common.curves import Curve, evaluations, finite, speedup
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.common.record import BenchOptions, run_once, spread
 from benchmarks.inversion_dpo.gradients import PAIRS, cosines
+from diffalign import lora
 from diffalign.config import PreferenceRunConfig, load
 from diffalign.core.precision import attention
 from diffalign.core.seeds import TIMESTEPS, VALIDATION
 from diffalign.data.pairs.cache import PairCache
-from diffalign.lora import policies as lora
 from diffalign.methods.preference.precompute import precompute
 from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.methods.preference.update import METRICS, PreferenceUpdate

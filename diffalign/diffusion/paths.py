@@ -196,8 +196,13 @@ def logit_normal_sigmas(
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
-def training_timesteps(path: Path, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """(n,) timesteps as models on this path are pretrained: SD3's density for flows, uniform otherwise."""
+def training_timesteps(
+    path: Path, n: int, *, mean: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return (n,) timesteps as models on this path are pretrained: SD3's density for flows, uniform otherwise.
+
+    `mean` shifts the density of a flow: above 0 towards noise.
+    """
     if isinstance(path, RectifiedFlow):
-        return path.timesteps(logit_normal_sigmas(n, generator=generator))
+        return path.timesteps(logit_normal_sigmas(n, mean=mean, generator=generator))
     return torch.randint(path.num_train_timesteps, (n,), generator=generator)

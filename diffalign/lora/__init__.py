@@ -1,0 +1,41 @@
+"""LoRA: policies as adapters on one base (`policies`), files of stock pipelines (`files`), other formats (`formats`)."""
+
+from diffalign.lora.files import WEIGHT_NAME, export_lora, load_lora
+from diffalign.lora.policies import (
+    AVERAGED,
+    CURRENT,
+    LAGGED,
+    REFERENCE,
+    adapter_parameters,
+    adapter_state,
+    attach,
+    blend,
+    folded,
+    keep_input_dtype,
+    load_adapter_state,
+    merged,
+    policy,
+    trainable,
+    unresolved,
+)
+
+__all__ = [
+    "AVERAGED",
+    "CURRENT",
+    "LAGGED",
+    "REFERENCE",
+    "WEIGHT_NAME",
+    "adapter_parameters",
+    "adapter_state",
+    "attach",
+    "blend",
+    "export_lora",
+    "folded",
+    "keep_input_dtype",
+    "load_adapter_state",
+    "load_lora",
+    "merged",
+    "policy",
+    "trainable",
+    "unresolved",
+]

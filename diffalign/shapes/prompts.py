@@ -6,6 +6,7 @@ held out. Nothing that is trained here (base models, text encoders, alignment) e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -76,11 +77,22 @@ def prompts(split: str) -> list[Metadata]:
     return list(_split(split))
 
 
-def sample_prompts(rng: np.random.Generator, n: int, *, split: str = "train") -> list[Metadata]:
-    """`n` prompts, each task equally likely, then each of the task's prompts."""
+def sample_prompts(
+    rng: np.random.Generator,
+    n: int,
+    *,
+    split: str = "train",
+    task_weights: Mapping[str, float] | None = None,
+) -> list[Metadata]:
+    """Return `n` prompts: a task by its weight (all alike by default), then one of the task's prompts."""
     by_task: dict[str, list[Metadata]] = {}
     for prompt in prompts(split):
         by_task.setdefault(prompt["tag"], []).append(prompt)
     tasks = list(by_task.values())
-    picks = (tasks[rng.integers(len(tasks))] for _ in range(n))
+    if task_weights is None:
+        picks = (tasks[rng.integers(len(tasks))] for _ in range(n))
+    else:
+        weights = np.array([task_weights[task] for task in by_task], float)
+        numbers = rng.choice(len(tasks), size=n, p=weights / weights.sum())
+        picks = (tasks[number] for number in numbers)
     return [pool[rng.integers(len(pool))] for pool in picks]

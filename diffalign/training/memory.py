@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
     DCGenConfig,
@@ -27,7 +28,6 @@ from diffalign.config import (
     PreferenceAlgorithmConfig,
     RunConfig,
 )
-from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
 from diffalign.pipelines.sampling import EmbedCache

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
     ConfigError,
@@ -34,7 +35,6 @@ from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import image_grid, shown, write_report
 from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
-from diffalign.lora import policies as lora
 from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.methods.distillation.trainer import DistillationTrainer
 from diffalign.methods.online.health import Collapse, find_collapse, find_warnings

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from diffalign import lora
 from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
 from diffalign.core.errors import UserError
-from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
 from diffalign.training.cost import ForwardCounter

@@ -22,10 +22,17 @@ from diffalign.diffusion.paths import VariancePreserving, training_timesteps
 from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import sample
+from diffalign.scripts.shapes.semantics import (
+    SemanticHead,
+    image_tokens,
+    middle_block,
+    semantic_loss,
+    semantic_map,
+)
 from diffalign.shapes.prompts import prompts, sample_prompts
 from diffalign.shapes.text import WIDTH
 from diffalign.shapes.verifier import verify
-from diffalign.shapes.world import render, sample_scene
+from diffalign.shapes.world import IMAGE_SIZE, render, sample_scene
 from diffalign.types import PromptEmbeds
 
 NULL_PROMPT = ""
@@ -36,6 +43,15 @@ LONG_SHARE = 0.03
 """Share of the batches whose T5 tokens are padded to LONG_PADDING, so that a stock call draws well, too."""
 LONG_DIVISOR = 4
 """Such a batch has so many times fewer images: its attention is not worth more."""
+TASK_WEIGHTS = {
+    "single_object": 1,
+    "two_object": 2,
+    "counting": 3,
+    "colors": 1,
+    "position": 4,
+    "color_attr": 4,
+}
+"""Relative number of training images per task: relations and bindings are what is hardest to learn."""
 
 
 def build_sd3_transformer() -> SD3Transformer2DModel:
@@ -45,11 +61,11 @@ def build_sd3_transformer() -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=6,
+        num_layers=5,
         attention_head_dim=32,
-        num_attention_heads=6,
+        num_attention_heads=4,
         joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=192,
+        caption_projection_dim=128,
         pooled_projection_dim=2 * WIDTH,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
@@ -62,9 +78,9 @@ def build_flux_transformer() -> FluxTransformer2DModel:
         patch_size=1,
         in_channels=16,
         num_layers=2,
-        num_single_layers=6,
+        num_single_layers=5,
         attention_head_dim=32,
-        num_attention_heads=6,
+        num_attention_heads=4,
         joint_attention_dim=2 * WIDTH,
         pooled_projection_dim=WIDTH,
         guidance_embeds=True,
@@ -89,15 +105,19 @@ def build_sd_unet() -> UNet2DConditionModel:
 class PretrainConfig:
     """How a denoiser is pretrained."""
 
-    steps: int = 5000
-    batch_size: int = 96
-    images: int = 60000
+    steps: int = 6000
+    batch_size: int = 64
+    images: int = 96000
     lr: float = 2e-3
     """Peak learning rate of AdamW; Muon's is ten times as high."""
     warmup: int = 200
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     prompt_dropout: float = 0.1
+    alignment: float = 0.1
+    """Weight of the semantic map's cross-entropy beside the squared error; 0 leaves it out."""
+    sigma_mean: float = 0.4
+    """Mean of the logit-normal noise levels of a flow; above 0 more training at high noise."""
     seed: int = 0
     eval_every: int = 1000
     save_every: int = 250
@@ -108,15 +128,17 @@ class PretrainConfig:
 
 @dataclass
 class Captioned:
-    """Latents (N, C, H, W) in bf16, and for each the row of its prompt in `embeds`; row 0 is the null prompt.
+    """Latents (N, C, H, W) in bf16 with the rows of their prompts in `embeds`; row 0 is the null prompt.
 
     `long_embeds`: the same prompts padded as a pipeline pads them when it is not told otherwise.
+    `maps`: (N, 2, tokens) uint8, the semantic map of each image.
     """
 
     latents: Tensor
     rows: Tensor
     embeds: PromptEmbeds
     long_embeds: PromptEmbeds
+    maps: Tensor
 
     @property
     def has_long(self) -> bool:
@@ -140,14 +162,17 @@ def error_weight(path: NoisePath, timesteps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
-    """Render `n` scenes for training prompts (every task equally often) and encode them."""
+    """Render `n` scenes for training prompts, by TASK_WEIGHTS, and encode them."""
     rng = np.random.default_rng(seed)
+    side = IMAGE_SIZE // model.pixels_per_token
     texts = [NULL_PROMPT, *(entry["prompt"] for entry in prompts("train"))]
     row_of = {text: i for i, text in enumerate(texts)}
-    rows, latents = [], []
+    rows, latents, maps = [], [], []
     for start in range(0, n, 256):
-        entries = sample_prompts(rng, min(256, n - start))
-        images = np.stack([render(sample_scene(e, rng)) for e in entries])
+        entries = sample_prompts(rng, min(256, n - start), task_weights=TASK_WEIGHTS)
+        scenes = [sample_scene(e, rng) for e in entries]
+        images = np.stack([render(scene) for scene in scenes])
+        maps.append(np.stack([semantic_map(scene, side=side).reshape(2, -1) for scene in scenes]))
         with compute("cpu"):
             latents.append(model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).bfloat16())
         rows += [row_of[e["prompt"]] for e in entries]
@@ -155,13 +180,16 @@ def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
     short, model.max_sequence_length = model.max_sequence_length, LONG_PADDING
     long_embeds = model.encode_prompt(texts)
     model.max_sequence_length = short
-    return Captioned(torch.cat(latents), torch.tensor(rows), embeds, long_embeds)
+    labels = torch.from_numpy(np.concatenate(maps))
+    return Captioned(torch.cat(latents), torch.tensor(rows), embeds, long_embeds, labels)
 
 
-def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices of the transformer blocks, AdamW on embeddings, modulations, biases and the output."""
+def make_optimizers(
+    model: nn.Module, config: PretrainConfig, *, head: nn.Module | None = None
+) -> list[torch.optim.Optimizer]:
+    """Return Muon on the matrices of the transformer blocks, and AdamW on everything else."""
     matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = list(head.parameters()) if head is not None else []
     for name, parameter in model.named_parameters():
         inside = "blocks." in name and parameter.ndim == 2 and "norm" not in name
         (matrices if inside else rest).append(parameter)
@@ -189,23 +217,45 @@ class Pretraining:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluated_guidance: ClassVar[float] = NO_GUIDANCE
+    aligned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.config.seed)
         self.rng = torch.Generator().manual_seed(self.config.seed)
         self.denoiser = self.model.denoiser.train().float()
-        self.optimizers = make_optimizers(self.denoiser, self.config)
+        self.head = self._semantic_head() if self.aligned and self.config.alignment else None
+        self.optimizers = make_optimizers(self.denoiser, self.config, head=self.head)
         self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.ema = {k: v.detach().clone() for k, v in self.denoiser.state_dict().items()}
         self.forward = torch.compile(self._loss) if self.config.compile else self._loss
 
+    def _semantic_head(self) -> SemanticHead:
+        """Return a fresh head, and make the middle block leave its hidden states for it."""
+
+        def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
+            self.hidden = image_tokens(output)
+
+        self.hook = middle_block(self.denoiser).register_forward_hook(keep)
+        config = self.denoiser.config
+        if isinstance(self.denoiser, UNet2DConditionModel):
+            return SemanticHead(config.block_out_channels[-1])
+        return SemanticHead(config.num_attention_heads * config.attention_head_dim)
+
     def _loss(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, embeds: PromptEmbeds
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        maps: Tensor,
     ) -> Tensor:
         noisy = self.model.noise.add_noise(latents, noise, timesteps)
         pred = self.model.predict(noisy, timesteps, embeds, guidance_scale=NO_GUIDANCE)
         errors = (pred.float() - self.model.noise.target(latents, noise, timesteps)).square()
-        return (errors.flatten(1).mean(1) * error_weight(self.model.noise, timesteps)).mean()
+        loss = (errors.flatten(1).mean(1) * error_weight(self.model.noise, timesteps)).mean()
+        if self.head is None:
+            return loss
+        return loss + self.config.alignment * semantic_loss(self.head(self.hidden), maps)
 
     def progress(self) -> float:
         limit = self.config.stop_after_seconds
@@ -221,8 +271,10 @@ class Pretraining:
         rows = data.rows[index]
         rows[torch.rand(n, generator=self.rng) < self.config.prompt_dropout] = 0
         noise = torch.randn(latents.shape, generator=self.rng)
-        timesteps = training_timesteps(self.model.noise, n, generator=self.rng)
-        return latents, noise, timesteps, (data.long_embeds if long else data.embeds)[rows]
+        mean = self.config.sigma_mean
+        timesteps = training_timesteps(self.model.noise, n, mean=mean, generator=self.rng)
+        embeds = (data.long_embeds if long else data.embeds)[rows]
+        return latents, noise, timesteps, embeds, data.maps[index]
 
     def update(self, data: Captioned) -> float:
         factor = lr_factor(self.step, self.config, self.progress())
@@ -249,6 +301,7 @@ class Pretraining:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "denoiser": self.denoiser.state_dict(),
+            "head": self.head.state_dict() if self.head is not None else None,
             "ema": self.ema,
             "optimizers": [o.state_dict() for o in self.optimizers],
             "rng": self.rng.get_state(),
@@ -265,6 +318,8 @@ class Pretraining:
             return
         state = torch.load(path, weights_only=False)
         self.denoiser.load_state_dict(state["denoiser"])
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
         self.ema = state["ema"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -300,6 +355,8 @@ class Pretraining:
                 losses = []
                 print({k: round(v, 3) for k, v in self.history[-1].items()}, flush=True)
                 self.save()
+        if self.head is not None:
+            self.hook.remove()
         with self.averaged():
             self.denoiser.save_pretrained(self.folder / "transformer")
 

@@ -39,6 +39,7 @@ class GuidanceDistillation(Pretraining):
     """
 
     evaluated_guidance: ClassVar[float] = 3.5
+    aligned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.model.guidance_is_embedded:
@@ -47,7 +48,7 @@ class GuidanceDistillation(Pretraining):
         self.teacher = frozen_copy(self.model)
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
-        latents, noise, timesteps, embeds = super().batch(data)
+        latents, noise, timesteps, embeds, _ = super().batch(data)
         null = data.padded_like(embeds).repeat_first(len(embeds))
         low, high = GUIDANCE_RANGE
         guidance = low + (high - low) * torch.rand(len(embeds), generator=self.rng)

@@ -13,9 +13,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from diffalign import lora
 from diffalign.core.errors import UsageError
 from diffalign.diffusion.paths import VariancePreserving
-from diffalign.lora import policies as lora
 from diffalign.pipelines.solvers import solver_step
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "zebra ?!"]

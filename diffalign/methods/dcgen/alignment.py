@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.core.seeds import ALIGNMENT, stream
 from diffalign.data.latent_cache import LatentBatch, LatentCache
 from diffalign.latents.alignment import (
@@ -25,7 +26,6 @@ from diffalign.latents.alignment import (
 )
 from diffalign.latents.codec import pack
 from diffalign.latents.move import layer, matrix, set_layer
-from diffalign.lora import policies as lora
 from diffalign.methods.dcgen.step import Step
 from diffalign.pipelines.base import TextToImageModel
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from diffalign import lora
 from diffalign.config import EvaluationConfig, LatentRunConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.files import folder_aside, write_text
@@ -25,7 +26,6 @@ from diffalign.data.latent_cache import LatentCache
 from diffalign.diffusion.paths import RectifiedFlow, logit_normal_sigmas
 from diffalign.latents.move import layer, load_ends, matrix, save_ends
 from diffalign.latents.shift import moved_scheduler
-from diffalign.lora import policies as lora
 from diffalign.methods.dcgen.alignment import Alignment
 from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, source_of
 from diffalign.methods.dcgen.step import Step

@@ -16,6 +16,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms import distillation as losses
 from diffalign.config import (
     ConsistencyConfig,
@@ -29,7 +30,6 @@ from diffalign.core.seeds import STATES, stream
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.inversion import integrate, inversion_grid
 from diffalign.diffusion.paths import RectifiedFlow
-from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict

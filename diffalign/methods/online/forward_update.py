@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms import awm, diffusion_nft, timesteps
 from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proximal_loss
 from diffalign.config import ForwardProcessConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, stream
 from diffalign.diffusion.paths import chord_target, way_to_go
-from diffalign.lora import policies as lora
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder

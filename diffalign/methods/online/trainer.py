@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import (
     FlowGRPOConfig,
@@ -23,7 +24,6 @@ from diffalign.data.prompts import Prompt
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import RewardTimeout
-from diffalign.lora import policies as lora
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
 from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate

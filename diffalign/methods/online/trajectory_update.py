@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms import flow_grpo
 from diffalign.algorithms.advantages import clip_advantages
 from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
@@ -15,7 +16,6 @@ from diffalign.config import FlowGRPOConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import WINDOW, stream
 from diffalign.diffusion.paths import expand
-from diffalign.lora import policies as lora
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.sums import Sums

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.config import AlgorithmConfig
 from diffalign.core.precision import attention
-from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import predict
 from diffalign.training.sums import Sums

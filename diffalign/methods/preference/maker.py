@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms.forward_process import matching_error
 from diffalign.config import PreferenceRunConfig
 from diffalign.core.errors import UsageError
@@ -22,7 +23,6 @@ from diffalign.data.pairs.states import RecordedStates
 from diffalign.data.shard_cache import Shard, prompt_tensors
 from diffalign.diffusion.inversion import Predict, integrate, round_trip_error
 from diffalign.diffusion.paths import RectifiedFlow, chord_target
-from diffalign.lora import policies as lora
 from diffalign.methods.preference.recorded import RECORDED, RecordedSource
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache

@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from diffalign import lora
 from diffalign.config import PreferenceRunConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, VALIDATION
 from diffalign.data.pairs.cache import PairCache
 from diffalign.data.pairs.tables import PairsError
-from diffalign.lora import policies as lora
 from diffalign.methods.preference.precompute import grid_of, precompute
 from diffalign.methods.preference.update import PreferenceUpdate
 from diffalign.training.order import EpochOrder

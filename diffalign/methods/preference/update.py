@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffalign import lora
 from diffalign.algorithms import preference
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
 from diffalign.algorithms.preference import PairErrors
@@ -19,7 +20,6 @@ from diffalign.config import InversionDPOConfig, PreferenceAlgorithmConfig
 from diffalign.core.precision import attention
 from diffalign.core.seeds import stream
 from diffalign.diffusion.paths import chord_target, training_timesteps
-from diffalign.lora import policies as lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import predict
 from diffalign.training.sums import Sums
