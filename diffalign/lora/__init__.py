@@ -1,4 +1,4 @@
-"""LoRA: policies as adapters on one base (`policies`), files of stock pipelines (`files`), other formats (`formats`)."""
+"""LoRA policies on one base (`policies`), files of stock pipelines (`files`), other formats (`formats`)."""
 
 from diffalign.lora.files import WEIGHT_NAME, export_lora, load_lora
 from diffalign.lora.policies import (
