@@ -84,3 +84,28 @@ def _valid_position(position: object, number: int) -> bool:
         and position[0] in RELATIONS
         and position[1] in range(number)
     )
+
+
+DETECTORS = ("verifier", "geneval")
+
+
+def choose_detector(name: str | None, metadata: Sequence[Metadata]) -> DetectionReward:
+    """Load the named detector, or the first one that knows every class of the prompts.
+
+    Raises:
+        RewardError: no detector can judge the prompts.
+    """
+    from diffalign.rewards.registry import create
+
+    problems = []
+    for choice in (name,) if name else DETECTORS:
+        detector = create(choice)
+        assert isinstance(detector, DetectionReward)
+        try:
+            detector.check_metadata(metadata)
+        except RewardError as error:
+            problems.append(str(error))
+            continue
+        detector.prepare()
+        return detector
+    raise RewardError("; ".join(problems))

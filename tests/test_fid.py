@@ -9,7 +9,6 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from diffalign import cli
-from diffalign.commands.fid import draw_scene
 from diffalign.config import EvaluationConfig
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
@@ -23,6 +22,7 @@ from diffalign.evaluation.fid import (
     folder_batches,
     model_batches,
 )
+from diffalign.evaluation.fid_sides import draw_scene
 from diffalign.rewards import features
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.inception import FIDInception, resize_like_tensorflow1

@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_line_where_there_are_no_checkpoints(
     base, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        "diffalign.commands.images.image_grid", lambda *_, **__: FullDisk(errno.ENOSPC)
+        "diffalign.evaluation.images.image_grid", lambda *_, **__: FullDisk(errno.ENOSPC)
     )
     flags = [f"--model={base}", "--dtype=float32", "--num_inference_steps=1"]
     assert cli.main(["generate", "a cat", *flags, f"--output_dir={tmp_path / 'images'}"]) == 2

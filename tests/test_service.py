@@ -20,7 +20,6 @@ import uvicorn
 from PIL import Image
 
 from diffalign import cli
-from diffalign.commands.service import read_timeout
 from diffalign.core.errors import UsageError
 from diffalign.rewards import registry, remote, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
@@ -28,6 +27,7 @@ from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.jpeg import JpegReward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.service import Limits, build_app
+from diffalign.rewards.serving import read_timeout
 from diffalign.rewards.verifier import VerifierReward
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene

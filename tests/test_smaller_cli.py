@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import diffalign
-import diffalign.commands.quantize as quantizing
-import diffalign.commands.tuning as verb
+import diffalign.tuning.smaller as quantizing
+import diffalign.tuning.tune as verb
 from diffalign import cli
 from diffalign.data.prompts import load_prompts
 from diffalign.pipelines.registry import load_model

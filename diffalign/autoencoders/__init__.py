@@ -1,0 +1,1 @@
+"""Training of autoencoders, by the phases of DC-AE."""

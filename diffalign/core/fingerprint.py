@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from diffalign.core.errors import UsageError
 
+SMALL = 500_000_000
+"""Bytes up to which `of_place` reads a file whole."""
 SMALLEST = 2.0**-14
 """Of float16's normal numbers."""
 
@@ -31,6 +33,23 @@ def of_file(path: Path) -> str:
     """64 hex digits of its content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_place(name: str | None) -> str | None:
+    """Return 16 hex digits that change when a local file or folder changes; None for names and hub ids.
+
+    Small files count by content, large ones by size and time.
+    """
+    path = Path(name) if name else None
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        whole = size < SMALL
+        digest.update(file.read_bytes() if whole else str(file.stat().st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> str:

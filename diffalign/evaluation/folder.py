@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffalign.core.errors import UsageError
+from diffalign.core.versions import versions
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.evaluation.score import Progress, Score
 
@@ -53,3 +55,32 @@ def counts(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str,
     unreadable file, no caption, a failure)."""
     found = {name: sum(row.get(name) is not None for row in rows) for name in names}
     return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in found.items()}
+
+
+def folder_result(
+    folder: Path,
+    images: Sequence[CaptionedImage],
+    rows: Sequence[Mapping[str, Any]],
+    means: Mapping[str, float],
+    reward: Any,
+) -> dict[str, Any]:
+    """The scores of a folder's images with their provenance; `reward` is the `CompositeReward` that made them."""
+    return {
+        "folder": str(folder),
+        "images": len(rows),
+        "unreadable": sum("error" in row for row in rows),
+        "without_caption": sum(not i.prompt.text for i in images),
+        "counts": counts(rows, reward.rewards),
+        "means": dict(means),
+        "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
+        "versions": versions(),
+    }
+
+
+def check_captions(reward: Any, images: Sequence[CaptionedImage], folder: Path) -> None:
+    """Raise UsageError where rewards judge by the prompt and no image has one."""
+    blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
+    if blind and not any(i.prompt.text for i in images):
+        raise UsageError(
+            f"{', '.join(blind)} needs captions, and no image of {folder} has one; see docs/rewards.md"
+        )

@@ -152,3 +152,14 @@ class RunFolder:
         """Drop rows of updates after `update`, which a resumed run makes again."""
         rows = [r for r in self.read_log() if r["update"] <= update]
         self.write(LOG, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a finished run's folder to the next free `NAME.N`, and return that; None where no run is finished."""
+    if not (folder / SUMMARY).is_file():
+        return None
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    return kept

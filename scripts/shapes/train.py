@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 
+from diffalign.autoencoders.images import RenderedImages, quality
 from diffalign.autoencoders.trainer import AutoencoderConfig, AutoencoderTrainer, set_scale
-from diffalign.commands.autoencoder import RenderedImages, quality
 from diffalign.core.versions import versions
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.flux import FluxModel

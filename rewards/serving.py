@@ -1,8 +1,7 @@
-"""The verb serve-rewards."""
+"""Start a reward service: check the arguments, load the rewards, listen."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
@@ -15,8 +14,16 @@ CONNECTIONS = 64
 DEFAULT_TIMEOUT = 300.0
 
 
-def serve_rewards(args: argparse.Namespace) -> int:
-    """Serve until interrupted; the token of DIFFALIGN_REWARD_TOKEN is asked for where it is set."""
+def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes: int) -> None:
+    """Serve rewards until interrupted; clients need the token of DIFFALIGN_REWARD_TOKEN where it is set.
+
+    Args:
+        timeout: seconds of scoring, as `read_timeout` reads them.
+        max_bytes: limit of a request.
+
+    Raises:
+        UsageError: the service could be reached from outside without a token, or no reward is named.
+    """
     try:
         import uvicorn
 
@@ -24,25 +31,21 @@ def serve_rewards(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"serve-rewards needs `pip install diffalign[server]`: {error}") from error
     token = os.environ.get(TOKEN) or None
-    if args.host not in ("127.0.0.1", "localhost", "::1") and token is None:
+    if host not in ("127.0.0.1", "localhost", "::1") and token is None:
         raise UsageError(
-            f"--host {args.host}: others can reach the service; set {TOKEN} here and where it is used"
+            f"--host {host}: others can reach the service; set {TOKEN} here and where it is used"
         )
-    names = [n.strip() for n in args.rewards.split(",") if n.strip()]
     if not names:
         raise UsageError("--rewards names none")
-    timeout, timeouts = read_timeout(args.timeout, names)
-    limits = Limits(max_bytes=args.max_bytes, timeout=timeout, timeouts=timeouts)
+    default, timeouts = read_timeout(timeout, names)
+    limits = Limits(max_bytes=max_bytes, timeout=default, timeouts=timeouts)
     rewards = {name: registry.create(name) for name in names}
     for reward in rewards.values():
         reward.prepare()
     app = build_app(rewards, token=token, limits=limits)
     for name in rewards:
-        print(f"remote:http://{args.host}:{args.port}/{name}", flush=True)
-    uvicorn.run(
-        app, host=args.host, port=args.port, log_level="warning", limit_concurrency=CONNECTIONS
-    )
-    return 0
+        print(f"remote:http://{host}:{port}/{name}", flush=True)
+    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=CONNECTIONS)
 
 
 def read_timeout(text: str, names: Sequence[str]) -> tuple[float, dict[str, float]]:

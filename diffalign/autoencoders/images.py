@@ -1,11 +1,8 @@
-"""The verb autoencoder."""
+"""Images that an autoencoder is trained and measured on."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,22 +15,16 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from diffalign.autoencoders.trainer import AutoencoderConfig, AutoencoderTrainer, set_scale
 from diffalign.core.errors import UsageError
-from diffalign.core.files import folder_aside, write_text
 from diffalign.core.seeds import GEOMETRY, stream
-from diffalign.core.versions import versions
 from diffalign.data.images import SUFFIXES, fit, read_image
-from diffalign.latents.codec import LatentCodec, compression
-from diffalign.pipelines.moving import load_autoencoder
+from diffalign.latents.codec import LatentCodec
 from diffalign.shapes.autoencoder import random_images
 
 logger = logging.getLogger(__name__)
 RENDERED = "shapes"
 HELD_OUT = 64
 """Images that are measured and never trained on."""
-SCALED = 512
-"""Images that the scale of the latents is taken from."""
 
 
 class ImageFiles:
@@ -91,52 +82,6 @@ class RenderedImages:
     def measured(self) -> Tensor:
         """Scenes that no update has."""
         return self(10**9, HELD_OUT)
-
-
-def autoencoder(args: argparse.Namespace) -> int:
-    """Train, save the autoencoder in diffusers' layout, and print how well it reconstructs."""
-    if args.output_dir.joinpath("config.json").is_file():
-        raise UsageError(f"--output_dir: {args.output_dir} holds a finished autoencoder already")
-    names = {f.name for f in fields(AutoencoderConfig)}
-    config = AutoencoderConfig(**{k: v for k, v in vars(args).items() if k in names})
-    vae = load_autoencoder(args.autoencoder, dtype=torch.float32)
-    if args.from_scratch:
-        torch.manual_seed(args.seed)
-        vae = type(vae).from_config(vae.config)
-    vae.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = _images(args, vae)
-    held_out = images.measured()
-    before = quality(vae, held_out)
-    work = args.output_dir.with_name(f"{args.output_dir.name}-checkpoint")
-    key = {"images": args.images, "resolution": args.resolution, "start": LatentCodec(vae).identity}
-    trainer = AutoencoderTrainer(vae, images, config, folder=work, key=key)
-    trainer.run()
-    if args.from_scratch:  # users of the latents of an autoencoder that is there rely on its scale
-        set_scale(vae, images(10**6, min(SCALED, 16 * config.batch_size)))
-    found: dict[str, Any] = {
-        "phase": config.phase,
-        "before": before,
-        "after": quality(vae, held_out),
-        "codec": LatentCodec(vae).to_dict(),
-        "updates": trainer.update,
-        "seconds": round(trainer.seconds, 1),
-        "history": trainer.history,
-        "versions": versions(),
-    }
-    with folder_aside(args.output_dir) as folder:
-        vae.save_pretrained(folder)
-        write_text(folder / "training.json", json.dumps(found, indent=1))
-    print(json.dumps({k: found[k] for k in ("phase", "before", "after", "updates", "seconds")}))
-    return 0
-
-
-def _images(args: argparse.Namespace, vae: Any) -> Any:
-    step = compression(vae)
-    if args.images == RENDERED:
-        return RenderedImages(seed=args.seed)
-    if args.resolution % step or args.resolution <= 0:
-        raise UsageError(f"--resolution: must be a multiple of {step}, got {args.resolution}")
-    return ImageFiles(args.images, args.resolution, seed=args.seed)
 
 
 @torch.no_grad()

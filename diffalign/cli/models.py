@@ -1,10 +1,8 @@
-"""The verb generate, and how every verb that makes images loads its model."""
+"""The model and the drawing that the shared flags describe. Imports torch: verbs import it inside `run`."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,11 @@ import torch
 
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
-from diffalign.evaluation.report import image_grid
-from diffalign.evaluation.score import evaluate_model
 from diffalign.lora.files import load_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
-from diffalign.types import no_reward
-
-SMALL = 500_000_000
-"""Bytes up to which a file is hashed whole."""
 
 
 def load(args: argparse.Namespace) -> TextToImageModel:
@@ -34,21 +27,6 @@ def load(args: argparse.Namespace) -> TextToImageModel:
             raise UsageError(f"--lora: {args.lora} does not exist")
         load_lora(model.pipeline, args.lora)
     return model
-
-
-def fingerprint(name: str | None) -> str | None:
-    """What tells a local file or folder from what it was before: a hash of small files, sizes and times of large ones;
-    None for names and hub ids."""
-    path = Path(name) if name else None
-    if path is None or not path.exists():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        whole = size < SMALL
-        digest.update(file.read_bytes() if whole else str(file.stat().st_mtime_ns).encode())
-    return digest.hexdigest()[:16]
 
 
 def evaluation(args: argparse.Namespace) -> EvaluationConfig:
@@ -67,6 +45,21 @@ def drawing(args: argparse.Namespace) -> dict[str, Any]:
     """How --model draws images, for a result."""
     names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
     return {name: getattr(args, name) for name in names}
+
+
+def made_with(args: argparse.Namespace) -> dict[str, Any]:
+    """How a folder of samples is made, for its settings file."""
+    return {
+        **drawing(args),
+        "model_fingerprint": of_place(args.model),
+        "lora_fingerprint": of_place(args.lora),
+        "max_prompts": args.max_prompts,
+        "images_per_prompt": args.images_per_prompt,
+        "height": args.height,
+        "width": args.width,
+        "dtype": args.dtype,
+        "record_states": getattr(args, "record_states", None),
+    }
 
 
 def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -90,18 +83,8 @@ def batching(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def generate(args: argparse.Namespace) -> int:
-    """Write every image as PNG, and a grid."""
-    prompts: list[Prompt] = []
-    for text in args.prompts:
-        prompts += load_prompts(text) if text.endswith((".txt", ".jsonl")) else [Prompt(text)]
-    model = load(args)
-    found = evaluate_model(model, prompts, no_reward, evaluation(args), **batching(args))
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, image) in enumerate(zip(found.prompts, found.images, strict=True)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
-        image_grid(image[None], columns=1, gap=0).save(folder / f"{i:04d}-{name}.png")
-    image_grid(found.images, columns=args.images_per_prompt).save(folder / "grid.png")
-    print(f"{len(found.prompts)} images in {folder}, all of them in {folder / 'grid.png'}")
-    return 0
+def load_reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImageModel | None:
+    """Load the model of --reference beside `model`; None where there is none."""
+    if args.reference is None:
+        return None
+    return load_model(args.reference, dtype=getattr(torch, args.dtype), device=model.device)

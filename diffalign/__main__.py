@@ -1,0 +1,8 @@
+"""`python -m diffalign`."""
+
+import sys
+
+from diffalign.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`diffalign train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from diffalign.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from diffalign.config import AnyRunConfig
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe, whose settings can be overridden."""
+    parser.add_argument("recipe", help="name or YAML file")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `train`."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, prompts and rewards, print the configuration and stop",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the recipe before torch is imported, then print its settings or train it."""
+    from diffalign import config as configuration
+    from diffalign.pipelines import registry as models
+    from diffalign.rewards import registry as rewards
+
+    config = configuration.load(args.recipe, args.settings)
+    for name in config.rewards:
+        rewards.check_name(name)
+    for name in config.evaluation.rewards:
+        rewards.check_name(name, setting="evaluation.rewards")
+    models.resolve(config.model.name)
+    if args.dry_run:
+        from diffalign.training.inputs import read_inputs
+
+        read_inputs(config)
+        print(configuration.dump(config), end="")
+    else:
+        train_config(config)
+
+
+def train_config(config: AnyRunConfig) -> None:
+    """Train a configuration, and print what it needs and what came of it."""
+    from diffalign.cli.output import print_summary
+    from diffalign.core import processes
+    from diffalign.training.forecast import forecast_of
+    from diffalign.training.run import run as train
+
+    main = processes.current().is_main_process
+    forecast = forecast_of(config, processes=processes.current().num_processes) if main else None
+    if forecast is not None:
+        print(forecast)
+    summary = train(config)
+    if main:
+        print_summary(summary)
+
+
+VERB = Verb(
+    "train",
+    "train a recipe",
+    add_flags,
+    run,
+    description="Train a recipe of `diffalign list recipes`, or a YAML file. Every setting can be overridden: "
+    "--key.sub=value. Flags of diffusers' training scripts work where they mean the same.",
+    shares=True,
+    resumes=True,
+    takes_settings=True,
+)

@@ -1,0 +1,27 @@
+"""The record that a verb of the command line is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb. `add_flags` and the module that holds it stay free of torch, `run` imports what it needs.
+
+    `shares`: several processes may share its work. `resumes`: the same command continues an interrupted one.
+    `takes_settings`: flags that the parser does not know are settings of a recipe (`args.settings`).
+    """
+
+    name: str
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    description: str | None = None
+    shares: bool = False
+    resumes: bool = False
+    takes_settings: bool = False
+    verbs: tuple[Verb, ...] = ()
+    """Verbs below this one; the first is meant where none is named."""

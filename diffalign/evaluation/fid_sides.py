@@ -1,0 +1,111 @@
+"""Both sides of a FID: the features of the generated images and of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from diffalign.config import EvaluationConfig
+from diffalign.core.versions import versions
+from diffalign.data.images import read_folder
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.fid import (
+    FeatureSet,
+    Network,
+    compare,
+    drawn_batches,
+    extract,
+    folder_batches,
+    model_batches,
+)
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.shapes.world import render, sample_scene
+
+SHAPES_IMAGES = 8
+"""Drawn scenes per prompt, where Shapes is the reference."""
+LIBRARY = (
+    "diffalign (Frechet distance, CMMD, precision, recall, diversity), torchmetrics (KID's kernel)"
+)
+NO_FILE = ["none, pixels of uint8 as they are drawn"]
+"""The image format of images that were never a file."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the generated side is drawn by a model."""
+
+    load: Callable[[], TextToImageModel]
+    prompts: list[Prompt]
+    config: EvaluationConfig
+    about: dict[str, Any]
+    sizes: dict[str, Any]
+
+
+def generated_side(
+    source: Path | Generation, network: Network, state: PartialState, *, batch_size: int
+) -> FeatureSet:
+    """Extract the features of a folder's or a model's images.
+
+    Every process makes or reads a part, in turns of a batch; all processes get the whole.
+    """
+    process = (state.process_index, state.num_processes)
+    if isinstance(source, Path):
+        about: dict[str, Any] = {"folder": str(source)}
+        batches = folder_batches(read_folder(source), about, batch_size=batch_size, process=process)
+    else:
+        about = {**source.about, "formats": NO_FILE}
+        batches = model_batches(
+            source.load(), source.prompts, about, source.config, process=process, **source.sizes
+        )
+    return extract(network, batches, about, gather=gather_object)
+
+
+def reference_side(
+    reference: str, network: Network, *, batch_size: int, max_prompts: int | None = None
+) -> Callable[[], FeatureSet]:
+    """Look up statistics (.npz), a folder, or scenes of Shapes now; the returned function computes the features."""
+    path = Path(reference)
+    if path.suffix == ".npz":
+        statistics = FeatureSet.load(path)
+        return lambda: statistics
+    about: dict[str, Any]
+    if reference.startswith("shapes:"):
+        about = {"drawn": reference, "images_per_prompt": SHAPES_IMAGES, "formats": NO_FILE}
+        source = drawn_batches(
+            draw_scene,
+            load_prompts(reference, limit=max_prompts),
+            images_per_prompt=SHAPES_IMAGES,
+            batch_size=batch_size,
+        )
+    else:
+        about = {"folder": reference}
+        source = folder_batches(read_folder(path, flag="--reference"), about, batch_size=batch_size)
+    return lambda: extract(network, source, about)
+
+
+def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:
+    """Draw a correct image (64, 64, 3) uint8 of a Shapes prompt."""
+    return render(sample_scene(prompt.metadata, np.random.default_rng(seed)))
+
+
+def compare_sides(
+    generated: FeatureSet, reference: FeatureSet | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the distances that could be computed, and the result with its provenance."""
+    distances = {} if reference is None else compare(generated, reference)
+    sides = {"generated": generated} | ({} if reference is None else {"reference": reference})
+    result = {
+        **distances,
+        "library": LIBRARY,
+        "network": generated.network,
+        "resize": generated.resize,
+        **{name: {"n": side.moments.n, **side.about} for name, side in sides.items()},
+        "versions": versions(),
+    }
+    return {k: v for k, v in distances.items() if v is not None}, result

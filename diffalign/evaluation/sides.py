@@ -1,0 +1,44 @@
+"""The sides of a comparison page: folders of images, with their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.core.errors import UsageError
+from diffalign.data.images import read_folder
+from diffalign.evaluation.comparison import Compared, read_geneval
+from diffalign.evaluation.folder import check_captions, counts, score_folder
+from diffalign.evaluation.preference import by_name
+
+
+def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -> list[Compared]:
+    """Read folders, each as `DIR` or `NAME=DIR`, and score their images where a reward is given.
+
+    Raises:
+        UsageError: two sides have the same name, or a reward cannot judge the images.
+    """
+    sides = []
+    for text in folders:
+        name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
+        folder = Path(path)
+        images = read_folder(folder, flag="--folders")
+        means: dict[str, float] = {}
+        scored: dict[str, dict[str, int]] = {}
+        if reward is not None:
+            reward.check_metadata([i.prompt.metadata for i in images])
+            check_captions(reward, images, folder)
+            rows, scores = score_folder(images, reward.score, batch_size=batch_size)
+            scored = counts(rows, reward.rewards)
+            means = {n: scores[n] for n in reward.rewards if n in scores}
+        named = by_name(images, folder)
+        sides.append(
+            Compared(name or folder.name, folder, named, read_geneval(folder), means, scored)
+        )
+    names = [s.name for s in sides]
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"--folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
+        )
+    return sides

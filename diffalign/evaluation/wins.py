@@ -1,0 +1,58 @@
+"""Win rates of one folder of images against another, by rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffalign.core.versions import versions
+from diffalign.data.images import read_folder
+from diffalign.evaluation.folder import check_captions, counts, score_folder
+from diffalign.evaluation.preference import by_name, shared_names, win_rate
+
+
+def compare_folders(
+    images: Path,
+    against: Path,
+    load_rewards: Callable[[Sequence[Mapping[str, Any]]], Any],
+    *,
+    batch_size: int,
+) -> tuple[dict[str, Any], str | None]:
+    """Return how often images are preferred to those of the same name in `against`, and the rewards' last error.
+
+    `load_rewards` returns the `CompositeReward` for prompts with this metadata.
+    """
+    folders = (images, against)
+    sets = [
+        by_name(read_folder(folder, flag=flag), folder)
+        for folder, flag in zip(folders, ("--images", "--against"), strict=True)
+    ]
+    pairs = shared_names(sets)
+    chosen = [[images[name] for name in pairs] for images in sets]
+    reward = load_rewards([i.prompt.metadata for i in chosen[0]])
+    check_captions(reward, chosen[0], images)
+    rows = [score_folder(c, reward.score, batch_size=batch_size)[0] for c in chosen]
+    prompts = [image.prompt.text or str(i) for i, image in enumerate(chosen[0])]
+    rates: dict[str, Any] = {}
+    for name in reward.rewards:
+        a, b = (np.array([r.get(name) for r in side], np.float64) for side in rows)
+        rate = win_rate(a, b, prompts)
+        rates[name] = None if rate is None else vars(rate)
+    result = {
+        "images": str(images),
+        "against": str(against),
+        "pairs": len(pairs),
+        "without_partner": sum(map(len, sets)) - 2 * len(pairs),
+        "unreadable": sum("error" in r for side in rows for r in side),
+        "counts": {
+            str(folder): counts(side, reward.rewards)
+            for folder, side in zip(folders, rows, strict=True)
+        },
+        "win_rate": rates,
+        "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
+        "versions": versions(),
+    }
+    return result, reward.last_error

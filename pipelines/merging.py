@@ -1,0 +1,57 @@
+"""Pipelines whose weights hold their LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import FluxPipeline
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+
+from diffalign.core.errors import UsageError
+from diffalign.pipelines.flux import fold_guidance
+from diffalign.schedulers.stock import scheduler_like
+
+
+def merge_lora(
+    pipeline: Any, *, scheduler: str | None = None, guidance: float | None = None
+) -> None:
+    """Add a pipeline's LoRA into its weights, in place, and remove its adapters.
+
+    `scheduler`: another one, as `read_scheduler` reads it. `guidance`: fold the embedding of this guidance scale into
+    the weights, as FLUX.1-schnell has it.
+
+    Raises:
+        UsageError: the pipeline has no guidance to fold, or there is no such scheduler.
+    """
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    if guidance is not None:
+        if not isinstance(pipeline, FluxPipeline):
+            raise UsageError(
+                f"--fold_guidance is for FLUX, and a {type(pipeline).__name__} is none"
+            )
+        pipeline.register_modules(transformer=fold_guidance(pipeline.transformer, guidance))
+    if scheduler is not None:
+        pipeline.register_modules(scheduler=read_scheduler(scheduler, pipeline.scheduler))
+
+
+def read_scheduler(name: str, own: Any) -> Any:
+    """Load a scheduler by folder, or make one by class.
+
+    A folder holds `scheduler_config.json`, which names the class. A class of diffusers gets the configuration of `own`
+    and the options behind its name: "TCDScheduler,timestep_spacing=trailing".
+
+    Raises:
+        UsageError: the folder holds no scheduler, or diffusers has no such class.
+    """
+    folder = Path(name)
+    if not folder.exists() and "Scheduler" in name and "/" not in name:
+        return scheduler_like(name, own)
+    try:
+        config = json.loads((folder / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
+        return getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        raise UsageError(f"--scheduler: {folder} holds no scheduler: {error}") from error
