@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from diffalign import cli
 from diffalign.data import images as data_images
+from diffalign.data.captioned import ImageSource
 from diffalign.data.images import ImageFolderError, batches, read_folder, read_image
 from diffalign.rewards.ocr import wanted_text
 from diffalign.shapes.prompts import prompts
@@ -74,6 +77,20 @@ def test_a_damaged_exif_is_no_reason_to_lose_the_image(tmp_path):
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x02\x01\x12\x00\x03\x00\x00\x00"
     save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").shape == (3, 8, 12)
+
+
+def test_large_texts_and_many_pixels_are_read(tmp_path, monkeypatch):
+    """Pillow's limits are against strangers; the user's own images are read, and the limits stand afterwards."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 2_000_000, zip=True)
+    save(tmp_path / "a.png", pnginfo=info, icc_profile=b"\0" * 2_000_000)
+    assert read_image(tmp_path / "a.png").shape == (3, 8, 12)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    assert read_image(tmp_path / "a.png").shape == (3, 8, 12)
+    assert Image.MAX_IMAGE_PIXELS == 40
+    monkeypatch.setattr(data_images, "MAX_PIXELS", 40)
+    with pytest.raises(OSError, match="decompression bomb"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
@@ -149,12 +166,138 @@ def test_few_images_wait_at_a_time(tmp_path, monkeypatch):
         ('{"text": "x"}', "has no file_name"),
         ('{"file_name": "../../etc/passwd"}', "not inside the folder"),
         ("", "names no image"),
+        ('{"file_name": "a.png", "text": "\\ud800"}', "1: the caption is not usable"),
+        ('{"file_name": "a.png", "text": ["x", "y"]}', "1: text must be a text, not list"),
+        ('{"file_name": "a.png", "n": ' + "9" * 5000 + "}", "1 is not valid JSON"),
+        ("[" * 100_000, "1 is not valid JSON: nested too deep"),
     ],
 )
 def test_bad_tables_name_their_line(tmp_path, table, message):
     (tmp_path / "metadata.jsonl").write_text(table)
     with pytest.raises(ImageFolderError, match=message):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "caption"),
+    [
+        (
+            "file_name,text\n1.png,a red, round ball\n",
+            "metadata.csv:2 has 3 fields under a header of 2",
+        ),
+        ("file_name,text\n1.png\n", "metadata.csv:2 has 1 fields"),
+        ("file_name,text,text\n1.png,a,b\n", "metadata.csv:1 names the column 'text' twice"),
+        ('file_name,text\n1.png,"a\n', "metadata.csv:2 is not readable: a quote is never closed"),
+        ("file_name;text\n1.png;a\n", "2 has no file_name; its columns are file_name;text"),
+    ],
+)
+def test_rows_of_a_csv_are_as_wide_as_its_header(tmp_path, table, caption):
+    save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text(table)
+    with pytest.raises(ImageFolderError, match=caption):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "file_name, text\n1.png, a ball\n",
+        ' file_name ,text \r\n1.png, "a ball"\r\n\r\n',
+        ",file_name,text\n0,1.png,a ball\n",
+    ],
+)
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_blanks_and_indices_of_a_csv_are_no_part_of_it(tmp_path, table, codec):
+    save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_bytes(table.encode(codec))
+    assert [i.prompt.text for i in read_folder(tmp_path)] == ["a ball"]
+
+
+def test_tables_are_read_wherever_they_lie(tmp_path):
+    for name in ("train/1.png", "more/deep/2.png", "beside/3.png", "beside/4.png", "..a/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name)
+    rows = [{"file_name": "1.png", "text": "one"}]
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(rows[0]))
+    pq.write_table(
+        pa.Table.from_pylist([{"file_name": "deep/2.png", "text": "two"}]),
+        tmp_path / "more" / "metadata.parquet",
+    )
+    (tmp_path / "beside" / "3.TXT").write_text("three")
+    (tmp_path / "beside" / "4.caption").write_text("four")
+    found = {i.path.name: i.prompt.text for i in read_folder(tmp_path)}
+    assert found == {"1.png": "one", "2.png": "two", "3.png": "three", "4.png": "four"}
+
+
+def test_a_folder_may_begin_with_two_dots(tmp_path):
+    (tmp_path / "..a").mkdir()
+    save(tmp_path / "..a" / "5.png")
+    (tmp_path / "metadata.json").write_text('[{"file_name": "..a/5.png", "text": "five"}]')
+    assert [i.prompt.text for i in read_folder(tmp_path)] == ["five"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    save(tmp_path / "1.JPG")
+    save(tmp_path / "2.jfif", format="JPEG")
+    save(tmp_path / "3.avif")
+    (tmp_path / "._1.JPG").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "4.heic").write_bytes(b"")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "1-checkpoint.png")
+    assert [i.path.name for i in read_folder(tmp_path)] == ["1.JPG", "2.jfif", "3.avif"]
+    assert "3 hidden or of the system (" in caplog.text
+    assert "1 of a kind that is not read (4.heic)" in caplog.text
+    save(tmp_path / "5.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.JPG,a\n")
+    assert len(read_folder(tmp_path)) == 1
+    assert "3 named in no row of the table above them (2.jfif, 3.avif, ...)" in caplog.text
+
+
+def test_of_folders_of_splits_the_training_one_is_read(tmp_path, caplog):
+    for split in ("train", "test", "val"):
+        (tmp_path / split).mkdir()
+        save(tmp_path / split / f"{split}.png")
+    assert [i.path.name for i in read_folder(tmp_path)] == ["train.png"]
+    assert "2 of other splits than train" in caplog.text
+    assert [i.path.name for i in read_folder(tmp_path / "test")] == ["test.png"]
+    (tmp_path / "bus").mkdir()
+    save(tmp_path / "bus" / "bus.png")  # trains and buses are no splits
+    assert len(read_folder(tmp_path)) == 4
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    (tmp_path / "far").mkdir()
+    save(tmp_path / "far" / "a.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "far")
+    (root / "circle").symlink_to(root)
+    assert [i.path.name for i in read_folder(root)] == ["a.png"]
+
+
+def test_a_folder_without_an_image_says_what_it_holds(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "labels.tsv").write_text("")
+    with pytest.raises(
+        ImageFolderError, match=r"which holds 1 of \.tsv; left out 1 of a kind .*a\.mp4"
+    ):
+        read_folder(tmp_path)
+
+
+def test_an_undecodable_caption_is_named(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"a b\xe4r")
+    with pytest.raises(ImageFolderError, match=r"a\.txt:1 is not readable: byte 0xe4 at offset 3"):
+        read_folder(tmp_path)
+
+
+def test_a_set_without_a_single_caption_is_refused_where_captions_are_needed(tmp_path):
+    save(tmp_path / "a.png")
+    with pytest.raises(
+        ImageFolderError, match="no image of .* has a caption, and it is to be trained on"
+    ):
+        ImageSource(str(tmp_path), (8, 8))
 
 
 def test_batches_are_of_one_size_and_name_what_cannot_be_read(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torchmetrics.functional.image import (
 
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import GEOMETRY, stream
-from diffalign.data.images import SUFFIXES, fit, read_image
+from diffalign.data.folders import walk_images
+from diffalign.data.images import fit, read_image
 from diffalign.latents.codec import LatentCodec
 from diffalign.shapes.autoencoder import random_images
 
-logger = logging.getLogger(__name__)
 RENDERED = "shapes"
 HELD_OUT = 64
 """Images that are measured and never trained on."""
@@ -37,12 +36,10 @@ class ImageFiles:
     def __init__(self, folder: str, resolution: int, *, seed: int) -> None:
         if not Path(folder).is_dir():
             raise UsageError(f"--images: {folder} is no folder")
-        found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
-        readable = [p for p in found if _readable(p)]
-        if len(readable) < len(found):
-            logger.warning(
-                "--images: %d files are left out as unreadable", len(found) - len(readable)
-            )
+        listing = walk_images(Path(folder), error=UsageError)
+        readable = [p for p in listing.images if _readable(p)]
+        listing.leave_out(set(listing.images) - set(readable), "unreadable")
+        listing.report()
         if len(readable) < 2:
             raise UsageError(
                 f"--images: {folder} holds {len(readable)} readable images; 2 are too few"

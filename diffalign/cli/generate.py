@@ -21,12 +21,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write every image as PNG, and a grid."""
     from diffalign.cli.models import batching, evaluation, load
-    from diffalign.data.prompts import Prompt, load_prompts
+    from diffalign.data.prompts import read_arguments
     from diffalign.evaluation.images import GRID, write_images
 
-    prompts: list[Prompt] = []
-    for text in args.prompts:
-        prompts += load_prompts(text) if text.endswith((".txt", ".jsonl")) else [Prompt(text)]
+    prompts = read_arguments(args.prompts)
     folder = Path(args.output_dir)
     count = write_images(load(args), prompts, folder, evaluation(args), **batching(args))
     print(f"{count} images in {folder}, all of them in {folder / GRID}")

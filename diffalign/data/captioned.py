@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import GEOMETRY, stream
-from diffalign.data.images import fit, read_folder, read_image
+from diffalign.data.images import fit, read_folder, read_image, require_captions
 
 RENDERED = "shapes:train"
 
@@ -33,7 +33,7 @@ class ImageSource:
     """Where images come from and how they are cut: as `config.LatentsConfig`.
 
     Raises:
-        ImageFolderError: there is no such folder, or no image in it.
+        ImageFolderError: there is no such folder, no image in it, or no caption.
         UsageError: nothing is said, or how many to render is not.
     """
 
@@ -50,7 +50,8 @@ class ImageSource:
         if self.source == RENDERED and self.limit is None:
             raise UsageError(f"latents.limit: say how many images of {RENDERED} to render")
         if self.source != RENDERED:
-            read_folder(self.source, flag="latents.images")
+            images = read_folder(self.source, flag="latents.images")
+            require_captions(images, self.source, why="it is to be trained on")
 
     @property
     def files(self) -> dict[str, list[Any]]:

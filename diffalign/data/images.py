@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from diffalign.core.errors import UserError
-from diffalign.data.prompts import Prompt, parse_line
+from diffalign.core.text import parse_json, read_text, unusable
+from diffalign.data.folders import Folder, walk_images
+from diffalign.data.prompts import Prompt
+from diffalign.data.tables import Row, read_rows
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TABLES = ("metadata.jsonl", "metadata.csv")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+"""Names of tables of captions; where a folder has several, the first is read."""
+CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("prompt", "text", "caption")
 MAX_WAITING = 500_000_000
 """Values of images that wait for others of their size."""
+MAX_PIXELS = 2**30
+MAX_PNG_TEXT = 2**28
+"""Bytes of a text or profile in a PNG, four times as many of all of them; Pillow's own limits are against strangers."""
 
 
 class ImageFolderError(UserError, ValueError):
@@ -42,94 +48,177 @@ class CaptionedImage:
 
 
 def read_folder(folder: str | Path, *, flag: str = "--images") -> list[CaptionedImage]:
-    """All images with a caption, in the order of their names.
+    """Images of a folder with their captions; what is left out is logged.
 
-    Captions come from `metadata.jsonl` or `metadata.csv` (columns `file_name` and prompt, text or caption: an image
-    folder of datasets), of a GenEval folder from each prompt's, else from a .txt file beside each image; an image
-    without one has an empty caption.
+    Captions come from tables in the folder or below it (`metadata.jsonl`, `.csv`, `.parquet` or `.json` with columns
+    `file_name` and prompt, text or caption: an image folder of datasets), of a GenEval folder from each prompt's, else
+    from a .txt or .caption file beside each image; an image without one has an empty caption. Images of a table come
+    in its order, others in that of their names.
 
     Raises:
-        ImageFolderError: there is no such folder, no image in it, or a table that is not readable.
+        ImageFolderError: there is no such folder, no image in it, or a table or caption that is not readable.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageFolderError(f"{flag}: {folder} is no folder")
-    for name in TABLES:
-        if (folder / name).is_file():
-            rows = list(_rows(folder / name))
-            if not rows:
-                raise ImageFolderError(f"{folder / name} names no image")
-            return rows
-    files = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not _is_collage(p)
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageFolderError(f"{flag}: {root} is no folder")
+    listing = walk_images(root, error=ImageFolderError)
+    images = listing.images
+    geneval = {
+        p.parent: entry
+        for p in listing.files
+        if p.name == TABLES[0] and (entry := _geneval(p)) is not None
+    }
+    tables = _tables(listing, without=geneval)
+    rows = [row for table in tables for row in _captioned(table)]
+    named = {row.path for row in rows}
+    below = {table.parent for table in tables}
+    listing.leave_out(
+        (p for p in images if p not in named and not below.isdisjoint(p.parents)),
+        "named in no row of the table above them",
     )
-    if not files:
+    # what GenEval's script leaves beside a prompt's samples
+    listing.leave_out((p for p in images if p.parent in geneval), "made of the other images")
+    listing.report()
+    beside = _Captions(listing)
+    rest = [p for p in listing.images if p not in named]
+    if not rows and not rest:
+        raise ImageFolderError(f"{flag}: {listing.without_image()}")
+    return rows + [CaptionedImage(p, _of_geneval(p, geneval) or beside.of(p)) for p in rest]
+
+
+def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, why: str) -> None:
+    """ImageFolderError where no image has a caption and something needs them, which `why` says."""
+    if not any(image.prompt.text.strip() for image in images):
         raise ImageFolderError(
-            f"{flag}: no image in {folder}; expected {', '.join(sorted(SUFFIXES))}"
+            f"no image of {folder} has a caption, and {why}: give it a {TABLES[0]} with file_name and text, or a .txt "
+            "file beside each image (docs/data.md)"
         )
-    return [CaptionedImage(p, _beside(p)) for p in files]
 
 
-def _beside(path: Path) -> Prompt:
-    if path.parent.name == "samples":
-        entry = _geneval(path.parents[1] / "metadata.jsonl")
-        if entry is not None:
-            return Prompt(str(entry["prompt"]), entry)
-    file = path.with_suffix(".txt")
-    found = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
-    text = found.strip()
-    return Prompt(text, {"prompt": text})
+def _tables(listing: Folder, *, without: dict[Path, Any]) -> list[Path]:
+    """Tables of captions, the first of each folder."""
+    by_folder: dict[Path, list[Path]] = {}
+    for path in listing.files:
+        if path.name.lower() in TABLES and path.parent not in without:
+            by_folder.setdefault(path.parent, []).append(path)
+    chosen = []
+    for files in by_folder.values():
+        first, *others = sorted(files, key=lambda p: TABLES.index(p.name.lower()))
+        listing.leave_out(others, f"beside {first.name}, which is read")
+        chosen.append(first)
+    return chosen
 
 
-def _is_collage(path: Path) -> bool:
-    """What GenEval's script leaves beside a prompt's samples."""
-    return path.parent.name.isdigit() and (path.parent / "metadata.jsonl").is_file()
+class _Captions:
+    """Texts in files beside images, their names without regard to case."""
+
+    def __init__(self, listing: Folder) -> None:
+        self.files = {
+            (p.parent, p.name.lower()): p for p in reversed(listing.of_type(CAPTION_SUFFIXES))
+        }
+
+    def of(self, image: Path) -> Prompt:
+        """Caption of an image; empty where it has none."""
+        names = (f"{image.stem}{suffix}".lower() for suffix in CAPTION_SUFFIXES)
+        files = (self.files.get((image.parent, name)) for name in names)
+        file = next((f for f in files if f is not None), None)
+        text = "" if file is None else read_text(file, error=ImageFolderError).strip()
+        _checked(text, str(file))
+        return Prompt(text, {"prompt": text})
 
 
-@lru_cache(maxsize=64)  # the images of one prompt follow each other
+def _checked(text: str, place: str) -> str:
+    """Caption; ImageFolderError where no tokenizer takes it."""
+    if why := unusable(text):
+        raise ImageFolderError(f"{place}: the caption is not usable: {why}")
+    return text
+
+
+def _of_geneval(path: Path, entries: dict[Path, dict[str, Any]]) -> Prompt | None:
+    entry = entries.get(path.parents[1]) if path.parent.name == "samples" else None
+    return None if entry is None else Prompt(str(entry["prompt"]), entry)
+
+
 def _geneval(file: Path) -> dict[str, Any] | None:
-    """A prompt of GenEval's folder layout, where the file is one."""
-    try:
-        entry = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    """Prompt of GenEval's folder layout, where the file is one."""
+    if not (file.parent.name.isdigit() or (file.parent / "samples").is_dir()):
         return None
-    return entry if isinstance(entry, dict) and "prompt" in entry else None
-
-
-def _rows(table: Path) -> Iterator[CaptionedImage]:
     try:
-        entries = list((_csv if table.suffix == ".csv" else _jsonl)(table))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ImageFolderError(f"{table} is not readable: {error}") from error
-    key = next((k for k in TEXT_KEYS if any(e.get(k) for _, e in entries)), None)
-    for place, entry in entries:
-        name = entry.get("file_name")
-        if not name:
-            raise ImageFolderError(f"{place} has no file_name")
-        inside = os.path.normpath(str(name))
-        if os.path.isabs(inside) or inside.startswith(".."):
-            raise ImageFolderError(f"{place}: {name} is not inside the folder")
+        entry = parse_json(read_text(file), str(file))
+    except UserError:
+        return None
+    is_prompt = isinstance(entry, dict) and "prompt" in entry and "file_name" not in entry
+    return entry if is_prompt else None
+
+
+def _captioned(table: Path) -> Iterator[CaptionedImage]:
+    """Images that a table names.
+
+    Raises:
+        ImageFolderError: a row is not readable, names no file, or a file outside the folder.
+    """
+    rows = [row for row in read_rows(table, error=ImageFolderError) if row is not None]
+    if not rows:
+        raise ImageFolderError(f"{table} names no image")
+    for row in rows:
+        if row.problem == "is no object":
+            raise ImageFolderError(f"{row.at} must be an object with file_name and prompt")
+        if row.problem:
+            raise ImageFolderError(f"{row.at} {row.problem}")
+    key = next((k for k in TEXT_KEYS if any(row.columns.get(k) for row in rows)), None)
+    for row in rows:
+        entry = dict(row.columns)
         # taken out: its key means a caption here, whatever it means to a reward
-        caption = str(entry.pop(key, None) or "") if key is not None else ""
-        yield CaptionedImage(table.parent / inside, Prompt(caption, {**entry, "prompt": caption}))
+        value = entry.pop(key, None) if key is not None else None
+        if isinstance(value, list | dict | bytes):
+            raise ImageFolderError(f"{row.at}: {key} must be a text, not {type(value).__name__}")
+        caption = _checked("" if value is None else str(value), row.at)
+        yield CaptionedImage(_inside(row), Prompt(caption, {**entry, "prompt": caption}))
 
 
-def _csv(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for entry in reader:
-            yield f"{table}:{reader.line_num}", dict(entry)
+def _inside(row: Row) -> Path:
+    """File that a row names within the folder of its table."""
+    name = row.columns.get("file_name")
+    if not name:
+        raise ImageFolderError(
+            f"{row.at} has no file_name; its columns are {', '.join(map(str, row.columns))}"
+        )
+    inside = os.path.normpath(str(name))
+    if os.path.isabs(inside) or Path(inside).parts[0] == "..":
+        raise ImageFolderError(f"{row.at}: {name} is not inside the folder")
+    return row.folder / inside
 
 
-def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(table.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{table}:{number}"
-        entry = parse_line(line, place, error=ImageFolderError)
-        if not isinstance(entry, dict):
-            raise ImageFolderError(f"{place} must be an object with file_name and prompt")
-        yield place, entry
+class _Limits:
+    """Pillow's limits, raised while an image of the user's own is read; others of the process keep theirs."""
+
+    def __init__(self) -> None:
+        self.lock, self.readers = threading.Lock(), 0
+        self.before: tuple[int | None, int, int] = (None, 0, 0)
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        with self.lock:
+            if self.readers == 0:
+                self.before = self._set(MAX_PIXELS, MAX_PNG_TEXT, 4 * MAX_PNG_TEXT)
+            self.readers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.readers -= 1
+                if self.readers == 0:
+                    self._set(*self.before)
+
+    @staticmethod
+    def _set(pixels: int | None, chunk: int, memory: int) -> tuple[int | None, int, int]:
+        png = PngImagePlugin
+        before = (Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY)
+        Image.MAX_IMAGE_PIXELS, png.MAX_TEXT_CHUNK, png.MAX_TEXT_MEMORY = pixels, chunk, memory
+        return before
+
+
+_limits = _Limits()
 
 
 def read_image(path: Path | bytes) -> Tensor:
@@ -140,7 +229,10 @@ def read_image(path: Path | bytes) -> Tensor:
         OSError: the file is missing, empty, cut or no image.
     """
     try:
-        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as file:
+        with (
+            _limits.raised(),
+            Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as file,
+        ):
             file.load()
             image = _upright(file)
         if image.mode.startswith("I") or image.mode == "F":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffalign.core.errors import UserError
+from diffalign.core.text import parse_json, read_lines, suffix_of, unusable
+
+SUFFIXES = (".txt", ".jsonl")
+"""Suffixes of prompt files."""
 
 
 class PromptError(UserError, ValueError):
@@ -65,42 +69,56 @@ def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
     return [prompts[i * len(prompts) // limit] for i in range(limit)]
 
 
+def read_arguments(arguments: Sequence[str]) -> list[Prompt]:
+    """Prompts that are given as texts, or as files of prompts by their suffix.
+
+    Raises:
+        PromptError: a file cannot be used, or no tokenizer takes a text.
+    """
+    found: list[Prompt] = []
+    for text in arguments:
+        if suffix_of(text) in SUFFIXES or (suffix_of(text) and os.path.isfile(text)):
+            found += load_prompts(text)
+        else:
+            found.append(Prompt(_checked(text, f"prompt {text!r}")))
+    return found
+
+
 def _read(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise PromptError(
-            f"prompt file {path} does not exist; expected shapes:train, geneval:train, a .txt or a .jsonl file"
+            f"prompt file {path} does not exist: there is no {path.absolute()}; expected geneval, geneval:train, "
+            "shapes:train, shapes:held_out, a .txt or a .jsonl file"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"prompt file {path} is not UTF-8 text: {error}") from error
-    if path.suffix not in (".txt", ".jsonl"):
-        raise PromptError(f"prompt file {path} must end in .txt or .jsonl")
-    parse = _parse_json if path.suffix == ".jsonl" else _plain
-    found = [parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if suffix_of(path) not in SUFFIXES:
+        raise PromptError(
+            f"prompt file {path} must end in .txt or .jsonl: one prompt per line, or one object with a prompt"
+        )
+    parse = _parse_json if suffix_of(path) == ".jsonl" else _plain
+    lines = read_lines(path, error=PromptError)
+    found = [parse(line, f"{path}:{i}") for i, line in lines if line.strip()]
     if not found:
         raise PromptError(f"prompt file {path} holds no prompt")
     return found
 
 
+def _checked(text: str, place: str) -> str:
+    if why := unusable(text):
+        raise PromptError(f"{place} is not usable: {why}")
+    return text
+
+
 def _plain(line: str, place: str) -> Prompt:
-    return Prompt(line.strip(), {"prompt": line.strip()})
-
-
-def parse_line(line: str, place: str, *, error: type[UserError] = PromptError) -> Any:
-    """A line of a .jsonl file; `error` with its place where it is no JSON."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as cause:
-        raise error(f"{place} is not valid JSON: {cause}") from cause
+    text = _checked(line.strip(), place)
+    return Prompt(text, {"prompt": text})
 
 
 def _parse_json(line: str, place: str) -> Prompt:
-    entry = parse_line(line, place)
+    entry = parse_json(line, place, error=PromptError)
     if (
         not isinstance(entry, dict)
         or not isinstance(entry.get("prompt"), str)
         or not entry["prompt"].strip()
     ):
         raise PromptError(f'{place} needs a "prompt" with a text')
-    return Prompt(entry["prompt"], entry)
+    return Prompt(_checked(entry["prompt"], place), entry)

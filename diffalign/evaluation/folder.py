@@ -10,7 +10,7 @@ import numpy as np
 
 from diffalign.core.errors import UsageError
 from diffalign.core.versions import versions
-from diffalign.data.images import CaptionedImage, batches
+from diffalign.data.images import CaptionedImage, batches, require_captions
 from diffalign.evaluation.score import Progress, Score
 
 
@@ -78,9 +78,7 @@ def folder_result(
 
 
 def check_captions(reward: Any, images: Sequence[CaptionedImage], folder: Path) -> None:
-    """Raise UsageError where rewards judge by the prompt and no image has one."""
+    """Raise ImageFolderError where rewards judge by the prompt and no image has one."""
     blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
-    if blind and not any(i.prompt.text for i in images):
-        raise UsageError(
-            f"{', '.join(blind)} needs captions, and no image of {folder} has one; see docs/rewards.md"
-        )
+    if blind:
+        require_captions(images, folder, why=f"{', '.join(blind)} needs captions")

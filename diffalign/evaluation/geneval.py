@@ -18,9 +18,10 @@ from torch import Tensor
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
 from diffalign.core.files import aside, write_text
+from diffalign.core.text import parse_json, read_lines
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.states import states_path
-from diffalign.data.prompts import Prompt, parse_line
+from diffalign.data.prompts import Prompt
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import Progress, image_seeds, render
 from diffalign.geneval.rules import Detection, judge, summarize
@@ -242,11 +243,8 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenEvalError(f"{file} cannot be read: {error}") from error
-    entry = parse_line(lines[0], str(file), error=GenEvalError) if len(lines) == 1 else None
+    lines = [line for _, line in read_lines(file, error=GenEvalError) if line.strip()]
+    entry = parse_json(lines[0], str(file), error=GenEvalError) if len(lines) == 1 else None
     if not isinstance(entry, dict):
         raise GenEvalError(f"{file} must hold one JSON object")
     return entry

@@ -1,0 +1,129 @@
+"""Text files as people have them: one reader for prompts, captions, tables and recipes.
+
+Encodings are told by the byte order mark, UTF-8 without one. Only LF, CR or both end a line: U+2028, U+0085 and form
+feeds stand inside one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffalign.core.errors import UserError
+
+MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+"""Byte order marks and their codecs; the longer marks first."""
+
+
+class TextError(UserError, ValueError):
+    """A text file that cannot be read; the message names file and line."""
+
+
+def suffix_of(path: str | Path) -> str:
+    """Suffix of a file name in lower case, with its dot."""
+    return Path(path).suffix.lower()
+
+
+def read_text(path: Path, *, error: type[UserError] = TextError) -> str:
+    """Text of a whole file, its lines ended by LF.
+
+    Raises:
+        error: the file cannot be opened or decoded, or holds a NUL character.
+    """
+    return "\n".join(line for _, line in read_lines(path, error=error))
+
+
+def read_lines(path: Path, *, error: type[UserError] = TextError) -> Iterator[tuple[int, str]]:
+    """Numbers (from 1) and texts of a file's lines, without their ends.
+
+    Raises:
+        error: the file cannot be opened or decoded, or a line holds a NUL character.
+    """
+    codec = "utf-8"
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        codec = next((name for mark, name in MARKS if start.startswith(mark)), codec)
+        with path.open(encoding=codec) as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise error(
+                        f"{path}:{number} is not readable: it holds a NUL character (UTF-16 without a byte order "
+                        "mark?); save the file as UTF-8"
+                    )
+                # files that were joined keep their marks inside
+                yield number, line.removesuffix("\n").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise error(_undecodable(path, codec)) from None
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
+
+
+def _undecodable(path: Path, codec: str) -> str:
+    """Message that names the line and the offset of the first wrong byte."""
+    data = path.read_bytes()
+    try:
+        data.decode(codec)
+    except UnicodeDecodeError as cause:
+        before = bytes(cause.object[: cause.start]).decode(codec, errors="ignore")
+        line = before.replace("\r\n", "\n").replace("\r", "\n").count("\n") + 1
+        offset = len(data) - len(cause.object) + cause.start
+        name = codec.removesuffix("-sig").upper()
+        return (
+            f"{path}:{line} is not readable: byte 0x{data[offset]:02x} at offset {offset} is not {name}; "
+            "save the file as UTF-8"
+        )
+    return f"{path} is not readable: it was changed while it was read"
+
+
+def parse_json(text: str, place: str, *, error: type[UserError] = TextError) -> Any:
+    """Value of a JSON text.
+
+    Raises:
+        error: the text at `place` is not JSON, is nested too deep, or has a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        why = "nested too deep"
+    except json.JSONDecodeError as cause:
+        why = str(cause)
+    except KeyError as cause:
+        why = f"the key {cause} stands in it twice"
+    except ValueError:
+        why = "a number has too many digits"
+    raise error(f"{place} is not valid JSON: {why}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Object of its keys and values; KeyError for a key that is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+def read_json(path: Path, *, error: type[UserError] = TextError) -> Any:
+    """Value of a JSON file.
+
+    Raises:
+        error: the file cannot be read, or is not JSON.
+    """
+    return parse_json(read_text(path, error=error), str(path), error=error)
+
+
+def unusable(text: str) -> str:
+    """Reason why no tokenizer takes a text; empty where one does."""
+    for place, character in enumerate(text):
+        if character == "\0" or "\ud800" <= character <= "\udfff":
+            return f"character {place + 1} is U+{ord(character):04X}, which no tokenizer takes"
+    return ""

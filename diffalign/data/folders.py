@@ -1,0 +1,187 @@
+"""Files of a folder as people have it: one walker for images, captions and tables, which says what it leaves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffalign.core.errors import UserError
+from diffalign.core.text import suffix_of
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif"),
+        *(".tif", ".tiff", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
+    )
+)
+"""Suffixes of images that Pillow reads without a plugin."""
+OTHER_MEDIA = frozenset(
+    (
+        *(".heic", ".heif", ".jxl", ".psd", ".svg", ".pdf", ".eps", ".raw", ".dng", ".cr2", ".nef"),
+        *(".arw", ".exr", ".hdr", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".zip", ".npy"),
+    )
+)
+"""Suffixes of what somebody may take for an image, and nothing here reads."""
+SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"))
+QUIET = frozenset((".ds_store", ".git", ".gitattributes", ".gitignore", ".cache"))
+"""Hidden names that nobody would miss."""
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Splits of a dataset and the words for them, as datasets knows them."""
+_WORDS = {word: split for split, words in SPLITS.items() for word in words}
+_reported: set[tuple[str, str]] = set()
+
+
+class FolderError(UserError, ValueError):
+    """A folder that cannot be read; the message names it."""
+
+
+@dataclass
+class Folder:
+    """Files below `root` in the order of their paths, and what was left out: names by reason."""
+
+    root: Path
+    files: list[Path]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, paths: Iterable[Path], why: str) -> None:
+        """Take files out of the list, for a reason that `report` gives."""
+        gone = set(paths)
+        if gone:
+            self.files = [p for p in self.files if p not in gone]
+            names = sorted(p.relative_to(self.root).as_posix() for p in gone)
+            self.left_out.setdefault(why, []).extend(names)
+
+    def of_type(self, suffixes: Iterable[str]) -> list[Path]:
+        """Files whose suffix is one of these, in lower case."""
+        chosen = set(suffixes)
+        return [p for p in self.files if suffix_of(p) in chosen]
+
+    @property
+    def images(self) -> list[Path]:
+        """Files that are images by their suffix."""
+        return self.of_type(IMAGE_SUFFIXES)
+
+    def without_image(self) -> str:
+        """Message about a folder without an image: what it holds, and what would be read."""
+        every = [suffix_of(p) or "no suffix" for p in self.files]
+        there = ", ".join(f"{every.count(s)} of {s}" for s in sorted(set(every))) or "no file"
+        without = f"; left out {self}" if self.left_out else ""
+        wanted = ", ".join(sorted(IMAGE_SUFFIXES))
+        return f"no image in {self.root}, which holds {there}{without}; expected {wanted}"
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{len(names)} {why} ({', '.join(names[:2])}{', ...' if names[2:] else ''})"
+            for why, names in self.left_out.items()
+        )
+
+    def report(self) -> None:
+        """Log what was left out, once for a folder."""
+        key = (str(self.root.resolve()), str(self))
+        if self.left_out and key not in _reported:
+            _reported.add(key)
+            logger.warning("%s: left out %s", self.root, self)
+
+
+def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
+    """Every file below a folder, but hidden ones and those of operating systems; links are followed.
+
+    Raises:
+        error: there is no such folder, or it cannot be listed.
+    """
+    if not root.is_dir():
+        raise error(f"{root} is no folder")
+    files: list[Path] = []
+    left_out: dict[str, list[str]] = {}
+
+    def refuse(cause: OSError) -> None:
+        raise error(f"{cause.filename} cannot be listed: {cause.strerror}") from cause
+
+    visited: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in visited:  # a link to a folder above it
+            folders.clear()
+            continue
+        visited.add((here.st_dev, here.st_ino))
+        hidden = [n for n in (*folders, *names) if _is_hidden(n)]
+        for name in hidden:
+            if name.lower() not in QUIET:
+                path = Path(place, name).relative_to(root).as_posix()
+                left_out.setdefault("hidden or of the system", []).append(path)
+        folders[:] = [n for n in folders if not _is_hidden(n)]
+        files += [Path(place, n) for n in names if not _is_hidden(n)]
+    return Folder(root, sorted(files), left_out)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
+    """Files of a folder of images; of a dataset with splits those to train on.
+
+    Raises:
+        error: there is no such folder, or it cannot be listed.
+    """
+    folder = walk(root, error=error)
+    folder.leave_out(folder.of_type(OTHER_MEDIA), "of a kind that is not read")
+    _keep_training_folder(folder)
+    folder.leave_out(_grids(folder.images), "made of the other images")
+    return folder
+
+
+def _keep_training_folder(folder: Folder) -> None:
+    """Leave out the other splits where all images lie in folders that are named like splits."""
+    images = folder.images
+    tops = {p.relative_to(folder.root).parts[0].lower() for p in images}
+    splits = {_WORDS.get(top) for top in tops}
+    if None not in splits and "train" in splits and len(splits) > 1:
+        other = [
+            p
+            for p in folder.files
+            if _WORDS.get(p.relative_to(folder.root).parts[0].lower()) not in (None, "train")
+        ]
+        folder.leave_out(other, "of other splits than train; name a split's own folder to read it")
+
+
+def _grids(images: Sequence[Path]) -> list[Path]:
+    """Overviews that `diffalign generate` writes beside numbered images."""
+    numbered = {p.parent for p in images if re.match(r"\d{4}-", p.name)}
+    return [p for p in images if p.name == "grid.png" and p.parent in numbered]
+
+
+def split_of(path: Path) -> str | None:
+    """Split of a dataset that a relative path names with a word of its own, such as data/train-00000.parquet."""
+    for word in re.split(r"[^a-z]+", path.as_posix().lower()):
+        if word in _WORDS:
+            return _WORDS[word]
+    return None
+
+
+def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
+    """Files of the training split where files of several splits are there; all of them otherwise."""
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(split_of(file.relative_to(folder.root)), []).append(file)
+    if "train" not in by_split or len(by_split) == 1:
+        if len(by_split) > 1:
+            logger.warning(
+                "%s: files of several splits are read together (%s); name one of them to read it alone",
+                folder.root,
+                ", ".join(str(files[0].name) for files in by_split.values()),
+            )
+        return list(files)
+    other = [p for split, rest in by_split.items() if split != "train" for p in rest]
+    folder.leave_out(other, "of other splits than train; name a file to read it alone")
+    return by_split["train"]

@@ -1,0 +1,251 @@
+"""Rows of tables as they are found on disk: parquet, csv, json, one object per line, tar.
+
+A row is a mapping of its columns. A row that cannot be read has a `problem` instead: readers of pairs count it,
+readers of captions refuse it.
+"""
+
+from __future__ import annotations
+
+import csv
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, repeat
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffalign.core.errors import UserError
+from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
+
+SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv")
+TAR_IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+MAX_MEMBER = 512 * 1024**2
+"""Bytes of a member of a tar; a longer one is no image."""
+PARQUET_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """Columns of row `number` of `file`, which stands in its `line` where the table is text; or its `problem`."""
+
+    columns: Mapping[str, Any]
+    file: Path
+    number: int
+    line: int | None = None
+    name: str = ""
+    """Key of a sample in a tar."""
+    problem: str = ""
+
+    @property
+    def place(self) -> str:
+        """Name of the row in messages about tables of any kind."""
+        at = f"{self.file}:{self.line}" if self.line else str(self.file)
+        return f"{at}, {self.name or f'row {self.number}'}"
+
+    @property
+    def at(self) -> str:
+        """Name of the row in messages about text: its file and line."""
+        return f"{self.file}:{self.line}" if self.line else self.place
+
+    @property
+    def folder(self) -> Path:
+        """Folder where relative paths of the row start."""
+        return self.file.parent
+
+
+Rows = Iterator[Row | None]
+"""Rows of a table, with None for each of those that were to be skipped."""
+
+
+def read_rows(file: Path, *, skip: int = 0, error: type[UserError]) -> Rows:
+    """Rows of a table by the suffix of its name.
+
+    Args:
+        skip: number of first rows that are not made; None stands for each.
+        error: class of what is raised where the table as a whole cannot be read.
+    """
+    readers: dict[str, Callable[..., Rows]] = {".parquet": _parquet, ".tar": _tar}
+    read = readers.get(suffix_of(file))
+    if read is not None:
+        yield from read(file, skip, error)
+        return
+    text = {".csv": _csv, ".json": _json}.get(suffix_of(file), _json_lines)
+    for row in text(file, error):
+        yield row if row.number >= skip else None
+
+
+def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
+    """Rows of a table with a header; one that is not as wide as the header has a problem."""
+    header: list[str] = []
+    number = 0
+    for line, values, damage in _records(file, error):
+        if not header:
+            if damage:
+                raise error(f"{file}:{line} {damage}")
+            header = _header(values, f"{file}:{line}", error)
+            continue
+        if damage or len(values) != len(header):
+            narrow = f"has {len(values)} fields under a header of {len(header)}: a text with commas needs quotes"
+            yield Row({}, file, number, line, problem=damage or narrow)
+        else:
+            columns = dict(zip(header, values, strict=True))
+            columns.pop("", None)
+            yield Row(columns, file, number, line)
+        number += 1
+
+
+def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str], str]]:
+    """First line, fields and problem of every record that is not blank."""
+    lines = (line + "\n" for _, line in read_lines(file, error=error))
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as cause:
+            if "end of data" in str(cause):
+                raise error(f"{file}:{line} is not readable: a quote is never closed") from cause
+            yield line, [], f"is not readable as CSV: {cause}"
+            continue
+        if any(value.strip() for value in values):
+            yield line, values, ""
+
+
+def _header(values: list[str], place: str, error: type[UserError]) -> list[str]:
+    """Names of columns; a column without a name, as of an index, is left out later."""
+    names = [value.strip() for value in values]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise error(f"{place} names the column {name!r} twice")
+    return names
+
+
+def _json(file: Path, error: type[UserError]) -> Iterator[Row]:
+    """Rows of a list of objects."""
+    entries = read_json(file, error=error)
+    if not isinstance(entries, list):
+        raise error(f"{file} must hold a list of objects")
+    for number, entry in enumerate(entries):
+        yield _object(entry, file, number, None)
+
+
+def _json_lines(file: Path, error: type[UserError]) -> Iterator[Row]:
+    """Rows of a file of one object per line."""
+    number = 0
+    for line, text in read_lines(file, error=error):
+        if not text.strip():
+            continue
+        try:
+            row = _object(parse_json(text, "", error=error), file, number, line)
+        except error as cause:
+            row = Row({}, file, number, line, problem=str(cause).strip())
+        yield row
+        number += 1
+
+
+def _object(entry: Any, file: Path, number: int, line: int | None) -> Row:
+    if isinstance(entry, dict):
+        return Row(entry, file, number, line)
+    return Row({}, file, number, line, problem="is no object")
+
+
+def open_parquet(file: Path, error: type[UserError]) -> Any:
+    """Parquet file that is open."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, pa.ArrowException) as cause:
+        raise error(f"{file} is not readable: {_first_line(cause)}") from cause
+
+
+def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
+    """Rows of a parquet file; row groups that are skipped are not read."""
+    import pyarrow as pa
+
+    table = open_parquet(file, error)
+    number = 0
+    for group in range(table.num_row_groups):
+        size = table.metadata.row_group(group).num_rows
+        if number + size <= skip:
+            number += size
+            yield from repeat(None, size)
+            continue
+        try:
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
+                for row in _batch(batch, file, number):
+                    yield row if number >= skip else None
+                    number += 1
+        except (OSError, pa.ArrowException) as cause:
+            raise error(f"{file} is damaged at row {number}: {_first_line(cause)}") from cause
+
+
+def _batch(batch: Any, file: Path, number: int) -> list[Row]:
+    """Rows of a batch from `number` on; one whose text is damaged has a problem."""
+    try:
+        return [Row(columns, file, number + i) for i, columns in enumerate(batch.to_pylist())]
+    except UnicodeDecodeError:
+        pass
+    rows = []
+    for i in range(batch.num_rows):
+        try:
+            (columns,) = batch.slice(i, 1).to_pylist()
+            rows.append(Row(columns, file, number + i))
+        except UnicodeDecodeError:
+            rows.append(Row({}, file, number + i, problem="holds text that is not UTF-8"))
+    return rows
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).strip() or type(cause).__name__).split("\n")[0]
+
+
+def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
+    """Samples of a tar in WebDataset's form: members of one key follow each other."""
+    try:
+        with tarfile.open(file) as archive:
+            members = (m for m in archive if m.isfile() and not _is_hidden(m.name))
+            samples = groupby(members, key=lambda m: _key(m.name)[0])
+            for number, (key, parts) in enumerate(samples):
+                if number < skip:
+                    yield None
+                    continue
+                yield _sample(parts, partial(Row, file=file, number=number, name=key), archive)
+    except (tarfile.TarError, EOFError, OSError) as cause:
+        raise error(f"{file} is not readable: {_first_line(cause)}") from cause
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Key of a member's sample, cut at the first dot after the last slash, and the member's own name."""
+    path = PurePosixPath(name)
+    stem, _, rest = path.name.partition(".")
+    return str(path.parent / stem), rest
+
+
+def _is_hidden(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return any(p == "__MACOSX" or (p.startswith(".") and p not in (".", "..")) for p in parts)
+
+
+def _sample(
+    members: Iterator[tarfile.TarInfo], row: Callable[..., Row], archive: tarfile.TarFile
+) -> Row:
+    columns: dict[str, Any] = {}
+    for member in members:
+        if member.size > MAX_MEMBER:
+            return row({}, problem=f"has a member of more than {MAX_MEMBER} bytes")
+        name = _key(member.name)[1]
+        stream = archive.extractfile(member)
+        assert stream is not None
+        value: bytes | str = stream.read()
+        if not name.lower().endswith(TAR_IMAGES):
+            try:
+                value = value.decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                return row({}, problem="holds text that is not UTF-8")
+        columns[name.rpartition(".")[0] or name] = value
+    return row(columns)
