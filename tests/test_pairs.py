@@ -153,6 +153,10 @@ ROW = {"prompt": "a", "image_0": "x", "image_1": "y", "label": 1}
         ({"image_0": None}, "no image in image_0"),
         ({"image_1": 7}, "no image in image_1"),
         ({"weight": 0}, "weight not positive"),
+        ({"weight": []}, "weight is no number"),
+        ({"prompt": "a \ud800 b"}, "a prompt that no tokenizer takes"),
+        ({"image_0": "x\0y"}, "no image in image_0"),
+        ({"label": 10**400}, "label is no number"),
     ],
 )
 def test_a_bad_row_is_skipped_and_the_next_is_read(tmp_path, change, why):
@@ -171,7 +175,11 @@ def test_a_bad_row_is_skipped_and_the_next_is_read(tmp_path, change, why):
         (lambda f: jsonl(f / "a.jsonl", []), {}, "has no rows"),
         (lambda f: jsonl(f / "a.jsonl", [{"x": 1}]), {}, "of no known layout"),
         (lambda f: jsonl(f / "a.jsonl", [[1]]), {}, "row 0 is no object"),
-        (lambda f: jsonl(f / "a.jsonl", [ROW, {"prompt": "a"}]), {}, "row 1 has no column"),
+        (
+            lambda f: jsonl(f / "a.jsonl", [{"prompt": "a"}]),
+            {"preset": "hpdv2"},
+            "row 0 has no column",
+        ),
         (lambda f: jsonl(f / "a.jsonl", [ROW]), {"preset": "pickpic"}, "did you mean 'pickapic'"),
         (lambda f: jsonl(f / "a.jsonl", [ROW]), {"preset": "pickapic"}, "no column 'caption'"),
         (lambda f: jsonl(f / "a.jsonl", [ROW]), {"column_map": {"text": "a"}}, "no column 'text'"),
@@ -242,3 +250,143 @@ class TestRanking:
         assert choose_pairs([float("nan"), 1.0]) == []
         assert choose_pairs([float("nan"), 1.0, 0.0]) == [(1, 2)]
         assert choose_pairs([1.0, 1.0, 1.0], pick="all") == []
+
+
+def lines(*texts):
+    return "".join(f"{text}\n" for text in texts)
+
+
+GOOD = json.dumps(ROW)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        (
+            "a.jsonl",
+            lines(GOOD, '{"prompt": "y", "image_0": "a", "image_1": "b"}', GOOD),
+            "no label",
+        ),
+        ("a.jsonl", lines(GOOD, '{"prompt": "y"}', GOOD), "no column 'image_0'"),
+        ("a.jsonl", lines(GOOD, "null", GOOD), "is no object"),
+        ("a.jsonl", lines(GOOD, GOOD[:-9], GOOD), "is not valid JSON"),
+        ("a.jsonl", lines(GOOD, "[" * 100_000, GOOD), "is not valid JSON"),
+        ("a.jsonl", lines(GOOD, GOOD.replace("1}", "9" * 5000 + "}"), GOOD), "is not valid JSON"),
+        ("a.jsonl", lines(GOOD, GOOD[:-1] + ', "label": 0}', GOOD), "is not valid JSON"),
+        (
+            "a.csv",
+            lines("prompt,image_0,image_1,label", "x,a,b,1", "a red, round ball,a,b,1", "x,a,b,0"),
+            "has 5 fields under a header of 4",
+        ),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_skipped_and_the_next_is_read(tmp_path, name, text, why):
+    (tmp_path / name).write_text(text)
+    found = read(tmp_path / name)
+    assert [type(p) for p in found] == [PreferencePair, Skipped, PreferencePair]
+    assert found[1].why == why
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"prompt": "x", "file_path": ["a", "b"], "human_preference": [1, 0, 0]}, "two numbers"),
+        ({"prompt": "x", "file_path": ["a", "b"], "human_preference": 5}, "two numbers"),
+        ({"prompt": "x", "file_path": None, "human_preference": [1, 0]}, "no list of images"),
+        ({"prompt": "x", "file_path": 3, "human_preference": 5}, "no list of images"),
+        ({"prompt": "x", "image_path": ["a", "b"], "rank": None}, "no list of ranks"),
+        ({"prompt": "x", "image_path": ["a"] * 3000, "rank": [1] * 3000}, "more than 256"),
+        ({"prompt": "x", "path1": "a", "path2": "b", "choice_dist": 5}, "no list"),
+        ({"prompt": "x", "path1": "a", "path2": "b", "choice_dist": ["a", {}]}, "no number"),
+        (
+            {"prompt": "x", "image1": "a", "image2": "b", "votes_image1": [], "votes_image2": 1},
+            "no number",
+        ),
+        ({"prompt_id": {}, "prompt": "x", "image": 5, "rank": 1}, "no image"),
+        ({"caption": "x", "jpg_0": "a", "jpg_1": {}, "label_0": {}}, "no number"),
+        ({"caption": 7, "jpg_0": "a", "jpg_1": "b", "label_0": 1}, "no prompt"),
+    ],
+)
+def test_values_of_another_kind_are_a_skip_in_every_layout(tmp_path, entry, why):
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    (found,) = read(tmp_path / "a.json")
+    assert isinstance(found, Skipped)
+    assert why in found.why
+
+
+def test_a_table_of_nothing_but_bad_rows_says_what_is_wrong_with_the_first(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines("[" * 100_000, "{"))
+    with pytest.raises(PairsError, match=r"a\.jsonl:1, row 0 is not valid JSON: nested too deep"):
+        read(tmp_path / "a.jsonl")
+
+
+def tar(path, names):
+    with tarfile.open(path, "w") as archive:
+        for name, value in names.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(value)
+            archive.addfile(info, io.BytesIO(value))
+    return path
+
+
+@pytest.mark.parametrize("before", ["", "./", "train.v1/", "a/b.c/"])
+def test_samples_of_a_tar_are_told_by_the_name_behind_the_last_slash(tmp_path, before):
+    members = {
+        "original_prompt.txt": b"a",
+        "jpg_0.JPG": png(0),
+        "jpg_1.jpg": png(9),
+        "label_0.txt": b"1",
+    }
+    names = {f"{before}{k}.{n}": v for k in ("0001", "0002") for n, v in members.items()}
+    hidden = {f"{before}._0001.jpg_0.jpg": b"\0\5\x16\7"}
+    found = read(tar(tmp_path / "a.tar", hidden | names))
+    assert facts(found) == [("a", 1.0), ("a", 1.0)]
+    assert found[0].images == (png(0), png(9))
+
+
+def test_damaged_text_in_a_tar_or_parquet_costs_its_row_alone(tmp_path):
+    members = {"jpg_0.jpg": png(0), "jpg_1.jpg": png(9), "label_0.txt": b"1"}
+    prompts = {"1": b"a", "2": b"\xff", "3": b"c"}
+    names = {
+        f"{k}.{n}": v
+        for k, prompt in prompts.items()
+        for n, v in {"original_prompt.txt": prompt, **members}.items()
+    }
+    found = read(tar(tmp_path / "a.tar", names))
+    assert [type(p) for p in found] == [PreferencePair, Skipped, PreferencePair]
+    texts = pa.array([b"a", b"\xff\xfe", b"c"]).cast(pa.string(), safe=False)
+    table = pa.table(
+        {"prompt": texts, "image_0": ["x"] * 3, "image_1": ["y"] * 3, "label": [1] * 3}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert [type(p) for p in found] == [PreferencePair, Skipped, PreferencePair]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [
+            "data/train-00000-of-00001.parquet",
+            "data/test-0.parquet",
+            "data/validation_unique-0.parquet",
+        ],
+        ["training/0.parquet", "eval/0.parquet"],
+        ["train.PARQUET", "val.parquet"],
+    ],
+)
+def test_of_a_dataset_with_splits_the_training_one_is_read(tmp_path, names, caplog):
+    for name in names:
+        parquet(tmp_path / name, [pick(name, 1.0)])
+    assert facts(read(tmp_path)) == [(names[0], 1.0)]
+    assert "other splits than train" in caplog.text
+    assert facts(read(tmp_path / names[1])) == [(names[1], 1.0)]
+
+
+def test_hidden_tables_are_left_out_and_suffixes_have_no_case(tmp_path):
+    parquet(tmp_path / "a.PARQUET", [pick("a", 1.0)])
+    parquet(tmp_path / ".cache" / "b.parquet", [pick("b", 1.0)])
+    (tmp_path / "._a.PARQUET").write_bytes(b"\0\5\x16\7")
+    assert facts(read(tmp_path)) == [("a", 1.0)]
+    jsonl(tmp_path / "PAIRS.JSONL", [ROW])
+    assert facts(read(tmp_path / "PAIRS.JSONL")) == [("a", 1.0)]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
 from diffalign.config import PairsConfig, nearest
-from diffalign.data.pairs.tables import PairsError, Row, rows
+from diffalign.core.text import unusable
+from diffalign.data.pairs.tables import PairsError, rows
+from diffalign.data.tables import Row
 
 Image = Path | bytes
+MAX_RANKED = 256
+"""Images of one ranking: more would make tens of thousands of pairs of a row."""
 CANONICAL = ("prompt", "image_0", "image_1", "label", "label_0", "label_1", "weight")
 
 
@@ -59,13 +63,17 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
     layout = _layout(config)
     numbered = enumerate(rows(config.source, start=start), start)
     if layout.per_image:  # rows of one prompt follow each other
-        groups = groupby(numbered, key=lambda pair: pair[1].columns.get("prompt_id"))
+        groups = groupby(numbered, key=lambda pair: _prompt_id(pair[1]))
         parts = (list(group) for _, group in groups)
     else:
         parts = ([one] for one in numbered)
     for part in parts:
-        found = [row for _, row in part]
-        yield from _pairs_of(layout, found, part[0][0], config.column_map)
+        yield from _pairs_of(layout, [row for _, row in part], part[0][0], config.column_map)
+
+
+def _prompt_id(row: Row) -> Any:
+    """Key of the rows of one prompt; a row that cannot be read stands alone."""
+    return object() if row.problem else row.columns.get("prompt_id")
 
 
 def held_out(prompt: str, share: float) -> bool:
@@ -85,42 +93,57 @@ class Layout:
 
 
 def _pairs_of(
-    layout: Layout, found: Sequence[Row], number: int, names: Mapping[str, str]
+    layout: Layout, group: Sequence[Row], number: int, names: Mapping[str, str]
 ) -> Iterator[PreferencePair | Skipped]:
-    """Of the rows that belong together; PairsError where a column is missing."""
+    """Pairs of the rows that belong together; Skipped where they cannot be used, whatever is wrong with them."""
+    place = group[0].place
     try:
-        if names:
-            found = [_renamed(row, names) for row in found]
-        missing = [c for row in found for c in layout.known_by if c not in row.columns]
-        if missing:
-            raise PairsError(
-                f"{found[0].place} has no column {missing[0]!r}; it has {', '.join(found[0].columns)}"
-            )
-        for entry in layout.read(found):
-            yield PreferencePair(row=number, place=found[0].place, **_checked(entry))
+        group = [_renamed(row, names) for row in group]
+        for row in group:
+            _check_columns(row, layout)
+        entries = [_checked(entry) for entry in _entries(layout, group)]
     except _Unusable as error:
-        yield Skipped(number, found[0].place, str(error))
+        yield Skipped(number, place, str(error))
+        return
+    for entry in entries:
+        yield PreferencePair(row=number, place=place, **entry)
+
+
+def _entries(layout: Layout, group: Sequence[Row]) -> Sequence[dict[str, Any]]:
+    """Entries that a layout makes of rows; a value of a kind that it does not expect makes them unusable."""
+    try:
+        return layout.read(group)
+    except _Unusable:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise _Unusable(f"values of another kind ({type(error).__name__})") from error
+
+
+def _check_columns(row: Row, layout: Layout) -> None:
+    missing = [c for c in layout.known_by if c not in row.columns]
+    if missing:
+        raise _Unusable(f"no column {missing[0]!r}")
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """Row with our names of its columns."""
+    if row.problem:
+        raise _Unusable(row.problem.partition(":")[0])
     missing = [there for there in names.values() if there not in row.columns]
     if missing:
-        raise PairsError(
-            f"pairs.column_map: {row.place} has no column {missing[0]!r}; it has {', '.join(row.columns)}"
-        )
+        raise _Unusable(f"no column {missing[0]!r}")
     taken = set(names.values())
     rest = {k: v for k, v in row.columns.items() if k not in taken}
-    return Row(
-        {**rest, **{ours: row.columns[there] for ours, there in names.items()}},
-        row.place,
-        row.folder,
-    )
+    renamed = {ours: row.columns[there] for ours, there in names.items()}
+    return replace(row, columns=rest | renamed)
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     prompt = entry["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise _Unusable("no prompt")
+    if unusable(prompt):
+        raise _Unusable("a prompt that no tokenizer takes")
     p, weight = entry["preference"], entry.get("weight", 1.0)
     if not 0 <= p <= 1:
         raise _Unusable("label not within 0..1")
@@ -132,7 +155,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 def _number(value: Any, name: str) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _Unusable(f"{name} is no number") from None
     if not math.isfinite(found):
         raise _Unusable(f"{name} is no number")
@@ -145,7 +168,7 @@ def _image(value: Any, row: Row, name: str) -> Image:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
         return value
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and "\0" not in value:
         return row.folder / value
     raise _Unusable(f"no image in {name}")
 
@@ -171,9 +194,11 @@ def _own(found: Sequence[Row]) -> list[dict[str, Any]]:
     columns = found[0].columns
     if "label" in columns:
         p = _number(columns["label"], "label")
-    else:
+    elif "label_0" in columns and "label_1" in columns:
         a, b = (_number(columns[n], n) for n in ("label_0", "label_1"))
         p = _share(a, b, "labels")
+    else:
+        raise _Unusable("no label")
     rest = {k: v for k, v in columns.items() if k not in CANONICAL}
     return [
         {
@@ -203,25 +228,37 @@ def _pickapic(found: Sequence[Row]) -> list[dict[str, Any]]:
 def _webdataset(found: Sequence[Row]) -> list[dict[str, Any]]:
     row = found[0]
     return _pickapic(
-        [Row({**row.columns, "caption": row.columns["original_prompt"]}, row.place, row.folder)]
+        [replace(row, columns={**row.columns, "caption": row.columns["original_prompt"]})]
     )
 
 
 def _hpdv2(found: Sequence[Row]) -> list[dict[str, Any]]:
     columns = found[0].columns
     files = columns["file_path"] if "file_path" in columns else columns["image_path"]
+    if not isinstance(files, list | tuple):
+        raise _Unusable("no list of images")
     images = [_image(f, found[0], "file_path") for f in files]
     if "human_preference" in columns:
-        a, b = (_number(v, "human_preference") for v in columns["human_preference"])
         if len(images) != 2:
             raise _Unusable(f"{len(images)} images with a preference of two")
+        a, b = _two_numbers(columns["human_preference"], "human_preference")
         votes = {"preference": _share(a, b, "votes")}
         return [{"prompt": columns["prompt"], "images": (images[0], images[1]), **votes}]
     return _ranked(columns["prompt"], images, columns["rank"])
 
 
-def _ranked(prompt: Any, images: Sequence[Image], ranks: Sequence[Any]) -> list[dict[str, Any]]:
+def _two_numbers(values: Any, name: str) -> tuple[float, float]:
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        raise _Unusable(f"{name} is not two numbers")
+    return _number(values[0], name), _number(values[1], name)
+
+
+def _ranked(prompt: Any, images: Sequence[Image], ranks: Any) -> list[dict[str, Any]]:
     """All pairs of a ranking in which a lower rank is better."""
+    if len(images) > MAX_RANKED:
+        raise _Unusable(f"a ranking of more than {MAX_RANKED} images")
+    if not isinstance(ranks, list | tuple):
+        raise _Unusable("no list of ranks")
     if len(images) != len(ranks):
         raise _Unusable(f"{len(images)} images with {len(ranks)} ranks")
     numbers = [_number(r, "rank") for r in ranks]
@@ -239,8 +276,10 @@ def _hpdv3(found: Sequence[Row]) -> list[dict[str, Any]]:
     columns = found[0].columns
     votes = columns.get("choice_dist")
     p = 1.0
+    if votes is not None and not isinstance(votes, list | tuple):
+        raise _Unusable("choice_dist is no list")
     if votes and len(votes) == 2:  # the first path is the preferred one, whatever the votes' order
-        a, b = sorted((_number(v, "choice_dist") for v in votes), reverse=True)
+        a, b = sorted(_two_numbers(votes, "choice_dist"), reverse=True)
         p = _share(a, b, "votes")
     return [
         {"prompt": columns["prompt"], "images": _two(found[0], ("path1", "path2")), "preference": p}
@@ -279,7 +318,31 @@ LAYOUTS = {
 
 
 def _layout(config: PairsConfig) -> Layout:
-    """The layout that is asked for, or the one whose columns the first row has."""
+    """Layout that is named, or the one whose columns the first row has; PairsError where that row lacks one of them."""
+    named = _named_layout(config)
+    first = _first(config)
+    columns = set(first.columns)
+    if named is None:
+        for layout in LAYOUTS.values():
+            if columns.issuperset(layout.known_by):
+                return layout
+        raise PairsError(
+            f"pairs.source: {first.place} has the columns {', '.join(map(str, first.columns))}, of no known layout: "
+            f"name one with pairs.preset ({', '.join(LAYOUTS)}) or your columns with pairs.column_map"
+        )
+    names = config.column_map
+    missing = [there for there in names.values() if there not in columns]
+    missing += [c for c in named.known_by if c not in columns and c not in names]
+    if missing:
+        setting = "pairs.column_map" if names else "pairs.preset"
+        raise PairsError(
+            f"{setting}: {first.place} has no column {missing[0]!r}; it has {', '.join(map(str, first.columns))}"
+        )
+    return named
+
+
+def _named_layout(config: PairsConfig) -> Layout | None:
+    """Layout that a configuration names, if it names one."""
     if config.preset is not None:
         if config.preset not in LAYOUTS:
             raise PairsError(
@@ -289,15 +352,18 @@ def _layout(config: PairsConfig) -> Layout:
     for name in config.column_map:
         if name not in CANONICAL:
             raise PairsError(f"pairs.column_map: no column {name!r}{nearest(name, CANONICAL)}")
-    if config.column_map:
-        return LAYOUTS["diffalign"]
-    first = next(rows(config.source), None)
-    if first is None:
-        raise PairsError(f"pairs.source: {config.source} has no rows")
-    for layout in LAYOUTS.values():
-        if all(column in first.columns for column in layout.known_by):
-            return layout
+    return LAYOUTS["diffalign"] if config.column_map else None
+
+
+def _first(config: PairsConfig) -> Row:
+    """First row that can be read."""
+    problem = ""
+    for row in rows(config.source):
+        if not row.problem:
+            return row
+        problem = problem or f"{row.place} {row.problem}"
     raise PairsError(
-        f"pairs.source: {first.place} has the columns {', '.join(first.columns)}, of no known layout: name one with "
-        f"pairs.preset ({', '.join(LAYOUTS)}) or your columns with pairs.column_map"
+        f"pairs.source: {problem}, and no other row of {config.source} can be read"
+        if problem
+        else f"pairs.source: {config.source} has no rows"
     )
