@@ -303,6 +303,8 @@ class TestAdvantages:
         values = torch.tensor([-10.0, -5.0, 0.0, 2.5, 7.0])
         result = adv.clip_advantages(values, clip=5.0, maximum=1.0)
         assert result.tolist() == [-1.0, -1.0, 0.0, 0.5, 1.0]
+        result = adv.clip_advantages(values, clip=5.0, maximum=2.0)
+        assert result.tolist() == [-2.0, -2.0, 0.0, 1.0, 2.0]
 
     def test_combined_advantages_ignore_the_scale_of_each_reward(self):
         rewards, group = self.rewards()

@@ -1,5 +1,6 @@
 """Checkpoints survive what happens to files; run folders belong to one configuration."""
 
+import os
 import shutil
 
 import pytest
@@ -57,6 +58,32 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["000001"]
     checkpoint.load(tmp_path / "000001")
+
+
+def test_whatever_latest_names_is_whole_at_every_moment_of_a_write(tmp_path, monkeypatch):
+    """Killed before any change to the file system, a run goes on from a checkpoint that loads."""
+    save(tmp_path, 1)
+    moments = []
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def changed(*args, **kwargs):
+            newest = checkpoint.latest(tmp_path)
+            if not moments or moments[-1] != newest:
+                checkpoint.load(newest)
+            moments.append(newest)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, changed)
+
+    for name in ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync"):
+        watched(os, name)
+    watched(checkpoint, "save_file")
+    save(tmp_path, 2)
+    assert len(moments) > 3
+    assert {m.name for m in moments[:3]} == {"000001"}
+    checkpoint.load(checkpoint.latest(tmp_path))
 
 
 def test_leftovers_of_a_killed_write_are_ignored(tmp_path):

@@ -277,6 +277,44 @@ def test_the_student_draws_with_its_scheduler_and_the_teacher_with_its_own(tmp_p
     assert found.evaluation(lora.REFERENCE).num_inference_steps == 8
 
 
+@pytest.mark.parametrize("family", ["flux", "sd"])
+def test_consistency_targets_are_the_averaged_policys_and_end_at_the_teachers(
+    family, tmp_path, monkeypatch
+):
+    run = trainer(tmp_path, family, algorithm={"type": "consistency", "skip": 2})
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in run.model.denoiser.named_parameters():
+            if f".{lora.CURRENT}." in name or f".{lora.AVERAGED}." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    targets = []
+    monkeypatch.setattr(
+        losses,
+        "pseudo_huber",
+        lambda found, target, c: targets.append(target) or target.sum((1, 2, 3)),
+    )
+    c = run.config
+    plan = make_plan(run.prompts, c.teacher, seed=0, update=1, tasks=c.prompts)
+    with torch.no_grad():
+        drawn = run.draw(plan)
+        run.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=1)
+    last, count = len(run.grid) - 1, c.algorithm.states_per_image
+    chosen, _, _ = run._choices(drawn.image, last, 1)
+    later = (chosen + 2).clamp(max=last)
+    rows = torch.arange(len(drawn.image)).repeat_interleave(count)
+    states = drawn.states[later, rows]
+    with torch.no_grad(), lora.policy(run.model.denoiser, lora.AVERAGED):
+        guess = run._clean(states, run.grid[later], drawn.embeds[rows])
+    ended = later == last
+    assert ended.any()
+    assert not ended.all()
+    torch.testing.assert_close(targets[0][~ended], guess[~ended])
+    assert torch.equal(targets[0][ended], drawn.states[-1, rows[ended]])
+    with torch.no_grad():
+        current = run._clean(states, run.grid[later], drawn.embeds[rows])
+    assert not torch.allclose(guess[~ended], current[~ended], atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_in_which_prompts_return_is_bit_identical(method, tmp_path, monkeypatch):
     tiny.make_embeddings_depend_on_their_batch(monkeypatch)

@@ -18,6 +18,7 @@ from diffalign.core.errors import UsageError
 from diffalign.methods.online.trajectory_update import StochasticSampler, TrajectoryUpdate
 from diffalign.pipelines.sampling import sample
 from diffalign.training.plan import make_plan
+from diffalign.types import RewardOutput
 
 
 def case(n=5, t=0.8, after=0.6):
@@ -178,6 +179,95 @@ def test_a_trajectory_is_scored_by_the_policy_that_made_it(tmp_path, dynamics):
     perturb(run, 0.02)
     moved = run.policy_update.accumulate(batch, update=1, inner=2).means()
     assert moved["ratio"] != 1.0
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("dynamics", ["sde", "cps"])
+def test_the_update_scores_the_steps_that_the_sampler_made(tmp_path, monkeypatch, family, dynamics):
+    """Mean, standard deviation and log-probability of each, at its own place of the grid, not at a neighbour's."""
+    run = trainer(
+        tmp_path,
+        family=family,
+        rollout={"num_inference_steps": 8, "micro_batch_size": 5},
+        algorithm={**GRPO, "kl_beta": 0.0, "dynamics": dynamics, "window_size": 2},
+        training={"drop_uninformative": False},
+    )
+    perturb(run, 0.2)
+    update = next(n for n in range(1, 50) if run.policy_update.sampler(n).window.start)
+    steps, original = [], flow_grpo.stochastic_step
+
+    def recorded(*args, **kwargs):
+        steps.append(original(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(flow_grpo, "stochastic_step", recorded)
+    plan = run.plan(update)
+    rollout = run.rollout(plan, update)
+    of_sampler = [  # micro-batches of 5, 5 and 2 images, two steps each
+        flow_grpo.StochasticStep(
+            *(torch.cat([getattr(s, name) for s in steps[k::2]]) for name in names)
+        )
+        for names in [("mean", "std", "diffusion")]
+        for k in range(2)
+    ]
+    steps.clear()
+    batch, _ = run.make_batch(plan, rollout)
+    run.policy_update.accumulate(batch, update=update)
+    (of_update,) = steps
+    log_probs, _ = run.policy_update._old[0]
+    for k, made in enumerate(of_sampler):
+        torch.testing.assert_close(of_update.mean[k::2], made.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_update.std[k::2], made.std)
+        after = rollout.trajectory.latents[:, k + 1]
+        expected = flow_grpo.log_prob(after, made, dynamics=dynamics)
+        torch.testing.assert_close(log_probs[k::2], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_both_terms_are_means_over_the_images_that_are_trained_on(tmp_path):
+    """Against the release's loss written out by hand: images without an advantage are in neither mean."""
+    values = np.array([0, 0, 1, 1] + [0.5] * 4 + [0, 0.5, 0.5, 1], np.float32)
+
+    def score(images, prompts, metadata):
+        return RewardOutput(values)
+
+    algorithm = {"type": "flow_grpo", "kl_beta": 0.5, "window_size": 2}
+    rollout = {"num_inference_steps": 6}
+    run = trainer(tmp_path, score=score, algorithm=algorithm, rollout=rollout)
+    perturb(run)
+    plan = run.plan(1)
+    batch, row = run.make_batch(plan, run.rollout(plan, 1))
+    assert batch.image == [0, 1, 2, 3, 8, 11]
+    assert row["kept"] == 6
+    # some of them beyond advantage_clip
+    batch = replace(batch, advantages=batch.advantages * 4)
+    assert batch.advantages.abs().max() > 5
+    run.optimizer.zero_grad()
+    run.policy_update.accumulate(batch, update=1)
+    ours = torch.cat([p.grad.flatten() for p in run.parameters])
+
+    run.optimizer.zero_grad()
+    sigmas, trajectory = run.policy_update.sigmas, batch.trajectory
+    losses = []
+    for row, advantage in enumerate(batch.advantages):
+        for k, number in enumerate(trajectory.steps):
+            x, after = trajectory.latents[row, k : k + 2].split(1)
+            t, following = sigmas[number : number + 1], sigmas[number + 1 : number + 2]
+            embeds = batch.embeds[batch.prompt_index[row : row + 1]]
+
+            def step(x=x, t=t, following=following, embeds=embeds):
+                pred = run.model.predict(x, t * 1000, embeds)
+                return flow_grpo.stochastic_step(pred, x, t, following, noise_level=0.7)
+
+            made = step()
+            with torch.no_grad(), lora.policy(run.model.denoiser, lora.REFERENCE):
+                reference = step()
+            log_prob = flow_grpo.log_prob(after, made)
+            ratio = (log_prob - log_prob.detach()).exp()
+            distance = flow_grpo.reference_distance(made, reference)
+            losses.append(-advantage.clamp(-5, 5) * ratio + 0.5 * distance)
+    torch.cat(losses).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in run.parameters])
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_distance_to_the_reference_has_a_value_and_a_gradient(tmp_path):

@@ -25,8 +25,8 @@ import os, signal, sys
 from pathlib import Path
 from tiny_runs import redness, trainer
 from diffalign.training import checkpoint
-from diffalign.training.forward_update import ForwardProcessUpdate
-from diffalign.training.scoring import BackgroundScorer
+from diffalign.methods.online.forward_update import ForwardProcessUpdate
+from diffalign.evaluation.scoring import BackgroundScorer
 
 moment, folder = sys.argv[1], Path(sys.argv[2])
 run = trainer(folder, training={"micro_batch_size": 5})

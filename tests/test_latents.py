@@ -86,6 +86,28 @@ def test_no_gradient_passes_through_the_empty_prompt():
     assert pred.grad is not None
 
 
+def test_the_empty_prompt_is_asked_at_scale_one(images, autoencoder, tmp_path, monkeypatch):
+    """C4: whatever the scale at which the prompts are."""
+    run = ready(tmp_path / "run", images, autoencoder, latents={"cache": str(tmp_path / "cache")})
+    asked, original = [], run.model.predict
+
+    def recorded(noisy, times, embeds, **kwargs):
+        asked.append((embeds, kwargs["guidance_scale"]))
+        return original(noisy, times, embeds, **kwargs)
+
+    monkeypatch.setattr(run.model, "predict", recorded)
+    question = run.asked.ask(run.cache.batch(range(4)), list(range(4)))
+    assert (question.guidance_scale > 1).all()
+    with torch.no_grad():
+        run.asked.loss(question)
+    (null, one), (prompts, scale) = asked
+    assert one.tolist() == [1.0] * 4
+    assert torch.equal(scale, question.guidance_scale)
+    assert prompts is question.embeds
+    expected = run.asked.null.repeat_first(4).prompt_embeds
+    assert torch.equal(null.prompt_embeds, expected)
+
+
 # --- both ends
 
 

@@ -111,6 +111,8 @@ def test_bounded_losses_by_hand():
 def test_metrics_name_both_errors():
     found = errors([0.3, 0.9], [0.2, 0.7], [0.31, 0.8], [0.2, 0.7]).metrics(BETA)
     assert found["accuracy"].tolist() == [1, 0]
+    tie = errors([0.3, 0.5], [0.3, 0.5], [0.2, 0.5], [0.2, 0.5]).metrics(BETA)
+    assert tie["accuracy"].tolist() == [0.5, 0.5], "as diffusers counts ties"
     assert found["margin"].tolist() == pytest.approx([0.25, -2.5])
 
 

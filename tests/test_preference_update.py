@@ -9,9 +9,11 @@ import torch
 from processes import results_of
 
 from diffalign import lora
+from diffalign.algorithms import preference
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
 from diffalign.core.seeds import TIMESTEPS
 from diffalign.diffusion.paths import RectifiedFlow, implied_noise
+from diffalign.training.sums import Sums
 from diffalign.types import PreferenceBatch
 
 KEY = (TIMESTEPS, 1)
@@ -118,6 +120,22 @@ class TestGradients:
         assert a["loss"] == b["loss"]
         assert 0 <= b["safeguard"] < 1
         assert (u - v).norm() > 1e-3 * u.norm()
+
+    def test_the_safeguard_scales_the_losers_error_alone(self, source, tmp_path):
+        run = build(source, tmp_path, algorithm={"safeguard": 0.6})
+        batch = run.cache.batch(range(6))
+        question = run.update.ask(batch, KEY)
+        errors, model_pred = run.update._errors(batch, question)
+        errors = errors.detach().requires_grad_()
+        known = run.update._reference_errors(batch, question)
+        sides = (t[:, i].flatten() for t in (errors, known) for i in range(2))
+        pair = preference.PairErrors(*sides)
+        factors = Sums(("safeguard",), torch.device("cpu"))
+        guarded = run.update._guarded(pair, question, model_pred, factors)
+        (guarded.winner + guarded.loser).sum().backward()
+        assert torch.equal(errors.grad[:, 0], torch.ones_like(errors.grad[:, 0]))
+        assert errors.grad[:, 1].mean().item() == pytest.approx(factors.means()["safeguard"])
+        assert errors.grad[:, 1].min() < 1
 
     def test_sft_looks_at_the_winner_alone(self, source, tmp_path):
         run = build(source, tmp_path, "sft")

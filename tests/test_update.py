@@ -265,6 +265,18 @@ def test_two_shares_sum_to_the_whole(policy):
     torch.testing.assert_close(total, whole, rtol=2e-4, atol=1e-6)
 
 
+def test_the_largest_advantage_scales_the_gradient_and_no_distance(policy):
+    _, parameters = policy
+    perturb(parameters)
+
+    def found(maximum, kl_beta):
+        return gradient(policy, kl_beta=kl_beta, ema_kl_beta=0.0, advantage_max=maximum)[0]
+
+    plain, distance = found(1.0, 0.0), found(1.0, 0.3) - found(1.0, 0.0)
+    torch.testing.assert_close(found(3.0, 0.0), 3 * plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found(3.0, 0.3), 3 * plain + distance, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("weight", ["uniform", "ghuber"])
 def test_gradient_is_the_advantage_weighted_flow_matching_gradient(policy, weight):
     """Against a loss written out by hand, without ratio, clip or exponent."""

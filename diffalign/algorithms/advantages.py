@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
+TOLERANCE = 1e-6
+"""Largest difference of advantages that counts as none."""
 STD_SCOPES = ("global", "group")
 
 
@@ -61,7 +63,7 @@ def clip_advantages(advantages: Tensor, *, clip: float, maximum: float) -> Tenso
     return advantages.clamp(-clip, clip) / clip * maximum
 
 
-def informative(rewards: Tensor, group: Tensor, *, tolerance: float = 1e-6) -> Tensor:
+def informative(rewards: Tensor, group: Tensor, *, tolerance: float = TOLERANCE) -> Tensor:
     """(B,) bool: the image has a reward, and the rewards of its group are not all the same.
 
     The others have advantage 0 and would cost forwards for nothing but their share of the proximal terms.

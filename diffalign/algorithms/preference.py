@@ -46,7 +46,10 @@ class PairErrors:
         return -beta / 2 * self.gap
 
     def metrics(self, beta: float) -> Metrics:
-        """What tells progress, where the loss does not: both errors, the margin, and whether the winner is ahead."""
+        """Return what tells progress where the loss does not, each (B,): both errors, the margin, the accuracy.
+
+        `accuracy` is 1 where the winner is ahead and 0.5 for a tie, as in diffusers' train_diffusion_dpo.py.
+        """
         with torch.no_grad():
             margin = self.margin(beta)
             return {
@@ -55,7 +58,7 @@ class PairErrors:
                 "error_winner_reference": self.reference_winner,
                 "error_loser_reference": self.reference_loser,
                 "margin": margin,
-                "accuracy": (margin > 0).float(),
+                "accuracy": (margin > 0).float() + (margin == 0).float() / 2,
             }
 
 

@@ -20,6 +20,7 @@ class PreferenceAlgorithmConfig(MethodConfig):
     """What losses on pairs share. `beta` acts on mean errors: on their sum it is beta / D, D numbers a latent."""
 
     beta: float = 2000.0
+    """As in Diffusion-DPO's release, with the factor 1/2: the value of diffusers' scripts (`--beta_dpo`) times two."""
     loss_type: str = "sigmoid"
     """sigmoid (DPO, soft labels), ipo, hinge, dmpo, kto, mapo (no reference), or sft: the winner's error alone."""
     safeguard: float | None = 0.6

@@ -88,9 +88,6 @@ class ForwardProcessUpdate(PolicyUpdate):
         self.algorithm: Any = LOSSES[config.type]
         self.off_policy = self.algorithm.NEEDS_OLD or settings.updates_per_rollout > 1
         self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
-        self.needs_all = (
-            self.algorithm.NEEDS_OLD
-        )  # its proximal part does not end with the advantage
         self.parts = timesteps.strata(
             len(settings.grid),
             config.timesteps_per_image,
@@ -118,6 +115,12 @@ class ForwardProcessUpdate(PolicyUpdate):
     def sampler(self, update: int) -> Any:
         """For `noise: rollout`, the solver's step that remembers where it was."""
         return RolloutStates(predictions=False) if self.config.noise == "rollout" else None
+
+    def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
+        """Return which images take part: of DiffusionNFT all, whose proximal part does not end with the advantage."""
+        if self.algorithm.NEEDS_OLD:
+            return advantages.isfinite()
+        return super().takes_part(advantages, group)
 
     def lag_decay(self, update: int) -> float:
         return lag_decay(update, ramp=self.config.lag_ramp, maximum=self.config.lag_max)

@@ -196,9 +196,9 @@ class OnlineTrainer(Trainer):
         else:
             advantages = adv.group_advantages(rewards, group, std_scope=c.std_scope)
         valid = rewards.isfinite()
-        keep = adv.informative(advantages.where(valid, torch.nan), group)
-        if self.policy_update.needs_all or not self.config.training.drop_uninformative:
-            keep = valid
+        keep = valid
+        if self.config.training.drop_uninformative:
+            keep = self.policy_update.takes_part(advantages.where(valid, torch.nan), group)
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
         local = torch.tensor([i for i in mine if keep[i]], dtype=torch.long)
         rows = local - mine.start

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import flow_grpo
-from diffalign.algorithms.advantages import clip_advantages
+from diffalign.algorithms.advantages import TOLERANCE, clip_advantages
 from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
 from diffalign.config import FlowGRPOConfig
 from diffalign.core.errors import UsageError
@@ -112,6 +112,10 @@ class TrajectoryUpdate(PolicyUpdate):
         reference = self.model.forward_rows(policy, self.reference_guidance_scale)
         return {True: {policy}, False: {reference} if self.config.kl_beta else set()}
 
+    def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
+        """Return which images take part: as in the release, those whose own advantage is not 0."""
+        return super().takes_part(advantages, group) & (advantages.abs() > TOLERANCE)
+
     def sampler(self, update: int) -> StochasticSampler:
         """The stochastic sampler of an update, with that update's window."""
         start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)
@@ -164,7 +168,8 @@ class TrajectoryUpdate(PolicyUpdate):
         )
         for name, values in metrics.items():
             sums.add(name, values)
-        total = loss.sum() / (batch.total * steps)
+        # the release averages both terms over the images that it trains on
+        total = loss.sum() / (batch.kept * steps)
         if config.kl_beta:
             with torch.no_grad():
                 reference = step(lora.REFERENCE)

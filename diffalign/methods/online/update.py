@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from diffalign import lora
+from diffalign.algorithms import advantages as adv
 from diffalign.config import AlgorithmConfig
 from diffalign.core.precision import attention
 from diffalign.pipelines.base import TextToImageModel
@@ -64,8 +65,6 @@ class PolicyUpdate(ABC):
 
     rollout_policy: str = lora.CURRENT
     """The policy that makes the images."""
-    needs_all: bool = False
-    """Images without an advantage take part in the loss."""
 
     def __init__(
         self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings
@@ -96,6 +95,10 @@ class PolicyUpdate(ABC):
         key: tuple[int, int],
     ) -> Tensor:
         """The share of the loss that these rows of the batch have; adds to the metrics. `key`: update, step in it."""
+
+    def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
+        """Return which images (B,) take part in the loss; advantages (B,) are NaN for images without a reward."""
+        return adv.informative(advantages, group)
 
     def sampler(self, update: int) -> Any:
         """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""
