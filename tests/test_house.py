@@ -63,6 +63,7 @@ ALLOWED = {
     "diffalign/config/distillation.py": ("config.checks", "config.base"),
     "diffalign/config/latents.py": ("config.checks", "config.base"),
     "pipelines/dcgen.py": (),
+    "diffalign/config/files.py": ("config.checks", "core"),
     "diffalign/config/loading.py": ("scripts", "config", "core"),
     "diffalign/lora/policies.py": ("core.errors",),
     "diffalign/lora/files.py": ("core", "lora"),

@@ -17,6 +17,7 @@ from diffalign.config.distillation import (
     DistillationRunConfig,
     ReflowConfig,
 )
+from diffalign.config.files import read_recipe
 from diffalign.config.latents import DCGenConfig, LatentRunConfig
 from diffalign.config.online import ONLINE, AWMConfig, RunConfig
 from diffalign.config.preference import (
@@ -25,6 +26,7 @@ from diffalign.config.preference import (
     PreferenceAlgorithmConfig,
     PreferenceRunConfig,
 )
+from diffalign.core.text import read_text, suffix_of
 
 ALGORITHMS: dict[str, type[MethodConfig]] = {
     **ONLINE,
@@ -106,6 +108,7 @@ RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
 }
 
 
+LISTS = (list[str], list[str] | None)
 ACCUMULATION = "gradient_accumulation_steps"
 """A flag of diffusers' scripts that says how many pairs an update has, together with two other numbers."""
 
@@ -122,7 +125,7 @@ def describe_recipes() -> dict[str, str]:
     """Name -> first comment line of every recipe."""
     found = {}
     for name, path in recipes().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        first = read_text(path).partition("\n")[0]
         found[name] = first.lstrip("# ")
     return found
 
@@ -146,7 +149,7 @@ def decode(raw: Mapping[str, Any]) -> Any:
 
     kind = _run_class(raw)
     _check_keys(kind, raw, ())
-    groups = dict(raw)
+    groups = _with_lists(kind, raw)
     algorithm = dict(groups.pop("algorithm", {}))
     try:
         # a plain algorithm, so that nothing is checked against the default one
@@ -224,23 +227,25 @@ def _find(recipe: str) -> Path:
     known = recipes()
     if recipe in known:
         return known[recipe]
-    if recipe.endswith((".yaml", ".yml")):
+    if suffix_of(recipe) in (".yaml", ".yml"):
         if Path(recipe).is_file():
             return Path(recipe)
-        raise ConfigError(f"recipe file {recipe} does not exist")
+        raise ConfigError(
+            f"recipe file {recipe} does not exist: there is no {Path(recipe).absolute()}"
+        )
     raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(known))}")
 
 
 def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's settings over those of the recipe, by name or file, that it `extends`."""
-    raw = _read(path)
+    raw = read_recipe(path)
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    if path in below:
+    if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself")
     beside = path.parent / str(base)
-    found = _read_recipe(beside if beside.is_file() else _find(str(base)), (*below, path))
+    found = _read_recipe(beside if beside.is_file() else _find(str(base)), (*below, path.resolve()))
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict):
         _drop_other_algorithm(found, algorithm.get("type"))
@@ -256,18 +261,6 @@ def _drop_other_algorithm(raw: dict[str, Any], chosen: str | None) -> None:
     algorithm = raw.get("algorithm")
     if chosen and isinstance(algorithm, dict) and algorithm.get("type", AWMConfig.type) != chosen:
         raw["algorithm"] = {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings")
-    return raw
 
 
 def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -342,7 +335,7 @@ def _parse_value(text: str, kind: Any) -> Any:
 
     if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
         return None if kind is not str and text.lower() in ("null", "none") else text
-    if kind in (list[str], list[str] | None) and not text.startswith("[") and text != "null":
+    if kind in LISTS and not text.startswith("[") and text != "null":
         return [part.strip() for part in text.split(",")]
     try:
         value = yaml.safe_load(text)
@@ -375,10 +368,7 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
     for key, value in raw.items():
         full = ".".join((*path, str(key)))
         if key not in names:
-            every = _all_paths(kind) if not path else [".".join((*path, n)) for n in names]
-            raise ConfigError(
-                f"unknown setting {full!r}{nearest(full, [*every, *aliases_of(kind)] if not path else every)}"
-            )
+            raise ConfigError(_unknown(kind, full, path, names))
         kind_of_value = hints[key]
         choices = typing.get_args(kind_of_value)
         if value is None and type(None) not in choices:
@@ -394,6 +384,35 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
             raise ConfigError(f"{full}: expected a number, got {value}")
         elif kind_of_value is int and isinstance(value, float) and not value.is_integer():
             raise ConfigError(f"{full}: expected a whole number, got {value}")
+
+
+def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str]) -> str:
+    """Message about a setting that is not there; what is right as a flag has another form in a recipe."""
+    if path:
+        return f"unknown setting {full!r}{nearest(full, ['.'.join((*path, n)) for n in names])}"
+    every, aliases = _all_paths(kind), aliases_of(kind)
+    target = aliases.get(full, full)
+    settings = (target,) if isinstance(target, str) else target
+    if all(setting in every for setting in settings):
+        nested = "; ".join(
+            ": {".join(t.split(".")) + ": ..." + "}" * t.count(".") for t in settings
+        )
+        return f"setting {full!r} is a flag's name: in a recipe write `{nested}`"
+    return f"unknown setting {full!r}{nearest(full, [*every, *aliases])}"
+
+
+def _with_lists(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which a text stands for a list, as it does on the command line."""
+    hints = typing.get_type_hints(kind)
+    found = dict(raw)
+    for key, value in raw.items():
+        hint = hints.get(key)
+        if hint in LISTS and isinstance(value, str):
+            found[key] = [part.strip() for part in value.split(",")]
+        elif is_dataclass(hint) and isinstance(value, Mapping):
+            inner = _algorithm_class(value) if key == "algorithm" else hint
+            found[key] = _with_lists(inner, value)
+    return found
 
 
 def _all_paths(kind: type, prefix: str = "") -> list[str]:

@@ -72,8 +72,9 @@ class InversionConfig:
     steps: int = 16
     """Intervals of the scheduler's own grid."""
     solver: str | None = None
-    """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; null: fireflow for flows, midpoint
-    otherwise. recorded: none, the states are those that `diffalign pairs --record_states` kept."""
+    """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; recorded: none, the states are those that
+    `diffalign pairs --record_states` kept. null: recorded where they are there and fit, else fireflow for flows and
+    midpoint for others."""
     states: int | None = None
     """Grid states that are kept of each image, the same ones of both images of a pair; 0: none. null: 4 for
     inversion_dpo, 0 for algorithms that draw their noise."""

@@ -1,0 +1,92 @@
+"""Recipe files: YAML of any encoding to a mapping, every key once, with paths that stand beside the recipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.config.checks import ConfigError
+from diffalign.core.text import read_text, suffix_of
+
+logger = logging.getLogger(__name__)
+
+PROMPT_FILES = (".txt", ".jsonl")
+SOURCES = ("pairs.source", "latents.images")
+"""Settings that are a path, whatever they look like."""
+MODELS = ("model.name", "latents.autoencoder")
+"""Settings that are a path only where they look like one: names of models look like folders."""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Settings of a recipe file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, has a key twice, or is no mapping.
+    """
+    import yaml
+
+    text = read_text(path, error=ConfigError)
+    try:
+        raw = yaml.load(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place} is not valid YAML: {error.problem or error.context}") from error
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid YAML: nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{path} is not valid YAML: {first}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of settings, such as `training: {{seed: 1}}`"
+        )
+    return beside(raw, path.parent)
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, which refuses a key that is there twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names: set[Any] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in names:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                        )
+                    names.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings in which a relative path leads to what stands beside the recipe, where something does."""
+    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    for setting in ("prompts.train", "prompts.evaluation", *SOURCES, *MODELS):
+        group, _, name = setting.partition(".")
+        values = found.get(group)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            values[name] = _beside(setting, values[name], folder)
+    return found
+
+
+def _beside(setting: str, value: str, folder: Path) -> str:
+    path = folder / value
+    if setting in MODELS:
+        is_path = "/" in value or os.sep in value or bool(suffix_of(value))
+    else:
+        is_path = setting in SOURCES or suffix_of(value) in PROMPT_FILES
+    if not value or not is_path or os.path.isabs(value) or not os.path.exists(path):
+        return value
+    if os.path.exists(value) and not os.path.samefile(value, path):
+        logger.warning("%s: %s beside the recipe is read, not the one in %s", setting, path, Path())
+    return str(path)
