@@ -48,9 +48,9 @@ def draw(folder, family="sd3", *, states=STATES, **settings):
     return folder
 
 
-def settings(source, folder, *, guidance_scale=None, min_noise=0.05, **pairs):
+def settings(source, folder, *, guidance_scale=None, min_noise=0.05, solver="recorded", **pairs):
     inversion = {"steps": pairs.pop("steps", STEPS), "states": pairs.pop("states", STATES)}
-    inversion |= {"guidance_scale": guidance_scale, "min_noise": min_noise, "solver": "recorded"}
+    inversion |= {"guidance_scale": guidance_scale, "min_noise": min_noise, "solver": solver}
     return tiny_pairs.settings(source, folder, pairs={"inversion": inversion, **pairs})
 
 
@@ -115,6 +115,31 @@ class TestTheSamplersOwnWay:
         batch = cache.batch(range(3))
         assert batch.states.shape[2] == 2
         check_errors(cache, tiny.sd3_model(), settings("", tmp_path, states=2))
+
+
+class TestWithoutASolver:
+    def test_states_that_are_there_are_read(self, tmp_path):
+        source = draw(tmp_path / "pairs")
+        named, _ = fill(source, tmp_path / "a")
+        cache, rows = fill(source, tmp_path / "b", solver=None)
+        assert rows == 0
+        assert cache.manifest["key"] == named.manifest["key"]
+
+    @pytest.mark.parametrize(
+        "why", ["no states of them were recorded", "other weights", "random_flip"]
+    )
+    def test_other_images_are_inverted_with_a_notice(self, why, tmp_path, caplog):
+        source = draw(tmp_path / "pairs")
+        changes = {"random_flip": True} if why == "random_flip" else {}
+        if why.startswith("no"):
+            for file in source.rglob("*.safetensors"):
+                file.unlink()
+        seed = 1 if why == "other weights" else 0
+        cache, rows = fill(source, tmp_path / "b", seed=seed, solver=None, **changes)
+        assert rows > 0
+        assert cache.manifest["key"]["pairs"]["inversion"]["solver"] == "fireflow"
+        assert "images are inverted with fireflow" in caplog.text
+        assert why in caplog.text
 
 
 def check_errors(cache, model, config):

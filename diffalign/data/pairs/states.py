@@ -31,6 +31,11 @@ def states_path(image: Path) -> Path:
     return image.parent.parent / "states" / f"{image.stem}.safetensors"
 
 
+def has_states(image: Path | bytes) -> bool:
+    """Whether a file of states stands beside an image."""
+    return isinstance(image, Path) and states_path(image).is_file()
+
+
 def write_states(image: Path, recorded: RecordedStates) -> None:
     """Whole or not at all."""
     place = states_path(image)
@@ -50,8 +55,8 @@ def read_states(image: Path | bytes) -> RecordedStates:
     place = states_path(image) if isinstance(image, Path) else None
     if place is None or not place.is_file():
         raise PairsError(
-            f"pairs.inversion.solver=recorded: no states of {name}: "
-            "`diffalign pairs --record_states K` keeps them while it draws; other images are inverted by another solver"
+            f"pairs.inversion.solver: recorded, and there are no states of {name}: `diffalign pairs --record_states K` "
+            "keeps them while it draws; images without them are inverted with fireflow (flows) or midpoint"
         )
     try:
         with safe_open(place, framework="pt") as file:

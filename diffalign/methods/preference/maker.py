@@ -23,7 +23,7 @@ from diffalign.data.pairs.states import RecordedStates
 from diffalign.data.shard_cache import Shard, prompt_tensors
 from diffalign.diffusion.inversion import Predict, integrate, round_trip_error
 from diffalign.diffusion.paths import RectifiedFlow, chord_target
-from diffalign.methods.preference.recorded import RECORDED, RecordedSource
+from diffalign.methods.preference.recorded import RECORDED, RecordedSource, default_solver
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 from diffalign.training.denoise import image_size, predict
@@ -36,10 +36,9 @@ Item = PreferencePair | Skipped
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
-    """The configured solver, or the family's."""
-    flow = isinstance(model.noise, RectifiedFlow)
-    found = config.pairs.inversion.solver or ("fireflow" if flow else "midpoint")
-    if found == "fireflow" and not flow:
+    """Solver of the settings, or the family's."""
+    found = config.pairs.inversion.solver or default_solver(model)
+    if found == "fireflow" and not isinstance(model.noise, RectifiedFlow):
         raise UsageError(
             "pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX, SANA)"
         )

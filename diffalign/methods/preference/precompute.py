@@ -21,6 +21,7 @@ from diffalign.data.pairs.records import read_pairs
 from diffalign.data.pairs.tables import PairsError, tables
 from diffalign.diffusion.inversion import inversion_grid
 from diffalign.methods.preference.maker import PairMaker, solver_of
+from diffalign.methods.preference.recorded import with_solver
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import image_size
 
@@ -64,6 +65,7 @@ def precompute(
     """
     cache = PairCache(config.pairs.cache or f"{config.output_dir.rstrip('/')}-cache")
     grid = grid_of(config, model)
+    config = with_solver(config, model, grid, say=accelerator.is_main_process)
     return fill(
         cache,
         accelerator,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from torch import Tensor
 from diffalign.config import PreferenceRunConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_pipeline
-from diffalign.data.pairs.records import PreferencePair
-from diffalign.data.pairs.states import RecordedStates, read_states
+from diffalign.data.pairs.records import PreferencePair, read_pairs
+from diffalign.data.pairs.states import RecordedStates, has_states, read_states
 from diffalign.data.pairs.tables import PairsError
+from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import image_size
 
+logger = logging.getLogger(__name__)
 RECORDED = "recorded"
 SAME_TIMESTEP = 0.01
 
@@ -111,3 +114,36 @@ class RecordedSource:
                     known = torch.full((len(recorded.timesteps),), math.nan)
                 errors.append(known[order])
         return torch.stack(index), torch.stack(states), torch.stack(errors)
+
+
+def default_solver(model: TextToImageModel) -> str:
+    """Solver that inverts images of a family where none is named."""
+    return "fireflow" if isinstance(model.noise, RectifiedFlow) else "midpoint"
+
+
+def with_solver(
+    config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor, *, say: bool = True
+) -> PreferenceRunConfig:
+    """Settings with a solver: where none is named, the recorded states of the first pair where they fit the model.
+
+    Args:
+        say: log which solver is used, and why.
+    """
+    inversion = config.pairs.inversion
+    if inversion.solver is not None or not config.states:
+        return config
+    pairs = read_pairs(config.pairs)
+    first = next((p for p in pairs if isinstance(p, PreferencePair)), None)
+    solver, why = default_solver(model), "no states of them were recorded"
+    if first is not None and any(has_states(image) for image in first.images):
+        try:
+            source = RecordedSource(config, model, grid)
+            states = source.read([first])[0]
+            source.places(first, states, source.usable(states))
+            solver, why = RECORDED, ""
+        except (PairsError, UsageError) as error:
+            why = f"the recorded ones do not fit ({error})"
+    if why and say:
+        logger.warning("pairs.inversion.solver: images are inverted with %s: %s", solver, why)
+    inversion = replace(inversion, solver=solver)
+    return replace(config, pairs=replace(config.pairs, inversion=inversion))
