@@ -5,14 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffalign.cli import options
 from diffalign.cli.verb import Verb
 
+if TYPE_CHECKING:
+    from diffalign.data.images import CaptionedImage
+    from diffalign.rewards.composition import CompositeReward
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `pairs`."""
-    parser.add_argument("--prompts", default="shapes:train", help="default: %(default)s")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        default=None,
+        help="make pairs of these images, several of each caption, and draw none (docs/data.md)",
+    )
+    parser.add_argument("--prompts", default=None, help="default: shapes:train")
     parser.add_argument(
         "--rewards", default="verifier", help="comma-separated; default: %(default)s"
     )
@@ -52,17 +63,56 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw what is missing of the images, score all of them, and write which of a prompt's are better."""
+    from diffalign.core import processes
+    from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
+
+    pick = PairOptions(args.pick, args.weights, args.min_gap)
+    state = processes.current()
+    images, reward = _given(args) if args.images else _drawn(args)
+    result = make_pairs(
+        args.output_dir,
+        images,
+        reward,
+        pick,
+        batch_size=args.batch_size,
+        state=state,
+        group=by_caption if args.images else by_place,
+    )
+    if state.is_main_process:
+        print(json.dumps(result))
+
+
+def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
+    """Return the images of --images that can be compared, and the rewards."""
+    from diffalign.cli.rewards import load_rewards
+    from diffalign.core.errors import UsageError
+    from diffalign.data.images import read_folder, require_captions
+    from diffalign.data.pairs.make import comparable
+    from diffalign.evaluation.geneval import SETTINGS
+
+    for name in ("prompts", "lora", "record_states", "max_prompts"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name}: with --images nothing is drawn; leave one of them out")
+    if (args.output_dir / SETTINGS).is_file() and args.output_dir != args.images:
+        raise UsageError(
+            f"--output_dir: {args.output_dir} holds images that were drawn, and their pairs; choose another folder"
+        )
+    images = read_folder(args.images)
+    require_captions(images, args.images, why="pairs are of images of one caption")
+    images = comparable(images, args.images)
+    return images, load_rewards(args.rewards, [i.prompt.metadata for i in images])
+
+
+def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
+    """Draw what is missing of the images in --output_dir, and return all of them with the rewards."""
     from diffalign.cli.models import batching, evaluation, load, made_with
     from diffalign.cli.rewards import load_rewards
-    from diffalign.core import processes
     from diffalign.core.errors import UsageError
-    from diffalign.data.pairs.make import PairOptions, make_pairs
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fill import fill_folder
     from diffalign.evaluation.geneval import read_samples
 
-    pick = PairOptions(args.pick, args.weights, args.min_gap)
-    state = processes.current()
+    args.prompts = args.prompts or "shapes:train"
     if args.images_per_prompt < 2:
         raise UsageError("--images_per_prompt: a pair needs at least 2 images of a prompt")
     if args.record_states is not None and args.lora is not None:
@@ -81,20 +131,17 @@ def run(args: argparse.Namespace) -> None:
         **batching(args),
     )
     images, _ = read_samples(args.output_dir)
-    result = make_pairs(
-        args.output_dir, images, reward, pick, batch_size=args.batch_size, state=state
-    )
-    if state.is_main_process:
-        print(json.dumps(result))
+    return images, reward
 
 
 VERB = Verb(
     "pairs",
-    "make preference pairs with a model and a reward",
+    "make preference pairs with a model and a reward, or of images that exist",
     add_flags,
     run,
     description="Draw images of prompts (in GenEval's layout, resumable), score them and write pairs.jsonl: which "
-    "of a prompt's images are better. `pairs.source` of a recipe takes the folder (docs/preferences.md).",
+    "of a prompt's images are better. With --images nothing is drawn. `pairs.source` of a recipe takes the folder "
+    "(docs/preferences.md).",
     shares=True,
     resumes=True,
 )

@@ -121,6 +121,16 @@ def read_json(path: Path, *, error: type[UserError] = TextError) -> Any:
     return parse_json(read_text(path, error=error), str(path), error=error)
 
 
+def read_json_lines(path: Path, *, error: type[UserError] = TextError) -> list[Any]:
+    """Values of a file of one JSON text per line; blank lines are left out.
+
+    Raises:
+        error: the file cannot be read, or a line is not JSON.
+    """
+    lines = read_lines(path, error=error)
+    return [parse_json(text, f"{path}:{n}", error=error) for n, text in lines if text.strip()]
+
+
 def unusable(text: str) -> str:
     """Reason why no tokenizer takes a text; empty where one does."""
     for place, character in enumerate(text):

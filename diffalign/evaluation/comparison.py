@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from diffalign.core.errors import UserError
+from diffalign.core.files import write_text
+from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, read_image
 from diffalign.evaluation.geneval import RESULTS, read_samples, summary
 from diffalign.evaluation.preference import shared_names
@@ -49,7 +50,7 @@ def read_geneval(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(file)
         return summary(rows, empty=read_samples(folder)[1])
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{file} is damaged ({error}): score the folder again") from error
@@ -75,7 +76,7 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
         "comparison.html", sides=sides, rows=rows, examples=examples, shared=len(shared)
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
     return {
         row["name"]: dict(zip([s.name for s in sides], row["values"], strict=True)) for row in rows
     }

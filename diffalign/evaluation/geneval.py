@@ -18,7 +18,7 @@ from torch import Tensor
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
 from diffalign.core.files import aside, write_text
-from diffalign.core.text import parse_json, read_lines
+from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.states import states_path
 from diffalign.data.prompts import Prompt
@@ -243,8 +243,7 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    lines = [line for _, line in read_lines(file, error=GenEvalError) if line.strip()]
-    entry = parse_json(lines[0], str(file), error=GenEvalError) if len(lines) == 1 else None
-    if not isinstance(entry, dict):
+    entries = read_json_lines(file, error=GenEvalError)
+    if len(entries) != 1 or not isinstance(entries[0], dict):
         raise GenEvalError(f"{file} must hold one JSON object")
-    return entry
+    return entries[0]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.config import AnyRunConfig, dump
+from diffalign.core.files import write_text
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Evaluation
 
@@ -137,5 +138,5 @@ def write_report(
         held_out=len({p.text for p in prompts}),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path

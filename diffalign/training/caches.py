@@ -8,6 +8,7 @@ from diffalign.core.errors import UsageError
 from diffalign.data.shard_cache import ShardCache
 from diffalign.methods.dcgen.maker import precompute_latents
 from diffalign.methods.preference.precompute import precompute
+from diffalign.training.inputs import check_source
 from diffalign.training.run import prepare_model
 
 
@@ -21,6 +22,7 @@ def fill_cache(config: AnyRunConfig) -> ShardCache:
         raise UsageError(
             f"precompute: {config.algorithm.type} learns from no pairs and from no latents"
         )
+    check_source(config)
     accelerator = processes.make_accelerator()
     model = prepare_model(config, accelerator.device)
     if isinstance(config, LatentRunConfig):

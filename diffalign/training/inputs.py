@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffalign.config import AnyRunConfig, DistillationRunConfig, RunConfig
+from diffalign.config import (
+    AnyRunConfig,
+    DistillationRunConfig,
+    LatentRunConfig,
+    PreferenceRunConfig,
+    RunConfig,
+)
 from diffalign.core.fingerprint import of_json
+from diffalign.data.captioned import RENDERED
+from diffalign.data.images import read_folder, require_captions
+from diffalign.data.pairs.records import check_pairs
 from diffalign.data.prompts import Prompt, load_prompts, told
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.plan import check_prompts
@@ -41,12 +50,26 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return of_json(told(prompts))
 
 
-def read_inputs(config: AnyRunConfig) -> Inputs:
-    """Read the prompts and look up the rewards.
+def check_source(config: AnyRunConfig) -> None:
+    """Look for the pairs or images that a run trains on.
 
     Raises:
-        UserError: prompts cannot be read, a reward is unknown, or prompts lack what a reward needs.
+        UserError: they are not there, or their layout is not known.
     """
+    if isinstance(config, PreferenceRunConfig):
+        check_pairs(config.pairs)
+    elif isinstance(config, LatentRunConfig) and config.latents.images not in ("", RENDERED):
+        images = read_folder(config.latents.images, flag="latents.images")
+        require_captions(images, config.latents.images, why="it is to be trained on")
+
+
+def read_inputs(config: AnyRunConfig) -> Inputs:
+    """Read the prompts, look up the rewards, and look for pairs or images to train on.
+
+    Raises:
+        UserError: prompts, pairs or images cannot be read, a reward is unknown, or prompts lack what a reward needs.
+    """
+    check_source(config)
     held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
     reward = CompositeReward.from_config(config.rewards)
     watched = CompositeReward.from_config(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +26,9 @@ from diffalign.data.pairs.tables import OWN
 from diffalign.geneval.rules import Detection
 from diffalign.types import RewardOutput
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+Group = Callable[[CaptionedImage], str]
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 
 
@@ -57,6 +62,39 @@ class PairOptions:
             raise UsageError("--weights=rankdpo weighs all pairs of a ranking: it needs --pick=all")
 
 
+def by_place(image: CaptionedImage) -> str:
+    """Name of a prompt's folder in GenEval's layout: prompts of the same text stay apart."""
+    return image.path.parents[1].name
+
+
+def by_caption(image: CaptionedImage) -> str:
+    """Caption of an image."""
+    return image.prompt.text
+
+
+def comparable(images: Sequence[CaptionedImage], folder: Path) -> list[CaptionedImage]:
+    """Images of a folder whose caption others have, too: those that a reward can compare.
+
+    Raises:
+        UsageError: there are none.
+    """
+    counts = Counter(by_caption(image) for image in images if by_caption(image).strip())
+    chosen = [image for image in images if counts[by_caption(image)] > 1]
+    if not chosen:
+        raise UsageError(
+            f"{folder} has {len(images)} images and {len(counts)} captions, none of which two images share: a pair is "
+            "two images of one caption (docs/data.md shows a table of such)"
+        )
+    if len(chosen) < len(images):
+        logger.warning(
+            "%s: %d of %d images have a caption of their own, or none, and make no pair",
+            folder,
+            len(images) - len(chosen),
+            len(images),
+        )
+    return chosen
+
+
 def make_pairs(
     folder: Path,
     images: Sequence[CaptionedImage],
@@ -65,27 +103,33 @@ def make_pairs(
     *,
     batch_size: int,
     state: PartialState,
+    group: Group = by_place,
 ) -> dict[str, Any]:
     """Score images (all processes together), write `pairs.jsonl` into `folder`, and return a summary.
+
+    Args:
+        group: gives images that are compared with each other the same text.
 
     Raises:
         UsageError: no prompt has a better image.
     """
     mine = range(state.process_index, len(images), state.num_processes)
-    rows = _score([images[i] for i in mine], reward, batch_size=batch_size)
-    rows = sorted(gather_object(rows), key=lambda row: row["file"])
+    rows = _score([images[i] for i in mine], reward, group, batch_size=batch_size)
+    rows = sorted(gather_object(rows), key=lambda row: (row["group"], row["file"]))
     return _write(folder, rows, reward, options) if state.is_main_process else {}
 
 
-def _score(images: list[CaptionedImage], reward: Rewards, *, batch_size: int) -> list[Row]:
+def _score(
+    images: list[CaptionedImage], reward: Rewards, group: Group, *, batch_size: int
+) -> list[Row]:
     """One row per image: its rewards and, where a reward looks for objects, the objects."""
     detect: Detect | None = next(
         (r.detect for r in reward.rewards.values() if hasattr(r, "detect")), None
     )
-    rows: list[Row] = [{} for _ in images]
+    rows: list[Row] = [{"file": str(i.path), "group": group(i)} for i in images]
     for numbers, pixels, error in batches(images, size=batch_size):
         if pixels is None:
-            rows[numbers[0]] = {"file": str(images[numbers[0]].path), "error": error}
+            rows[numbers[0]]["error"] = error
             continue
         prompts = [images[i].prompt for i in numbers]
         metadata = [p.metadata for p in prompts]
@@ -93,8 +137,7 @@ def _score(images: list[CaptionedImage], reward: Rewards, *, batch_size: int) ->
         objects = detect(pixels, metadata) if detect else None
         for k, i in enumerate(numbers):
             scores = {n: float(output.details[n][k]) for n in reward.rewards}
-            rows[i] = {
-                "file": str(images[i].path),
+            rows[i] |= {
                 "prompt": prompts[k].text,
                 "metadata": metadata[k],
                 "reward": float(output.values[k]),
@@ -107,7 +150,7 @@ def _score(images: list[CaptionedImage], reward: Rewards, *, batch_size: int) ->
 def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions) -> dict[str, Any]:
     """Write `pairs.jsonl`; UsageError where no prompt has a better image."""
     usable = [r for r in rows if "error" not in r]
-    groups = groupby(usable, key=lambda r: Path(r["file"]).parents[1].name)
+    groups = groupby(usable, key=lambda r: r["group"])
     pairs = [row for _, group in groups for row in _pairs(folder, list(group), options)]
     if options.weights == "rankdpo" and pairs:
         # a learning rate means the same with and without
@@ -118,10 +161,11 @@ def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions)
         raise UsageError(
             f"no prompt has images with different rewards: {reward.last_error or 'all are equal'}"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / OWN, "".join(f"{json.dumps(row)}\n" for row in pairs))
     return {
         "pairs": len(pairs),
-        "prompts": len({Path(r["file"]).parents[1] for r in usable}),
+        "prompts": len({r["group"] for r in usable}),
         "images": len(rows),
         "unreadable": len(rows) - len(usable),
         "mean_reward": float(np.nanmean([r["reward"] for r in usable])),
@@ -145,8 +189,8 @@ def _row(folder: Path, better: Row, worse: Row) -> Row:
     both = (better, worse)
     row = {
         "prompt": better["prompt"],
-        "image_0": str(Path(better["file"]).relative_to(folder)),
-        "image_1": str(Path(worse["file"]).relative_to(folder)),
+        "image_0": _name(Path(better["file"]), folder),
+        "image_1": _name(Path(worse["file"]), folder),
         "label": 1.0,
         "scores": [r["scores"] for r in both],
         "metadata": better["metadata"],
@@ -154,3 +198,9 @@ def _row(folder: Path, better: Row, worse: Row) -> Row:
     if all(r["structure"] for r in both):
         row["structures"] = [r["structure"] for r in both]
     return row
+
+
+def _name(file: Path, folder: Path) -> str:
+    """Path of an image from the folder of its table on, or from the root where it lies elsewhere."""
+    inside = file.is_relative_to(folder)
+    return str(file.relative_to(folder)) if inside else os.path.abspath(file)

@@ -58,9 +58,7 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
     Raises:
         PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
     """
-    if not config.source:
-        raise PairsError("pairs.source: names no preference pairs; see docs/preferences.md")
-    layout = _layout(config)
+    layout = check_pairs(config)
     numbered = enumerate(rows(config.source, start=start), start)
     if layout.per_image:  # rows of one prompt follow each other
         groups = groupby(numbered, key=lambda pair: _prompt_id(pair[1]))
@@ -74,6 +72,17 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
 def _prompt_id(row: Row) -> Any:
     """Key of the rows of one prompt; a row that cannot be read stands alone."""
     return object() if row.problem else row.columns.get("prompt_id")
+
+
+def check_pairs(config: PairsConfig) -> Layout:
+    """Layout of a source, told by its first row.
+
+    Raises:
+        PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
+    """
+    if not config.source:
+        raise PairsError("pairs.source: names no preference pairs; see docs/preferences.md")
+    return _layout(config)
 
 
 def held_out(prompt: str, share: float) -> bool:
