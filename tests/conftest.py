@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a loaded weight lies where its file's header ends, and on some CPUs MKL rounds otherwise there
@@ -8,6 +9,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import pytest
 import tiny
 import torch
+
+from diffalign.core import interruption
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -38,3 +41,18 @@ def prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\na dog\na bird\n")
     return file
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Signals with their usual handlers, which come back: a shell's background job ignores Ctrl-C."""
+    monkeypatch.setattr(interruption, "SETTLING", 0)
+    usual = {
+        n: signal.default_int_handler if n == signal.SIGINT else signal.SIG_DFL
+        for n in interruption.SIGNALS
+    }
+    before = {n: signal.signal(n, handler) for n, handler in usual.items()}
+    yield
+    assert {n: signal.getsignal(n) for n in usual} == usual
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -4,9 +4,42 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""The disk, or what a user may have of it."""
+"""Error numbers of a full disk and of an exceeded quota."""
+ADVICE = {
+    errno.EACCES: "Choose a place that you may read and write, or change its permissions",
+    errno.EPERM: "Choose a place that you may read and write, or change its permissions",
+    errno.EROFS: "Choose a folder on a file system that can be written",
+    errno.ENOTDIR: "A part of that path is a file; choose another path",
+    errno.EISDIR: "That is a folder; name a file",
+    errno.EEXIST: "Choose another path, or remove what is there",
+    errno.ENOENT: "Check the path",
+    errno.ENAMETOOLONG: "Choose a shorter path",
+    errno.ELOOP: "A link of that path leads back to itself",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "Raise the limit of open files (ulimit -n)",
+    errno.EIO: "Check the disk",
+    errno.ESTALE: "The network file system has lost that file; check the mount",
+    errno.ENOTCONN: "The network file system is gone; check the mount",
+    errno.ETIMEDOUT: "Check the network, or the mount",
+}
+"""Error numbers of the system to what helps."""
+MEMORY_ADVICE = (
+    "Use smaller batches, a smaller model (`diffalign quantize`), or a machine with more memory"
+)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|"
+    r"ALLOC_FAILED|unable to allocate|bad_alloc|OutOfMemory",
+    re.IGNORECASE,
+)
+_PEER = re.compile(
+    r"timed out waiting|connection (closed|reset) by peer|connect(ion)? timeout|"
+    r"watchdog caught collective|wait timeout|broken pipe|gloo.*(timeout|timed out)",
+    re.IGNORECASE,
+)
 
 
 class UserError(Exception):
@@ -17,14 +50,96 @@ class UsageError(UserError, ValueError):
     """Settings or arguments that do not fit together, to the model, or to the files that are there."""
 
 
+class ReportedError(UserError, RuntimeError):
+    """An error that another process of the launch reports; this process ends without a word."""
+
+
+def explain(error: BaseException, *, memory: str = MEMORY_ADVICE) -> str | None:
+    """Return one line for an error of the machine or the network, with what helps; None for a fault of the program.
+
+    Errors of the suite are None, too: they say for themselves what they mean.
+
+    Args:
+        memory: what helps where memory ran out, as a sentence without its full stop.
+    """
+    for part in _chain(error):
+        if _is_out_of_memory(part):
+            text = _first_sentence(part)
+            named = text if "out of memory" in text.lower() else f"out of memory: {text}"
+            return f"{named}. {memory}"
+        if type(part).__name__.startswith("Dist") and _PEER.search(str(part)):
+            return _of_peer(part)
+        if isinstance(part, RuntimeError) and "gloo" in str(part) and _PEER.search(str(part)):
+            return _of_peer(part)
+        if (number := _full(part)) is not None:
+            return f"{_named(os.strerror(number), part)}. Free space"
+        if isinstance(part, OSError):
+            return _of_system(part)
+    return None
+
+
 def full_disk(error: BaseException | None) -> str | None:
     """One line where an error, or one that it comes from, is that of a full disk; None for every other, and for those
     of the suite, which say for themselves what they mean."""
-    while error is not None and not isinstance(error, UserError):
-        for number in FULL:
-            # safetensors' own errors have the number in their text alone
-            if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
-                file = getattr(error, "filename", None)
-                return os.strerror(number) + (f": {file}" if file else "")
-        error = error.__cause__ or error.__context__
+    for part in _chain(error):
+        if (number := _full(part)) is not None:
+            return _named(os.strerror(number), part)
     return None
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it comes from, is that of a device or a machine without memory left."""
+    return any(_is_out_of_memory(part) for part in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it comes from, up to the first of the suite's own."""
+    while error is not None and not isinstance(error, UserError):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _full(error: BaseException) -> int | None:
+    for number in FULL:
+        # safetensors' own errors have the number in their text alone
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return number
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch's errors are known by name and text: this module does not import torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Return the first two sentences of torch's text: how much was asked for, and where."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"^\[enforce fail at [^\]]*\][^.]*?\. ", "", text)
+    return ". ".join(text.split(". ")[:2]).rstrip(".")
+
+
+def _of_peer(error: BaseException) -> str:
+    return (
+        f"another process of this launch does not answer ({_first_sentence(error)}). Look for its message above; the "
+        "same command goes on from the last checkpoint"
+    )
+
+
+def _of_system(error: OSError) -> str:
+    if error.errno is None:  # of libraries: requests, Pillow, transformers
+        return " ".join(str(error).split()) or type(error).__name__
+    if error.errno == errno.ENOENT and error.filename is None:
+        return "the current directory does not exist any more. Change to one that does"
+    text = _named(error.strerror or os.strerror(error.errno), error)
+    advice = ADVICE.get(error.errno)
+    return f"{text}. {advice}" if advice else text
+
+
+def _named(text: str, error: BaseException) -> str:
+    file = getattr(error, "filename", None)
+    return f"{text}: {file}" if file else text

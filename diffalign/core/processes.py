@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import atexit
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
-from diffalign.core.errors import UsageError
+from diffalign.core import locks
+from diffalign.core.errors import ReportedError, UsageError, UserError, explain
 
+T = TypeVar("T")
+PEER_TIMEOUT = "DIFFALIGN_PEER_TIMEOUT"
+"""The environment variable with the seconds that processes wait for each other; default 1800."""
 SHARDED = {
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
@@ -36,7 +44,7 @@ def launched() -> int | None:
 def current() -> PartialState:
     """This process among all; the first call joins them. Whether a model is spread over them, only an accelerator
     knows."""
-    state = PartialState(cpu=_on_cpus())
+    state = PartialState(cpu=_on_cpus(), timeout=_timeout())
     _check(state.num_processes, state.distributed_type)
     return state
 
@@ -47,9 +55,65 @@ def make_accelerator(**options: Any) -> Accelerator:
     Raises:
         UsageError: of several processes each would be alone, or they share a model.
     """
+    current()  # joins the processes, with the timeout
     accelerator = Accelerator(cpu=_on_cpus(), **options)
     _check(accelerator.num_processes, accelerator.distributed_type)
     return accelerator
+
+
+@contextmanager
+def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
+    """Keep other launches out of a folder until the block ends: the main process locks it for all of this launch.
+
+    Raises:
+        UserError: another launch holds the folder, or it cannot be made; in all processes.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            try:
+                stack.enter_context(locks.hold(folder, setting=setting))
+            except OSError as error:
+                raise UsageError(
+                    f"{setting}: {folder} cannot be written. {explain(error) or error}"
+                ) from error
+
+        on_main(enter)
+        yield
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Return in every process what the function returns in the main process, which alone calls it.
+
+    Raises:
+        UserError: the function's own, in the main process; the others, which would wait in vain, get a `ReportedError`.
+    """
+    state = current()
+    value: Any = None
+    problem: UserError | None = None
+    if state.is_main_process:
+        try:
+            value = function()
+        except UserError as error:
+            problem = error
+    failed = problem is not None
+    if state.num_processes > 1:
+        failed, value = broadcast_object_list([failed, value])
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ReportedError("the main process reports what is wrong")
+    return value
+
+
+def highest(value: int) -> int:
+    """Return the largest value of all processes."""
+    state = current()
+    if state.num_processes == 1:
+        return value
+    table = torch.tensor([value], device=state.device)
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return int(table)
 
 
 @atexit.register
@@ -58,6 +122,22 @@ def _leave() -> None:
     which may be writing still."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    """Return how long a process waits for another one that hangs, before it ends with an error.
+
+    Raises:
+        UsageError: the environment names no time.
+    """
+    text = os.environ.get(PEER_TIMEOUT, "1800")
+    try:
+        seconds = float(text)
+        if not 0 < seconds < 1e7:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{PEER_TIMEOUT}: {text!r} is no number of seconds above 0") from None
+    return timedelta(seconds=seconds)
 
 
 def _on_cpus() -> bool:
