@@ -1,12 +1,17 @@
 """Checkpoints survive what happens to files; run folders belong to one configuration."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffalign.config import load
+from diffalign.core import locks
 from diffalign.training import checkpoint
 from diffalign.training.checkpoint import CheckpointError
 from diffalign.training.run_folder import RunFolder, RunFolderError
@@ -43,8 +48,61 @@ def test_damage_is_an_error_that_says_what_to_do(tmp_path, name, damage):
         path.write_bytes(data.replace(b'"update"', b'"uqdate"'))
     else:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="000005.*delete that folder to continue"):
+    with pytest.raises(CheckpointError, match=r"000005.*(damaged|lacks|no readable)"):
         checkpoint.load(tmp_path / "000005")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*000005"):
+        checkpoint.load_newest(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["000005"]  # for as long as there is no other
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used_and_that_is_said(tmp_path, caplog):
+    for update in (1, 2, 3):
+        save(tmp_path, update, keep=9)
+    (tmp_path / "000003" / "default.safetensors").write_bytes(b"cut")
+    (tmp_path / "000002" / "manifest.json").write_text("[]")
+    assert checkpoint.load_newest(tmp_path).name == "000001"
+    assert "000003/default.safetensors is damaged" in caplog.text
+    assert "going on from the checkpoint before" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000001",
+        "000002.damaged",
+        "000003.damaged",
+    ]
+    assert checkpoint.load_newest(tmp_path).name == "000001"
+    save(tmp_path, 3, keep=9)
+    assert checkpoint.load_newest(tmp_path, until=2).name == "000001"
+
+
+def test_checkpoints_are_numbers_and_other_folders_are_not_ours(tmp_path):
+    for update in (999_999, 1_000_000):
+        save(tmp_path, update)
+    (tmp_path / "000003.bak").mkdir()
+    (tmp_path / "2000000").write_text("a file")
+    assert checkpoint.latest(tmp_path).name == "1000000"
+    checkpoint.drop_after(tmp_path / "999999")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000003.bak", "2000000", "999999"]
+    save(tmp_path, 1_000_001, keep=1)
+    assert (tmp_path / "000003.bak").is_dir()
+    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Killed just before that, it is not there; after it, every file has been written through."""
+    synced = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path.name))
+    named = Path.rename
+
+    def rename(self, target):
+        if target.name == "000007":
+            names = {"default.safetensors", "optimizer.safetensors", "manifest.json"}
+            assert names | {".writing-000007"} <= set(synced)
+            assert {p.name for p in self.iterdir()} == names
+            assert not target.exists()
+        return named(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    save(tmp_path, 7)
+    assert synced[-1] == tmp_path.name
 
 
 def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch):
@@ -125,6 +183,7 @@ class TestRunFolder:
     def test_another_configuration_is_refused_and_nothing_lost(self, tmp_path):
         folder = RunFolder(tmp_path / "run")
         folder.claim(load())
+        folder.append_log({"update": 1})
         before = (folder.path / "config.yaml").read_text()
         with pytest.raises(RunFolderError, match=r"learning_rate: [0-9.]+, 0.5"):
             folder.claim(load(None, ["--learning_rate=0.5"]))
@@ -135,12 +194,39 @@ class TestRunFolder:
         old, new = {"prompts.train": "1", "prompts.evaluation": "2"}, {"prompts.train": "3"}
         folder.claim(load())  # by a version that did not look
         folder.claim(load(), old)
+        folder.append_log({"update": 1})
         folder.claim(load(), old)
         with pytest.raises(RunFolderError, match=r"other prompts: what prompts\.train names has"):
             folder.check(load(), old | new)
         (folder.path / "prompts.json").write_text("{")
         with pytest.raises(RunFolderError, match=r"prompts\.json is not readable"):
             folder.check(load(), old)
+
+    def test_a_run_without_an_update_has_claimed_nothing(self, tmp_path):
+        """The corrected command runs in the same folder, and finds nothing that was prepared for the other."""
+        folder = RunFolder(tmp_path / "run")
+        folder.claim(load(), {"prompts.train": "1"})
+        kept = [folder.path / name for name in ("aligned.safetensors", "aligned.json")]
+        for file in kept:
+            file.write_text("{}")
+        folder.claim(load(), {"prompts.train": "1"})
+        assert all(file.exists() for file in kept)  # interrupted, and started again
+        other = load(None, ["--learning_rate=0.5"])
+        folder.claim(other, {"prompts.train": "2"})
+        assert not any(file.exists() for file in kept)
+        assert "learning_rate: 0.5" in (folder.path / "config.yaml").read_text()
+        assert json.loads((folder.path / "prompts.json").read_text()) == {"prompts.train": "2"}
+        (folder.path / "config.yaml").write_text("{")  # damaged, and nothing is lost with it
+        folder.claim(load())
+        save(folder.checkpoints, 1)
+        with pytest.raises(RunFolderError, match="another configuration"):
+            folder.claim(other)
+
+    @pytest.mark.parametrize("name", [".123.config.yaml", ".123.prompts.json", ".lock"])
+    def test_what_a_killed_process_was_writing_is_nothing(self, tmp_path, name):
+        (tmp_path / name).write_text("half a conf")
+        RunFolder(tmp_path).claim(load("demo"))
+        assert (tmp_path / "config.yaml").is_file()
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("dear to me")
@@ -156,3 +242,27 @@ class TestRunFolder:
         assert [r["update"] for r in folder.read_log()] == [1, 2, 3]
         folder.rewind_log(2)
         assert [r["update"] for r in folder.read_log()] == [1, 2]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from diffalign.config import load
+from diffalign.core import locks
+from diffalign.core import locks
+from diffalign.training.run_folder import RunFolder
+Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
+with locks.hold(Path(sys.argv[1])):
+    RunFolder(sys.argv[1]).claim(load())
+"""
+
+
+def test_killed_before_the_configuration_has_its_name(tmp_path):
+    """Its lock is free again, and the hidden file is no content and is gone at the next start."""
+    folder = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    assert done.returncode == -9
+    assert len(os.listdir(folder)) == 2  # the lock and half a file
+    with locks.hold(folder):
+        RunFolder(folder).claim(load())
+    assert os.listdir(folder) == ["config.yaml"]

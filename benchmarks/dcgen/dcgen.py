@@ -28,12 +28,11 @@ from diffalign.latents.alignment import GradientAlignment, Statistics
 from diffalign.latents.move import load_ends
 from diffalign.methods.dcgen.alignment import Alignment
 from diffalign.methods.dcgen.maker import precompute_latents
-from diffalign.methods.dcgen.trainer import ALIGNED
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
-from diffalign.training.run_folder import RunFolder
+from diffalign.training.run_folder import ALIGNED, RunFolder
 
 ARMS = ("quality", "alignment", "latency", "sizes")
 RECIPE = "dcgen-shapes-flux"

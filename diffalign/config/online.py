@@ -223,9 +223,12 @@ class TrainingConfig(LoopConfig):
     on_collapse: str = "warn"
     """When the reward has fallen and the gradient has risen for good: "warn", "stop", or "rollback" to the last good
     checkpoint and go on with half the learning rate."""
+    max_idle_updates: int = 20
+    """Updates in a row in which all images of every prompt have the same reward, after which the run ends; 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.max_idle_updates >= 0, "training.max_idle_updates", "must not be negative")
         one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
         check(self.updates_per_rollout >= 1, "training.updates_per_rollout", "must be at least 1")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.core.errors import UserError
+from diffalign.core.files import sync
 from diffalign.core.fingerprint import of_file
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/000042`; afterwards only the newest `keep` remain. A failure leaves older ones untouched."""
+    """Write `folder/000042`; afterwards only the newest `keep` remain. A failure leaves older ones untouched.
+
+    All of it is on the disk before the folder gets its name, so that a power cut leaves the newest one whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{update:06d}"
     aside = folder / f".writing-{update:06d}"
@@ -50,9 +54,13 @@ def save(
             )
         files = {p.name: of_file(p) for p in sorted(aside.iterdir())}
         manifest = {"update": update, "state": state, "sha256": files}
-        _write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for file in aside.iterdir():
+            sync(file)
+        _sync_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
+        _sync_folder(folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(aside, ignore_errors=True)
         good = latest(folder)
@@ -70,34 +78,58 @@ def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = manifest["sha256"]
         update, state = manifest["update"], manifest["state"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} has no readable {MANIFEST}: {error}{_ADVICE}"
-        ) from error
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} has no readable {MANIFEST}: {error}") from error
     tensors = {}
     for name, digest in expected.items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"checkpoint {path} lacks {name}{_ADVICE}")
+            raise CheckpointError(f"checkpoint {path} lacks {name}")
         if of_file(file) != digest:
-            raise CheckpointError(f"checkpoint file {file} is damaged (cut or changed){_ADVICE}")
+            raise CheckpointError(f"checkpoint file {file} is damaged (cut or changed)")
         tensors[file.stem] = load_file(file)
     return update, tensors, state
 
 
-_ADVICE = "; delete that folder to continue from the one before it"
+def load_newest(folder: Path, *, until: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint (of update `until` at most), or None where there is no checkpoint.
+
+    Damaged ones that are newer are renamed to `NNNNNN.damaged`, which no run reads, with a warning.
+
+    Raises:
+        CheckpointError: all are damaged; none is renamed.
+    """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in reversed(_all(folder, until=until)):
+        try:
+            load(path)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        for other, error in damaged.items():
+            _put_away(other)
+            logger.warning("%s; it is now %s.damaged", error, other.name)
+        if damaged:
+            logger.warning("going on from the checkpoint before: %s", path)
+        return path
+    if damaged:
+        problems = "; ".join(map(str, damaged.values()))
+        raise CheckpointError(
+            f"{folder} has no whole checkpoint: {problems}. Put one back, or start again in another output_dir"
+        )
+    return None
 
 
 def latest(folder: Path, *, until: int | None = None) -> Path | None:
     """The newest finished checkpoint (of update `until` at most), or None."""
-    found = [p for p in _all(folder) if until is None or int(p.name) <= until]
+    found = _all(folder, until=until)
     return found[-1] if found else None
 
 
 def drop_after(path: Path) -> None:
     """Remove checkpoints that are newer than this one."""
     for other in _all(path.parent):
-        if other.name > path.name:
+        if int(other.name) > int(path.name):
             shutil.rmtree(other)
 
 
@@ -120,12 +152,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
+def _all(folder: Path, *, until: int | None = None) -> list[Path]:
+    """Return the checkpoints by number, the oldest first; folders with other names are somebody's own."""
+    if not folder.is_dir():
+        return []
+    numbered = {int(p.name): p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()}
+    return [numbered[n] for n in sorted(numbered) if until is None or n <= until]
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _put_away(path: Path) -> None:
+    target = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # some file systems have no fsync of folders
+        sync(path)

@@ -33,12 +33,12 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import move_model, tokens_ratio
 from diffalign.training.denoise import image_size
 from diffalign.training.order import EpochOrder
+from diffalign.training.run_folder import ALIGNED, ALIGNMENT_FACTS
 from diffalign.training.sums import Sums
 from diffalign.training.trainer import Trainer
 
 METRICS = ["loss", "relative_error"]
 VALIDATION_IMAGES = 256
-ALIGNED, FACTS = "aligned.safetensors", "aligned.json"
 SIGMAS = 4096
 """Noise levels over which expectations are taken."""
 
@@ -104,15 +104,15 @@ class LatentTrainer(Trainer):
         c = self.config.latents
         assert self.model.ends is not None
         folder = self.folder.path
-        if not (folder / FACTS).is_file():
+        if not (folder / ALIGNMENT_FACTS).is_file():
             self._align_anew()
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
-                write_text(folder / FACTS, json.dumps(self.alignment, indent=1))
+                write_text(folder / ALIGNMENT_FACTS, json.dumps(self.alignment, indent=1))
             self.accelerator.wait_for_everyone()
         load_ends(self.model.denoiser, self.model.ends, folder / ALIGNED)
-        self.alignment = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.alignment = json.loads((folder / ALIGNMENT_FACTS).read_text(encoding="utf-8"))
         if c.shift == "signal":
             self._shift(self.alignment["signal_shift"])
 
