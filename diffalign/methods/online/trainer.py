@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,13 @@ from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import RewardTimeout
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
+from diffalign.methods.online.health import (
+    Collapse,
+    Idle,
+    find_collapse,
+    find_idle,
+    find_warnings,
+)
 from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
@@ -33,6 +40,8 @@ from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
 logger = logging.getLogger(__name__)
+COLLAPSE = "collapse"
+"""What a row's `warnings` call it."""
 
 
 @dataclass
@@ -162,6 +171,47 @@ class OnlineTrainer(Trainer):
             "update_seconds": finished - sampled,
             "images_per_second": len(plan) / (finished - started),
         }
+
+    def watch(
+        self, log: list[dict[str, Any]], before: Mapping[str, float]
+    ) -> Collapse | Idle | None:
+        """Say each warning once, note it in the last row, and return a collapse or the end of all learning.
+
+        After a collapse that was only warned of, new rows are compared with each other.
+        """
+        warnings = find_warnings(log, before, self.config.evaluation.rewards)
+        noted = [row.get("warnings", {}) for row in log]
+        said = {about for texts in noted for about in texts}
+        since = max((i + 1 for i, texts in enumerate(noted) if COLLAPSE in texts), default=0)
+        new = {about: text for about, text in warnings.items() if about not in said}
+        for text in new.values():
+            self.say(f"warning: {text}")
+        collapse = find_collapse(log[since:])
+        if collapse is not None:
+            new[COLLAPSE] = str(collapse)
+        if new:
+            log[-1]["warnings"] = new
+        idle = find_idle(log, self.config.training.max_idle_updates)
+        return collapse or (idle if idle is not None and not idle.learnt else None)
+
+    def answer(self, finding: Collapse | Idle) -> None:
+        if isinstance(finding, Idle):
+            self.save()
+            raise TrainingError(f"{finding}. The run is saved at update {finding.update}")
+        reaction = self.config.training.on_collapse
+        if reaction == "stop":
+            raise TrainingError(f"{finding}; stopped, every checkpoint is kept")
+        self.say(f"warning: {finding}")
+        if reaction == "rollback":
+            self.roll_back(finding.good)
+            self.say(
+                f"rolled back to update {self.progress.update}, learning rate times "
+                f"{0.5**self.progress.rollbacks:g}"
+            )
+
+    def ended(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        idle = find_idle(log, self.config.training.max_idle_updates)
+        return str(idle) if idle is not None and idle.learnt else None
 
     def plan(self, update: int) -> Plan:
         """What an update draws."""
