@@ -38,6 +38,12 @@ def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> 
     return True
 
 
+def compiling_seconds() -> float:
+    """Return the seconds that this process has spent compiling."""
+    spent: dict[str, float] = torch._dynamo.utils.calculate_time_spent()
+    return spent.get("total_wall_time", spent.get("entire_frame_compile", 0.0))
+
+
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a transformer, or those of a U-Net's two sides: the entries of its lists."""
     return [b for part in denoiser.children() if isinstance(part, nn.ModuleList) for b in part]

@@ -1,6 +1,7 @@
 """Training of autoencoders: what each phase trains, resumes, real photographs, and bad input."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tiny_moves import deep_autoencoder
 
 from diffalign import cli
 from diffalign.autoencoders.trainer import (
-    STATE,
+    OLD_STATE,
     AutoencoderConfig,
     AutoencoderError,
     AutoencoderTrainer,
@@ -24,7 +25,9 @@ from diffalign.autoencoders.trainer import (
     set_scale,
 )
 from diffalign.config import ConfigError
+from diffalign.core.interruption import SIGNALS, Interrupted
 from diffalign.latents.codec import LatentCodec
+from diffalign.training.checkpoint import CheckpointError
 
 
 def kl_autoencoder():
@@ -122,15 +125,63 @@ def test_what_cannot_go_on_says_so(tmp_path):
     )
     with pytest.raises(AutoencoderError, match="of a run with other settings"):
         other.resume()
-    (tmp_path / STATE).write_bytes(b"cut")
-    with pytest.raises(AutoencoderError, match="is damaged"):
+    file = tmp_path / "000000" / "autoencoder.safetensors"
+    file.write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*is damaged"):
         trainer(tmp_path).resume()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / OLD_STATE).write_bytes(b"pickle")
+    with pytest.raises(AutoencoderError, match="of an older version"):
+        trainer(tmp_path / "old").resume()
     broken = trainer(tmp_path / "other")
     broken.images = lambda update, count: noise(update, count).float() * float("nan")
     with pytest.raises(AutoencoderError, match="not finite"):
         broken.step()
     with pytest.raises(ConfigError, match="--phase"):
         AutoencoderConfig(phase="refin")
+
+
+def test_ruined_weights_are_never_saved_and_the_advice_can_be_followed(tmp_path):
+    """The loss before a step says nothing of the weights after it."""
+    folder = tmp_path / "x"
+    with pytest.raises(
+        AutoencoderError, match=r"was not saved; the last checkpoint is none.*start w"
+    ):
+        trainer(folder, learning_rate=1e20, checkpoint_every=1).run()
+    healed = trainer(folder, learning_rate=1e-4, checkpoint_every=1, num_updates=1)
+    healed.run()  # the folder belongs to nobody yet
+    assert [p.name for p in folder.iterdir()] == ["000001"]
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
+    run = trainer(tmp_path)
+    before = {k: v.clone() for k, v in run.vae.state_dict().items()}
+    run.parameters[0].register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(AutoencoderError, match="gradient of update 1 is not finite and was not"):
+        run.step()
+    assert all(torch.equal(v, before[k]) for k, v in run.vae.state_dict().items())
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_the_update_in_hand(tmp_path, signals, number):
+    """Long before a checkpoint is due; what goes on is the uninterrupted run, bit for bit."""
+    whole = trainer(tmp_path / "whole", checkpoint_every=100)
+    whole.run()
+    run = trainer(tmp_path / "cut", checkpoint_every=100)
+
+    def images(update, count):
+        if update == 1:
+            os.kill(os.getpid(), number)
+        return noise(update, count)
+
+    run.images = images
+    with pytest.raises(Interrupted, match="update 2 is saved in") as caught:
+        run.run()
+    assert caught.value.exit_code == 128 + number
+    again = trainer(tmp_path / "cut", checkpoint_every=100)
+    again.run()
+    a, b = whole.vae.state_dict(), again.vae.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")

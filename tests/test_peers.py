@@ -1,9 +1,12 @@
 """Two real processes, of which one dies."""
 
+import json
 import os
 
 import torch
 from processes import WHO, results_of, run
+
+from diffalign.core import locks
 
 SCRIPT = """
 import os, signal, sys, torch
@@ -57,3 +60,38 @@ def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path):
     done = run(2, tmp_path / "script.py", tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["left", "left"]
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from whole_runs import train
+from diffalign.methods.online.trainer import OnlineTrainer
+base, prompts, folder = sys.argv[1:]
+own = OnlineTrainer.rollout
+def rollout(run, plan, number):
+    if number == 2 and run.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return own(run, plan, number)
+OnlineTrainer.rollout = rollout
+more = ["--training.num_updates=4", "--training.checkpoint_every=50"]
+sys.exit(train(base, prompts, folder, *more))
+"""
+
+
+def test_a_signal_to_one_process_saves_the_update_of_all(base, prompts, tmp_path):
+    """And while another launch holds the folder, all processes of a second end with one line."""
+    (tmp_path / "script.py").write_text(SIGNALLED.format(tests=os.path.dirname(__file__)))
+    folder = tmp_path / "run"
+    with locks.hold(folder):
+        done = run(2, tmp_path / "script.py", base, prompts, folder)
+    assert done.returncode != 0
+    assert done.stderr.count(f"run is in use by process {os.getpid()}. Wait") == 1
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0]
+    assert not folder.exists()
+    done = run(2, tmp_path / "script.py", base, prompts, folder)
+    assert "143" in done.stderr
+    assert done.stderr.count("updates up to 2 are saved in") == 1
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["000002"]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2]

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 from functools import partial
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from whole_runs import train
 
 from diffalign import cli
 from diffalign.evaluation.report import image_grid
@@ -18,43 +18,6 @@ from diffalign.methods.online.health import Collapse
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
 from diffalign.training import checkpoint
-
-SETTINGS = [
-    "--model.max_sequence_length=16",
-    "--model.dtype=float32",
-    "--model.compile=false",
-    "--prompts.task_weights=null",
-    "--lora.rank=4",
-    "--lora.alpha=8",
-    "--rewards={jpeg: 1}",
-    "--rollout.prompts_per_update=2",
-    "--rollout.group_size=3",
-    "--rollout.num_inference_steps=2",
-    "--algorithm.timesteps_per_image=2",
-    "--algorithm.timestep_stop=1.0",
-    "--learning_rate=0.001",
-    "--training.sample_every=1",
-    "--training.checkpoint_every=1",
-    "--training.max_minutes=null",
-    "--optimizer.lr_scheduler=constant",
-    "--evaluation.num_inference_steps=2",
-    "--evaluation.images_per_task=3",
-]
-
-
-def train(base, prompts, folder, *more):
-    return cli.main(
-        [
-            "train",
-            "demo",
-            f"--output_dir={folder}",
-            f"--model.name={base}",
-            f"--prompts.train={prompts}",
-            f"--prompts.evaluation={prompts}",
-            *SETTINGS,
-            *more,
-        ]
-    )
 
 
 def test_a_run_leaves_a_folder_that_explains_itself(base, prompts, tmp_path, capsys):
@@ -224,7 +187,7 @@ def test_a_collapse_is_answered_as_configured(
             return Collapse(update=3, good=2, reward=0.1, best=0.5, gradient_rise=9.0)
         return None
 
-    monkeypatch.setattr("diffalign.training.run.find_collapse", detector)
+    monkeypatch.setattr("diffalign.methods.online.trainer.find_collapse", detector)
     folder = tmp_path / "run"
     more = [f"--training.num_updates={updates}", f"--training.on_collapse={reaction}"]
     assert train(base, prompts, folder, *more) == (2 if reaction == "stop" else 0)
@@ -252,8 +215,10 @@ def test_warnings_are_said_once_and_collapses_are_looked_for_after_the_last(
         asked.append([r["update"] for r in rows])
         return Collapse(2, 1, reward=0.1, best=0.5, gradient_rise=9.0) if len(asked) == 2 else None
 
-    monkeypatch.setattr("diffalign.training.run.find_collapse", detector)
-    monkeypatch.setattr("diffalign.training.run.find_warnings", lambda *a: {"diversity": "alike"})
+    monkeypatch.setattr("diffalign.methods.online.trainer.find_collapse", detector)
+    monkeypatch.setattr(
+        "diffalign.methods.online.trainer.find_warnings", lambda *a: {"diversity": "alike"}
+    )
     for updates in (3, 4):  # the second resumes
         assert train(base, prompts, tmp_path / "run", f"--training.num_updates={updates}") == 0
     assert capsys.readouterr().out.count("warning: alike") == 1
@@ -263,15 +228,18 @@ def test_warnings_are_said_once_and_collapses_are_looked_for_after_the_last(
     assert noted == [{"diversity"}, {"collapse"}, set(), set()]
 
 
-def test_a_cut_checkpoint_is_named_and_the_one_before_can_be_used(base, prompts, tmp_path, capsys):
-    folder = tmp_path / "run"
+def test_the_checkpoint_before_a_cut_one_is_used(base, prompts, tmp_path, capsys, caplog):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert train(base, prompts, whole, "--training.num_updates=3") == 0
     assert train(base, prompts, folder, "--training.num_updates=2") == 0
     file = folder / "checkpoints" / "000002" / "default.safetensors"
     file.write_bytes(file.read_bytes()[:50])
-    assert train(base, prompts, folder, "--training.num_updates=3") == 2
-    assert "000002/default.safetensors is damaged" in capsys.readouterr().err
-    shutil.rmtree(file.parent)
     assert train(base, prompts, folder, "--training.num_updates=3") == 0
+    assert "000002/default.safetensors is damaged" in caplog.text
+    assert "resumed after update 1" in capsys.readouterr().out
+    files = [f / "lora" / "pytorch_lora_weights.safetensors" for f in (whole, folder)]
+    one, two = map(load_file, files)
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import torch
 
 from diffalign.autoencoders.images import RENDERED, ImageFiles, RenderedImages, quality
 from diffalign.autoencoders.trainer import AutoencoderConfig, AutoencoderTrainer, set_scale
+from diffalign.core import locks
 from diffalign.core.errors import UsageError
-from diffalign.core.files import folder_aside, write_text
+from diffalign.core.files import check_target, folder_aside, write_text
 from diffalign.core.versions import versions
 from diffalign.latents.codec import LatentCodec, compression
 
@@ -20,7 +21,8 @@ SCALED = 512
 
 
 def check_folder(output_dir: Path) -> None:
-    """Raise UsageError where a folder holds a finished autoencoder."""
+    """Raise UsageError where a folder cannot be written, or holds a finished autoencoder."""
+    check_target(output_dir)
     if output_dir.joinpath("config.json").is_file():
         raise UsageError(f"--output_dir: {output_dir} holds a finished autoencoder already")
 
@@ -44,7 +46,22 @@ def train_autoencoder(
 
     Raises:
         UsageError: the images do not fit.
+        LockError: another process trains there.
     """
+    work = output_dir.with_name(f"{output_dir.name}-checkpoint")
+    with locks.hold(work):
+        return _train(vae, images, output_dir, config, work, resolution, from_scratch)
+
+
+def _train(
+    vae: Any,
+    images: str,
+    output_dir: Path,
+    config: AutoencoderConfig,
+    work: Path,
+    resolution: int,
+    from_scratch: bool,
+) -> dict[str, Any]:
     if from_scratch:
         torch.manual_seed(config.seed)
         vae = type(vae).from_config(vae.config)
@@ -52,7 +69,6 @@ def train_autoencoder(
     source = _images(images, vae, resolution=resolution, seed=config.seed)
     held_out = source.measured()
     before = quality(vae, held_out)
-    work = output_dir.with_name(f"{output_dir.name}-checkpoint")
     key = {"images": images, "resolution": resolution, "start": LatentCodec(vae).identity}
     trainer = AutoencoderTrainer(vae, source, config, folder=work, key=key)
     trainer.run()

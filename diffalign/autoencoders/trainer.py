@@ -8,6 +8,7 @@ and absolute of finite differences: no perceptual network is needed, so nothing 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 from diffalign.config.checks import check, one_of
 from diffalign.core.errors import UserError
-from diffalign.core.files import aside
+from diffalign.core.interruption import Interrupted, Interruption
+from diffalign.core.seeds import IMAGES, stream
 from diffalign.latents.codec import encoded
+from diffalign.training import checkpoint
 
 Autoencoder = Any
 """AutoencoderDC or AutoencoderKL."""
@@ -38,7 +41,8 @@ PHASES: dict[str, tuple[str, ...]] = {
     "refine": ("decoder.norm_out", "decoder.conv_norm_out", "decoder.conv_out"),
 }
 """Prefixes of the names of what each trains."""
-STATE = "state.pt"
+OLD_STATE = "state.pt"
+"""The checkpoint of earlier versions, a pickle."""
 
 
 class AutoencoderError(UserError, RuntimeError):
@@ -158,7 +162,12 @@ class AutoencoderTrainer:
         return torch.optim.AdamW([group], lr=rate, betas=(0.9, 0.99), weight_decay=decay)
 
     def run(self) -> Autoencoder:
-        """Train to the end."""
+        """Train to the end, and return the autoencoder.
+
+        Raises:
+            AutoencoderError: the loss, a gradient or the weights are not finite, or the folder is of another run.
+            Interrupted: a signal came; the checkpoint is written.
+        """
         self.resume()
         bar = tqdm(
             total=self.config.num_updates,
@@ -166,27 +175,26 @@ class AutoencoderTrainer:
             desc=self.config.phase,
             mininterval=5,
         )
-        last: dict[str, float] = {}
-        while self.update < self.config.num_updates:
-            started = time.perf_counter()
-            last = self.step()
-            self.seconds += time.perf_counter() - started
-            bar.set_postfix({k: f"{v:.4f}" for k, v in last.items()}, refresh=False)
-            bar.update()
-            if self.update % self.config.checkpoint_every == 0:
-                self.history.append({"update": self.update, "seconds": self.seconds, **last})
-                self.save()
-        bar.close()
+        with bar, Interruption("the update in hand is finished and saved") as interruption:
+            while self.update < self.config.num_updates:
+                started = time.perf_counter()
+                last = self.step()
+                self.seconds += time.perf_counter() - started
+                bar.set_postfix({k: f"{v:.4f}" for k, v in last.items()}, refresh=False)
+                bar.update()
+                if self.update % self.config.checkpoint_every == 0 or interruption.number:
+                    self.history.append({"update": self.update, "seconds": self.seconds, **last})
+                    self.save()
+                if interruption.number:
+                    raise Interrupted(
+                        interruption.number,
+                        f"update {self.update} is saved in {self.folder}; the same command goes on from there",
+                    )
         return self.vae.eval()
 
     def step(self) -> dict[str, float]:
         """One update; the metrics of it."""
-        drawn = self.images(self.update, self.config.batch_size).to(self.vae.device)
-        pixels = to_signed(drawn).contiguous(memory_format=torch.channels_last)
-        with self._seeded(), self._autocast():
-            latents, penalty = encoded(self.vae, pixels, sample=True)
-            decoded = self.vae.decode(latents).sample
-        loss = reconstruction_loss(decoded, pixels, self.config) + self.config.kl_weight * penalty
+        pixels, decoded, loss = self._reconstruct()
         found = {"loss": loss.item()}
         if self.adversary is not None:
             self.adversary.requires_grad_(False)
@@ -203,26 +211,44 @@ class AutoencoderTrainer:
         self.update += 1
         return found
 
+    def _reconstruct(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the images of the next update, what the autoencoder makes of them, and the loss."""
+        drawn = self.images(self.update, self.config.batch_size).to(self.vae.device)
+        pixels = to_signed(drawn).contiguous(memory_format=torch.channels_last)
+        with self._seeded(), self._autocast():
+            latents, penalty = encoded(self.vae, pixels, sample=True)
+            decoded = self.vae.decode(latents).sample
+        loss = reconstruction_loss(decoded, pixels, self.config) + self.config.kl_weight * penalty
+        return pixels, decoded, loss
+
     def _apply(self, name: str, loss: Tensor, parameters: list[nn.Parameter]) -> None:
         optimizer = self.optimizers[name]
         if not torch.isfinite(loss):
-            raise AutoencoderError(
-                f"update {self.update + 1}: the loss is not finite; the last checkpoint in {self.folder} is kept; "
-                "try a lower --learning_rate"
-            )
+            raise self._ruined(f"the loss of update {self.update + 1} is not finite")
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise self._ruined(
+                f"the gradient of update {self.update + 1} is not finite and was not applied"
+            )
         factor = rate_factor(self.update, self.config.num_updates)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
         optimizer.zero_grad()
 
+    def _ruined(self, problem: str) -> AutoencoderError:
+        good = checkpoint.latest(self.folder)
+        return AutoencoderError(
+            f"{problem}; the last checkpoint is {good or 'none'}. The same command would meet it again: start"
+            f"{' in another output_dir' if good else ''} with a lower learning_rate"
+        )
+
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """A posterior is sampled as its update says, whatever was drawn before."""
+        """Sample the posterior as its update says, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.config.seed, self.update)) % 2**31)
+            torch.manual_seed(stream(IMAGES, self.config.seed, self.update))
             yield
 
     def _autocast(self) -> torch.autocast:
@@ -230,50 +256,50 @@ class AutoencoderTrainer:
         return torch.autocast(kind, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     def save(self) -> None:
-        """A checkpoint, written whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = {
-            "key": self.key,
-            "vae": self.vae.state_dict(),
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "adversary": None if self.adversary is None else self.adversary.state_dict(),
-            "update": self.update,
-            "seconds": self.seconds,
-            "history": self.history,
-        }
-        # through a file of Python's, whose error says that a disk is full; torch's own says "unexpected pos"
-        with aside(self.folder / STATE) as file, file.open("wb") as opened:
-            torch.save(state, opened)
-
-    def resume(self) -> None:
-        """From the checkpoint in the folder, if there is one.
+        """Write a checkpoint, whole or not at all.
 
         Raises:
-            AutoencoderError: it is of another run, or damaged.
+            AutoencoderError: the weights reconstruct nothing any more; nothing is written.
+            CheckpointError: it cannot be written.
         """
-        path = self.folder / STATE
-        if not path.is_file():
-            return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged pickle raises
-            raise AutoencoderError(
-                f"{path} is damaged ({error}); delete it to start again"
-            ) from error
-        if state["key"] != self.key:
-            raise AutoencoderError(
-                f"{path} is of a run with other settings; use them, another folder, or delete it"
-            )
-        self.vae.load_state_dict(state["vae"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        with torch.no_grad():
+            loss = self._reconstruct()[-1]
+        if not torch.isfinite(loss):
+            raise self._ruined(f"update {self.update} has ruined the weights and was not saved")
+        tensors = {"autoencoder": dict(self.vae.state_dict())}
         if self.adversary is not None:
-            self.adversary.load_state_dict(state["adversary"])
-        self.update, self.seconds, self.history = (
-            state["update"],
-            state["seconds"],
-            state["history"],
-        )
+            tensors["adversary"] = dict(self.adversary.state_dict())
+        for name, optimizer in self.optimizers.items():
+            tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(optimizer)
+        state = {"key": self.key, "seconds": self.seconds, "history": self.history}
+        checkpoint.save(self.folder, self.update, tensors, state, keep=2)
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint in the folder, if there is one.
+
+        Raises:
+            AutoencoderError: it is of another run, or of a version that wrote pickles.
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        path = checkpoint.load_newest(self.folder)
+        if path is None:
+            if (self.folder / OLD_STATE).is_file():
+                raise AutoencoderError(
+                    f"{self.folder / OLD_STATE} is of an older version, which alone can go on with it; delete it to "
+                    "start again"
+                )
+            return
+        update, tensors, state = checkpoint.load(path)
+        if state["key"] != json.loads(json.dumps(self.key)):
+            raise AutoencoderError(
+                f"{path} is of a run with other settings; use them, another output_dir, or delete {self.folder}"
+            )
+        self.vae.load_state_dict(tensors["autoencoder"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(tensors["adversary"])
+        for name, optimizer in self.optimizers.items():
+            checkpoint.restore_optimizer(optimizer, tensors[f"{name}_optimizer"])
+        self.update, self.seconds, self.history = update, state["seconds"], state["history"]
 
 
 def _with_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -25,8 +25,10 @@ from diffalign.cli import (
     serve,
     train,
 )
+from diffalign.cli.endings import ending
 from diffalign.cli.verb import Verb
-from diffalign.core.errors import UserError, full_disk
+from diffalign.core.errors import UserError
+from diffalign.core.interruption import ends_at_once
 
 EPILOG = """examples:
   diffalign demo
@@ -106,23 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if not verb.shares:
-            _check_alone(verb)
-        verb.run(args)
-    except KeyboardInterrupt:
-        more = "; the same command goes on from where it was" if verb.resumes else ""
-        print(f"interrupted{more}", file=sys.stderr)
-        return 130
-    except UserError as error:
-        print(f"diffalign: error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        full = full_disk(error)
-        if full is None:
+        with ends_at_once():
+            if not verb.shares:
+                _check_alone(verb)
+            verb.run(args)
+    except (KeyboardInterrupt, Exception) as error:
+        end = ending(error, verb, args)
+        if end is None:
             raise
-        more = "goes on from where it was" if verb.resumes else "can be run again"
-        print(f"diffalign: error: {full}. Free space, and the same command {more}", file=sys.stderr)
-        return 2
+        line, code = end
+        if line:
+            print(line, file=sys.stderr)
+        return code
     return 0
 
 

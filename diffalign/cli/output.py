@@ -24,7 +24,14 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         parts.append([(n, f"{before[n]:.3f}", f"{after[n]:.3f}") for n in after if n in before])
     title = f"held-out prompts, {summary['updates']} updates on {summary['device']}"
     _print_table(title, ("", "before", "after"), parts)
-    print(f"training {summary['training_seconds']:.0f} s, in all {summary['seconds']:.0f} s")
+    trained, resumed = summary["training_seconds"], summary.get("resumed_after", 0)
+    taken = f"{summary['seconds']:.0f} s with its evaluations"
+    if resumed:
+        print(
+            f"training {trained:.0f} s in all sittings; this one, after update {resumed}, {taken}"
+        )
+    else:
+        print(f"training {trained:.0f} s, in all {taken}")
 
 
 def _print_table(

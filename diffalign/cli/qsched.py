@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     """Search, print the factors, and write them where the model is, or a copy of the model with them."""
     from diffalign.cli.models import chosen_prompts, load, load_reference
     from diffalign.core.errors import UsageError
+    from diffalign.core.files import check_target
     from diffalign.rewards.composition import CompositeReward
     from diffalign.tuning.evaluator import Drawing
     from diffalign.tuning.objective import parse
@@ -108,8 +109,7 @@ def run(args: argparse.Namespace) -> None:
         micro_batch_size=args.batch_size,
         mixed_precision="bf16" if args.dtype == "bfloat16" else "no",
     )
-    if args.work.exists() and not args.work.is_dir():
-        raise UsageError(f"--work: {args.work} is a file; scores are kept in a folder")
+    check_target(args.work, setting="--work")
     reward.check_metadata([p.metadata for p in prompts])
     reward.prepare()
     model = load(args)

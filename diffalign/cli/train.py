@@ -29,6 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check the recipe before torch is imported, then print its settings or train it."""
     from diffalign import config as configuration
+    from diffalign.core.files import check_target
     from diffalign.pipelines import registry as models
     from diffalign.rewards import registry as rewards
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         read_inputs(config)
         print(configuration.dump(config), end="")
     else:
+        check_target(config.output_dir)
         train_config(config)
 
 
@@ -61,6 +63,38 @@ def train_config(config: AnyRunConfig) -> None:
     summary = train(config)
     if main:
         print_summary(summary)
+        for line in results_of(config):
+            print(line)
+
+
+def results_of(config: AnyRunConfig) -> list[str]:
+    """Return where the results of a finished run are, and the command to try next."""
+    import shlex
+
+    from diffalign.data.prompts import load_prompts
+    from diffalign.training.run_folder import REPORT, RunFolder
+
+    folder = RunFolder(config.output_dir)
+    lora, pipeline, scheduler = (folder.path / n for n in ("lora", "pipeline", "scheduler"))
+    places = {
+        "LoRA": lora,
+        "pipeline": pipeline,
+        "scheduler": scheduler,
+        "checkpoint": folder.newest_checkpoint or folder.checkpoints,
+        "report": folder.path / REPORT,
+    }
+    lines = [f"{name:<10}  {place}" for name, place in places.items() if place.exists()]
+    if scheduler.exists():  # a student draws with its own
+        words = ["diffalign", "merge", "--model", config.model.name, "--lora", str(lora)]
+        words += ["--scheduler", str(scheduler), "--output_dir", str(folder.path / "student")]
+        return [*lines, f"next: {shlex.join(words)}"]
+    model = ["--model", str(pipeline)] if pipeline.exists() else ["--model", config.model.name]
+    words = ["diffalign", "generate", load_prompts(config.prompts.evaluation, limit=1)[0].text]
+    words += model if pipeline.exists() else [*model, "--lora", str(lora)]
+    words += ["--num_inference_steps", str(config.evaluation.num_inference_steps)]
+    if config.evaluation.guidance_scale is not None:
+        words += ["--guidance_scale", str(config.evaluation.guidance_scale)]
+    return [*lines, f"next: {shlex.join(words)}"]
 
 
 VERB = Verb(

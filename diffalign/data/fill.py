@@ -13,14 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign.core import processes
+from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.data.shard_cache import Shard, ShardCache
 
 logger = logging.getLogger(__name__)
-
-
 SHARD_ITEMS = 128
-
-
 Cache = TypeVar("Cache", bound=ShardCache)
 
 
@@ -57,11 +55,29 @@ def fill(
         make: gives what makes a shard's tensors and facts; not called where the cache is complete.
         nothing: the error to raise where no row could be used, of the reasons.
     """
-    if accelerator.is_main_process:
-        cache.claim(key)
-    accelerator.wait_for_everyone()
-    if cache.complete:
+    if processes.highest(int(cache.complete)):
+        processes.on_main(lambda: cache.claim(key))
         return cache
+    with processes.hold(cache.folder, setting=cache.setting):
+        processes.on_main(lambda: cache.claim(key))
+        if not cache.complete:  # another launch may have filled it meanwhile
+            done = _write_shards(cache, accelerator, items, limit=limit, make=make)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                finish(cache, done, nothing)
+        accelerator.wait_for_everyone()
+    return cache
+
+
+def _write_shards(
+    cache: ShardCache,
+    accelerator: Accelerator,
+    items: Callable[[int], Iterable[Any]],
+    *,
+    limit: int | None,
+    make: Callable[[], Callable[[Shard], tuple[dict[str, Tensor], dict[str, Any]]]],
+) -> int:
+    """Write this process's part of the shards that are missing; returns how many there are in all."""
     done, row, count = 0, 0, 0
     while (facts := cache.facts(done)) is not None:
         done, row, count = done + 1, facts["stop"], count + facts["items"]
@@ -73,21 +89,24 @@ def fill(
         disable=not accelerator.is_main_process,
     )
     left = None if limit is None else limit - count
-    for shard in shards(items(row), first=done, limit=left, size=SHARD_ITEMS):
-        done = shard.number + 1
-        mine = shard.number % accelerator.num_processes == accelerator.process_index
-        if mine and cache.facts(shard.number) is None:
-            started = time.perf_counter()
-            tensors, facts = maker(shard)
-            facts["seconds"] = time.perf_counter() - started
-            cache.write_shard(shard.number, tensors, facts)
-        bar.update(len(shard.items))
+    with Interruption("the shard in hand is written first") as interruption:
+        for shard in shards(items(row), first=done, limit=left, size=SHARD_ITEMS):
+            done = shard.number + 1
+            mine = shard.number % accelerator.num_processes == accelerator.process_index
+            if mine and cache.facts(shard.number) is None:
+                started = time.perf_counter()
+                tensors, facts = maker(shard)
+                facts["seconds"] = time.perf_counter() - started
+                cache.write_shard(shard.number, tensors, facts)
+            bar.update(len(shard.items))
+            if interruption.number:
+                bar.close()
+                raise Interrupted(
+                    interruption.number,
+                    f"stopped with {bar.n} {cache.rows} in {cache.folder}; the same command goes on from there",
+                )
     bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        finish(cache, done, nothing)
-    accelerator.wait_for_everyone()
-    return cache
+    return done
 
 
 def finish(cache: ShardCache, shards: int, nothing: Callable[[str], Exception]) -> None:

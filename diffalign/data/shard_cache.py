@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffalign.config import differences
 from diffalign.core.errors import UserError
-from diffalign.core.files import aside, write_text
+from diffalign.core.files import aside, contents, write_text
 from diffalign.data.pairs.records import held_out
 from diffalign.types import PromptEmbeds
 
@@ -73,18 +73,26 @@ class ShardCache:
         """
         file = self.folder / MANIFEST
         if file.is_file():
-            there = self.manifest["key"]
-            if lines := differences(there, json.loads(json.dumps(key))):
+            lines = differences(self.manifest["key"], json.loads(json.dumps(key)))
+            if not lines:
+                return
+            if self.complete or self.begun:
                 raise CacheError(
                     f"{self.folder} was made from something else (there, here):\n  "
                     + "\n  ".join(lines)
                     + f"\nchoose another {self.setting}, or delete that folder"
                 )
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise CacheError(f"{self.folder} is not empty and no cache of diffalign")
+        elif contents(self.folder):
+            raise CacheError(
+                f"{self.folder} is not empty and no cache of diffalign; choose another {self.setting}"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"key": key}, indent=1))
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a shard; before that, the folder belongs to no source."""
+        return any(self.folder.glob("shard-*.safetensors"))
 
     @property
     def manifest(self) -> dict[str, Any]:

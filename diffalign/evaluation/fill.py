@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from diffalign.config import EvaluationConfig
+from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
@@ -49,14 +49,32 @@ def fill_folder(
 
     Raises:
         GenEvalError: the folder is being filled in another way.
+        LockError: another launch is filling it.
+        Interrupted: a signal came; the images that are drawn are kept.
     """
-    state = PartialState()
+    with processes.hold(folder):
+        _fill(folder, prompts, load, config, made, states, micro_batch_size, sizes)
+
+
+def _fill(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    load: Callable[[], TextToImageModel],
+    config: EvaluationConfig,
+    made: Mapping[str, Any],
+    states: int | None,
+    micro_batch_size: int,
+    sizes: Mapping[str, Any],
+) -> None:
+    state = processes.current()
     # before the folder is claimed: what the keeper refuses is not noted
     keeper = None if states is None else StateKeeper(load(), config, states, **sizes)
-    if state.is_main_process:
+
+    def prepare() -> None:
         claim(folder, made)
         write_prompts(folder, prompts)
-    state.wait_for_everyone()
+
+    processes.on_main(prepare)
     generate_samples(
         keeper.model if keeper else load(),
         prompts,
@@ -94,7 +112,7 @@ def score_filled(
     Raises:
         UsageError: the results could not be written.
     """
-    state = PartialState()
+    state = processes.current()
     images, empty = read_samples(folder)
     detector = choose_detector([i.prompt.metadata for i in images])
     mine = range(state.process_index, len(images), state.num_processes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
 from diffalign.core.files import aside, write_text
+from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.states import states_path
@@ -51,7 +53,11 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if file.is_file():
         there = read_settings(folder)
         other = [f"{k}: {there.get(k)} there" for k, v in settings.items() if there.get(k) != v]
-        if other:
+        if other and not any(folder.glob("*/samples/*.png")):
+            for place in folder.iterdir():  # prompts without an image belong to nobody
+                if place.is_dir() and place.name.isdecimal():
+                    shutil.rmtree(place)
+        elif other:
             raise GenEvalError(
                 f"{folder} holds images made in another way ({', '.join(other)}): choose another --output_dir"
             )
@@ -116,31 +122,38 @@ def generate_samples(
 
     missing = [(p, k) for p, k in wanted if not is_there(sample_path(folder, p, k))]
     cache = EmbedCache(model)
-    for start in range(0, len(missing), micro_batch_size):
-        part = missing[start : start + micro_batch_size]
-        images, finite = render(
-            model,
-            [prompts[p] for p, _ in part],
-            [seeds[p * n + k] for p, k in part],
-            config,
-            micro_batch_size=micro_batch_size,
-            cache=cache,
-            recorder=keeper.recorder if keeper else None,
-            **sizes,
-        )
-        drawn = keeper.recorder.take() if keeper else None
-        for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
-            place = sample_path(folder, p, k)
-            if not good:
-                logger.warning("%s: the model made no finite image", place)
-                continue
-            if keeper and drawn:  # first: an image that is there has its states
-                keeper.write(place, drawn, row, prompt=p)
-            picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
-            with aside(place) as file:
-                picture.save(file, format="PNG")
-        if progress is not None:
-            progress(start + len(part), len(missing))
+    with Interruption("the images in hand are finished and kept") as interruption:
+        for start in range(0, len(missing), micro_batch_size):
+            part = missing[start : start + micro_batch_size]
+            images, finite = render(
+                model,
+                [prompts[p] for p, _ in part],
+                [seeds[p * n + k] for p, k in part],
+                config,
+                micro_batch_size=micro_batch_size,
+                cache=cache,
+                recorder=keeper.recorder if keeper else None,
+                **sizes,
+            )
+            drawn = keeper.recorder.take() if keeper else None
+            for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
+                place = sample_path(folder, p, k)
+                if not good:
+                    logger.warning("%s: the model made no finite image", place)
+                    continue
+                if keeper and drawn:  # first: an image that is there has its states
+                    keeper.write(place, drawn, row, prompt=p)
+                picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
+                with aside(place) as file:
+                    picture.save(file, format="PNG")
+            if progress is not None:
+                progress(start + len(part), len(missing))
+            if interruption.number:
+                left = len(missing) - start - len(part)
+                raise Interrupted(
+                    interruption.number,
+                    f"{len(wanted) - left} of {len(wanted)} images are in {folder}; the same command draws the others",
+                )
     return len(missing)
 
 

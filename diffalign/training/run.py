@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +26,11 @@ from diffalign.config import (
     RunConfig,
     to_dict,
 )
-from diffalign.core.errors import full_disk
+from diffalign.core import processes
+from diffalign.core.errors import explain, full_disk, out_of_memory
 from diffalign.core.files import aside
 from diffalign.core.fingerprint import of_pipeline
+from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.kept import keep, kept
@@ -37,25 +40,22 @@ from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompt
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.methods.distillation.trainer import DistillationTrainer
-from diffalign.methods.online.health import Collapse, find_collapse, find_warnings
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.compiled import compile_blocks
+from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
-from diffalign.training import checkpoint, trackers
+from diffalign.training import trackers
 from diffalign.training.inputs import read_inputs
+from diffalign.training.memory_advice import memory_advice
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
-from diffalign.training.trainer import Trainer, TrainingError
+from diffalign.training.trainer import Trainer
 from diffalign.types import RewardOutput, no_reward
 
 logger = logging.getLogger(__name__)
 GRID_IMAGES = 12
-
-COLLAPSE = "collapse"
-"""What a row's `warnings` call it."""
 
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
@@ -103,6 +103,10 @@ class Run:
     held_out_reward: CompositeReward
     eval_prompts: Sequence[Prompt]
     trainer: Trainer
+    resumed_after: int = 0
+    """The update that an earlier sitting ended with."""
+    compiled: bool = False
+    """Whether an update was made in this sitting, which compiles."""
     before: Evaluation = field(init=False)
     """Of the reference: what win rates compare with."""
 
@@ -129,8 +133,10 @@ class Run:
         else:
             assert isinstance(config, RunConfig)
             trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, inputs.train)
-        if config.model.compile:
-            compile_blocks(trainer.model.denoiser, trainer.full_batches())
+        if config.model.compile and compile_blocks(trainer.model.denoiser, trainer.full_batches()):
+            trainer.say(
+                "compiling the denoiser's blocks, once for each size: the first images and the first update take longer"
+            )
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
             folder.claim(config, inputs.digests)
@@ -141,7 +147,8 @@ class Run:
         started = time.perf_counter()
         self.trainer.prepare()
         if self.trainer.resume():
-            self._say(f"resumed after update {self.trainer.progress.update}")
+            self.resumed_after = self.trainer.progress.update
+            self._say(f"resumed after update {self.resumed_after}")
         self.before = self._reference()
         self._train()
         after = self._scored(self.trainer.policy)
@@ -201,79 +208,71 @@ class Run:
         return found
 
     def _train(self) -> None:
-        c = self.config.training
+        trainer, main = self.trainer, self.accelerator.is_main_process
         trackers.start(self.accelerator, self.config)
-        progress = self.trainer.progress
+        log = trainer.folder.read_log()
         bar = tqdm(
-            total=c.num_updates,
-            initial=progress.update,
+            total=self.config.training.num_updates,
+            initial=trainer.progress.update,
             desc=self.config.algorithm.type,
             unit="update",
-            disable=not self.accelerator.is_main_process,
+            disable=not main,
         )
-        log = self.trainer.folder.read_log()
-        last = progress.update >= c.num_updates or self._out_of_time()
-        while not last:
-            row = self.trainer.train_update()
-            progress = self.trainer.progress
-            last = progress.update >= c.num_updates or self._out_of_time()
-            if c.eval_every and progress.update % c.eval_every == 0 and not last:
-                found = self._evaluate(self.trainer.policy)
-                row["evaluation"] = found.to_dict() | self.trainer.validate() | self._wins(found)
-            log.append(row)
-            collapse = self._look_after(log)
-            trackers.log(self.accelerator, row)
-            if self.accelerator.is_main_process:
-                self.trainer.folder.append_log(row)
-                if c.sample_every and progress.update % c.sample_every == 0:
-                    self._save_grid(progress.update)
-            if progress.update % c.checkpoint_every == 0 or last:
-                self.trainer.save()
-            bar.set_postfix(self.trainer.headline(row))
-            bar.update()
-            if collapse is not None:
-                self._collapsed(collapse)
-                bar.n = self.trainer.progress.update
-                log = [r for r in log if r["update"] <= bar.n]  # without what was rolled back
-                last = self.trainer.progress.update >= c.num_updates or self._out_of_time()
-        bar.close()
+        last, number = self._ended(log), 0
+        with bar, Interruption("the update in hand is finished and saved") as interruption:
+            while not last and not number:
+                row = trainer.train_update()
+                self._announce_compilation()
+                last = self._ended([*log, row])
+                if not interruption.number:
+                    with interruption.breaks_off():
+                        self._look(row, last=last)
+                log.append(row)
+                finding = trainer.watch(log, self.before.means)
+                trackers.log(self.accelerator, row)
+                if main:
+                    trainer.folder.append_log(row)
+                number = processes.highest(interruption.number)
+                every = self.config.training.checkpoint_every
+                if trainer.progress.update % every == 0 or last or number:
+                    trainer.save()
+                bar.set_postfix(trainer.headline(row))
+                bar.update()
+                if finding is not None:
+                    trainer.answer(finding)
+                    bar.n = trainer.progress.update
+                    log = [r for r in log if r["update"] <= bar.n]  # without what was rolled back
+                    last = self._ended(log)
         trackers.finish(self.accelerator)
+        if number:
+            raise Interrupted(number, trainer.folder.saved())
+        if reason := trainer.ended(log):
+            self._say(reason)
         for name, count in self.failures.items():
             if count:
                 self._say(f"reward {name} could not score {count} images; they were left out")
 
-    def _look_after(self, log: list[dict[str, Any]]) -> Collapse | None:
-        """Whether an online run has collapsed; that, and what else is warned of, is said once and noted in the last
-        row. After a collapse that was only warned of, new rows are compared with each other."""
-        if not isinstance(self.config, RunConfig):
-            return None
-        found = find_warnings(log, self.before.means, self.config.evaluation.rewards)
-        noted = [row.get("warnings", {}) for row in log]
-        known = {about for warnings in noted for about in warnings}
-        since = max((i + 1 for i, warnings in enumerate(noted) if COLLAPSE in warnings), default=0)
-        new = {about: text for about, text in found.items() if about not in known}
-        for text in new.values():
-            self._say(f"warning: {text}")
-        collapse = find_collapse(log[since:])
-        if collapse is not None:
-            new[COLLAPSE] = str(collapse)
-        if new:
-            log[-1]["warnings"] = new
-        return collapse
+    def _announce_compilation(self) -> None:
+        """Say after the first update of a sitting how much of the time was compilation."""
+        seconds = compiling_seconds() if self.config.model.compile else 0.0
+        if seconds >= 1 and not self.compiled:
+            self._say(f"compiled in {seconds:.0f} s; the next updates take their usual time")
+        self.compiled = True
 
-    def _collapsed(self, collapse: Collapse) -> None:
-        """Do what the configuration wants."""
-        assert isinstance(self.config, RunConfig)
-        reaction = self.config.training.on_collapse
-        if reaction == "stop":
-            raise TrainingError(f"{collapse}; stopped, every checkpoint is kept")
-        self._say(f"warning: {collapse}")
-        if reaction == "rollback":
-            self.trainer.roll_back(collapse.good)
-            self._say(
-                f"rolled back to update {self.trainer.progress.update}, learning rate times "
-                f"{0.5**self.trainer.progress.rollbacks:g}"
-            )
+    def _ended(self, log: Sequence[dict[str, Any]]) -> bool:
+        """Return whether no further update is to be made."""
+        planned = self.trainer.progress.update >= self.config.training.num_updates
+        return planned or self._out_of_time() or self.trainer.ended(log) is not None
+
+    def _look(self, row: dict[str, Any], *, last: bool) -> None:
+        """Evaluate and draw samples where they are due after an update; the last is evaluated after training."""
+        c = self.config.training
+        if c.eval_every and row["update"] % c.eval_every == 0 and not last:
+            found = self._evaluate(self.trainer.policy)
+            row["evaluation"] = found.to_dict() | self.trainer.validate() | self._wins(found)
+        main = self.accelerator.is_main_process
+        if main and c.sample_every and row["update"] % c.sample_every == 0:
+            self._save_grid(row["update"])
 
     def _out_of_time(self) -> bool:
         """One answer for all processes: each has a clock of its own."""
@@ -347,6 +346,7 @@ class Run:
             "after": after.to_dict() | self.trainer.validate(),
             **self._wins(after),
             "updates": self.trainer.progress.update,
+            "resumed_after": self.resumed_after,
             "training_seconds": round(self.trainer.progress.seconds, 1),
             "seconds": round(seconds, 1),
             "device": name,
@@ -367,24 +367,36 @@ class Run:
         return summary
 
     def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+        self.trainer.say(text)
 
 
 def run(config: AnyRunConfig) -> dict[str, Any]:
-    """Prepare and execute a run.
+    """Prepare and execute a run; its folder is locked meanwhile.
 
     Raises:
-        RunFolderError: the disk is full, wherever that is noticed.
+        RunFolderError: another process runs in the folder, or the disk or the memory is full, wherever that is noticed.
+        Interrupted: a signal ended the run; the message says from where it goes on.
     """
+    folder = RunFolder(config.output_dir)
     try:
-        return Run.prepare(config).execute()
-    except Exception as error:
-        full = full_disk(error)
-        if full is None:
+        with processes.hold(folder.path):
+            return Run.prepare(config).execute()
+    except Interrupted as interrupt:
+        if str(interrupt):
             raise
-        good = checkpoint.latest(RunFolder(config.output_dir).checkpoints)
-        raise RunFolderError(
-            f"{full}; the last good checkpoint in {config.output_dir} is {good.name if good else 'none'}. Free "
-            "space, and the same command goes on from there"
-        ) from error
+        raise Interrupted(interrupt.number, folder.saved()) from interrupt
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(signal.SIGINT, folder.saved()) from interrupt
+    except Exception as error:
+        text = None
+        if out_of_memory(error):
+            text = explain(error, memory=memory_advice(config))
+        elif (full := full_disk(error)) is not None:
+            good = folder.newest_checkpoint
+            text = (
+                f"{full}; the last good checkpoint in {config.output_dir} is {good.name if good else 'none'}. Free "
+                "space, and the same command goes on from there"
+            )
+        if text is None:
+            raise
+        raise RunFolderError(text) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from torch import nn
+from tqdm import tqdm
 
 from diffalign import lora
 from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
+from diffalign.core import processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
@@ -102,6 +105,32 @@ class Trainer(ABC):
         """What of a row the progress bar shows."""
         return {}
 
+    def say(self, text: str) -> None:
+        """Print a line beside the progress bar, from the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def watch(self, log: list[dict[str, Any]], before: Mapping[str, float]) -> Any:
+        """Look for what is wrong after an update, and note warnings in the log's last row.
+
+        Returns what `answer` is to be told, or None.
+
+        Args:
+            before: means of the evaluation before training.
+        """
+        return None
+
+    def answer(self, finding: Any) -> None:  # noqa: B027
+        """Do what the configuration wants about what `watch` has found; the update is logged and saved by then.
+
+        Raises:
+            TrainingError: the run is to end.
+        """
+
+    def ended(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        """Return why training ends before its planned updates, or None."""
+        return None
+
     @property
     def policy(self) -> str:
         """The policy that is evaluated and saved."""
@@ -143,7 +172,8 @@ class Trainer(ABC):
             raise TrainingError(
                 f"the gradient of update {number} is not finite and was not applied; the last checkpoint is "
                 f"{checkpoint.latest(self.folder.checkpoints) or 'none'}. The same command would meet it again: "
-                f"start in another output_dir with a lower optimizer.learning_rate{self.advice}"
+                f"start{' in another output_dir' if self.folder.begun else ''} with a lower "
+                f"optimizer.learning_rate{self.advice}"
             )
         factor = lr_factor(index, self.config.optimizer, total=self.planned_steps)
         factor *= 0.5**self.progress.rollbacks
@@ -183,8 +213,12 @@ class Trainer(ABC):
         }
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint of the run folder, if there is one."""
-        path = checkpoint.latest(self.folder.checkpoints)
+        """Continue from the newest whole checkpoint of the run folder, if there is one.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        path = processes.on_main(lambda: checkpoint.load_newest(self.folder.checkpoints))
         if path is None:
             if self.accelerator.is_main_process:
                 self.folder.rewind_log(0)
@@ -197,8 +231,11 @@ class Trainer(ABC):
 
         Raises:
             TrainingError: there is none.
+            CheckpointError: there are some, and all are damaged.
         """
-        path = checkpoint.latest(self.folder.checkpoints, until=good)
+        path = processes.on_main(
+            lambda: checkpoint.load_newest(self.folder.checkpoints, until=good)
+        )
         if path is None:
             raise TrainingError(
                 f"no checkpoint of update {good} or before it is left to roll back to: keep more of them "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_json
+from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.precision import compute
 from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt, told
@@ -131,20 +132,28 @@ class Evaluator:
         waiting: dict[str, list[np.ndarray]] = {term: [] for term in self.terms}
         held, done = 0, 0
         size = self.drawing.micro_batch_size
-        for start in range(0, len(candidates) * each, size):
-            rows = range(start, min(start + size, len(candidates) * each))
-            output = self._draw(rows, candidates)
-            for term in self.terms:
-                waiting[term].append(output[term])
-            held += len(rows)
-            while held >= each:  # a candidate is whole
-                joined = {term: np.concatenate(waiting[term]) for term in self.terms}
-                scores = {term: joined[term][:each] for term in self.terms}
-                waiting = {term: [joined[term][each:]] for term in self.terms}
-                held -= each
-                self._keep(names[done], scores)
-                self._tell(candidates[done], scores)
-                done += 1
+        with Interruption("the candidate in hand is scored and kept") as interruption:
+            for start in range(0, len(candidates) * each, size):
+                rows = range(start, min(start + size, len(candidates) * each))
+                output = self._draw(rows, candidates)
+                for term in self.terms:
+                    waiting[term].append(output[term])
+                held += len(rows)
+                while held >= each:  # a candidate is whole
+                    joined = {term: np.concatenate(waiting[term]) for term in self.terms}
+                    scores = {term: joined[term][:each] for term in self.terms}
+                    waiting = {term: [joined[term][each:]] for term in self.terms}
+                    held -= each
+                    self._keep(names[done], scores)
+                    self._tell(candidates[done], scores)
+                    done += 1
+                    if interruption.number:
+                        raise Interrupted(interruption.number, self._kept())
+
+    def _kept(self) -> str:
+        if self._file is None:
+            return "scores are kept in no file"
+        return f"{len(self._known)} candidates are scored in {self._file}; the same command goes on from there"
 
     def _draw(self, rows: range, candidates: list[Coefficients]) -> dict[str, np.ndarray]:
         """Scores of some rows."""

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from diffalign.core import locks
 from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 from diffalign.core.fingerprint import of_denoiser, of_pipeline
@@ -149,11 +150,16 @@ def tune(
     Raises:
         UsageError: the scheduler's step is not linear, or there are too few prompts.
         ObjectiveError: scores that leave nothing to maximise.
+        LockError: another process adds scores to the file.
+        Interrupted: a signal came; the scores so far are kept.
     """
     started = time.perf_counter()
     calibration, held_out = split(prompts, settings.held_out)
-    found = search(model, calibration, score, settings, drawing, reference=reference, file=file)
-    base, best = score_unseen(model, held_out, score, settings, drawing, [found.best], file=file)
+    with locks.hold(file.parent, setting="work") if file else nullcontext():
+        found = search(model, calibration, score, settings, drawing, reference=reference, file=file)
+        base, best = score_unseen(
+            model, held_out, score, settings, drawing, [found.best], file=file
+        )
     asked = [p.text for p in held_out for _ in range(drawing.images_per_prompt)]
     gain, bounds = accept(settings.objective, base, best, asked)
     return TuneResult(

@@ -1,0 +1,52 @@
+"""How a command ends that does not end by itself: one line and an exit status for each kind of error."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+
+from diffalign.cli.verb import Verb
+from diffalign.core.errors import ReportedError, UserError, explain, full_disk
+from diffalign.core.interruption import Interrupted, name_of
+
+
+def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[str, int] | None:
+    """Return the line to print and the exit status; None for a fault of the program, which shows its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        kept = (
+            "the same command goes on from where it was" if verb.resumes else "nothing is resumed"
+        )
+        return f"interrupted ({name_of(number)}): {str(error) or kept}", 128 + number
+    if isinstance(error, ReportedError):
+        return "", 2
+    if isinstance(error, UserError):
+        return f"diffalign: error: {error}", 2
+    text = explain(error, memory=memory_advice(args))
+    if text is None:
+        return None
+    more = "goes on from where it was" if verb.resumes else "can be run again"
+    if full_disk(error) is not None:
+        return f"diffalign: error: {text}, and the same command {more}", 2
+    return f"diffalign: error: {text}" + (f". The same command {more}" if verb.resumes else ""), 2
+
+
+def memory_advice(args: argparse.Namespace) -> str:
+    """Return the flags of a verb that make it need less memory, with their present values."""
+    parts = []
+    if getattr(args, "batch_size", 1) > 1:
+        parts.append(f"a smaller --batch_size (now {args.batch_size})")
+    if getattr(args, "dtype", None) == "float32":
+        parts.append("--dtype=bfloat16")
+    if getattr(args, "mixed_precision", None) == "no":
+        parts.append("--mixed_precision=bf16")
+    if hasattr(args, "height"):
+        parts.append("a smaller --height and --width")
+    if hasattr(args, "resolution"):
+        parts.append(f"a smaller --resolution (now {args.resolution})")
+    if hasattr(args, "settings") and args.settings is not None and hasattr(args, "recipe"):
+        parts.append("smaller micro-batches (--pairs.micro_batch_size, --latents.micro_batch_size)")
+    if hasattr(args, "model") and not hasattr(args, "backend"):
+        parts.append("a quantised model (`diffalign quantize`)")
+    parts.append("a machine or a device with more memory")
+    return "What helps: " + ", ".join(parts)
