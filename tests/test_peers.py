@@ -87,7 +87,7 @@ def test_a_signal_to_one_process_saves_the_update_of_all(base, prompts, tmp_path
         done = run(2, tmp_path / "script.py", base, prompts, folder)
     assert done.returncode != 0
     assert done.stderr.count(f"run is in use by process {os.getpid()}. Wait") == 1
-    assert "Traceback" not in done.stderr.split("ChildFailedError")[0]
+    assert done.stderr.count("Traceback") == 1  # the launcher's own
     assert not folder.exists()
     done = run(2, tmp_path / "script.py", base, prompts, folder)
     assert "143" in done.stderr

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_pipeline
+from diffalign.data import fill as filling
 from diffalign.data import shard_cache
 from diffalign.data.fill import shards
 from diffalign.data.pairs.cache import PairCache
@@ -159,7 +160,7 @@ class TestContents:
     def test_neither_micro_batches_nor_shards_matter(self, source, tmp_path, monkeypatch):
         caches = []
         for name, size, shard in (("a", 8, 128), ("b", 2, 128), ("c", 8, 5)):
-            monkeypatch.setattr(module, "SHARD_ITEMS", shard)
+            monkeypatch.setattr(filling, "SHARD_ITEMS", shard)
             caches.append(fill(source, tmp_path / name, pairs={"micro_batch_size": size}))
         first = caches[0].batch(range(12))
         for cache in caches[1:]:
@@ -348,7 +349,7 @@ class TestGoingOn:
         tiny.make_embeddings_depend_on_their_batch(monkeypatch)
         again = {f"row_{i}": {"prompt": f"a red square {i % 7}"} for i in range(12)}
         source = tiny_pairs.write_pairs(tmp_path / "pairs", 12, **again)
-        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
+        monkeypatch.setattr(filling, "SHARD_ITEMS", 5)
         whole = fill(source, tmp_path / "whole")
         make = module.PairMaker.make
 
@@ -374,7 +375,7 @@ class TestGoingOn:
         assert cache.index == whole.index
 
     def test_after_a_full_disk(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
+        monkeypatch.setattr(filling, "SHARD_ITEMS", 5)
         save = shard_cache.save_file
 
         def full(state, file, **kwargs):
@@ -392,7 +393,7 @@ class TestGoingOn:
         assert fill(source, tmp_path).manifest["pairs"] == 12
 
     def test_a_damaged_shard_is_named(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_ITEMS", 5)
+        monkeypatch.setattr(filling, "SHARD_ITEMS", 5)
         cache = fill(source, tmp_path)
         manifest = json.loads((cache.folder / "manifest.json").read_text())
         (cache.folder / "manifest.json").write_text(json.dumps({"key": manifest["key"]}))
@@ -409,7 +410,7 @@ class TestGoingOn:
         fill(source, tmp_path)
 
     def test_the_limit_holds_over_interruptions(self, source, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "SHARD_ITEMS", 3)
+        monkeypatch.setattr(filling, "SHARD_ITEMS", 3)
         cache = fill(source, tmp_path, pairs={"limit": 7})
         assert cache.manifest["pairs"] == 7
         manifest = cache.manifest

@@ -70,7 +70,7 @@ def test_filling_a_folder_of_images(tmp_path):
 
     def load():
         model = sd3_model()
-        decode = model.decode
+        decode = model.decode_checked
 
         def watched(latents):
             drawn.append(len(latents))
@@ -78,7 +78,7 @@ def test_filling_a_folder_of_images(tmp_path):
                 terminate()
             return decode(latents)
 
-        model.decode = watched
+        model.decode_checked = watched
         return model
 
     def run(**made):

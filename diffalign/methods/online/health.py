@@ -148,9 +148,9 @@ def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
     if means[best] - means[-1] <= REWARD_DROP * error:
         return None
     good = max(i for i, mean in enumerate(means) if mean >= means[best] - REWARD_DROP / 2 * error)
-    return Collapse(
-        rows[-1]["update"], rows[good + WINDOW - 1]["update"], means[-1], means[best], rise
-    )
+    window = rows[good : good + WINDOW]
+    last = ([r for r in window if not _idle(r)] or window)[-1]
+    return Collapse(rows[-1]["update"], last["update"], means[-1], means[best], rise)
 
 
 def _early_death(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
