@@ -12,7 +12,14 @@ from PIL import Image, PngImagePlugin
 from diffalign import cli
 from diffalign.data import images as data_images
 from diffalign.data.captioned import ImageSource
-from diffalign.data.images import ImageFolderError, batches, read_folder, read_image
+from diffalign.data.images import (
+    ImageFolderError,
+    batches,
+    read_folder,
+    read_image,
+    write_captions,
+)
+from diffalign.data.prompts import Prompt
 from diffalign.rewards.ocr import wanted_text
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
@@ -252,6 +259,26 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
     (tmp_path / "metadata.csv").write_text("file_name,text\n1.JPG,a\n")
     assert len(read_folder(tmp_path)) == 1
     assert "3 named in no row of the table above them (2.jfif, 3.avif, ...)" in caplog.text
+
+
+def test_a_folder_of_drawn_images_has_captions_and_no_grid(tmp_path):
+    for name in ("0000-a-cat.png", "0001-a-cat.png", "grid.png"):
+        save(tmp_path / name)
+    prompts = {
+        f"000{i}-a-cat.png": Prompt("a cat", {"tag": "x", "prompt": "a cat"}) for i in (0, 1)
+    }
+    write_captions(tmp_path, prompts)
+    save(tmp_path / "0000-a-dog.png")
+    write_captions(tmp_path, {"0000-a-dog.png": Prompt("a dog")})
+    found = {i.path.name: i.prompt for i in read_folder(tmp_path)}
+    assert {n: p.text for n, p in found.items()} == {
+        "0000-a-cat.png": "a cat",
+        "0001-a-cat.png": "a cat",
+        "0000-a-dog.png": "a dog",
+    }
+    assert found["0000-a-cat.png"].task == "x"
+    (tmp_path / "metadata.jsonl").unlink()
+    assert len(read_folder(tmp_path)) == 3
 
 
 def test_of_folders_of_splits_the_training_one_is_read(tmp_path, caplog):

@@ -3,6 +3,7 @@
 import pytest
 
 from diffalign.config import ConfigError, load
+from diffalign.config.files import beside
 
 
 def recipe(tmp_path, text, name="a.yaml", codec="utf-8"):
@@ -91,6 +92,17 @@ class TestPaths:
             (tmp_path / "r" / name).mkdir()
         config = load("r/a.yaml")
         assert (config.model.name, config.prompts.train) == ("shapes-sd3", "geneval")
+
+    def test_rewards_of_a_file_are_paths(self, tmp_path, monkeypatch):
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "mine.py").write_text("")
+        raw = {
+            "rewards": {"mine.py:light": 1.0, "jpeg": 1.0},
+            "evaluation": {"rewards": ["mine.py:x"]},
+        }
+        found = beside(raw, tmp_path / "r")
+        assert list(found["rewards"]) == [f"{tmp_path}/r/mine.py:light", "jpeg"]
+        assert found["evaluation"]["rewards"] == [f"{tmp_path}/r/mine.py:x"]
 
     def test_folders_of_pairs_are(self, tmp_path, monkeypatch):
         text = "extends: inversion-dpo\npairs: {source: data}"

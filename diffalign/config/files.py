@@ -76,7 +76,20 @@ def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         values = found.get(group)
         if isinstance(values, dict) and isinstance(values.get(name), str):
             values[name] = _beside(setting, values[name], folder)
+    if isinstance(found.get("rewards"), dict):
+        found["rewards"] = {_reward(k, folder): v for k, v in found["rewards"].items()}
+    evaluation = found.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("rewards"), list):
+        evaluation["rewards"] = [_reward(name, folder) for name in evaluation["rewards"]]
     return found
+
+
+def _reward(name: Any, folder: Path) -> Any:
+    """Name of a reward, or `FILE.py:NAME` of one that somebody wrote."""
+    file, suffix, rest = str(name).partition(".py:")
+    path = folder / f"{file}.py"
+    is_file = bool(suffix) and not os.path.isabs(file) and path.is_file()
+    return f"{path}:{rest}" if is_file else name
 
 
 def _beside(setting: str, value: str, folder: Path) -> str:

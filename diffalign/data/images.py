@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from diffalign.core.errors import UserError
-from diffalign.core.text import parse_json, read_text, unusable
+from diffalign.core.files import write_text
+from diffalign.core.text import parse_json, read_json_lines, read_text, unusable
 from diffalign.data.folders import Folder, walk_images
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import Row, read_rows
@@ -84,6 +86,21 @@ def read_folder(folder: str | Path, *, flag: str = "--images") -> list[Captioned
     if not rows and not rest:
         raise ImageFolderError(f"{flag}: {listing.without_image()}")
     return rows + [CaptionedImage(p, _of_geneval(p, geneval) or beside.of(p)) for p in rest]
+
+
+def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
+    """Write file names and prompts of images into the folder's `metadata.jsonl`, beside those of others there."""
+    file = folder / TABLES[0]
+    rows = {
+        name: {"file_name": name, **p.metadata, "prompt": p.text} for name, p in prompts.items()
+    }
+    before = read_json_lines(file, error=ImageFolderError) if file.is_file() else []
+    others = [
+        row
+        for row in before
+        if row.get("file_name") not in rows and (folder / str(row.get("file_name"))).is_file()
+    ]
+    write_text(file, "".join(json.dumps(row) + "\n" for row in (*others, *rows.values())))
 
 
 def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, why: str) -> None:

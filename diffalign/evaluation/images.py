@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config import EvaluationConfig
+from diffalign.data.images import write_captions
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.report import image_grid
 from diffalign.evaluation.score import evaluate_model
@@ -24,11 +25,15 @@ def write_images(
     config: EvaluationConfig,
     **sizes: Any,
 ) -> int:
-    """Draw images of the prompts, write each as PNG and all of them as a grid, and return their number."""
+    """Draw images of the prompts, write each as PNG, their captions and a grid of all, and return their number."""
     drawn = evaluate_model(model, prompts, no_reward, config, **sizes)
     folder.mkdir(parents=True, exist_ok=True)
+    captions: dict[str, Prompt] = {}
     for i, (prompt, image) in enumerate(zip(drawn.prompts, drawn.images, strict=True)):
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
-        image_grid(image[None], columns=1, gap=0).save(folder / f"{i:04d}-{name}.png")
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.text.lower()).strip("-")[:60]
+        name = f"{i:04d}-{words}.png"
+        image_grid(image[None], columns=1, gap=0).save(folder / name)
+        captions[name] = prompt
+    write_captions(folder, captions)
     image_grid(drawn.images, columns=config.images_per_prompt).save(folder / GRID)
     return len(drawn.prompts)
