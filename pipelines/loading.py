@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import UnknownWeights, of_denoiser
-from diffalign.lora.files import load_lora
+from diffalign.lora.files import merge_lora
 from diffalign.pipelines import dcgen
 from diffalign.quantization.backends import missing_for
 from diffalign.schedulers import QSched
@@ -87,9 +87,7 @@ def as_student(pipeline: Any, *, lora: str | None = None, scheduler: str | None 
     """What makes a few-step model of a base: a LoRA, added into the denoiser's weights, and another scheduler, as
     `schedulers.stock` reads it."""
     if lora is not None:
-        load_lora(pipeline, lora)
-        pipeline.fuse_lora(components=["unet" if hasattr(pipeline, "unet") else "transformer"])
-        pipeline.unload_lora_weights()
+        merge_lora(pipeline, lora)
     if scheduler is not None:
         pipeline.register_modules(scheduler=scheduler_like(scheduler, pipeline.scheduler))
 

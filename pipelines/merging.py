@@ -11,23 +11,25 @@ from diffusers import FluxPipeline
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from diffalign.core.errors import UsageError
+from diffalign.lora.files import merge_lora
+from diffalign.lora.formats import Lora
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.schedulers.stock import scheduler_like
 
 
-def merge_lora(
-    pipeline: Any, *, scheduler: str | None = None, guidance: float | None = None
+def merge(
+    pipeline: Any, lora: Lora, *, scheduler: str | None = None, guidance: float | None = None
 ) -> None:
-    """Add a pipeline's LoRA into its weights, in place, and remove its adapters.
+    """Add a LoRA into a pipeline's weights, in place and in float32.
 
     `scheduler`: another one, as `read_scheduler` reads it. `guidance`: fold the embedding of this guidance scale into
     the weights, as FLUX.1-schnell has it.
 
     Raises:
-        UsageError: the pipeline has no guidance to fold, or there is no such scheduler.
+        UsageError: the LoRA does not fit, the pipeline is quantised, it has no guidance to fold, or there is no such
+            scheduler.
     """
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    merge_lora(pipeline, lora)
     if guidance is not None:
         if not isinstance(pipeline, FluxPipeline):
             raise UsageError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import cli, lora
 from diffalign.core.errors import UsageError
 from diffalign.lora import formats as lora_formats
+from diffalign.lora import names as lora_names
 
 RANK, ALPHA = 4, 12.0
 ALL = {
@@ -49,11 +50,8 @@ def exported(model, folder):
 
 def deltas(file):
     """The update of every module, scale included."""
-    found = lora_formats.read(file)
-    return {
-        name: found.alpha[name] / down.shape[0] * found.up[name] @ down
-        for name, down in found.down.items()
-    }
+    (layers,) = lora_formats.read(file).parts.values()
+    return {name: layer.scale * layer.up @ layer.down for name, layer in layers.items()}
 
 
 def assert_same(found, expected):
@@ -100,7 +98,7 @@ def test_a_stock_pipeline_draws_with_a_converted_file(tmp_path, family, to):
         pipeline = tiny.MODELS[family]().pipeline
         pipeline.load_lora_weights(file)
         (adapter,) = pipeline.transformer.peft_config.values()
-        assert adapter.lora_alpha == ALPHA
+        assert adapter.lora_alpha == RANK
         pipelines.append(pipeline.transformer)
     states = [p.state_dict() for p in pipelines]
     assert states[0].keys() == states[1].keys()
@@ -111,15 +109,17 @@ def test_diffusers_reads_our_kohya_file_of_flux(tmp_path):
     """A converter that we did not write; it knows FLUX's own widths, so the LoRA has them."""
     torch.manual_seed(0)
     found = lora_formats.Lora()
-    names = [f"transformer_blocks.0.attn.{n}" for n in (*lora_formats.QKV, "to_out.0")]
-    names += [f"single_transformer_blocks.1.attn.{n}" for n in lora_formats.QKV]
+    names = [f"transformer_blocks.0.attn.{n}" for n in (*lora_names.QKV, "to_out.0")]
+    names += [f"single_transformer_blocks.1.attn.{n}" for n in lora_names.QKV]
     for name in names:
-        found.add(name, torch.randn(4, 3072), torch.randn(3072, 4), 8.0)
+        layer = lora_formats.Layer(torch.randn(4, 3072), torch.randn(3072, 4), 8.0)
+        found.add("transformer", name, layer)
     file = tmp_path / "kohya.safetensors"
     lora_formats.write(found, file, to="kohya", family="flux")
     theirs = _convert_kohya_flux_lora_to_diffusers(load_file(file))
     for name in names:  # they fold alpha / rank into the matrices
-        ours = 2.0 * found.up[name] @ found.down[name]
+        layer = found.parts["transformer"][name]
+        ours = 2.0 * layer.up @ layer.down
         a, b = (theirs[f"transformer.{name}.lora_{x}.weight"] for x in "AB")
         torch.testing.assert_close(b @ a, ours)
     extra = theirs.keys() - {f"transformer.{n}.lora_{x}.weight" for n in names for x in "AB"}
@@ -144,13 +144,14 @@ def test_the_last_context_modulation_of_sd3_is_swapped(tmp_path):
     """(scale, shift) in diffusers, (shift, scale) in the release: conversion of the base does the same."""
     found = lora_formats.Lora()
     up = torch.arange(8.0).view(8, 1)
-    found.add("transformer_blocks.1.norm1_context.linear", torch.ones(1, 4), up, 1.0)
+    name = "transformer_blocks.1.norm1_context.linear"
+    found.add("transformer", name, lora_formats.Layer(torch.ones(1, 4), up, 1.0))
     file = tmp_path / "k.safetensors"
     lora_formats.write(found, file, to="kohya", family="sd3")
     key = "lora_unet_joint_blocks_1_context_block_adaLN_modulation_1.lora_up.weight"
     assert load_file(file)[key].flatten().tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
     back = lora_formats.read(file)
-    torch.testing.assert_close(back.up["transformer_blocks.1.norm1_context.linear"], up)
+    torch.testing.assert_close(back.parts["transformer"][name].up, up)
 
 
 def test_a_dense_kohya_lora_is_shared_among_the_modules(tmp_path):
@@ -169,7 +170,7 @@ def test_a_dense_kohya_lora_is_shared_among_the_modules(tmp_path):
     )
     found = deltas(file)
     whole = 0.5 * up @ down
-    for i, name in enumerate(lora_formats.QKV):
+    for i, name in enumerate(lora_names.QKV):
         torch.testing.assert_close(
             found[f"transformer_blocks.3.attn.{name}"], whole[8 * i : 8 * (i + 1)]
         )
@@ -180,11 +181,11 @@ def test_alpha_is_in_the_header_and_beside_the_tensors(tmp_path):
     comfy = tmp_path / "comfy.safetensors"
     lora_formats.write(lora_formats.read(file), comfy, to="comfyui")
     with safe_open(file, "pt") as opened:
-        assert '"transformer.lora_alpha": 12.0' in opened.metadata()["lora_adapter_metadata"]
+        assert '"transformer.lora_alpha": 4,' in opened.metadata()["lora_adapter_metadata"]
     with safe_open(comfy, "pt") as opened:
-        assert opened.metadata()["ss_network_alpha"] == "12.0"
+        assert opened.metadata()["ss_network_alpha"] == "4.0"
     alphas = {v.item() for k, v in load_file(comfy).items() if k.endswith(".alpha")}
-    assert alphas == {ALPHA}
+    assert alphas == {RANK}
 
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
@@ -200,8 +201,9 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     with pytest.raises(UsageError, match="lora_unet_up_blocks_0"):
         lora_formats.read(tmp_path / "sd15.safetensors")
     found = lora_formats.Lora()
-    found.add("context_embedder", torch.zeros(1, 4), torch.zeros(4, 1), 1.0)
-    with pytest.raises(UsageError, match="no name for context_embedder"):
+    layer = lora_formats.Layer(torch.zeros(1, 4), torch.zeros(4, 1), 1.0)
+    found.add("transformer", "elsewhere", layer)
+    with pytest.raises(UsageError, match="no name for elsewhere"):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya", family="sd3")
     with pytest.raises(UsageError, match="sd3 or flux"):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya")
@@ -226,7 +228,7 @@ def test_a_stock_unet_draws_the_same_with_kohyas_file_and_back(family, tmp_path)
     for source, to, file in ((original, "kohya", kohya), (kohya, "diffusers", back)):
         assert cli.main(["convert", str(source), f"--to={to}", f"--output={file}"]) == 0
     attention = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    assert load_file(kohya)[f"{attention}.alpha"].item() == ALPHA
+    assert load_file(kohya)[f"{attention}.alpha"].item() == RANK
     before, after = load_file(original), load_file(back)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -236,7 +238,7 @@ def test_a_stock_unet_draws_the_same_with_kohyas_file_and_back(family, tmp_path)
         if file is not None:
             pipeline.load_lora_weights(file)
             (adapter,) = pipeline.unet.peft_config.values()
-            assert (adapter.r, adapter.lora_alpha) == (RANK, ALPHA)
+            assert (adapter.r, adapter.lora_alpha) == (RANK, RANK)
         images[name] = drawn(pipeline)
     assert np.abs(images["plain"] - images["a"]).max() > 0.01
     for name in ("kohya", "back"):
@@ -269,12 +271,13 @@ def test_the_release_names_of_sdxl_are_read_as_diffusers_reads_them(tmp_path):
     file = tmp_path / "sdxl.safetensors"
     save_file(state, file)
     ours = lora_formats.read(file)
-    assert ours.part == "unet"
+    ((part, layers),) = ours.parts.items()
+    assert part == "unet"
     theirs, _ = StableDiffusionXLPipeline.lora_state_dict(
         state, unet_config=SimpleNamespace(layers_per_block=2)
     )
     theirs = convert_unet_state_dict_to_peft(theirs)
-    found = {f"unet.{n}.lora_A.weight".replace(".processor", ""): w for n, w in ours.down.items()}
+    found = {f"unet.{n}.lora_A.weight": layer.down for n, layer in layers.items()}
     expected = {k.replace(".processor", ""): w for k, w in theirs.items() if ".lora_A." in k}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in found)
@@ -286,14 +289,14 @@ def test_the_release_names_of_sdxl_are_read_as_diffusers_reads_them(tmp_path):
         attention_head_dim=2,
         cross_attention_dim=8,
     )
-    assert ours.down.keys() <= {name for name, _ in sdxl.named_modules()}
+    assert layers.keys() <= {name for name, _ in sdxl.named_modules()}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--to=comfyui"], "ComfyUI reads LoRAs of U-Nets (SD1.5, SDXL) in kohya's keys"),
-        (["--to=kohya", "--family=sd3"], "--family is for transformers"),
+        (["--to=kohya", "--family=sd3"], "family='sd3' is for transformers"),
     ],
 )
 def test_a_unets_lora_has_no_other_keys(flags, message, tmp_path, capsys):
@@ -311,9 +314,9 @@ def test_a_unets_lora_has_no_other_keys(flags, message, tmp_path, capsys):
             ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight", "text_encoder.a.alpha"],
             "text_encoder.a",
         ),
-        (["a.b.lora_A.weight", "a.b.lora_B.weight"], "a.b.lora_A.weight"),
+        (["a.b.lora_A.weight", "a.b.lora_B.weight"], "holds a.b, by which no module"),
         (["transformer.a.lora_A.weight"], "transformer.a has no lora_B"),
-        (["transformer.a.lora_A.weight", "transformer.a.lora_magnitude_vector"], "magnitude"),
+        (["transformer.a.lora_A.weight", "transformer.a.dora_scale"], "dora_scale, .* DoRA of Ly"),
         (["lora_unet_up_blocks_0_conv.lora_down.weight"], "has no lora_up"),
         (
             ["lora_unet_up_blocks_0_conv.lora_down.weight", "lora_te_x.lora_down.weight"],

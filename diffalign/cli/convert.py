@@ -10,7 +10,7 @@ from diffalign.cli.verb import Verb
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `convert`."""
-    parser.add_argument("lora", help="a .safetensors file, or a folder with diffusers' file name")
+    parser.add_argument("lora", help="file, folder or hub id; behind a colon the file in it")
     parser.add_argument("--to", required=True, choices=("diffusers", "comfyui", "kohya"))
     parser.add_argument(
         "--family",
@@ -24,14 +24,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Rewrite a LoRA file."""
     from diffalign.core.files import aside
-    from diffalign.lora.files import WEIGHT_NAME
-    from diffalign.lora.formats import read, write
+    from diffalign.lora.files import read_lora
+    from diffalign.lora.formats import write
 
-    source = Path(args.lora)
-    lora = read(source / WEIGHT_NAME if source.is_dir() else source)
+    lora = read_lora(args.lora)
     with aside(args.output) as file:
         write(lora, file, to=args.to, family=args.family)
-    print(f"{args.output}: {len(lora.down)} modules in {args.to}'s keys")
+    print(f"{args.output}: {len(lora)} modules in {args.to}'s keys")
 
 
 VERB = Verb("convert", "a LoRA file from and to the keys of other programs", add_flags, run)

@@ -36,12 +36,14 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.cli.models import load
     from diffalign.core.errors import UsageError
     from diffalign.core.files import folder_aside
-    from diffalign.pipelines.merging import merge_lora
+    from diffalign.lora.files import read_lora
+    from diffalign.pipelines.merging import merge
 
     if args.output_dir.exists():
         raise UsageError(f"--output_dir: {args.output_dir} exists already")
-    pipeline = load(args).pipeline
-    merge_lora(pipeline, scheduler=args.scheduler, guidance=args.fold_guidance)
+    lora = read_lora(args.lora)
+    pipeline = load(args, adapters=False).pipeline
+    merge(pipeline, lora, scheduler=args.scheduler, guidance=args.fold_guidance)
     with folder_aside(args.output_dir) as folder:
         pipeline.save_pretrained(folder)
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +11,21 @@ from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
-from diffalign.lora.files import load_lora
+from diffalign.lora.files import load_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 
 
-def load(args: argparse.Namespace) -> TextToImageModel:
-    """The model of --model, with --lora."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args.model, dtype=getattr(torch, args.dtype), device=device)
-    if args.lora is not None:
-        place = args.lora.rpartition(":")[0] or args.lora
-        if not any(Path(p).exists() for p in (args.lora, place)) and place.count("/") != 1:
-            raise UsageError(f"--lora: {args.lora} does not exist")
-        load_lora(model.pipeline, args.lora)
+def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel:
+    """Load the model of --model, with --lora as adapters; the LoRA is read before the model."""
+    lora = read_lora(args.lora) if adapters and args.lora is not None else None
+    model = load_model(
+        args.model,
+        dtype=getattr(torch, args.dtype),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    if lora is not None:
+        load_lora(model.pipeline, lora)
     return model
 
 

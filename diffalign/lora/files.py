@@ -1,99 +1,219 @@
-"""Read and write LoRA files of stock pipelines."""
+"""Load LoRAs into pipelines, merge them into weights, and save a run's own.
+
+Every tensor of a file must have a place in the pipeline; otherwise nothing is loaded, and the error names what has
+none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
-from peft import get_peft_model_state_dict
-from torch import nn
+from diffusers.utils import get_adapter_name
+from peft import LoraConfig as PeftLoraConfig
+from peft import (
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from diffalign.core.errors import UsageError
-from diffalign.lora.policies import CURRENT
+from diffalign.lora import formats
+from diffalign.lora.formats import Layer, Lora
+from diffalign.lora.names import TRANSFORMER, UNET
+from diffalign.lora.policies import CURRENT, check_mergeable
+from diffalign.lora.source import WEIGHT_NAME, locate
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+NAMED = 3
+"""Layers that an error names."""
+NOT_MERGED = (
+    "Merge into the plain base, then quantise what comes out; or load the LoRA without merging it."
+)
 
 
 def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str = CURRENT) -> Path:
-    """Save an adapter so that stock `load_lora_weights(folder)` restores it, rank and alpha included."""
+    """Save an adapter for stock `load_lora_weights(folder)`, ComfyUI and every other program.
+
+    The strength alpha / rank is multiplied into the second matrix, and alpha is the rank. Programs disagree about where
+    alpha stands: most stock loaders refuse its tensors, and ComfyUI does not read diffusers' header. All of them take
+    alpha to be the rank where none is given.
+    """
+    adapter = denoiser.peft_config[name]
     state = get_peft_model_state_dict(denoiser, adapter_name=name)
-    state = {key: value.detach().float().contiguous().cpu() for key, value in state.items()}
-    metadata = denoiser.peft_config[name].to_dict()
+    strength = adapter.lora_alpha / adapter.r
+    tensors = {
+        key: (value.detach().float() * (strength if ".lora_B." in key else 1.0)).contiguous().cpu()
+        for key, value in state.items()
+    }
+    metadata = {**adapter.to_dict(), "lora_alpha": adapter.r}
     metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
     folder.mkdir(parents=True, exist_ok=True)
     part = _part(pipeline)
-    layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": metadata}
+    layers = {f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
     pipeline.save_lora_weights(folder, **layers)
     return folder / WEIGHT_NAME
 
 
-def load_lora(pipeline: Any, source: str) -> None:
-    """Stock `load_lora_weights`, after a look at whether the file is for this model: diffusers drops what has no place
-    and warns, or raises pages of shapes.
+def read_lora(source: str) -> Lora:
+    """Read a LoRA by what a user calls it, before any model is loaded; see `source.locate` and `formats.read`."""
+    place = locate(source)
+    return formats.read(place.file, place.config)
+
+
+def load_lora(pipeline: Any, source: str | Lora) -> None:
+    """Load a LoRA as adapters, under the name that stock `load_lora_weights` would choose.
 
     Args:
-        source: a folder, a file or a hub id; behind a colon the file in it, "wangfuyun/PCM_Weights:sd15/FILE".
+        pipeline: of diffusers.
+        source: a folder, a file or a hub id, as `source.locate` reads it, or a LoRA that is read already.
 
     Raises:
-        UsageError: nothing is there, or it names a layer that the denoiser lacks or has in another size.
+        UsageError: nothing is there, or one of its layers has no place in the pipeline; then nothing is loaded.
     """
-    place, where = _place(source)
-    unet = {"unet_config": pipeline.unet.config} if _part(pipeline) == "unet" else {}
-    try:
-        state = pipeline.lora_state_dict(place, **where, **unet)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{source} could not be read as a LoRA: {error}") from error
-    state = state[0] if isinstance(state, tuple) else state
-    denoiser = getattr(pipeline, _part(pipeline))
-    modules = dict(denoiser.named_modules())
-    prefix = f"{_part(pipeline)}."
-    pairs = {
-        k
-        for k in state
-        if k.startswith(prefix) and k.endswith((".lora_A.weight", ".lora_B.weight"))
-    }
-    kind = type(denoiser).__name__
-    if unet and not pairs and any("lora" in k for k in state):
-        return _load_lora(
-            pipeline, place, where
-        )  # of kohya or an older diffusers, which it reads itself
-    if not pairs:
+    lora = read_lora(source) if isinstance(source, str) else source
+    places = _places(pipeline, lora)
+    adapter = get_adapter_name(getattr(pipeline, _part(pipeline)))
+    for part, layers in places.items():
+        _install(getattr(pipeline, part), layers, adapter)
+
+
+def merge_lora(pipeline: Any, source: str | Lora) -> None:
+    """Add a LoRA into the pipeline's weights, in float32.
+
+    Args:
+        pipeline, source: as for `load_lora`.
+
+    Raises:
+        UsageError: as for `load_lora`, or weights are quantised; then nothing is changed.
+    """
+    lora = read_lora(source) if isinstance(source, str) else source
+    places = _places(pipeline, lora)
+    for part, layers in places.items():
+        for name in layers:
+            check_mergeable(getattr(pipeline, part).get_submodule(name), advice=NOT_MERGED)
+    with torch.no_grad():
+        for part, layers in places.items():
+            component = getattr(pipeline, part)
+            for name, layer in layers.items():
+                weight = component.get_submodule(name).weight
+                weight.data = _merged(weight.data, layer)
+
+
+def _merged(weight: Tensor, layer: Layer) -> Tensor:
+    """Return the weight with the layer's update, in its own dtype."""
+    down, up = (x.to(weight.device) for x in (layer.down, layer.up))
+    total = weight.float() + Layer(down, up, layer.alpha).delta(weight.shape)
+    if layer.magnitude is not None:
+        # DoRA: rows have the length that the file says
+        norm = total.flatten(1).norm(dim=1)
+        ratio = layer.magnitude.to(weight.device) / norm
+        total = total * ratio.view(-1, *[1] * (total.ndim - 1))
+    return total.to(weight.dtype)
+
+
+def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
+    """Return component -> module -> layer in the pipeline's own names and shapes; UsageError where one has no place."""
+    places: dict[str, dict[str, Layer]] = {}
+    missing: list[str] = []
+    for part, layers in lora.parts.items():
+        component = getattr(pipeline, part, None)
+        modules = dict(component.named_modules()) if component is not None else {}
+        for name, layer in layers.items():
+            own = name if name in modules else name.removeprefix("text_model.")
+            module = modules.get(own)
+            if not isinstance(module, nn.Linear | nn.Conv2d | BaseTunerLayer) and not hasattr(
+                module, "in_features"
+            ):
+                missing.append(f"{part}.{name}")
+                continue
+            places.setdefault(part, {})[own] = _fitted(layer, module, f"{part}.{name}", lora.source)
+    if missing:
+        kind = type(getattr(pipeline, _part(pipeline))).__name__
         raise UsageError(
-            f"{source} holds no LoRA for a {kind} in diffusers' keys; `diffalign convert` reads kohya's and ComfyUI's"
+            f"{lora.source} is a LoRA of another model: this {kind} has no {missing[0]}, and {len(missing)} of the "
+            f"file's {len(lora)} layers have no place ({', '.join(missing[:NAMED])}). Nothing was loaded. Its layers "
+            f"are those of {', '.join(lora.parts)}; this is a {type(pipeline).__name__}."
         )
-    for key in sorted(pairs):
-        name, part = key.removeprefix(prefix).removesuffix(".weight").rsplit(".", 1)
-        layer = modules.get(name)
-        if layer is None:
-            raise UsageError(f"{source} is a LoRA of another model: this {kind} has no {name}")
-        side = 1 if part == "lora_A" else 0
-        here = (
-            (layer.out_features, layer.in_features)[side] if isinstance(layer, nn.Linear) else None
-        )
-        if here is not None and state[key].shape[side] != here:
+    if not places:
+        raise UsageError(f"{lora.source} holds no LoRA")
+    return places
+
+
+def _fitted(layer: Layer, module: Any, name: str, source: str) -> Layer:
+    """Return the layer with as many dimensions as the module's weight; UsageError where its sizes differ."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Conv2d):
+        sizes = (base.in_channels // base.groups, *base.kernel_size), (base.out_channels, 1, 1)
+    else:
+        sizes = (base.in_features,), (base.out_features,)
+    inner, outer = sizes
+    # a 1 x 1 convolution and a linear layer hold the same numbers
+    down = layer.down.reshape(layer.rank, *_as(layer.down.shape[1:], inner))
+    up = (
+        layer.up.reshape(*_as((layer.up.shape[0],), outer[:1]), layer.rank, *outer[1:])
+        if (layer.up[0].numel() == layer.rank)
+        else layer.up
+    )
+    for there, here in ((down.shape[1], inner[0]), (up.shape[0], outer[0])):
+        if there != here:
             raise UsageError(
-                f"{source} is a LoRA of another model: {name} has {state[key].shape[side]} features there, {here} here"
+                f"{source} is a LoRA of another model: {name} has {there} features there, {here} here"
             )
-    return _load_lora(pipeline, place, where)
+    if down.shape[1:] != inner or up.shape[2:] != outer[1:]:
+        raise UsageError(
+            f"{source} is a LoRA of another model: the kernel of {name} is {tuple(down.shape[2:])} there, "
+            f"{inner[1:]} here"
+        )
+    magnitude = layer.magnitude
+    if magnitude is not None and magnitude.numel() != outer[0]:
+        raise UsageError(
+            f"{source}: {name} has {magnitude.numel()} magnitudes for {outer[0]} outputs"
+        )
+    return Layer(down, up, layer.alpha, magnitude)
 
 
-def _place(source: str) -> tuple[str, dict[str, str]]:
-    """Folder or hub id, and what diffusers takes to find the file in it."""
-    if Path(source).exists() or ":" not in source:
-        return source, {}
-    place, _, file = source.rpartition(":")
-    subfolder, _, name = file.rpartition("/")
-    return place, {"weight_name": name, **({"subfolder": subfolder} if subfolder else {})}
+def _as(shape: Any, like: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape with trailing ones added or left out, as `like` has them."""
+    trailing = tuple(shape)
+    if len(trailing) < len(like):
+        return (*trailing, *[1] * (len(like) - len(trailing)))
+    if set(trailing[len(like) :]) <= {1}:
+        return trailing[: len(like)]
+    return trailing
 
 
-def _load_lora(pipeline: Any, source: str, where: dict[str, str]) -> None:
-    try:
-        pipeline.load_lora_weights(source, **where)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"{source} could not be loaded by diffusers: {error}") from error
+def _install(component: nn.Module, layers: Mapping[str, Layer], adapter: str) -> None:
+    """Add one component's layers as an adapter, and check that all of them are there."""
+    dora = [layer.magnitude is not None for layer in layers.values()]
+    if any(dora) and not all(dora):
+        raise UsageError(
+            "a LoRA of which some layers are DoRA and others are not can only be merged"
+        )
+    config = PeftLoraConfig(**formats.adapter_config(layers), use_dora=any(dora))
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        state[f"{name}.lora_A.weight"] = layer.down
+        state[f"{name}.lora_B.weight"] = layer.up
+        if layer.magnitude is not None:
+            state[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    inject_adapter_in_model(config, component, adapter_name=adapter, state_dict=state)
+    result = set_peft_model_state_dict(component, state, adapter_name=adapter)
+    component._hf_peft_config_loaded = True  # type: ignore[assignment]  # diffusers and transformers ask for it
+    modules = dict(component.named_modules())
+    absent = [n for n in layers if adapter not in getattr(modules[n], "lora_A", {})]
+    if absent or result.unexpected_keys:
+        names = ", ".join((absent or result.unexpected_keys)[:NAMED])
+        raise UsageError(
+            f"{len(absent) or len(result.unexpected_keys)} layers of the LoRA cannot carry an adapter in this "
+            f"{type(component).__name__}: {names}"
+        )
 
 
 def _part(pipeline: Any) -> str:
-    """What a pipeline calls its denoiser."""
-    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    """Return what a pipeline calls its denoiser."""
+    return UNET if getattr(pipeline, UNET, None) is not None else TRANSFORMER

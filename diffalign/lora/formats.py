@@ -1,357 +1,337 @@
-"""LoRA files of other programs: kohya's sd-scripts and ComfyUI, from and to diffusers' keys.
+"""LoRA files of every program: what their tensors mean, and the keys of diffusers, ComfyUI and kohya to write them in.
 
 diffusers names its own modules: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`. ComfyUI reads those names,
 with alpha as a tensor beside them. kohya names the modules of the original release, where queries, keys and values are
-one matrix: several LoRAs of rank r become one of rank n r, block-diagonal, with alpha n alpha, the same update. Of
-U-Nets (SD1.5, SDXL) kohya's names are diffusers' own with other dots; files of SDXL may have the release's, too.
+one matrix (`lora.stacks`). Of U-Nets (SD1.5, SDXL) kohya's names are diffusers' own with other dots. `lora.names` reads
+all of these spellings, and those of PEFT, OneTrainer, ai-toolkit, SimpleTuner, XLabs and the releases.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
+from diffalign.lora import names, stacks
+from diffalign.lora.names import KOHYA, TRANSFORMER, UNET
 
 FORMATS = ("diffusers", "comfyui", "kohya")
 METADATA = "lora_adapter_metadata"
-TRANSFORMER, UNET = "transformer", "unet"
-KOHYA = "lora_unet_"
-"""Before every name of kohya's, transformers' as well."""
-
-QKV = ("to_q", "to_k", "to_v")
-ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
-# kohya's module -> diffusers' modules whose outputs it stacks; {} is the number of the block
-FLUX = {
-    "double_blocks_{}_img_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in QKV],
-    "double_blocks_{}_txt_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in ADDED_QKV],
-    "double_blocks_{}_img_attn_proj": ["transformer_blocks.{}.attn.to_out.0"],
-    "double_blocks_{}_txt_attn_proj": ["transformer_blocks.{}.attn.to_add_out"],
-    "double_blocks_{}_img_mlp_0": ["transformer_blocks.{}.ff.net.0.proj"],
-    "double_blocks_{}_img_mlp_2": ["transformer_blocks.{}.ff.net.2"],
-    "double_blocks_{}_txt_mlp_0": ["transformer_blocks.{}.ff_context.net.0.proj"],
-    "double_blocks_{}_txt_mlp_2": ["transformer_blocks.{}.ff_context.net.2"],
-    "double_blocks_{}_img_mod_lin": ["transformer_blocks.{}.norm1.linear"],
-    "double_blocks_{}_txt_mod_lin": ["transformer_blocks.{}.norm1_context.linear"],
-    "single_blocks_{}_linear1": [
-        *(f"single_transformer_blocks.{{}}.attn.{n}" for n in QKV),
-        "single_transformer_blocks.{}.proj_mlp",
-    ],
-    "single_blocks_{}_linear2": ["single_transformer_blocks.{}.proj_out"],
-    "single_blocks_{}_modulation_lin": ["single_transformer_blocks.{}.norm.linear"],
-}
-SD3 = {
-    "joint_blocks_{}_x_block_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in QKV],
-    "joint_blocks_{}_x_block_attn2_qkv": [f"transformer_blocks.{{}}.attn2.{n}" for n in QKV],
-    "joint_blocks_{}_context_block_attn_qkv": [
-        f"transformer_blocks.{{}}.attn.{n}" for n in ADDED_QKV
-    ],
-    "joint_blocks_{}_x_block_attn_proj": ["transformer_blocks.{}.attn.to_out.0"],
-    "joint_blocks_{}_x_block_attn2_proj": ["transformer_blocks.{}.attn2.to_out.0"],
-    "joint_blocks_{}_context_block_attn_proj": ["transformer_blocks.{}.attn.to_add_out"],
-    "joint_blocks_{}_x_block_mlp_fc1": ["transformer_blocks.{}.ff.net.0.proj"],
-    "joint_blocks_{}_x_block_mlp_fc2": ["transformer_blocks.{}.ff.net.2"],
-    "joint_blocks_{}_context_block_mlp_fc1": ["transformer_blocks.{}.ff_context.net.0.proj"],
-    "joint_blocks_{}_context_block_mlp_fc2": ["transformer_blocks.{}.ff_context.net.2"],
-    "joint_blocks_{}_x_block_adaLN_modulation_1": ["transformer_blocks.{}.norm1.linear"],
-    "joint_blocks_{}_context_block_adaLN_modulation_1": [
-        "transformer_blocks.{}.norm1_context.linear"
-    ],
-}
-TABLES = {"flux": FLUX, "sd3": SD3}
-MLP_RATIO = 4
-# A U-Net's modules: kohya has "_" for every dot, so the words say which of them are dots.
-UNET_KEY = re.compile(rf"{KOHYA}(down|mid|up|input|middle|output)_blocks?_")
-UNET_WORDS = re.compile(
-    r"(?:down|up|transformer)_blocks|mid_block|resnets|attentions|(?:down|up)samplers|attn[12]|to_[qkv]|to_out|ff|net|"
-    r"time_emb_proj|proj_in|proj_out|proj|conv_shortcut|conv_in|conv_out|conv[12]?|(?:time|add)_embedding|linear_[12]|\d+"
-)
-# The release's names of SDXL, which sd-scripts trains under, to diffusers'.
-UNET_WHOLE = {
-    "input_blocks_0_0": "conv_in",
-    "out_2": "conv_out",
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-}
-UNET_INNER = {
-    "in_layers_2": "conv1",
-    "out_layers_3": "conv2",
-    "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-    "op": "conv",
-}
+# initialisations that change the base weights as well, which a file of adapters does not hold
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|eva_", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """The update of one module: `alpha / rank * up @ down`, in float32.
+
+    `down` (r, in) and `up` (out, r); those of convolutions have a kernel behind. `magnitude` (out,) is PEFT's of DoRA:
+    the length of each row of the weight after the update.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """Return the update of a weight of this shape, magnitude aside."""
+        return (self.scale * self.up.flatten(1) @ self.down.flatten(1)).reshape(shape)
+
+
+@dataclass
 class Lora:
-    """The matrices of a LoRA by diffusers' module names: `down` (r, in), `up` (out, r), `alpha`; those of convolutions
-    have a kernel behind. `part` is what a pipeline calls the model: transformer or unet."""
+    """Layers of a LoRA: component of the pipeline ("transformer", "unet", "text_encoder", ...) -> module -> layer.
 
-    def __init__(self, part: str = TRANSFORMER) -> None:
-        self.part = part
-        self.down: dict[str, Tensor] = {}
-        self.up: dict[str, Tensor] = {}
-        self.alpha: dict[str, float] = {}
+    `dtype` is what the file stores; `source` names the file in errors.
+    """
 
-    def add(self, module: str, down: Tensor, up: Tensor, alpha: float) -> None:
-        self.down[module], self.up[module], self.alpha[module] = down, up, alpha
+    parts: dict[str, dict[str, Layer]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    source: str = "LoRA"
+
+    def add(self, part: str, module: str, layer: Layer) -> None:
+        """Add one layer; UsageError where the module has one already, under another spelling of its name."""
+        layers = self.parts.setdefault(part, {})
+        if module in layers:
+            raise UsageError(
+                f"{self.source} holds {part}.{module} twice, under two spellings of its name. Remove one of them."
+            )
+        layers[module] = layer
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
 
 
-def read(path: Path) -> Lora:
-    """A LoRA file in any of the formats; UsageError where it is none, or holds what cannot be named."""
+def read(path: Path, config: Mapping[str, Any] | None = None) -> Lora:
+    """Read a LoRA file in any of the formats.
+
+    Args:
+        path: a .safetensors file.
+        config: the `adapter_config.json` beside it, as PEFT writes it.
+
+    Raises:
+        UsageError: it is none, or holds a tensor that is no part of a plain LoRA or of PEFT's DoRA, or not finite.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is no readable safetensors file: {error}") from error
-    if any(key.startswith(KOHYA) for key in tensors):
-        return _read_kohya(tensors, path)
-    return _read_diffusers(tensors, metadata, path)
+    configs = _header_configs(header, path)
+    if not configs and config is not None:
+        configs = {"": _checked(config, path)}
+    grouped = _grouped(tensors, path)
+    lora = Lora(source=str(path), dtype=_stored_dtype(tensors))
+    for module, own in grouped.items():
+        place = names.find_place(module)
+        if place is None:
+            raise UsageError(
+                f"{path} holds {module}, by which no module of SD1.5, SDXL, SD3, FLUX or SANA is known"
+            )
+        alpha = _alpha(own, place, configs)
+        for name, layer in stacks.split(place, own["down"], own["up"], alpha):
+            if "magnitude" in own and len(place.modules) > 1:
+                raise UsageError(f"{path}: DoRA of {module}, which is several modules in diffusers")
+            magnitude = own.get("magnitude")
+            lora.add(
+                place.part, name, Layer(*layer, None if magnitude is None else magnitude.flatten())
+            )
+    return lora
+
+
+def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return module -> kind -> tensor in float32; UsageError for whatever is left or cannot be one."""
+    if not any(names.split_key(key) for key in tensors):
+        example = (
+            f", for instance {next(iter(tensors))} ({_kind_of(next(iter(tensors)))})"
+            if tensors
+            else ""
+        )
+        raise UsageError(
+            f"{path} holds no LoRA: none of its {len(tensors)} tensors is a part of one{example}"
+        )
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = names.split_key(key)
+        if found is None:
+            raise UsageError(
+                f"{path} holds {key}, and only plain LoRA and PEFT's DoRA are read: {_kind_of(key)}. Nothing was "
+                "loaded. Merge it with the program that made it, or export it as a plain LoRA."
+            )
+        module, kind = found
+        if not tensor.is_floating_point() and kind != "alpha":
+            raise UsageError(
+                f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats"
+            )
+        value = tensor.float()
+        if not value.isfinite().all():
+            raise UsageError(
+                f"{path}: {key} is not finite (NaN or infinity), so the file is damaged or its training diverged. Take "
+                "an earlier checkpoint."
+            )
+        grouped.setdefault(module, {})[kind] = value
+    for module, own in grouped.items():
+        for kind, other in (("down", "lora_A"), ("up", "lora_B")):
+            if kind not in own:
+                wanted = f"lora_{kind}" if module.startswith("lora_") else other
+                raise UsageError(f"{path}: {module} has no {wanted}")
+        if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
+            shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
+            raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
+    return grouped
+
+
+def _kind_of(key: str) -> str:
+    for word, kind in {
+        "dora_scale": "this is a DoRA of LyCORIS, whose scale programs apply in different ways",
+        "hada_": "this is a LoHa of LyCORIS",
+        "lokr_": "this is a LoKr of LyCORIS",
+        "lora_mid": "this is a LoCon with a third matrix",
+        ".diff": "this is a difference of whole weights",
+        "_norm": "this is a normalisation layer",
+        "bias": "this is a bias",
+    }.items():
+        if word in key:
+            return kind
+    return "this is neither"
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype to write in: the file's own where it has two bytes, else float32."""
+    dtypes = {t.dtype for k, t in tensors.items() if t.ndim > 1}
+    one = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    return one if one in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _header_configs(header: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """Return component -> PEFT's configuration from diffusers' header."""
+    try:
+        flat = json.loads(header.get(METADATA, "{}"))
+    except ValueError as error:
+        raise UsageError(f"{path}: its header's {METADATA} is not JSON: {error}") from error
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items() if isinstance(flat, dict) else ():
+        part, _, name = key.partition(".")
+        configs.setdefault(part, {})[name] = value
+    return {part: _checked(config, path) for part, config in configs.items()}
+
+
+def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Refuse a PEFT configuration whose update is not that of a LoRA's matrices."""
+    kind = config.get("peft_type") or "LORA"
+    start = str(config.get("init_lora_weights") or "")
+    if str(kind).rpartition(".")[2] != "LORA":
+        raise UsageError(f"{path}: peft_type={kind}; only LORA is read")
+    if _CHANGES_BASE.search(start):
+        raise UsageError(
+            f"{path}: init_lora_weights={start!r} changes the base's weights as well, which no adapter file holds. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion first."
+        )
+    return dict(config)
+
+
+def _alpha(
+    own: Mapping[str, Tensor], place: names.Place, configs: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """Return alpha from the tensor, else from the configuration, else the rank."""
+    rank = own["down"].shape[0]
+    if "alpha" in own:
+        return float(own["alpha"].flatten()[0])
+    config = configs.get(place.part, configs.get("", {}))
+    patterns = config.get("alpha_pattern") or {}
+    key = get_pattern_key(patterns.keys(), place.modules[0])
+    alpha = patterns.get(key, config.get("lora_alpha"))
+    if alpha is None:
+        return float(rank)
+    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
 
 
 def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None:
-    """Write a LoRA; `family` ("sd3" or "flux") for kohya's names of a transformer. UsageError for a module without a
-    name there, before anything is made."""
+    """Write a LoRA.
+
+    Args:
+        to: "diffusers", "comfyui" or "kohya".
+        family: "sd3" or "flux", for kohya's names of a transformer.
+
+    Raises:
+        UsageError: the format has no name for a module, or no DoRA; nothing is written.
+    """
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}; valid are {', '.join(FORMATS)}")
-    if to == "comfyui" and lora.part == UNET:
-        raise UsageError("ComfyUI reads LoRAs of U-Nets (SD1.5, SDXL) in kohya's keys: --to kohya")
+    for part, module, layer in _every(lora):
+        if layer.magnitude is not None:
+            raise UsageError(
+                f"{lora.source} is a DoRA ({part}.{module} has a lora_magnitude_vector): {to}'s keys are written for "
+                "plain LoRA only. `diffalign merge` reads it."
+            )
+    if to == "comfyui" and UNET in lora.parts:
+        raise UsageError(
+            "ComfyUI reads LoRAs of U-Nets (SD1.5, SDXL) in kohya's keys: convert to kohya"
+        )
     if to == "diffusers":
         tensors, metadata = _diffusers(lora), {METADATA: _adapter_metadata(lora)}
     else:  # diffusers refuses a file that has both tensors of alpha and its own metadata
         tensors = _kohya(lora, family) if to == "kohya" else _diffusers(lora) | _alphas(lora)
-        rank = _most(down.shape[0] for down in lora.down.values())
+        every = [layer for *_, layer in _every(lora)]
         metadata = {
-            "ss_network_dim": str(rank),
-            "ss_network_alpha": str(_most(lora.alpha.values())),
+            "ss_network_dim": str(most_common(layer.rank for layer in every)),
+            "ss_network_alpha": str(most_common(layer.alpha for layer in every)),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"format": "pt", **metadata})
+    stored = {
+        k: (v if k.endswith(".alpha") else v.to(lora.dtype)).contiguous()
+        for k, v in tensors.items()
+    }
+    save_file(stored, path, {"format": "pt", **metadata})
 
 
-def _read_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> Lora:
-    part = UNET if any(key.startswith(f"{UNET}.") for key in tensors) else TRANSFORMER
-    ends = (".lora_A.weight", ".lora_B.weight", ".alpha")
-    if not any(key.endswith(ends[0]) for key in tensors):
-        raise UsageError(
-            f"{path} holds no LoRA of a transformer or a U-Net in diffusers' or kohya's keys"
-        )
-    _check_keys(tensors, path, prefix=f"{part}.", ends=ends)
-    config = json.loads(metadata.get(METADATA, "{}"))
-    config = {key.removeprefix(f"{part}."): value for key, value in config.items()}
-    alpha, alphas = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    lora = Lora(part)
-    for name, down, up in _pairs(tensors, path, down=ends[0], up=ends[1]):
-        module = name.removeprefix(f"{part}.")
-        own = tensors.get(f"{name}.alpha")
-        value = alphas.get(module, down.shape[0] if alpha is None else alpha)
-        lora.add(module, down, up, float(value if own is None else own.item()))
-    return lora
-
-
-def _check_keys(
-    tensors: Mapping[str, Tensor], path: Path, *, prefix: str, ends: tuple[str, ...]
-) -> None:
-    """UsageError for a tensor that would be lost: of a text encoder, of another model, of DoRA or LoHa."""
-    for key in tensors:
-        if not (key.startswith(prefix) and key.endswith(ends)):
-            raise UsageError(
-                f"{path} holds {key}: what is converted is a plain LoRA of one transformer or U-Net, here with keys "
-                f"{prefix}...{', '.join(ends)}"
-            )
-
-
-def _pairs(
-    tensors: Mapping[str, Tensor], path: Path, *, down: str, up: str
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name and both matrices of every layer; UsageError where one is missing."""
-    for name in dict.fromkeys(
-        k.removesuffix(e) for k in tensors for e in (down, up) if k.endswith(e)
-    ):
-        for end in (down, up):
-            if f"{name}{end}" not in tensors:
-                raise UsageError(f"{path}: {name} has no {end.removesuffix('.weight').lstrip('.')}")
-        yield name, tensors[f"{name}{down}"], tensors[f"{name}{up}"]
+def _every(lora: Lora) -> list[tuple[str, str, Layer]]:
+    return [(p, m, layer) for p, layers in lora.parts.items() for m, layer in layers.items()]
 
 
 def _diffusers(lora: Lora) -> dict[str, Tensor]:
-    downs = {f"{lora.part}.{name}.lora_A.weight": down for name, down in lora.down.items()}
-    return downs | {f"{lora.part}.{name}.lora_B.weight": up for name, up in lora.up.items()}
+    downs = {f"{part}.{name}.lora_A.weight": layer.down for part, name, layer in _every(lora)}
+    return downs | {f"{part}.{name}.lora_B.weight": layer.up for part, name, layer in _every(lora)}
 
 
 def _alphas(lora: Lora) -> dict[str, Tensor]:
-    return {f"{lora.part}.{name}.alpha": torch.tensor(alpha) for name, alpha in lora.alpha.items()}
+    return {f"{part}.{name}.alpha": torch.tensor(layer.alpha) for part, name, layer in _every(lora)}
+
+
+def adapter_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """Return the arguments of PEFT's configuration for one component's layers."""
+    rank = most_common(layer.rank for layer in layers.values())
+    alpha = most_common(layer.alpha for layer in layers.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        # PEFT takes patterns for endings of names: "^" makes each that of one whole name
+        "rank_pattern": {f"^{n}": x.rank for n, x in layers.items() if x.rank != rank},
+        "alpha_pattern": {f"^{n}": x.alpha for n, x in layers.items() if x.alpha != alpha},
+        "target_modules": sorted(layers),
+    }
 
 
 def _adapter_metadata(lora: Lora) -> str:
-    """What peft needs to build the adapter, in the header of diffusers' files."""
-    ranks = {name: down.shape[0] for name, down in lora.down.items()}
-    rank, alpha = _most(ranks.values()), _most(lora.alpha.values())
+    """What peft needs to build the adapters, in the header of diffusers' files."""
     config = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {n: a for n, a in lora.alpha.items() if a != alpha},
-        "target_modules": sorted(lora.down),
-        "peft_type": "LORA",
+        f"{part}.{key}": value
+        for part, layers in lora.parts.items()
+        for key, value in {**adapter_config(layers), "peft_type": "LORA"}.items()
     }
-    return json.dumps({f"{lora.part}.{k}": v for k, v in config.items()}, sort_keys=True)
+    return json.dumps(config, sort_keys=True)
 
 
-def _most(values: Iterable[float]) -> float:
-    found = list(values)
-    return max(set(found), key=found.count)
+def most_common(values: Iterable[Any]) -> Any:
+    """Return the most frequent value, the first of several."""
+    every = list(values)
+    return max(dict.fromkeys(every), key=every.count)
 
 
 def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
 
-    def add(name: str, down: Tensor, up: Tensor, alpha: float) -> None:
-        tensors[f"{KOHYA}{name}.lora_down.weight"] = down
-        tensors[f"{KOHYA}{name}.lora_up.weight"] = up
-        tensors[f"{KOHYA}{name}.alpha"] = torch.tensor(alpha)
+    def add(name: str, layer: Layer) -> None:
+        tensors[f"{name}.lora_down.weight"] = layer.down
+        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
 
-    if lora.part == UNET:
-        if family is not None:
+    for part, layers in lora.parts.items():
+        if part == TRANSFORMER:
+            _check_family(family)
+            for name, matrices in stacks.join(layers, names.TABLES[family], family=str(family)):
+                add(f"{KOHYA}{name}", Layer(*matrices))
+            continue
+        if part == UNET and family is not None:
             raise UsageError(
-                f"--family is for transformers, and this is the LoRA of a U-Net: no {family!r}"
+                f"family={family!r} is for transformers, and this is the LoRA of a U-Net. Leave it out."
             )
-        for module, down in lora.down.items():
-            add(module.replace(".", "_"), down, lora.up[module], lora.alpha[module])
-        return tensors
-    if family not in TABLES:
-        raise UsageError(f"kohya's keys depend on the family: sd3 or flux, not {family!r}")
-    left = set(lora.down)
-    for pattern, parts in TABLES[family].items():
-        for number in sorted({n for part in parts for n in _numbers(part, left)}):
-            names = [part.format(number) for part in parts]
-            down, up, alpha = _stack(lora, names)
-            add(pattern.format(number), down, _swap(names[0], down, up), alpha)
-            left -= set(names)
-    if left:
-        raise UsageError(
-            f"kohya's keys for {family} have no name for {', '.join(sorted(left)[:3])}"
-        )
+        prefix = KOHYA if part == UNET else names.kohya_text_prefix(part, list(lora.parts))
+        for module, layer in layers.items():
+            add(prefix + module.replace(".", "_"), layer)
     return tensors
 
 
-def _read_kohya(tensors: Mapping[str, Tensor], path: Path) -> Lora:
-    ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
-    _check_keys(tensors, path, prefix=KOHYA, ends=ends)
-    found = {k: (a, b) for k, a, b in _pairs(tensors, path, down=ends[0], up=ends[1])}
-    alphas = {k: float(tensors.get(f"{k}.alpha", a.shape[0])) for k, (a, _) in found.items()}
-    left = set(found)
-    if any(UNET_KEY.match(key) for key in left):
-        lora = Lora(UNET)
-        for key, (down, up) in found.items():
-            if (module := _unet_module(key.removeprefix(KOHYA))) is not None:
-                lora.add(module, down, up, alphas[key])
-                left.discard(key)
-    else:
-        lora = Lora()
-        for table in TABLES.values():
-            for pattern, parts in table.items():
-                for number in _numbers(f"{KOHYA}{pattern}", left):
-                    key = f"{KOHYA}{pattern}".format(number)
-                    down, up = found[key]
-                    names = [part.format(number) for part in parts]
-                    _unstack(lora, names, down, _swap(names[0], down, up), alphas[key])
-                    left.discard(key)
-    if left:
-        raise UsageError(
-            f"{path}: no module of SD1.5, SDXL, SD3 or FLUX is known as {sorted(left)[0]}"
-        )
-    return lora
-
-
-def _unet_module(name: str) -> str | None:
-    """diffusers' name of a U-Net's module from kohya's; None where it is none."""
-    name = _of_release(name)
-    words = UNET_WORDS.findall(name)
-    return ".".join(words) if "_".join(words) == name else None
-
-
-def _of_release(name: str) -> str:
-    """diffusers' name, still with "_" for dots, of a module that is named as in SDXL's release; others as they are.
-    A release's block is one layer of diffusers' blocks, of which each has three (two of them and a sampler down)."""
-    if name in UNET_WHOLE:
-        return UNET_WHOLE[name]
-    if middle := re.fullmatch(r"middle_block_([012])_(.+)", name):
-        place = ("resnets_0", "attentions_0", "resnets_1")[int(middle[1])]
-        return f"mid_block_{place}_{UNET_INNER.get(middle[2], middle[2])}"
-    found = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d)_(.+)", name)
-    if found is None:
-        return name
-    down, inner = found[1] == "input", UNET_INNER.get(found[4], found[4])
-    block, layer = divmod(int(found[2]) - down, 3)
-    side = "down" if down else "up"
-    if inner == "conv":
-        return f"{side}_blocks_{block}_{side}samplers_0_conv"
-    return f"{side}_blocks_{block}_{'attentions' if found[3] == '1' else 'resnets'}_{layer}_{inner}"
-
-
-def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
-    """Block numbers with which a name of the pattern occurs."""
-    expression = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
-    return sorted(int(m[1]) for name in names if (m := expression.fullmatch(name)))
-
-
-def _width(name: str, features: int) -> int:
-    """Outputs of one of several stacked modules, from its inputs."""
-    return MLP_RATIO * features if name.endswith("proj_mlp") else features
-
-
-def _stack(lora: Lora, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """One LoRA for stacked modules: block-diagonal, zero for modules without one, all with the scale of the first."""
-    present = [n for n in names if n in lora.down]
-    first = lora.down[present[0]]
-    if len(names) == 1:
-        return first, lora.up[names[0]], lora.alpha[names[0]]
-    rank, features = first.shape
-    scale = lora.alpha[present[0]] / rank
-    downs, ups = [], []
-    for name in names:
-        if name in lora.down:
-            down, own = lora.down[name], lora.alpha[name] / lora.down[name].shape[0]
-            downs.append(down)
-            ups.append(lora.up[name] * (own / scale))
-        else:
-            downs.append(first.new_zeros(rank, features))
-            ups.append(first.new_zeros(_width(name, features), rank))
-    down = torch.cat(downs)
-    return down, torch.block_diag(*ups), scale * down.shape[0]
-
-
-def _unstack(lora: Lora, names: list[str], down: Tensor, up: Tensor, alpha: float) -> None:
-    """The inverse of `_stack`; a LoRA that is not block-diagonal shares its `down` among the modules."""
-    if len(names) == 1:
-        lora.add(names[0], down, up, alpha)
-        return
-    total, features = down.shape
-    ups = up.split([_width(n, features) for n in names])
-    rank = total // len(names)
-    blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(names))]
-    diagonal = total % len(names) == 0 and torch.equal(
-        up, torch.block_diag(*(u[:, b] for u, b in zip(ups, blocks, strict=True)))
-    )
-    for name, part, block in zip(names, ups, blocks, strict=True):
-        if not diagonal:
-            lora.add(name, down, part, alpha)
-        elif part[:, block].any() or down[block].any():
-            lora.add(name, down[block], part[:, block], alpha * rank / total)
-
-
-def _swap(name: str, down: Tensor, up: Tensor) -> Tensor:
-    """The context modulation of SD3's last block holds scale and shift only, in diffusers in the other order."""
-    if name.endswith("norm1_context.linear") and up.shape[0] == 2 * down.shape[1]:
-        return torch.cat(up.chunk(2)[::-1])
-    return up
+def _check_family(family: str | None) -> None:
+    if family not in names.TABLES:
+        raise UsageError(f"kohya's keys depend on the family: sd3 or flux, not {family!r}")

@@ -144,6 +144,16 @@ def _activate(layers: Sequence[BaseTunerLayer], name: str) -> None:
             layer.set_adapter(name, inference_mode=name != CURRENT)
 
 
+def check_mergeable(module: nn.Module, *, advice: str) -> None:
+    """UsageError with this advice for a quantised layer, to whose weights nothing can be added."""
+    weight = getattr(module, "weight", None)
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise UsageError(
+            f"adapters cannot be merged into {type(module).__name__} with a {type(weight).__name__}: the model is "
+            f"quantised. {advice}"
+        )
+
+
 @contextmanager
 def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
     """As `policy`, with the adapter added into the base's weights: forwards cost what the base's cost, and differ from
@@ -155,12 +165,7 @@ def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
     layers = _layers(denoiser)
     bases = [layer.get_base_layer() for layer in layers]
     for base in bases:
-        weight = getattr(base, "weight", None)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise UsageError(
-                f"adapters cannot be merged into {type(base).__name__} with a {type(weight).__name__}: leave out "
-                "rollout.merge_lora for a quantised base"
-            )
+        check_mergeable(base, advice="Leave out rollout.merge_lora for a quantised base.")
     originals = [base.weight.data for base in bases]
     with policy(denoiser, REFERENCE):
         try:

@@ -1,0 +1,306 @@
+"""Names of LoRA layers: every spelling in use, turned into diffusers' own.
+
+A key of a file is (prefix)(module)(end). The prefix says which component of the pipeline is meant, the end which
+matrix. The module is named as in diffusers or as in the original release, with dots or, in kohya's manner, with "_" in
+place of every dot. Released models have queries, keys and values in one matrix, so one of their names may stand for
+several of diffusers'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+TRANSFORMER, UNET = "transformer", "unet"
+DENOISER = "denoiser"
+"""Part of a key whose prefix names no component."""
+KOHYA = "lora_unet_"
+"""Prefix of all of kohya's names of denoisers, transformers' as well."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+# prefixes of whole checkpoints and wrappers, which say nothing of the component
+WRAPPERS = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "module.")
+DOTTED = {
+    "transformer.": TRANSFORMER,
+    "unet.": UNET,
+    **{f"{name}.": name for name in TEXT_ENCODERS},
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+}
+UNDERSCORED = {
+    KOHYA: DENOISER,
+    "lora_transformer_": TRANSFORMER,
+    "lycoris_": DENOISER,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+
+QKV = ("to_q", "to_k", "to_v")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+# the release's module, "_" for dots -> diffusers' modules whose outputs it stacks; {} is the number of the block
+FLUX = {
+    "double_blocks_{}_img_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in QKV],
+    "double_blocks_{}_txt_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in ADDED_QKV],
+    "double_blocks_{}_img_attn_proj": ["transformer_blocks.{}.attn.to_out.0"],
+    "double_blocks_{}_txt_attn_proj": ["transformer_blocks.{}.attn.to_add_out"],
+    "double_blocks_{}_img_mlp_0": ["transformer_blocks.{}.ff.net.0.proj"],
+    "double_blocks_{}_img_mlp_2": ["transformer_blocks.{}.ff.net.2"],
+    "double_blocks_{}_txt_mlp_0": ["transformer_blocks.{}.ff_context.net.0.proj"],
+    "double_blocks_{}_txt_mlp_2": ["transformer_blocks.{}.ff_context.net.2"],
+    "double_blocks_{}_img_mod_lin": ["transformer_blocks.{}.norm1.linear"],
+    "double_blocks_{}_txt_mod_lin": ["transformer_blocks.{}.norm1_context.linear"],
+    "single_blocks_{}_linear1": [
+        *(f"single_transformer_blocks.{{}}.attn.{n}" for n in QKV),
+        "single_transformer_blocks.{}.proj_mlp",
+    ],
+    "single_blocks_{}_linear2": ["single_transformer_blocks.{}.proj_out"],
+    "single_blocks_{}_modulation_lin": ["single_transformer_blocks.{}.norm.linear"],
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in_in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in_out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in_in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in_out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "guidance_in_in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in_out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "final_layer_linear": ["proj_out"],
+    "final_layer_adaLN_modulation_1": ["norm_out.linear"],
+}
+SD3 = {
+    "joint_blocks_{}_x_block_attn_qkv": [f"transformer_blocks.{{}}.attn.{n}" for n in QKV],
+    "joint_blocks_{}_x_block_attn2_qkv": [f"transformer_blocks.{{}}.attn2.{n}" for n in QKV],
+    "joint_blocks_{}_context_block_attn_qkv": [
+        f"transformer_blocks.{{}}.attn.{n}" for n in ADDED_QKV
+    ],
+    "joint_blocks_{}_x_block_attn_proj": ["transformer_blocks.{}.attn.to_out.0"],
+    "joint_blocks_{}_x_block_attn2_proj": ["transformer_blocks.{}.attn2.to_out.0"],
+    "joint_blocks_{}_context_block_attn_proj": ["transformer_blocks.{}.attn.to_add_out"],
+    "joint_blocks_{}_x_block_mlp_fc1": ["transformer_blocks.{}.ff.net.0.proj"],
+    "joint_blocks_{}_x_block_mlp_fc2": ["transformer_blocks.{}.ff.net.2"],
+    "joint_blocks_{}_context_block_mlp_fc1": ["transformer_blocks.{}.ff_context.net.0.proj"],
+    "joint_blocks_{}_context_block_mlp_fc2": ["transformer_blocks.{}.ff_context.net.2"],
+    "joint_blocks_{}_x_block_adaLN_modulation_1": ["transformer_blocks.{}.norm1.linear"],
+    "joint_blocks_{}_context_block_adaLN_modulation_1": [
+        "transformer_blocks.{}.norm1_context.linear"
+    ],
+    "x_embedder_proj": ["pos_embed.proj"],
+    "context_embedder": ["context_embedder"],
+    "t_embedder_mlp_0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder_mlp_2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder_mlp_0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder_mlp_2": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer_linear": ["proj_out"],
+    "final_layer_adaLN_modulation_1": ["norm_out.linear"],
+}
+# XLabs' adapters of FLUX's attention processors
+XLABS = {
+    "double_blocks_{}_processor_qkv_lora1": FLUX["double_blocks_{}_img_attn_qkv"],
+    "double_blocks_{}_processor_qkv_lora2": FLUX["double_blocks_{}_txt_attn_qkv"],
+    "double_blocks_{}_processor_proj_lora1": FLUX["double_blocks_{}_img_attn_proj"],
+    "double_blocks_{}_processor_proj_lora2": FLUX["double_blocks_{}_txt_attn_proj"],
+    "single_blocks_{}_processor_qkv_lora": FLUX["single_blocks_{}_linear1"][:3],
+    "single_blocks_{}_processor_proj_lora": FLUX["single_blocks_{}_linear2"],
+}
+TABLES = {"flux": FLUX, "sd3": SD3}
+"""Families that have kohya's names of transformers."""
+
+# Words between which a kohya name of diffusers' modules has its dots; longer words come first.
+UNET_WORDS = re.compile(
+    r"(?:down|up|transformer)_blocks|mid_block|resnets|attentions|(?:down|up)samplers|attn[12]|to_[qkv]|to_out|ff|net|"
+    r"time_emb_proj|proj_in|proj_out|proj|conv_shortcut|conv_in|conv_out|conv[12]?|(?:time|add)_embedding|linear_[12]|\d+"
+)
+TRANSFORMER_WORDS = re.compile(
+    r"(?:single_)?transformer_blocks|attn[12]?|to_add_out|to_out|to_[qkv]|add_[qkv]_proj|ff_context|ff|net|proj_mlp|"
+    r"proj_out|proj|norm_out|norm1_context|norm[12]?|linear(?:_[12])?|time_text_embed|time_embed|emb|caption_projection|"
+    r"(?:timestep|text|guidance|x|context)_embedder|pos_embed|patch_embed|conv_(?:inverted|depth|point)|\d+"
+)
+TEXT_WORDS = re.compile(
+    r"text_model|text_projection|encoder|layers|self_attn|[qkv]_proj|out_proj|mlp|fc[12]|block|layer|SelfAttention|"
+    r"DenseReluDense|wi_[01]|wi|wo|[qkvo]|\d+"
+)
+UNET_ROOTS = re.compile(
+    r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\b"
+)
+TRANSFORMER_ROOTS = re.compile(
+    r"(transformer_blocks|single_transformer_blocks|x_embedder|context_embedder|time_text_embed|time_embed|pos_embed|"
+    r"patch_embed|caption_projection|norm_out|proj_out)\b"
+)
+TEXT_ROOTS = re.compile(r"(text_model|encoder\.layers|text_projection)\b")
+# The release's names of U-Nets to diffusers', both with "_" for dots.
+UNET_WHOLE = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+UNET_INNER = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+    "op": "conv",
+}
+
+_END = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"\.lora_(?P<letter>[AB])(?:\.(?!weight$)[\w-]+)?(?:\.weight)?"
+    r"|\.lora_(?P<side>down|up)\.weight"
+    r"|(?:[._]lora|\.lora_linear_layer)\.(?P<old_side>down|up)\.weight"
+    r"|\.(?P<alpha>alpha)"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.[\w-]+)*"
+    r")"
+)
+_XLABS_END = re.compile(
+    r"(?P<module>.+\.processor\.(?:qkv|proj)_lora[12]?)\.(?P<side>down|up)\.weight"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Modules that a name means: `part` is the pipeline's component, `modules` diffusers' names in it.
+
+    Several modules share the outputs of one matrix, in this order. `released`: the name is of the release, whose
+    modulations have another order.
+    """
+
+    part: str
+    modules: tuple[str, ...]
+    released: bool = False
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return (module, kind) of a key: "down", "up", "alpha" or "magnitude"; None for every other tensor."""
+    key = key.replace("_orig_mod.", "")
+    if match := _XLABS_END.fullmatch(key):
+        return match["module"], match["side"]
+    match = _END.fullmatch(key)
+    if match is None:
+        return None
+    if match["letter"]:
+        return match["module"], "down" if match["letter"] == "A" else "up"
+    if side := match["side"] or match["old_side"]:
+        return match["module"], side
+    return match["module"], "alpha" if match["alpha"] else "magnitude"
+
+
+def find_place(module: str) -> Place | None:
+    """Return the place that a module's name of any spelling means; None where nothing is known by it."""
+    for prefix, part in UNDERSCORED.items():
+        if module.startswith(prefix):
+            return _underscored(module.removeprefix(prefix), part)
+    part, name = _strip(module)
+    return _dotted(name, part)
+
+
+def _strip(module: str) -> tuple[str, str]:
+    """Return the component that the prefixes name, and the rest."""
+    part, before = DENOISER, ""
+    while before != module:
+        before = module
+        for prefix in WRAPPERS:
+            module = module.removeprefix(prefix)
+        for prefix, component in DOTTED.items():
+            if part == DENOISER and module.startswith(prefix):
+                part, module = component, module.removeprefix(prefix)
+    return part, module
+
+
+def _underscored(name: str, part: str) -> Place | None:
+    if part in TEXT_ENCODERS:
+        dotted = _split_words(name, TEXT_WORDS)
+        return None if dotted is None else Place(part, (dotted,))
+    if place := _released(name, part):
+        return place
+    for kind, words in ((UNET, UNET_WORDS), (TRANSFORMER, TRANSFORMER_WORDS)):
+        if part not in (DENOISER, kind):
+            continue
+        dotted = _split_words(name, words)
+        roots = UNET_ROOTS if kind == UNET else TRANSFORMER_ROOTS
+        if dotted is not None and roots.match(dotted):
+            return Place(kind, (dotted,))
+    return None
+
+
+def _dotted(name: str, part: str) -> Place | None:
+    if part in TEXT_ENCODERS:
+        return Place(part, (_full_text_name(name),))
+    if place := _released(name.replace(".", "_"), part):
+        return place
+    # attention processors of older diffusers
+    name = name.replace(".processor.", ".")
+    name = f"{name}.0" if name.endswith(".to_out") else name
+    if part != DENOISER:
+        return Place(part, (name,))
+    if UNET_ROOTS.match(name):
+        return Place(UNET, (name,))
+    if TEXT_ROOTS.match(name):
+        return Place("text_encoder", (_full_text_name(name),))
+    return Place(TRANSFORMER, (name,)) if TRANSFORMER_ROOTS.match(name) else None
+
+
+def _full_text_name(name: str) -> str:
+    """A CLIP encoder's module as files name it; since transformers 5 the model itself has no `text_model`."""
+    return f"text_model.{name}" if name.startswith("encoder.layers.") else name
+
+
+def _released(name: str, part: str) -> Place | None:
+    """Return the place of a name of the original release, with "_" for dots."""
+    if part != UNET:
+        for table in (*TABLES.values(), XLABS):
+            for pattern, modules in table.items():
+                numbers = block_numbers(pattern, [name])
+                if numbers:
+                    own = tuple(m.format(numbers[0]) for m in modules)
+                    return Place(TRANSFORMER, own, released=True)
+    if part != TRANSFORMER and (own := _of_unet_release(name)) != name:
+        dotted = _split_words(own, UNET_WORDS)
+        return None if dotted is None else Place(UNET, (dotted,))
+    return None
+
+
+def _split_words(name: str, words: re.Pattern[str]) -> str | None:
+    """Return the name with dots between its words; None where something else stands in it."""
+    found = words.findall(name)
+    return ".".join(found) if "_".join(found) == name else None
+
+
+def _of_unet_release(name: str) -> str:
+    """Return diffusers' name of a module that is named as in a U-Net's release; every other name as it is.
+
+    Each block of the release is one layer of diffusers' blocks, which have three (two layers and a sampler, down).
+    """
+    if name in UNET_WHOLE:
+        return UNET_WHOLE[name]
+    if middle := re.fullmatch(r"middle_block_([012])_(.+)", name):
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(middle[1])]
+        return f"mid_block_{place}_{UNET_INNER.get(middle[2], middle[2])}"
+    match = re.fullmatch(r"(input|output)_blocks_(\d+)_(\d)_(.+)", name)
+    if match is None:
+        return name
+    down, inner = match[1] == "input", UNET_INNER.get(match[4], match[4])
+    block, layer = divmod(int(match[2]) - down, 3)
+    side = "down" if down else "up"
+    if inner == "conv":
+        return f"{side}_blocks_{block}_{side}samplers_0_conv"
+    return f"{side}_blocks_{block}_{'attentions' if match[3] == '1' else 'resnets'}_{layer}_{inner}"
+
+
+def block_numbers(pattern: str, names: Iterable[str]) -> list[int]:
+    """Return the block numbers with which a pattern's name occurs; 0 for a pattern without a number."""
+    expression = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
+    matches = [m for name in names if (m := expression.fullmatch(name))]
+    return sorted({int(m[1]) if m.re.groups else 0 for m in matches})
+
+
+def kohya_text_prefix(part: str, parts: Sequence[str]) -> str:
+    """Return kohya's prefix of a text encoder: without a number for the only encoder of a U-Net (SD1.5)."""
+    if UNET in parts and "text_encoder_2" not in parts:
+        return "lora_te_"
+    return f"lora_te{TEXT_ENCODERS.index(part) + 1}_"

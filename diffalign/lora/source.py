@@ -1,0 +1,143 @@
+"""Find a LoRA by what a user calls it: a file, a folder, or a hub id. A path that exists is never a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffalign.core.errors import UsageError
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+PEFT_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+SUFFIX = ".safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LONGEST = 300
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA file on this machine, and PEFT's `adapter_config.json` beside it."""
+
+    file: Path
+    config: dict[str, Any] | None
+
+
+def locate(source: str) -> Source:
+    """Return the file that `source` means; from the hub it is downloaded.
+
+    Args:
+        source: a file, a folder, or a hub id; behind a colon the file in it, "wangfuyun/PCM_Weights:sd15/FILE".
+
+    Raises:
+        UsageError: nothing is there, several files are, or the hub does not give it.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return _local(path, source)
+    place, colon, name = source.rpartition(":")
+    if not colon:
+        place, name = source, ""
+    folder = Path(place).expanduser()
+    if colon and folder.is_dir():
+        if not (folder / name).exists():
+            raise UsageError(f"lora: {folder} has no {name}. Check the name behind the colon.")
+        return _local(folder / name, source)
+    if not _HUB_ID.fullmatch(place):
+        raise UsageError(f"lora: {source} does not exist. Check the path.")
+    if Path(place).parts[0] != place and Path(Path(place).parts[0]).is_dir():
+        raise UsageError(
+            f"lora: {source} does not exist, though the folder {Path(place).parts[0]} does. Check the path."
+        )
+    return _remote(place, name)
+
+
+def _local(path: Path, source: str) -> Source:
+    if path.is_dir():
+        names = [p.name for p in path.iterdir() if p.is_file()]
+        path = path / _choose(names, where=str(path), source=source)
+    if path.suffix.lower() != SUFFIX:
+        raise UsageError(
+            f"lora: {path} is no {SUFFIX} file, and pickles (.bin, .pt, .ckpt) can run code. Convert it to safetensors "
+            "with the program that made it."
+        )
+    # beside several files a PEFT configuration may be another one's
+    alone = path.name == PEFT_NAME or len(list(path.parent.glob(f"*{SUFFIX}"))) == 1
+    return Source(path, _read_config(path.with_name(CONFIG_NAME)) if alone else None)
+
+
+def _choose(names: Iterable[str], *, where: str, source: str) -> str:
+    """Return the LoRA among file names: by diffusers' name, by PEFT's, or the only one."""
+    every = sorted(n for n in names if not PurePosixPath(n).name.startswith("."))
+    files = [n for n in every if n.lower().endswith(SUFFIX)]
+    for name in (WEIGHT_NAME, PEFT_NAME):
+        if name in files:
+            return name
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UsageError(
+            f"lora: {where} has {len(files)} {SUFFIX} files ({', '.join(files[:5])}). Name one of them: "
+            f"{source}:{files[0]}"
+        )
+    others = f"; it has {', '.join(every[:5])}" if every else ""
+    raise UsageError(f"lora: {where} has no {SUFFIX} file{others}")
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"lora: {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"lora: {path} holds no PEFT configuration")
+    return config
+
+
+def _remote(repository: str, name: str) -> Source:
+    """Download a file of a hub repository, its only LoRA where no name is given."""
+    import httpx
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return _download(repository, name)
+    except GatedRepoError as error:
+        raise UsageError(
+            f"lora: {repository} is gated. Accept its conditions at https://huggingface.co/{repository}, then "
+            "`hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"lora: {repository} is neither a path that exists nor a repository of the hub that you may read. Check "
+            "the name, or `hf auth login`."
+        ) from error
+    except UsageError:
+        raise
+    # what the hub's client raises besides: no connection, no such file, a full disk
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        raise UsageError(
+            f"lora: {repository} is no path that exists, and the hub did not give {name or 'its files'}: {reason}"
+        ) from error
+
+
+def _download(repository: str, name: str) -> Source:
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    if not name:
+        if constants.HF_HUB_OFFLINE:
+            return _local(Path(snapshot_download(repository, local_files_only=True)), repository)
+        names = HfApi().list_repo_files(repository)
+        name = _choose(
+            [n for n in names if "/" not in n] or names, where=repository, source=repository
+        )
+    path = Path(hf_hub_download(repository, name))
+    if path.name == PEFT_NAME:
+        hf_hub_download(repository, str(PurePosixPath(name).with_name(CONFIG_NAME)))
+    return _local(path, repository)
