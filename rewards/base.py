@@ -89,12 +89,15 @@ def one_by_one(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> RewardOutput:
     """One bad image must not cost the batch: score each alone, NaN for those that fail."""
+    from diffalign.rewards.function import as_output
+
     nothing = RewardOutput(np.full(1, np.nan, np.float32))
     parts = []
     for i in range(len(prompts)):
         one = slice(i, i + 1)
         try:
-            parts.append(reward.score(images[one], prompts[one], metadata[one]))
+            value = reward.score(images[one], prompts[one], metadata[one])
+            parts.append(as_output(value, n=1, name=reward.card.name))
         except Exception as error:
             logger.debug("image %d: %s", i, error)
             parts.append(nothing)

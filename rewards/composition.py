@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from diffalign.rewards import registry
 from diffalign.rewards.base import Metadata, Reward, RewardError, one_by_one
+from diffalign.rewards.function import RewardShapeError, as_output, as_reward
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,9 @@ class CompositeReward:
     part and in the sum; so has an image without a prompt in a part that judges by the prompt. `failures` counts them.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        self.rewards = dict(rewards)
+    def __init__(self, rewards: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+        """Combine rewards by name: instances, classes, or functions of (images, prompts, metadata), see `function`."""
+        self.rewards: dict[str, Reward] = {n: as_reward(r, name=n) for n, r in rewards.items()}
         self.weights = dict(weights)
         self.failures: dict[str, int] = dict.fromkeys(rewards, 0)
         self.last_error: str | None = None
@@ -44,8 +47,30 @@ class CompositeReward:
             reward.prepare()
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
+        """RewardError for the first prompt that lacks what one of the rewards needs."""
         for reward in self.rewards.values():
             reward.check_metadata(metadata)
+
+    def leave_out_unusable(
+        self, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> dict[str, str]:
+        """Prepare the rewards, drop those that can score none of these images, and return why, by name.
+
+        Raises:
+            RewardError: no reward can score an image.
+        """
+        reasons: dict[str, str] = {}
+        for name, reward in self.rewards.items():
+            try:
+                reward.prepare()
+                _check_any(reward, prompts, metadata)
+            except RewardError as error:
+                reasons[name] = str(error)
+        if reasons and len(reasons) == len(self.rewards):
+            raise RewardError("; ".join(reasons.values()))
+        for name in reasons:
+            del self.rewards[name], self.weights[name], self.failures[name]
+        return reasons
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -84,7 +109,9 @@ class CompositeReward:
         """All at once; one by one where that fails."""
         reward = self.rewards[name]
         try:
-            part = reward.score(images, prompts, metadata)
+            part = as_output(reward.score(images, prompts, metadata), n=len(prompts), name=name)
+        except RewardShapeError:
+            raise
         except Exception as error:
             self.last_error = f"{type(error).__name__}: {error}"
             part = one_by_one(reward, images, prompts, metadata)
@@ -96,11 +123,25 @@ class CompositeReward:
                 len(prompts),
                 self.last_error,
             )
-        if part.values.shape != (len(prompts),):
-            raise RewardError(
-                f"reward {name!r} returned shape {part.values.shape} for {len(prompts)} images"
-            )
         return part
+
+
+def _check_any(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
+    """RewardError of the first image where all have one."""
+    first: RewardError | None = None
+    for text, entry in zip(prompts, metadata, strict=True):
+        try:
+            reward.check_metadata([entry])
+        except RewardError as error:
+            first = first or error
+            continue
+        if text.strip() or not reward.needs_prompt:
+            return
+        first = first or RewardError(
+            f"reward {reward.card.name!r} needs captions, and no image has one; see docs/rewards.md"
+        )
+    if first is not None:
+        raise first
 
 
 def _at(rows: Sequence[int], n: int, part: RewardOutput) -> RewardOutput:

@@ -6,11 +6,25 @@ import logging
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine."""
+
+
+def session_for(url: str) -> requests.Session:
+    """Return a session; for an address of this machine it takes no proxy from the environment.
+
+    A proxy would get the images and the token, and could not reach the service.
+    """
+    session = requests.Session()
+    host = urlsplit(url).hostname or ""
+    session.trust_env = host not in LOOPBACK and not host.startswith("127.")
+    return session
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Rewards by name. Strings until one is used: listing them imports neither torch nor a model."""
+"""Rewards by name. Strings until one is used: listing them imports neither torch nor a model.
+
+A name is one of the list, an entry point of an installed package, `remote:` and the address of a service, or that of a
+class or function of one's own (`rewards.own`).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,15 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from diffalign.core.errors import UserError
+from diffalign.rewards import own
+from diffalign.rewards.own import UnknownReward
 
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward
 
 REMOTE = "remote:"
 """Of a service: "remote:http://HOST:PORT/NAME"."""
+__all__ = ["UnknownReward", "available", "check_name", "create"]
 ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
     "verifier": "diffalign.rewards.verifier:VerifierReward",
@@ -53,10 +59,6 @@ SUMMARIES = {
 }
 
 
-class UnknownReward(UserError, ValueError):
-    """No reward has this name."""
-
-
 def available() -> dict[str, str]:
     """Name -> "module:Class" of the built-in rewards and those of installed packages."""
     found = dict(BUILT_IN)
@@ -70,18 +72,35 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
     if name.startswith(REMOTE):
         return
     known = available()
-    if name not in known:
+    if name not in known and own.is_own(name):
+        own.check(name, setting=setting)
+    elif name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"known are {', '.join(sorted(known))}; a reward of your own is FILE.py:NAME"
+        )
         raise UnknownReward(f"{setting}: unknown reward {name!r}; {hint}")
 
 
 def create(name: str) -> Reward:
-    """An instance of the named reward; its weights load now or at its first score."""
+    """Return an instance of the named reward; its weights load now or at its first score.
+
+    The card of a reward in a file of one's own has the file's digest as its revision.
+    """
     check_name(name)
     if name.startswith(REMOTE):
         from diffalign.rewards.remote import RemoteReward
 
         return RemoteReward(name)
-    module, _, attribute = available()[name].partition(":")
+    known = available()
+    if name not in known:
+        from diffalign.rewards.function import as_reward
+
+        reward = as_reward(own.load(name), name=name)
+        if digest := own.digest(name):
+            reward.declare(revision=digest[:12])
+        return reward
+    module, _, attribute = known[name].partition(":")
     return getattr(import_module(module), attribute)()

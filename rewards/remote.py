@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffalign.rewards import wire
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
-from diffalign.rewards.http import Patience, ask
+from diffalign.rewards.http import Patience, ask, session_for
 from diffalign.rewards.registry import REMOTE
 from diffalign.types import RewardOutput
 
@@ -38,7 +38,7 @@ class RemoteReward(Reward):
             raise RewardError(f"{url!r}: expected {REMOTE}http://HOST:PORT/NAME")
         self.base, self.name, self.timeout = base, name, TIMEOUT
         self._ready = False
-        self.session = requests.Session()
+        self.session = session_for(base)
         if os.environ.get(TOKEN):
             self.session.headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
         self.card = RewardCard(name=url, description=f"{name} at {base}")  # type: ignore[misc]

@@ -3,8 +3,9 @@
     diffalign serve-rewards --rewards pickscore,ocr --port 8100
 
 and in a recipe `rewards: {"remote:http://127.0.0.1:8100/pickscore": 1.0}`. GET /health names the rewards, POST /NAME
-scores (`wire.encode_request`). It listens on loopback unless told otherwise, can ask for a token, bounds the size of
-requests, and answers whatever it gets.
+scores (`wire.encode_request`). It listens on loopback unless told otherwise, and there answers only who calls it by a
+loopback name; it can ask for a token; it bounds requests in bytes, time and number (`rewards.uploads`,
+`rewards.connections`), and answers whatever it gets.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import dataclasses
 import hmac
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from diffalign.rewards import wire
 from diffalign.rewards.base import Reward, one_by_one
+from diffalign.rewards.function import as_output
+from diffalign.rewards.http import LOOPBACK
+from diffalign.rewards.uploads import Refusal, Upload, Uploads
 
 logger = logging.getLogger(__name__)
+LONGEST = 200
+"""Letters of an error in the log."""
 
 
 @dataclass
@@ -36,14 +43,30 @@ class Served:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     waiting: int = 0
     golden: dict[str, Any] | None = None
+    reported: set[str] = field(default_factory=set)
+
+    def report(self, error: Exception, images: int) -> None:
+        """Log a failure in one line, each kind once: what clients send must not fill the log."""
+        kind = type(error).__name__
+        level = logging.DEBUG if kind in self.reported else logging.WARNING
+        self.reported.add(kind)
+        reason = " ".join(str(error).split())[:LONGEST]
+        logger.log(
+            level, "%s failed on %d images: %s: %s", self.reward.card.name, images, kind, reason
+        )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a request: bytes, seconds of scoring (`timeout`, but for the rewards that `timeouts` names), and how many may
-    wait for one reward."""
+    """Bounds of requests.
+
+    `max_bytes` of one request and `max_total` of all that are held; seconds of an upload; seconds of scoring
+    (`timeout`, but for the rewards that `timeouts` names); how many requests may wait for one reward.
+    """
 
     max_bytes: int = 256_000_000
+    max_total: int = 512_000_000
+    upload: float = 60.0
     timeout: float = 300.0
     max_waiting: int = 8
     timeouts: Mapping[str, float] = field(default_factory=dict)
@@ -53,16 +76,12 @@ class Limits:
         return self.timeouts.get(name, self.timeout)
 
 
-class Refusal(Exception):
-    """An answer other than 200."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status, self.text = status, text
-
-
 def build_app(
-    rewards: Mapping[str, Reward], *, token: str | None = None, limits: Limits | None = None
+    rewards: Mapping[str, Reward],
+    *,
+    token: str | None = None,
+    limits: Limits | None = None,
+    hosts: Collection[str] = LOOPBACK,
 ) -> FastAPI:
     """The service. Every reward has scored the golden image when this returns.
 
@@ -70,8 +89,15 @@ def build_app(
         rewards: by name, ready to score.
         token: what `Authorization: Bearer ...` must carry; None asks for nothing.
         limits: of a request.
+        hosts: names by which a service without a token may be called; a page in a browser that reaches it by another
+            name (DNS rebinding) is refused.
     """
     bounds = limits or Limits()
+    uploads = Uploads(
+        max_bytes=bounds.max_bytes,
+        max_total=max(bounds.max_bytes, bounds.max_total),
+        seconds=min(bounds.upload, bounds.timeout),
+    )
     served = {name: Served(reward) for name, reward in rewards.items()}
     for entry in served.values():
         entry.golden = _golden(entry.reward)
@@ -81,12 +107,31 @@ def build_app(
     async def refuse(_: Request, refusal: Refusal) -> JSONResponse:
         return JSONResponse({"error": refusal.text}, status_code=refusal.status)
 
+    @app.exception_handler(HTTPException)
+    async def explain(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, status_code=error.status_code)
+
     def admit(request: Request) -> None:
+        if token is None and _host_name(request.headers.get("host", "")) not in hosts:
+            raise Refusal(421, f"without a token this service is called {' or '.join(hosts)} only")
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(
             given.encode(errors="replace"), f"Bearer {token}".encode()
         ):
             raise Refusal(401, "a token is needed")
+
+    @app.get("/")
+    async def index(request: Request) -> JSONResponse:
+        admit(request)
+        return JSONResponse(
+            {
+                "service": "diffalign rewards",
+                "rewards": list(served),
+                "GET /health": "cards, limits and a golden image's rewards",
+                "POST /NAME": "scores; see docs/rewards.md",
+                "in a recipe": {f"remote:{request.base_url}{name}": 1.0 for name in served},
+            }
+        )
 
     @app.get("/health")
     async def health(request: Request) -> JSONResponse:
@@ -107,17 +152,15 @@ def build_app(
         if name not in served:
             raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(served)}")
         entry = served[name]
-        try:
-            content = await asyncio.wait_for(_content(request, bounds), bounds.timeout)
-        except TimeoutError as error:  # the way is the same for all rewards
-            raise Refusal(408, f"the request did not arrive within {bounds.timeout:g} s") from error
-        if entry.waiting >= bounds.max_waiting:
-            raise Refusal(503, "too many requests are waiting")
-        entry.waiting += 1
-        try:
-            return JSONResponse(await _answer(entry, content, bounds.seconds(name)))
-        finally:
-            entry.waiting -= 1
+        with uploads.open() as upload:
+            await uploads.receive(upload, request.stream())
+            if entry.waiting >= bounds.max_waiting:
+                raise Refusal(503, "too many requests are waiting")
+            entry.waiting += 1
+            try:
+                return JSONResponse(await _answer(entry, upload, bounds.seconds(name)))
+            finally:
+                entry.waiting -= 1
 
     return app
 
@@ -136,25 +179,29 @@ def _describe(entry: Served) -> dict[str, Any]:
 def _golden(reward: Reward) -> dict[str, Any] | None:
     """The golden image's reward; None where a reward cannot score it."""
     try:
-        return wire.encode_output(reward.score(*wire.golden()))
-    except Exception:
-        logger.exception("%s cannot score the golden image", reward.card.name)
+        value = reward.score(*wire.golden())
+        return wire.encode_output(as_output(value, n=1, name=reward.card.name))
+    except Exception as error:
+        logger.warning(
+            "%s cannot score the golden image: %s: %s",
+            reward.card.name,
+            type(error).__name__,
+            " ".join(str(error).split())[:LONGEST],
+        )
         return None
 
 
-async def _content(request: Request, bounds: Limits) -> bytes:
-    content = bytearray()
-    async for part in request.stream():  # a length in the header may lie
-        content += part
-        if len(content) > bounds.max_bytes:
-            raise Refusal(413, f"a request may have {bounds.max_bytes} bytes")
-    return bytes(content)
+def _host_name(header: str) -> str:
+    """Return the name in a Host header, without the port."""
+    if header.startswith("["):  # IPv6
+        return header.partition("]")[0].removeprefix("[").lower()
+    return header.partition(":")[0].lower()
 
 
-async def _answer(entry: Served, content: bytes, timeout: float) -> dict[str, Any]:
+async def _answer(entry: Served, upload: Upload, timeout: float) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         try:
-            message = json.loads(content)
+            message = json.loads(upload.content)
         except (ValueError, RecursionError) as error:
             raise Refusal(400, "the request is not JSON") from error
         try:
@@ -162,9 +209,11 @@ async def _answer(entry: Served, content: bytes, timeout: float) -> dict[str, An
         except wire.WireError as error:
             raise Refusal(422, str(error)) from error
         try:
-            return wire.encode_output(entry.reward.score(images, prompts, metadata))
-        except Exception:
-            logger.exception("%s failed on %d images", entry.reward.card.name, len(prompts))
+            value = entry.reward.score(images, prompts, metadata)
+            output = as_output(value, n=len(prompts), name=entry.reward.card.name)
+            return wire.encode_output(output)
+        except Exception as error:
+            entry.report(error, len(prompts))
             return wire.encode_output(one_by_one(entry.reward, images, prompts, metadata))
 
     future = asyncio.get_running_loop().run_in_executor(entry.thread, work)

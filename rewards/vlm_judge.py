@@ -17,7 +17,7 @@ import requests
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
-from diffalign.rewards.http import Patience, ask
+from diffalign.rewards.http import Patience, ask, session_for
 from diffalign.rewards.wire import encode_image
 from diffalign.types import RewardOutput
 
@@ -58,6 +58,7 @@ class VlmJudgeReward(Reward):
         url, model = os.environ.get(URL, "").rstrip("/"), os.environ.get(MODEL, "")
         if not url.startswith(("http://", "https://")) or not model:
             raise RewardError(f"vlm_judge needs {URL} (http://HOST:PORT/v1) and {MODEL}")
+        self.session = session_for(url)
         if os.environ.get(KEY):
             self.session.headers["Authorization"] = f"Bearer {os.environ[KEY]}"
         try:

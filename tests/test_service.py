@@ -1,6 +1,8 @@
 """The reward service: a real server on loopback, what its client makes of its answers, and hostile requests."""
 
+import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -16,18 +18,20 @@ import numpy as np
 import pytest
 import requests
 import torch
-import uvicorn
 from PIL import Image
 
 from diffalign import cli
 from diffalign.core.errors import UsageError
-from diffalign.rewards import registry, remote, wire
+from diffalign.rewards import connections, registry, remote, service, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
+from diffalign.rewards.connections import make_server
+from diffalign.rewards.http import session_for
 from diffalign.rewards.jpeg import JpegReward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.service import Limits, build_app
 from diffalign.rewards.serving import read_timeout
+from diffalign.rewards.uploads import Refusal, Uploads
 from diffalign.rewards.verifier import VerifierReward
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
@@ -59,8 +63,7 @@ def serve():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        config = uvicorn.Config(build_app(rewards, **kwargs), port=port, log_level="error")
-        server = uvicorn.Server(config)
+        server = make_server(build_app(rewards, **kwargs), port=port)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
@@ -263,7 +266,7 @@ def test_a_stalled_upload_holds_nothing_up(serve):
     host, port = url.removeprefix("http://").split(":")
     stalled = [socket.create_connection((host, int(port))) for _ in range(4)]
     for raw in stalled:
-        raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{")
+        raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n{")
     assert requests.post(f"{url}/jpeg", json=GOOD, timeout=5).status_code == 200
     time.sleep(1)
     for raw in stalled:
@@ -410,6 +413,123 @@ def test_fuzzing_does_not_take_it_down(serve):
     assert requests.get(f"{url}/nothing", timeout=5).status_code in (404, 405)
     assert requests.post(f"{url}/nothing", json=GOOD, timeout=5).status_code == 404
     RemoteReward(f"remote:{url}/verifier").prepare()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"images":[' + b"[]," * 1_000_000,
+        b'{"a":"' + b"\\n" * 1_000_000,
+        b"{" + b" " * 2_000_000,
+        b"[1.5," * 600_000,
+    ],
+    ids=["lists", "escapes", "blanks", "numbers"],
+)
+def test_what_would_be_slow_to_parse_is_not_parsed(serve, content, monkeypatch):
+    url = serve({"jpeg": JpegReward()})
+    monkeypatch.setattr(service, "_answer", None)
+    answer = requests.post(f"{url}/jpeg", data=content, timeout=20)
+    assert answer.status_code == 413
+    assert "besides its base64" in answer.json()["error"]
+
+
+def test_requests_are_bounded_together_and_the_largest_gives_way():
+    """By hand: 100 bytes for all; a stalled request of 80 is given up for one of 30."""
+
+    async def run():
+        uploads = Uploads(max_bytes=90, max_total=100, seconds=5)
+        stalled, going = asyncio.Event(), asyncio.Event()
+
+        async def slow():
+            yield b"a" * 80
+            stalled.set()
+            await going.wait()
+            yield b"a"
+
+        async def quick():
+            yield b"b" * 30
+
+        async def send(stream):
+            with uploads.open() as upload:
+                await uploads.receive(upload, stream)
+                return bytes(upload.content)
+
+        first = asyncio.create_task(send(slow()))
+        await stalled.wait()
+        assert await send(quick()) == b"b" * 30
+        assert uploads.total == 0
+        going.set()
+        with pytest.raises(Refusal) as caught:
+            await first
+        assert caught.value.status == 503
+
+    asyncio.run(run())
+
+
+def test_unfinished_headers_lock_nobody_out(serve, monkeypatch):
+    """More connections than are allowed, none of which finishes its headers; then all are closed in time."""
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 16)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1.0)
+    url = serve({"jpeg": JpegReward()})
+    host, port = url.removeprefix("http://").split(":")
+    half_open = [socket.create_connection((host, int(port)), timeout=10) for _ in range(24)]
+    for raw in half_open:
+        raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nX: ")
+    assert requests.post(f"{url}/jpeg", json=GOOD, timeout=5).status_code == 200
+    for raw in half_open:
+        with contextlib.suppress(ConnectionResetError):
+            assert raw.recv(100) == b""
+        raw.close()
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "", "127.0.0.1.evil.example"])
+def test_without_a_token_it_is_called_by_loopback_names_only(serve, host):
+    url = serve({"jpeg": JpegReward()})
+    for method, path in (("GET", "/health"), ("GET", "/"), ("POST", "/jpeg")):
+        answer = requests.request(method, url + path, json=GOOD, headers={"Host": host}, timeout=5)
+        assert answer.status_code == 421
+    answer = requests.get(f"{url}/", headers={"Host": "localhost:1"}, timeout=5)
+    assert answer.status_code == 200
+
+
+def test_the_root_says_what_is_served(serve):
+    url = serve({"jpeg": JpegReward()})
+    answer = requests.get(f"{url}/", timeout=5).json()
+    assert answer["in a recipe"] == {f"remote:{url}/jpeg": 1.0}
+    assert requests.get(f"{url}/jpeg", timeout=5).json()["error"] == "Method Not Allowed"
+
+
+def test_bad_requests_leave_no_tracebacks_in_the_log(serve, caplog):
+    url = serve({"verifier": VerifierReward()})
+    bad = {**GOOD, "metadata": [{"include": [{"class": 5, "count": "many"}]}]}
+    for _ in range(5):
+        assert requests.post(f"{url}/verifier", json=bad, timeout=5).status_code == 200
+    records = [r for r in caplog.records if r.name.startswith("diffalign")]
+    assert len(records) <= 1
+    assert not any(r.exc_info for r in records)
+
+
+def test_no_proxy_is_asked_for_a_service_of_this_machine(serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    url = serve({"jpeg": JpegReward()})
+    RemoteReward(f"remote:{url}/jpeg").prepare()
+    assert session_for("http://localhost:1/v1").trust_env is False
+    assert session_for("http://[::1]:1").trust_env is False
+    assert session_for("http://127.0.0.2:1").trust_env is False
+    assert session_for("https://judge.example/v1").trust_env is True
+
+
+def test_a_taken_port_is_one_line_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "create", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve-rewards", "--rewards=jpeg", f"--port={port}"]) == 2
+    assert f"port={port}: cannot listen there" in capsys.readouterr().err
+    assert cli.main(["serve-rewards", "--rewards=jpeg", "--port=99999"]) == 2
+    assert "a port is a number from" in capsys.readouterr().err
 
 
 def test_answers_that_are_not_ours_are_refused():

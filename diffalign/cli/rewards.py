@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffalign.core.errors import UsageError
+from diffalign.data.images import CaptionedImage
 from diffalign.rewards.composition import CompositeReward
 
 
 def load_rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
     """Load comma-separated rewards, ready to score prompts with this metadata."""
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if not chosen:
-        raise UsageError("--rewards names none")
-    reward = CompositeReward.from_config(dict.fromkeys(chosen, 1.0))
+    reward = _choose(names)
     reward.check_metadata(metadata)
     reward.prepare()
     return reward
+
+
+def load_usable_rewards(names: str, images: Sequence[CaptionedImage]) -> CompositeReward:
+    """Load those of comma-separated rewards that can score an image, and say which are left out and why."""
+    reward = _choose(names)
+    texts, metadata = [i.prompt.text for i in images], [i.prompt.metadata for i in images]
+    for name, reason in reward.leave_out_unusable(texts, metadata).items():
+        print(f"{name} is left out: {reason}", file=sys.stderr)
+    return reward
+
+
+def _choose(names: str) -> CompositeReward:
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen:
+        raise UsageError("--rewards names none")
+    return CompositeReward.from_config(dict.fromkeys(chosen, 1.0), setting="--rewards")

@@ -22,17 +22,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the images of a folder; the last line of the output is JSON."""
     from diffalign.cli.output import print_scores, write_result
-    from diffalign.cli.rewards import load_rewards
+    from diffalign.cli.rewards import load_usable_rewards
     from diffalign.core.errors import UsageError
     from diffalign.data.images import read_folder
-    from diffalign.evaluation.folder import check_captions, folder_result, score_folder
+    from diffalign.evaluation.folder import folder_result, score_folder
 
     options.check_counts(args)
     if args.images is None:
         raise UsageError("evaluate rewards needs --images DIR")
     images = read_folder(args.images)
-    reward = load_rewards(args.rewards, [i.prompt.metadata for i in images])
-    check_captions(reward, images, args.images)
+    reward = load_usable_rewards(args.rewards, images)
     rows, means = score_folder(images, reward.score, batch_size=args.batch_size)
     result = folder_result(args.images, images, rows, means, reward)
     unreadable = result["unreadable"]

@@ -138,8 +138,10 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
         raw = _read_recipe(_find(str(recipe)))
     parsed = _parse_overrides(overrides, raw)
     _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
+    chosen = dict(parsed).get("algorithm.type")
+    run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
     for key, value in parsed:
-        _assign(raw, key.split("."), value)
+        _assign(raw, _steps(key, run), value)
     return decode(raw)
 
 
@@ -349,6 +351,16 @@ def _parse_value(text: str, kind: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
         return int(value)
     return value
+
+
+def _steps(path: str, kind: Any) -> list[str]:
+    """Return the groups of a setting and its name; what stands below a mapping is one name, with all its dots."""
+    steps, rest = [], path
+    while rest and typing.get_origin(kind) is not dict:
+        step, _, rest = rest.partition(".")
+        steps.append(step)
+        kind = typing.get_type_hints(kind).get(step) if is_dataclass(kind) else None
+    return [*steps, rest] if rest else steps
 
 
 def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:

@@ -17,6 +17,7 @@ from diffalign.data.captioned import RENDERED
 from diffalign.data.images import read_folder, require_captions
 from diffalign.data.pairs.records import check_pairs
 from diffalign.data.prompts import Prompt, load_prompts, told
+from diffalign.rewards import own
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.plan import check_prompts
 
@@ -34,8 +35,8 @@ class Inputs:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Settings to the digest of the prompts that they led to: a file of the same name may hold others."""
-        return {
+        """Settings to digests of the prompts or the reward's file that they led to; a name may come to mean another."""
+        prompts = {
             name: digest(prompts)
             for name, prompts in (
                 ("prompts.train", self.train),
@@ -43,6 +44,12 @@ class Inputs:
             )
             if prompts
         }
+        files = {
+            f"{setting}.{name}": own.digest(name)
+            for setting, reward in (("rewards", self.reward), ("evaluation.rewards", self.watched))
+            for name in reward.rewards
+        }
+        return prompts | {k: v for k, v in files.items() if v is not None}
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

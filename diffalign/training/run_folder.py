@@ -107,8 +107,8 @@ class RunFolder:
                 )
             if self.begun and (setting := self._changed_prompts(prompts or {})):
                 raise RunFolderError(
-                    f"{self.path} holds a run with other prompts: what {setting} names has changed since it began; "
-                    "put the old prompts back, or choose another --output_dir"
+                    f"{self.path} holds a run with other prompts or rewards: what {setting} names has changed since it "
+                    "began; put the old file back, or choose another --output_dir"
                 )
         elif contents(self.path):
             raise RunFolderError(

@@ -1,0 +1,197 @@
+"""Measure how long good requests to a reward service take while another client misbehaves; loopback only.
+
+    python -m benchmarks.rewards.service_attack --output benchmarks/results/service_attack.json
+
+The service is `diffalign serve-rewards --rewards jpeg` in a process of its own, the attacker another. 64 connections
+hold unfinished headers, 20 hold unfinished uploads, and bodies of 60 MB arrive one after the other: lists, which are
+slow to parse, and base64 of no image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+from PIL import Image
+
+Attack = Callable[[int, Any], None]
+"""Takes the port and an event that ends it."""
+HALF_OPEN, UPLOADS, BODY = 64, 20, 60_000_000
+SECONDS = 8.0
+"""Time of one measurement."""
+START = 60.0
+HOST = "127.0.0.1"
+
+
+def main() -> None:
+    """Measure every attack, and the service alone, and print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    args = parser.parse_args()
+    attacks: dict[str, Attack] = {
+        "none": lambda port, stop: None,
+        "half_open_headers": hold(HALF_OPEN, b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nX: "),
+        "unfinished_uploads": hold(UPLOADS, head(BODY) + b"A" * 2_000_000),
+        "lists_60mb": send(b'{"images":[' + b"[]," * (BODY // 3)),
+        "base64_60mb": send(b'{"images":["' + b"A" * BODY + b'"],"prompts":["x"]}'),
+    }
+    attacks["all_together"] = together(list(attacks.values())[1:])
+    result: dict[str, Any] = {"seconds": args.seconds, "body_bytes": BODY}
+    with service() as (port, pid):
+        for name, attack in attacks.items():
+            result[name] = {**measure(port, attack, args.seconds), "resident_mb": resident(pid)}
+            print(name, json.dumps(result[name]), flush=True)
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def service() -> Iterator[tuple[int, int]]:
+    """Yield the port and the process id of a service that has started."""
+    command = [sys.executable, "-m", "diffalign.cli", "serve-rewards", "--rewards=jpeg", "--port=0"]
+    environment = {k: v for k, v in os.environ.items() if k != "DIFFALIGN_REWARD_TOKEN"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    try:
+        port = int(process.stdout.readline().split(":")[3].partition("/")[0])
+        end = time.monotonic() + START
+        while time.monotonic() < end:
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(f"http://{HOST}:{port}/health", timeout=5)
+                break
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def measure(port: int, attack: Attack, seconds: float) -> dict[str, float]:
+    """Return latencies of good requests, one after the other, while the attack goes on."""
+    # a process of its own: sending would hold up the measuring thread
+    forked = multiprocessing.get_context("fork")
+    stop = forked.Event()
+    attacker = forked.Process(target=attack, args=(port, stop), daemon=True)
+    attacker.start()
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(buffer, format="PNG")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    message = {"images": [image] * 4, "prompts": ["x"] * 4}
+    latencies, failures = [], 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        try:
+            answer = requests.post(f"http://{HOST}:{port}/jpeg", json=message, timeout=30)
+            failures += answer.status_code != requests.codes.ok
+        except requests.RequestException:
+            failures += 1
+        latencies.append(time.perf_counter() - began)
+        time.sleep(0.01)
+    stop.set()
+    attacker.join(10)
+    attacker.kill()
+    latencies.sort()
+    return {
+        "requests": len(latencies),
+        "failures": failures,
+        "p50_s": round(statistics.median(latencies), 4),
+        "p99_s": round(latencies[int(0.99 * (len(latencies) - 1))], 4),
+        "max_s": round(latencies[-1], 4),
+    }
+
+
+def head(length: int) -> bytes:
+    """Return the headers of a request with a body of this many bytes."""
+    return f"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def hold(count: int, content: bytes) -> Attack:
+    """Return an attack that holds `count` connections with this content, and opens them again when they are closed."""
+
+    def attack(port: int, stop: Any) -> None:
+        connections: list[socket.socket] = []
+        while not stop.is_set():
+            while len(connections) < count and not stop.is_set():
+                connections.append(connect(port, content))
+            connections = [c for c in connections if is_open(c)]
+            stop.wait(0.2)
+        for connection in connections:
+            connection.close()
+
+    return attack
+
+
+def connect(port: int, content: bytes) -> socket.socket:
+    """Open a connection and send what it takes."""
+    connection = socket.create_connection((HOST, port), timeout=5)
+    with contextlib.suppress(OSError):
+        connection.sendall(content)
+    connection.setblocking(False)
+    return connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Return whether the service has neither answered nor closed; a closed one is closed here as well."""
+    try:
+        connection.recv(1000)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    connection.close()
+    return False
+
+
+def send(body: bytes) -> Attack:
+    """Return an attack that sends this body again and again."""
+
+    def attack(port: int, stop: Any) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(requests.RequestException):
+                requests.post(f"http://{HOST}:{port}/jpeg", data=body, timeout=60)
+
+    return attack
+
+
+def together(
+    attacks: list[Attack],
+) -> Attack:
+    """Return an attack of several at a time."""
+
+    def attack(port: int, stop: Any) -> None:
+        threads = [threading.Thread(target=a, args=(port, stop), daemon=True) for a in attacks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return attack
+
+
+def resident(pid: int) -> int | None:
+    """Return the resident memory of a process in MB; None where /proc has none."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return int(text.partition("VmRSS:")[2].split()[0]) // 1000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A plain function as a reward, and what a reward of any kind may return."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
+from diffalign.types import RewardOutput
+
+
+class FunctionReward(Reward):
+    """A function of (images, prompts, metadata) as a reward.
+
+    images: (B, 3, H, W) uint8, RGB, on the CPU or the model's device; prompts: B texts; metadata: B mappings, empty
+    where a prompt file has none. It returns B numbers (a list, an array or a tensor), higher is better; NaN for an
+    image that it cannot score. The numbers are used as they are: their weight is the recipe's.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
+        self.function = function
+        name = name or getattr(function, "__name__", type(function).__name__)
+        self.card = RewardCard(  # type: ignore[misc]
+            name=name,
+            description=(inspect.getdoc(function) or "a function of images, prompts and metadata")
+            .partition("\n")[0]
+            .strip(),
+            raw_range=(-np.inf, np.inf),
+            license="its author's",
+        )
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> RewardOutput:
+        """Return what the function returns for B images; see the class."""
+        return as_output(
+            self.function(images, prompts, metadata), n=len(prompts), name=self.card.name
+        )
+
+
+def as_output(value: Any, *, n: int, name: str) -> RewardOutput:
+    """Return the answer of a reward for n images as a `RewardOutput` of float32.
+
+    Raises:
+        RewardShapeError: it is none: no numbers, or not n of them.
+    """
+    if isinstance(value, RewardOutput):
+        values, details = value.values, value.details
+    else:
+        values, details = value, {}
+    columns = {"": _column(values, n=n, name=name)}
+    columns |= {k: _column(v, n=n, name=f"{name}/{k}") for k, v in details.items()}
+    return RewardOutput(columns.pop(""), columns)
+
+
+def _column(value: Any, *, n: int, name: str) -> np.ndarray:
+    if isinstance(value, Sequence) and any(isinstance(v, Tensor) for v in value):
+        value = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in value]
+    if isinstance(value, Tensor):
+        value = value.detach().to("cpu", torch.float32).numpy()
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise RewardShapeError(
+            f"reward {name!r} returned {type(value).__name__} that is not {n} numbers: {error}"
+        ) from error
+    if array.shape != (n,):
+        kind = type(value).__name__
+        raise RewardShapeError(
+            f"reward {name!r} returned shape {array.shape} for {n} images (a {kind}); expected one number per image"
+        )
+    return array
+
+
+class RewardShapeError(RewardError):
+    """A reward's answer is not one number for each image: a mistake in its code, whatever the images."""
+
+
+def as_reward(value: Any, *, name: str) -> Reward:
+    """Return an instance of a reward from a class, an instance or a function.
+
+    Raises:
+        RewardError: it is none of them, or its class cannot be made without arguments.
+    """
+    if isinstance(value, Reward):
+        return value
+    if isinstance(value, type):
+        if not issubclass(value, Reward):
+            raise RewardError(
+                f"reward {name!r}: the class {value.__name__} is no subclass of diffalign.rewards.base.Reward"
+            )
+        try:
+            reward = value()
+        # whatever somebody's code raises
+        except Exception as error:
+            raise RewardError(
+                f"reward {name!r}: {value.__name__}() raised {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(getattr(reward, "card", None), RewardCard):
+            text = (inspect.getdoc(value) or value.__name__).partition("\n")[0]
+            reward.card = RewardCard(name=value.__name__, description=text)  # type: ignore[misc]
+        return reward
+    if callable(value):
+        return FunctionReward(value, name=name.rpartition(":")[2])
+    raise RewardError(
+        f"reward {name!r} is a {type(value).__name__}; expected a Reward class, an instance of one or a function "
+        "of images, prompts and metadata"
+    )

@@ -1,0 +1,164 @@
+"""Rewards of one's own by name: "my_reward.py:brightness" in a file, "my_package.module:Name" in a package.
+
+Names are checked without running or importing anything; the file runs when the reward is made.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffalign.core.errors import UserError
+
+_NAME = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*)")
+
+
+class UnknownReward(UserError, ValueError):
+    """No reward has this name."""
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name is that of a file or of a module, and not one of the registry."""
+    return ":" in name or name.endswith(".py")
+
+
+def attribute_of(name: str) -> str:
+    """Return the last part of an own reward's name; other names as they are."""
+    match = _NAME.fullmatch(name)
+    return match["attribute"] if match else name
+
+
+def digest(name: str) -> str | None:
+    """Return the sha256 of the file that a reward comes from; None where the name names no file."""
+    match = _NAME.fullmatch(name)
+    if match is None or not match["place"].endswith(".py"):
+        return None
+    return hashlib.sha256(Path(match["place"]).expanduser().read_bytes()).hexdigest()
+
+
+def check(name: str, *, setting: str = "rewards") -> None:
+    """Check that the file or module is there and, of a file, that it defines the name.
+
+    Raises:
+        UnknownReward: it does not; the message has the nearest name that is there.
+    """
+    place, attribute = _split(name, setting)
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            raise UnknownReward(
+                f"{setting}: {name}: there is no module {place!r} here. Install it, or name a file: "
+                f"my_reward.py:{attribute}"
+            )
+        return
+    path = Path(place).expanduser()
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except OSError as error:
+        raise UnknownReward(
+            f"{setting}: {name}: {path} cannot be read ({error.strerror}). Check the path; it is taken from the "
+            "current folder."
+        ) from error
+    except (SyntaxError, ValueError) as error:
+        raise UnknownReward(f"{setting}: {name}: {path} is no Python: {error}") from error
+    _check_attribute(name, _defined(tree), setting)
+
+
+def load(name: str, *, setting: str = "rewards") -> Any:
+    """Run the file, or import the module, and return what the name stands for: a class, a function or an instance.
+
+    Raises:
+        UnknownReward: it is not there, or raises as it is imported.
+    """
+    check(name, setting=setting)
+    place, attribute = _split(name, setting)
+    try:
+        module = (
+            _run(Path(place).expanduser())
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
+    # whatever somebody's code raises
+    except Exception as error:
+        raise UnknownReward(
+            f"{setting}: {name}: {place} raised {type(error).__name__} as it was imported: {one_line(error)}"
+        ) from error
+    _check_attribute(name, vars(module), setting)
+    return getattr(module, attribute)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text in one line, with the line of the code that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace else ""
+    return " ".join(str(error).split())[:300] + place
+
+
+def _split(name: str, setting: str) -> tuple[str, str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UnknownReward(
+            f"{setting}: {name}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, where NAME is a Reward class or a "
+            "function of images, prompts and metadata; see docs/rewards.md"
+        )
+    return match["place"], match["attribute"]
+
+
+def _check_attribute(name: str, defined: Iterable[str], setting: str) -> None:
+    place, attribute = _split(name, setting)
+    names = [n for n in defined if not n.startswith("_")]
+    if attribute in names:
+        return
+    close = difflib.get_close_matches(attribute, names, n=1)
+    hint = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"it has {', '.join(sorted(names)[:8]) or 'no names'}"
+    )
+    raise UnknownReward(f"{setting}: {name}: {place} has no {attribute!r}; {hint}")
+
+
+def _defined(tree: ast.Module) -> list[str]:
+    """Return the names that a module's statements define, as far as they can be seen."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [(a.asname or a.name).partition(".")[0] for a in node.names]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+    return names
+
+
+def _run(path: Path) -> ModuleType:
+    """Run a file as a module of its own, with its folder to import from."""
+    path = path.resolve()
+    key = f"diffalign_own_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018 - a path that ends in .py has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -1,0 +1,96 @@
+"""Requests on their way to the reward service: bounded in bytes, in time, and in what their JSON can hold."""
+
+from __future__ import annotations
+
+import asyncio
+import string
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
+MAX_OTHER = 1_000_000
+"""Bytes of a request besides letters, digits and base64's signs.
+
+Images are base64 and all else is short, so this bounds brackets, commas, escapes and blanks, on which the time and
+memory of parsing depend.
+"""
+
+
+class Refusal(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status, self.text = status, text
+
+
+@dataclass
+class Upload:
+    """The bytes of one request that have arrived."""
+
+    content: bytearray = field(default_factory=bytearray)
+    other: int = 0
+    complete: bool = False
+    dropped: bool = False
+
+
+class Uploads:
+    """All requests that are held at a time, together at most `max_total` bytes.
+
+    Where a new part would go beyond, the largest unfinished request is given up.
+    """
+
+    def __init__(self, *, max_bytes: int, max_total: int, seconds: float) -> None:
+        """Bound each request to `max_bytes` and `seconds` of upload."""
+        self.max_bytes, self.max_total, self.seconds = max_bytes, max_total, seconds
+        self._held: list[Upload] = []
+
+    @property
+    def total(self) -> int:
+        """Bytes that are held now."""
+        return sum(len(u.content) for u in self._held)
+
+    @contextmanager
+    def open(self) -> Iterator[Upload]:
+        """Hold a request until its answer is made."""
+        upload = Upload()
+        self._held.append(upload)
+        try:
+            yield upload
+        finally:
+            self._held.remove(upload)
+
+    async def receive(self, upload: Upload, stream: AsyncIterator[bytes]) -> None:
+        """Read a request to its end.
+
+        Raises:
+            Refusal: 413 too large, 408 too slow, 503 given up for others.
+        """
+        try:
+            async with asyncio.timeout(self.seconds):
+                async for part in stream:  # a length in the header may lie
+                    self._take(upload, part)
+        except TimeoutError as error:
+            raise Refusal(408, f"the request did not arrive within {self.seconds:g} s") from error
+        if upload.dropped:
+            raise Refusal(503, "too many bytes are on their way; this request was the largest")
+        upload.complete = True
+
+    def _take(self, upload: Upload, part: bytes) -> None:
+        if len(upload.content) + len(part) > self.max_bytes:
+            raise Refusal(413, f"a request may have {self.max_bytes} bytes")
+        upload.other += len(part.translate(None, BASE64))
+        if upload.other > MAX_OTHER:
+            raise Refusal(413, f"a request may have {MAX_OTHER} bytes besides its base64")
+        if self.total + len(part) > self.max_total:
+            self._make_room()
+        if upload.dropped:
+            raise Refusal(503, "too many bytes are on their way; this request was the largest")
+        upload.content += part
+
+    def _make_room(self) -> None:
+        unfinished = [u for u in self._held if not u.complete and not u.dropped]
+        largest = max(unfinished, key=lambda u: len(u.content))
+        largest.dropped = True
+        largest.content = bytearray()
