@@ -36,7 +36,8 @@ class RewardCard:
     """Hub ids of what else is loaded (a tokenizer, a head, a second network) and their commits."""
     input_size: int | None = None
     """Pixels per side that the model sees; None for the image's own size."""
-    raw_range: tuple[float, float] = (0.0, 1.0)
+    raw_range: tuple[float, float] | None = (0.0, 1.0)
+    """Least and largest raw score; None where nobody knows."""
     scale: float = 1.0
     offset: float = 0.0
     """Normalised reward = (raw - offset) * scale, of the order of 1 for ordinary images."""

@@ -62,8 +62,8 @@ class CompositeReward:
         reasons: dict[str, str] = {}
         for name, reward in self.rewards.items():
             try:
-                reward.prepare()
                 _check_any(reward, prompts, metadata)
+                reward.prepare()
             except RewardError as error:
                 reasons[name] = str(error)
         if reasons and len(reasons) == len(self.rewards):

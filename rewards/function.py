@@ -30,7 +30,7 @@ class FunctionReward(Reward):
             description=(inspect.getdoc(function) or "a function of images, prompts and metadata")
             .partition("\n")[0]
             .strip(),
-            raw_range=(-np.inf, np.inf),
+            raw_range=None,
             license="its author's",
         )
 

@@ -12,7 +12,8 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,8 +55,10 @@ def check(name: str, *, setting: str = "rewards") -> None:
     place, attribute = _split(name, setting)
     if not place.endswith(".py"):
         try:
-            spec = importlib.util.find_spec(place)
-        except (ImportError, ValueError):
+            with _importable(Path.cwd()):
+                spec = importlib.util.find_spec(place)
+        # packages above the module run, whatever they raise
+        except Exception:
             spec = None
         if spec is None:
             raise UnknownReward(
@@ -85,11 +88,11 @@ def load(name: str, *, setting: str = "rewards") -> Any:
     check(name, setting=setting)
     place, attribute = _split(name, setting)
     try:
-        module = (
-            _run(Path(place).expanduser())
-            if place.endswith(".py")
-            else importlib.import_module(place)
-        )
+        if place.endswith(".py"):
+            module = _run(Path(place).expanduser())
+        else:
+            with _importable(Path.cwd()):
+                module = importlib.import_module(place)
     # whatever somebody's code raises
     except Exception as error:
         raise UnknownReward(
@@ -153,12 +156,20 @@ def _run(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None  # noqa: PT018 - a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        with _importable(path.parent):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[key]
         raise
-    finally:
-        sys.path.remove(str(path.parent))
     return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Import from this folder as well, as a script does from its own."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

@@ -69,7 +69,7 @@ class RemoteReward(Reward):
             there = known[self.name]
             self.timeout = float(there.get("timeout", seconds)) + MARGIN
             fields = {**there["card"], "name": self.card.name}
-            fields["raw_range"] = tuple(fields["raw_range"])
+            fields["raw_range"] = fields["raw_range"] and tuple(fields["raw_range"])
             self.card = RewardCard(**fields)  # type: ignore[misc]
             self.required_metadata = tuple(there["required_metadata"])  # type: ignore[misc]
             self.needs_prompt = bool(there["needs_prompt"])  # type: ignore[misc]

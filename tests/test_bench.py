@@ -41,7 +41,16 @@ def test_names_and_seeds_are_checked(capsys):
     assert "did you mean 'demo'" in capsys.readouterr().err
     assert cli.main(["bench", "demo", "--seeds=0"]) == 2
     assert cli.main(["list", "benches"]) == 0
-    assert set(BENCHES) == {"demo", "awm", "rewards", "solvers", "inversion-dpo", "qsched", "dcgen"}
+    assert set(BENCHES) == {
+        "demo",
+        "awm",
+        "rewards",
+        "solvers",
+        "inversion-dpo",
+        "qsched",
+        "dcgen",
+        "service",
+    }
     assert cli.main(["bench", "demo", "--arms=dema"]) == 2
     assert "--arms: no arm 'dema'; did you mean 'demo'" in capsys.readouterr().err
 

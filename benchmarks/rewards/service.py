@@ -1,7 +1,5 @@
 """Measure how long good requests to a reward service take while another client misbehaves; loopback only.
 
-    python -m benchmarks.rewards.service_attack --output benchmarks/results/service_attack.json
-
 The service is `diffalign serve-rewards --rewards jpeg` in a process of its own, the attacker another. 64 connections
 hold unfinished headers, 20 hold unfinished uploads, and bodies of 60 MB arrive one after the other: lists, which are
 slow to parse, and base64 of no image.
@@ -9,11 +7,9 @@ slow to parse, and base64 of no image.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import socket
@@ -29,36 +25,41 @@ from typing import Any
 import requests
 from PIL import Image
 
+from benchmarks.common.record import BenchOptions
+
 Attack = Callable[[int, Any], None]
 """Takes the port and an event that ends it."""
 HALF_OPEN, UPLOADS, BODY = 64, 20, 60_000_000
-SECONDS = 8.0
+PART = 2_000_000
+"""Bytes of an upload that arrive."""
+SECONDS, QUICK_SECONDS = 8.0, 1.0
 """Time of one measurement."""
 START = 60.0
 HOST = "127.0.0.1"
 
 
-def main() -> None:
-    """Measure every attack, and the service alone, and print and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    args = parser.parse_args()
+def run(options: BenchOptions) -> dict[str, Any]:
+    """Measure good requests beside every attack, and without one."""
+    seconds = QUICK_SECONDS if options.quick else SECONDS
     attacks: dict[str, Attack] = {
         "none": lambda port, stop: None,
         "half_open_headers": hold(HALF_OPEN, b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nX: "),
-        "unfinished_uploads": hold(UPLOADS, head(BODY) + b"A" * 2_000_000),
+        "unfinished_uploads": hold(UPLOADS, head(BODY) + b"A" * PART),
         "lists_60mb": send(b'{"images":[' + b"[]," * (BODY // 3)),
         "base64_60mb": send(b'{"images":["' + b"A" * BODY + b'"],"prompts":["x"]}'),
     }
     attacks["all_together"] = together(list(attacks.values())[1:])
-    result: dict[str, Any] = {"seconds": args.seconds, "body_bytes": BODY}
+    results: dict[str, Any] = {}
     with service() as (port, pid):
         for name, attack in attacks.items():
-            result[name] = {**measure(port, attack, args.seconds), "resident_mb": resident(pid)}
-            print(name, json.dumps(result[name]), flush=True)
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            results[name] = {**measure(port, attack, seconds), "resident_mb": resident(pid)}
+    return {
+        "headline": {name: cell["p99_s"] for name, cell in results.items()},
+        "seconds": seconds,
+        "body_bytes": BODY,
+        "half_open_connections": HALF_OPEN,
+        "attacks": results,
+    }
 
 
 @contextlib.contextmanager
@@ -191,7 +192,3 @@ def resident(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.partition("VmRSS:")[2].split()[0]) // 1000
-
-
-if __name__ == "__main__":
-    main()
