@@ -169,7 +169,7 @@ def test_what_cannot_be_scored_is_nan_and_counted(mine):
     assert reward.failures == {"moody.py:moody": 2}
 
 
-def test_flags_add_and_replace_and_recipes_name_them(mine):
+def test_flags_add_and_replace_and_recipes_name_them(mine, monkeypatch):
     added = config.load("awm-shapes-sd3", ["--rewards.my_reward.py:brightness=0.5"])
     assert added.rewards == {"verifier": 1.0, "my_reward.py:brightness": 0.5}
     replaced = config.load("awm-shapes-sd3", ["--rewards={my_reward.py:brightness: 0.5}"])
@@ -179,6 +179,12 @@ def test_flags_add_and_replace_and_recipes_name_them(mine):
         "extends: awm-shapes-sd3\nrewards:\n  my_reward.py:brightness: 2.0\n"
     )
     assert config.load("mine.yaml").rewards["my_reward.py:brightness"] == 2.0
+    below = mine / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    (name,) = set(config.load("../mine.yaml").rewards) - {"verifier"}
+    assert name == "../my_reward.py:brightness"
+    registry.check_name(name)
 
 
 def test_a_run_knows_the_file_of_its_reward(mine):
