@@ -172,6 +172,8 @@ def test_what_cannot_be_scored_is_nan_and_counted(mine):
 def test_flags_add_and_replace_and_recipes_name_them(mine, monkeypatch):
     added = config.load("awm-shapes-sd3", ["--rewards.my_reward.py:brightness=0.5"])
     assert added.rewards == {"verifier": 1.0, "my_reward.py:brightness": 0.5}
+    added = config.load("distill-shapes-flux", ["--rewards.jpeg=1"])  # it has the default
+    assert added.rewards == {"verifier": 1.0, "jpeg": 1.0}
     replaced = config.load("awm-shapes-sd3", ["--rewards={my_reward.py:brightness: 0.5}"])
     assert replaced.rewards == {"my_reward.py:brightness": 0.5}
     assert config.load("awm-shapes-sd3", ["--rewards.hpsv2.1=1"]).rewards["hpsv2.1"] == 1.0

@@ -141,7 +141,11 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
     chosen = dict(parsed).get("algorithm.type")
     run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
     for key, value in parsed:
-        _assign(raw, _steps(key, run), value)
+        steps = _steps(key, run)
+        if steps[0] == "rewards" and len(steps) > 1 and "rewards" not in raw:
+            # one more is added to the default as to a recipe's own
+            raw["rewards"] = dict(_default(run, "rewards"))
+        _assign(raw, steps, value)
     return decode(raw)
 
 
@@ -351,6 +355,13 @@ def _parse_value(text: str, kind: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
         return int(value)
     return value
+
+
+def _default(kind: type, name: str) -> Any:
+    """Return the default of a dataclass's field that has a factory."""
+    (factory,) = (f.default_factory for f in fields(kind) if f.name == name)
+    assert callable(factory)
+    return factory()
 
 
 def _steps(path: str, kind: Any) -> list[str]:
