@@ -23,10 +23,11 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from diffalign.rewards import wire
 from diffalign.rewards.base import Reward, one_by_one
-from diffalign.rewards.function import as_output
+from diffalign.rewards.function import RewardShapeError, as_output
 from diffalign.rewards.http import LOOPBACK
 from diffalign.rewards.uploads import Refusal, Upload, Uploads
 
@@ -153,7 +154,10 @@ def build_app(
             raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(served)}")
         entry = served[name]
         with uploads.open() as upload:
-            await uploads.receive(upload, request.stream())
+            try:
+                await uploads.receive(upload, request.stream())
+            except ClientDisconnect as error:
+                raise Refusal(400, "the request ended before its body") from error
             if entry.waiting >= bounds.max_waiting:
                 raise Refusal(503, "too many requests are waiting")
             entry.waiting += 1
@@ -212,6 +216,8 @@ async def _answer(entry: Served, upload: Upload, timeout: float) -> dict[str, An
             value = entry.reward.score(images, prompts, metadata)
             output = as_output(value, n=len(prompts), name=entry.reward.card.name)
             return wire.encode_output(output)
+        except RewardShapeError as error:
+            raise Refusal(422, str(error)) from error
         except Exception as error:
             entry.report(error, len(prompts))
             return wire.encode_output(one_by_one(entry.reward, images, prompts, metadata))

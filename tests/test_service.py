@@ -509,6 +509,16 @@ def test_bad_requests_leave_no_tracebacks_in_the_log(serve, caplog):
     assert not any(r.exc_info for r in records)
 
 
+def test_a_client_that_leaves_is_not_logged(serve, capfd):
+    url = serve({"jpeg": JpegReward()})
+    host, port = url.removeprefix("http://").split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=5) as raw:
+            raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    assert requests.post(f"{url}/jpeg", json=GOOD, timeout=5).status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_no_proxy_is_asked_for_a_service_of_this_machine(serve, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
