@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hmac
-import json
 import logging
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from diffalign.rewards import wire
 from diffalign.rewards.base import Reward, one_by_one
 from diffalign.rewards.function import RewardShapeError, as_output
 from diffalign.rewards.http import LOOPBACK
-from diffalign.rewards.uploads import Refusal, Upload, Uploads
+from diffalign.rewards.uploads import Parsing, Question, Refusal, Uploads
 
 logger = logging.getLogger(__name__)
 LONGEST = 200
@@ -99,6 +98,7 @@ def build_app(
         max_total=max(bounds.max_bytes, bounds.max_total),
         seconds=min(bounds.upload, bounds.timeout),
     )
+    parsing = Parsing()
     served = {name: Served(reward) for name, reward in rewards.items()}
     for entry in served.values():
         entry.golden = _golden(entry.reward)
@@ -158,13 +158,14 @@ def build_app(
                 await uploads.receive(upload, request.stream())
             except ClientDisconnect as error:
                 raise Refusal(400, "the request ended before its body") from error
-            if entry.waiting >= bounds.max_waiting:
-                raise Refusal(503, "too many requests are waiting")
-            entry.waiting += 1
             try:
-                return JSONResponse(await _answer(entry, upload, bounds.seconds(name)))
-            finally:
-                entry.waiting -= 1
+                async with asyncio.timeout(bounds.seconds(name)):
+                    question = await parsing.parse(upload.content)
+                    if entry.waiting >= bounds.max_waiting:
+                        raise Refusal(503, "too many requests are waiting")
+                    return JSONResponse(await _answer(entry, question))
+            except TimeoutError as error:
+                raise Refusal(504, f"no reward within {bounds.seconds(name):g} s") from error
 
     return app
 
@@ -202,28 +203,22 @@ def _host_name(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
-async def _answer(entry: Served, upload: Upload, timeout: float) -> dict[str, Any]:
+async def _answer(entry: Served, question: Question) -> dict[str, Any]:
+    images, prompts, metadata = question
+
     def work() -> dict[str, Any]:
-        try:
-            message = json.loads(upload.content)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(400, "the request is not JSON") from error
-        try:
-            images, prompts, metadata = wire.decode_request(message)
-        except wire.WireError as error:
-            raise Refusal(422, str(error)) from error
         try:
             value = entry.reward.score(images, prompts, metadata)
             output = as_output(value, n=len(prompts), name=entry.reward.card.name)
-            return wire.encode_output(output)
         except RewardShapeError as error:
             raise Refusal(422, str(error)) from error
         except Exception as error:
             entry.report(error, len(prompts))
-            return wire.encode_output(one_by_one(entry.reward, images, prompts, metadata))
+            output = one_by_one(entry.reward, images, prompts, metadata)
+        return wire.encode_output(output)
 
-    future = asyncio.get_running_loop().run_in_executor(entry.thread, work)
+    entry.waiting += 1
     try:
-        return await asyncio.wait_for(future, timeout)
-    except TimeoutError as error:
-        raise Refusal(504, f"no reward within {timeout:g} s") from error
+        return await asyncio.get_running_loop().run_in_executor(entry.thread, work)
+    finally:
+        entry.waiting -= 1

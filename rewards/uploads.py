@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import string
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.rewards import wire
 
 BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
+LARGE = 4_000_000
+"""Bytes from which a request is parsed apart from the small ones."""
+Question = tuple[Tensor, list[str], list[dict[str, Any]]]
+"""Images (B, 3, H, W) uint8, B prompts, B metadata."""
 MAX_OTHER = 1_000_000
 """Bytes of a request besides letters, digits and base64's signs.
 
@@ -94,3 +105,31 @@ class Uploads:
         largest = max(unfinished, key=lambda u: len(u.content))
         largest.dropped = True
         largest.content = bytearray()
+
+
+class Parsing:
+    """Threads that parse requests, so that a large one holds up neither the small ones nor a reward's thread."""
+
+    def __init__(self) -> None:
+        self._small = ThreadPoolExecutor(2)
+        self._large = ThreadPoolExecutor(1)
+
+    async def parse(self, content: bytearray) -> Question:
+        """Return images, prompts and metadata.
+
+        Raises:
+            Refusal: 400 no JSON, 422 not what `wire.encode_request` makes.
+        """
+        pool = self._large if len(content) > LARGE else self._small
+        return await asyncio.get_running_loop().run_in_executor(pool, _parse, content)
+
+
+def _parse(content: bytearray) -> Question:
+    try:
+        message = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, "the request is not JSON") from error
+    try:
+        return wire.decode_request(message)
+    except wire.WireError as error:
+        raise Refusal(422, str(error)) from error

@@ -93,7 +93,7 @@ def test_names_of_the_release_with_dots(family, prefix, tmp_path):
     state = {
         f"{prefix}{block[family]}.lora_A.weight": down,
         f"{prefix}{block[family]}.lora_B.weight": up,
-        f"{prefix}{last}.lora_A.weight": down,
+        f"{prefix}{last}.lora_A.weight": down.clone(),
         f"{prefix}{last}.lora_B.weight": shift_scale,
     }
     save_file(state, tmp_path / "a.safetensors")

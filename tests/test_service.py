@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffalign import cli
 from diffalign.core.errors import UsageError
-from diffalign.rewards import connections, registry, remote, service, wire
+from diffalign.rewards import connections, registry, remote, uploads, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.connections import make_server
@@ -427,7 +427,7 @@ def test_fuzzing_does_not_take_it_down(serve):
 )
 def test_what_would_be_slow_to_parse_is_not_parsed(serve, content, monkeypatch):
     url = serve({"jpeg": JpegReward()})
-    monkeypatch.setattr(service, "_answer", None)
+    monkeypatch.setattr(uploads, "_parse", None)
     answer = requests.post(f"{url}/jpeg", data=content, timeout=20)
     assert answer.status_code == 413
     assert "besides its base64" in answer.json()["error"]
@@ -437,7 +437,7 @@ def test_requests_are_bounded_together_and_the_largest_gives_way():
     """By hand: 100 bytes for all; a stalled request of 80 is given up for one of 30."""
 
     async def run():
-        uploads = Uploads(max_bytes=90, max_total=100, seconds=5)
+        held = Uploads(max_bytes=90, max_total=100, seconds=5)
         stalled, going = asyncio.Event(), asyncio.Event()
 
         async def slow():
@@ -450,14 +450,14 @@ def test_requests_are_bounded_together_and_the_largest_gives_way():
             yield b"b" * 30
 
         async def send(stream):
-            with uploads.open() as upload:
-                await uploads.receive(upload, stream)
+            with held.open() as upload:
+                await held.receive(upload, stream)
                 return bytes(upload.content)
 
         first = asyncio.create_task(send(slow()))
         await stalled.wait()
         assert await send(quick()) == b"b" * 30
-        assert uploads.total == 0
+        assert held.total == 0
         going.set()
         with pytest.raises(Refusal) as caught:
             await first

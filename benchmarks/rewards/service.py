@@ -46,7 +46,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
         "half_open_headers": hold(HALF_OPEN, b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nX: "),
         "unfinished_uploads": hold(UPLOADS, head(BODY) + b"A" * PART),
         "lists_60mb": send(b'{"images":[' + b"[]," * (BODY // 3)),
-        "base64_60mb": send(b'{"images":["' + b"A" * BODY + b'"],"prompts":["x"]}'),
+        "base64_60mb": send(
+            b'{"images":["iVBORw0KGgo' + b"A" * (BODY + 1) + b'"],"prompts":["x"]}'
+        ),
     }
     attacks["all_together"] = together(list(attacks.values())[1:])
     results: dict[str, Any] = {}
