@@ -83,7 +83,7 @@ def _add_verbs(parser: argparse.ArgumentParser, verbs: Sequence[Verb], *, dest: 
             verb.add_flags(own)
 
 
-def _spell_out(argv: Sequence[str]) -> list[str]:
+def spell_out(argv: Sequence[str]) -> list[str]:
     """Put the lower verb behind its verb: `evaluate --images DIR rewards`, and `evaluate` alone."""
     words = list(argv)
     verb = next((v for v in VERBS if v.verbs and words[:1] == [v.name]), None)
@@ -100,7 +100,7 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a user's error is one line, not a traceback."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv))
+    args, rest = parser.parse_known_args(spell_out(sys.argv[1:] if argv is None else argv))
     verb: Verb = args.chosen
     if rest and not verb.takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
