@@ -1,6 +1,7 @@
 """Docstrings and names are plain English: CONTRIBUTING, "How we write"."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -33,11 +34,11 @@ def docstrings(tree):
             if text:
                 yield node.body[0].lineno, text
         body = getattr(node, "body", None)
-        for first, second in zip(body, body[1:], strict=False) if isinstance(body, list) else ():
+        for first, second in itertools.pairwise(body if isinstance(body, list) else ()):
             is_text = isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)
-            if isinstance(first, ast.Assign | ast.AnnAssign) and is_text:
-                if isinstance(second.value.value, str):
-                    yield second.lineno, second.value.value
+            is_field = isinstance(first, ast.Assign | ast.AnnAssign)
+            if is_field and is_text and isinstance(second.value.value, str):
+                yield second.lineno, second.value.value
 
 
 def first_sentence(text):
