@@ -293,6 +293,26 @@ def test_of_folders_of_splits_the_training_one_is_read(tmp_path, caplog):
     assert len(read_folder(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_images", "test_images")])
+def test_splits_may_lie_deeper_and_carry_years(tmp_path, names):
+    for name in names:
+        (tmp_path / "images" / name / "a").mkdir(parents=True)
+        save(tmp_path / "images" / name / "a" / "1.png")
+    (found,) = read_folder(tmp_path)
+    assert found.path.parts[-3:] == (names[0], "a", "1.png")
+
+
+def test_columns_have_no_case_and_a_table_without_captions_is_named(tmp_path, caplog):
+    save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text("File_Name,Text,Other\n1.png,a cat,x\n")
+    (image,) = read_folder(tmp_path)
+    assert image.prompt == Prompt("a cat", {"Other": "x", "file_name": "1.png", "prompt": "a cat"})
+    (tmp_path / "metadata.csv").write_text("file_name,description\n1.png,a cat\n")
+    (image,) = read_folder(tmp_path)
+    assert image.prompt.text == ""
+    assert "no row has a prompt or text or caption; its columns are file_name, desc" in caplog.text
+
+
 def test_folders_behind_links_are_read_once(tmp_path):
     (tmp_path / "far").mkdir()
     save(tmp_path / "far" / "a.png")
@@ -321,9 +341,9 @@ def test_an_undecodable_caption_is_named(tmp_path):
 
 def test_a_set_without_a_single_caption_is_refused_where_captions_are_needed(tmp_path):
     save(tmp_path / "a.png")
-    with pytest.raises(
-        ImageFolderError, match="no image of .* has a caption, and it is to be trained on"
-    ):
+    (tmp_path / "labels.csv").write_text("")
+    message = "no image of .* has a caption, and it is to be trained on.*labels.csv is not read"
+    with pytest.raises(ImageFolderError, match=message):
         ImageSource(str(tmp_path), (8, 8))
 
 

@@ -46,6 +46,22 @@ def test_what_is_wrong_with_a_recipe_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rewards={jpeg: 1, jpeg: 2}", "rewards=.* the key 'jpeg' stands there twice"),
+        ("--training.seed=2020-13-45", "training.seed=2020-13-45 is not valid YAML: month"),
+        ("--rewards={jpeg: 1", "rewards={jpeg: 1:1 is not valid YAML"),
+        ("--nowhere=@x", "unknown setting 'nowhere'"),
+        ("--training.seed=" + "9" * 5000, "training.seed"),
+    ],
+)
+def test_what_is_wrong_with_a_flag_is_one_line(flag, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load("demo", [flag])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_recipe_that_extends_itself_by_another_way_is_refused(tmp_path):
     path = recipe(tmp_path, f"extends: ../{tmp_path.name}/a.yaml")
     with pytest.raises(ConfigError, match="extends itself"):

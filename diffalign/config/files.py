@@ -26,20 +26,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not YAML, has a key twice, or is no mapping.
     """
-    import yaml
-
-    text = read_text(path, error=ConfigError)
-    try:
-        raw = yaml.load(text, Loader=_loader())
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place} is not valid YAML: {error.problem or error.context}") from error
-    except RecursionError:
-        raise ConfigError(f"{path} is not valid YAML: nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{path} is not valid YAML: {first}") from error
+    raw = parse_yaml(read_text(path, error=ConfigError), str(path))
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -47,6 +34,29 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path} must hold a mapping of settings, such as `training: {{seed: 1}}`"
         )
     return beside(raw, path.parent)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Value of a YAML text.
+
+    Raises:
+        ConfigError: it is not YAML, is nested too deep, or has a key twice; the message begins with `place`.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{place}{line} is not valid YAML: {error.problem or error.context}"
+        ) from error
+    except RecursionError:
+        raise ConfigError(f"{place} is not valid YAML: nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{place} is not valid YAML: {first}") from error
 
 
 def _loader() -> Any:

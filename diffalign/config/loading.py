@@ -17,7 +17,7 @@ from diffalign.config.distillation import (
     DistillationRunConfig,
     ReflowConfig,
 )
-from diffalign.config.files import read_recipe
+from diffalign.config.files import parse_yaml, read_recipe
 from diffalign.config.latents import DCGenConfig, LatentRunConfig
 from diffalign.config.online import ONLINE, AWMConfig, RunConfig
 from diffalign.config.preference import (
@@ -283,7 +283,7 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
             continue
         names = aliases.get(key, key)
         for name in (names,) if isinstance(names, str) else names:
-            result.append((name, _parse_value(text, _type_of(name, run))))
+            result.append((name, _parse_value(text, _type_of(name, run), name)))
     if accumulation is not None:
         result.append(("training.pairs_per_update", _global_batch(accumulation, result, raw)))
     return result
@@ -335,18 +335,18 @@ def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
     return kind
 
 
-def _parse_value(text: str, kind: Any) -> Any:
-    """The text of an override as YAML, with what YAML 1.1 gets wrong for this type put right."""
-    import yaml
-
+def _parse_value(text: str, kind: Any, name: str) -> Any:
+    """Value of an override, whose text is YAML, with what YAML 1.1 gets wrong for this type put right."""
     if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
         return None if kind is not str and text.lower() in ("null", "none") else text
     if kind in LISTS and not text.startswith("[") and text != "null":
         return [part.strip() for part in text.split(",")]
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        value = parse_yaml(text, f"{name}={text}")
+    except ConfigError:
+        if kind is None:  # the name is wrong as well, which is said later
+            return text
+        raise
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
         try:
             value = float(value)

@@ -144,15 +144,24 @@ def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
 def _keep_training_folder(folder: Folder) -> None:
     """Leave out the other splits where all images lie in folders that are named like splits."""
     images = folder.images
-    tops = {p.relative_to(folder.root).parts[0].lower() for p in images}
-    splits = {_WORDS.get(top) for top in tops}
+    if not images:
+        return
+    base = Path(os.path.commonpath([p.parent for p in images]))
+    splits = {_split_of_folder(p, base) for p in images}
     if None not in splits and "train" in splits and len(splits) > 1:
         other = [
             p
             for p in folder.files
-            if _WORDS.get(p.relative_to(folder.root).parts[0].lower()) not in (None, "train")
+            if p.is_relative_to(base) and _split_of_folder(p, base) not in (None, "train")
         ]
         folder.leave_out(other, "of other splits than train; name a split's own folder to read it")
+
+
+def _split_of_folder(path: Path, base: Path) -> str | None:
+    """Split that the folder of a file below `base` is named after, such as val2017 or test_images."""
+    top, *rest = path.relative_to(base).parts
+    match = re.fullmatch(r"([a-z]+?)[-_ ]?(?:images|imgs|set|data)?[-_ ]?\d*", top.lower())
+    return _WORDS.get(match[1]) if match and rest else None
 
 
 def _grids(images: Sequence[Path]) -> list[Path]:

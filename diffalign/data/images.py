@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import threading
@@ -28,8 +29,10 @@ from diffalign.data.tables import Row, read_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 """Names of tables of captions; where a folder has several, the first is read."""
+OTHER_TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("prompt", "text", "caption")
+logger = logging.getLogger(__name__)
 MAX_WAITING = 500_000_000
 """Values of images that wait for others of their size."""
 MAX_PIXELS = 2**30
@@ -105,11 +108,18 @@ def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
 
 def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, why: str) -> None:
     """ImageFolderError where no image has a caption and something needs them, which `why` says."""
-    if not any(image.prompt.text.strip() for image in images):
-        raise ImageFolderError(
-            f"no image of {folder} has a caption, and {why}: give it a {TABLES[0]} with file_name and text, or a .txt "
-            "file beside each image (docs/data.md)"
-        )
+    if any(image.prompt.text.strip() for image in images):
+        return
+    others = [
+        p.relative_to(folder).as_posix()
+        for p in walk_images(Path(folder), error=ImageFolderError).of_type(OTHER_TABLES)
+        if p.name.lower() not in TABLES
+    ]
+    there = f"; {', '.join(others[:3])} is not read under that name" if others else ""
+    raise ImageFolderError(
+        f"no image of {folder} has a caption, and {why}: give it a {TABLES[0]} with file_name and text, or a .txt "
+        f"file beside each image (docs/data.md){there}"
+    )
 
 
 def _tables(listing: Folder, *, without: dict[Path, Any]) -> list[Path]:
@@ -182,20 +192,34 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
             raise ImageFolderError(f"{row.at} must be an object with file_name and prompt")
         if row.problem:
             raise ImageFolderError(f"{row.at} {row.problem}")
-    key = next((k for k in TEXT_KEYS if any(row.columns.get(k) for row in rows)), None)
-    for row in rows:
-        entry = dict(row.columns)
+    entries = [{_column(k): v for k, v in row.columns.items()} for row in rows]
+    key = next((k for k in TEXT_KEYS if any(entry.get(k) for entry in entries)), None)
+    if key is None:
+        logger.warning(
+            "%s: no row has a %s; its columns are %s",
+            table,
+            " or ".join(TEXT_KEYS),
+            ", ".join(map(str, rows[0].columns)),
+        )
+    for row, entry in zip(rows, entries, strict=True):
         # taken out: its key means a caption here, whatever it means to a reward
         value = entry.pop(key, None) if key is not None else None
         if isinstance(value, list | dict | bytes):
             raise ImageFolderError(f"{row.at}: {key} must be a text, not {type(value).__name__}")
         caption = _checked("" if value is None else str(value), row.at)
-        yield CaptionedImage(_inside(row), Prompt(caption, {**entry, "prompt": caption}))
+        yield CaptionedImage(
+            _inside(row, entry.get("file_name")), Prompt(caption, {**entry, "prompt": caption})
+        )
 
 
-def _inside(row: Row) -> Path:
+def _column(name: Any) -> Any:
+    """Name of a column; those that mean something here are known in any case."""
+    plain = str(name).strip().lower()
+    return plain if plain in ("file_name", *TEXT_KEYS) else name
+
+
+def _inside(row: Row, name: Any) -> Path:
     """File that a row names within the folder of its table."""
-    name = row.columns.get("file_name")
     if not name:
         raise ImageFolderError(
             f"{row.at} has no file_name; its columns are {', '.join(map(str, row.columns))}"

@@ -86,8 +86,9 @@ def read_arguments(arguments: Sequence[str]) -> list[Prompt]:
 
 def _read(path: Path) -> list[Prompt]:
     if not path.is_file():
+        there = "that is a folder" if path.is_dir() else f"there is no {path.absolute()}"
         raise PromptError(
-            f"prompt file {path} does not exist: there is no {path.absolute()}; expected geneval, geneval:train, "
+            f"prompt file {path} does not exist: {there}; expected geneval, geneval:train, "
             "shapes:train, shapes:held_out, a .txt or a .jsonl file"
         )
     if suffix_of(path) not in SUFFIXES:

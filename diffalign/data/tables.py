@@ -238,11 +238,11 @@ def _sample(
     for member in members:
         if member.size > MAX_MEMBER:
             return row({}, problem=f"has a member of more than {MAX_MEMBER} bytes")
-        name = _key(member.name)[1]
+        name = _key(member.name)[1].lower()
         stream = archive.extractfile(member)
         assert stream is not None
         value: bytes | str = stream.read()
-        if not name.lower().endswith(TAR_IMAGES):
+        if not name.endswith(TAR_IMAGES):
             try:
                 value = value.decode("utf-8-sig").strip()
             except UnicodeDecodeError:
