@@ -5,7 +5,6 @@ import json
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -14,20 +13,20 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
+from tiny_students import MODELS, settings, trainer
 
 from diffalign import cli, lora
 from diffalign.algorithms import distillation as losses
-from diffalign.config import ConfigError, DistillationRunConfig, decode, load
+from diffalign.config import ConfigError, DistillationRunConfig, load
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.paths import RectifiedFlow, VariancePreserving
-from diffalign.methods.distillation.trainer import DistillationTrainer, student_scheduler
+from diffalign.methods.distillation.trainer import student_scheduler
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.pipelines.sampling import generate
 from diffalign.training.memory import forecast
 from diffalign.training.plan import make_plan
-from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 
 PATHS = {
@@ -152,36 +151,6 @@ def test_images_of_stochastic_schedulers_are_a_matter_of_their_seeds():
 
 
 # --- the loop
-
-
-def settings(folder, **groups):
-    base = {
-        "output_dir": str(folder),
-        "algorithm": {"type": "reflow", "states_per_image": 4},
-        "lora": {"rank": 4, "alpha": 8},
-        "rewards": {"jpeg": 1.0},
-        "teacher": {"prompts_per_update": 4, "num_inference_steps": 8, "micro_batch_size": 4},
-        "optimizer": {"learning_rate": 0.01},
-        "training": {"mixed_precision": "no", "micro_batch_size": 4, "num_updates": 3},
-        "evaluation": {"num_inference_steps": 2},
-    }
-    for group, values in groups.items():
-        base.setdefault(group, {}).update(values)
-    return decode(base)
-
-
-MODELS = {**tiny.MODELS, **tiny.UNETS}
-
-
-def trainer(folder, family="flux", *, prompts=None, **groups):
-    config = settings(folder, **groups)
-    return DistillationTrainer(
-        config,
-        MODELS[family](),
-        Accelerator(cpu=True),
-        RunFolder(folder),
-        prompts or load_prompts("shapes:train"),
-    )
 
 
 METHODS = {
