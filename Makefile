@@ -42,12 +42,9 @@ typecheck: install
 	cd .types && ../$(BIN)/python -m diffalign.cli list models | grep shapes-sd3
 	cd .types && ../$(BIN)/python -m diffalign.cli train demo --dry-run > /dev/null
 
-# The checkpoints from nothing: an hour or two each on two cores.
+# The checkpoints from nothing: a night on two cores. One GPU: everything --device cuda --jobs 3
 shapes: install
-	$(BIN)/python -m diffalign.scripts.shapes.train sd3 --out diffalign/shapes/checkpoints/shapes-sd3
-	$(BIN)/python -m diffalign.scripts.shapes.train flux --out diffalign/shapes/checkpoints/shapes-flux
-	$(BIN)/python -m diffalign.scripts.shapes.train dc --out diffalign/shapes/checkpoints/shapes-dc
-	$(BIN)/python -m diffalign.scripts.shapes.train clip --out diffalign/shapes/checkpoints/shapes-clip
+	$(BIN)/python -m diffalign.scripts.shapes.everything
 
 clean:
 	rm -rf $(VENV) .types build dist *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -138,6 +139,10 @@ def build_sd_pipeline(
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """bf16 safetensors in diffusers' layout."""
+    """Save a pipeline as bf16 safetensors in diffusers' layout; `folder` is whole or not there."""
     pipeline.to(dtype=torch.bfloat16)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    pipeline.save_pretrained(aside, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffalign.core.precision import compute
@@ -36,6 +37,7 @@ from diffalign.shapes.world import IMAGE_SIZE, render, sample_scene
 from diffalign.types import PromptEmbeds
 
 NULL_PROMPT = ""
+EMBEDS = ("embeds", "long_embeds")
 NO_GUIDANCE = 1.0
 MAX_WEIGHT = 25.0
 LONG_PADDING = 256
@@ -140,6 +142,30 @@ class Captioned:
     long_embeds: PromptEmbeds
     maps: Tensor
 
+    def save(self, file: Path) -> None:
+        """Write all tensors to a safetensors file, aside first."""
+        tensors = {"latents": self.latents, "rows": self.rows, "maps": self.maps}
+        for name in EMBEDS:
+            embeds = getattr(self, name)
+            tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
+            if embeds.pooled_prompt_embeds is not None:
+                tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
+        aside = file.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+        aside.rename(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Captioned:
+        """Read what `save` wrote."""
+        tensors = load_file(file)
+        embeds = {
+            name: PromptEmbeds(
+                tensors[f"{name}.prompt_embeds"], tensors.get(f"{name}.pooled_prompt_embeds")
+            )
+            for name in EMBEDS
+        }
+        return cls(tensors["latents"], tensors["rows"], maps=tensors["maps"], **embeds)
+
     @property
     def has_long(self) -> bool:
         """Whether there are two lengths at all: CLIP alone has one."""
@@ -173,12 +199,13 @@ def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
         scenes = [sample_scene(e, rng) for e in entries]
         images = np.stack([render(scene) for scene in scenes])
         maps.append(np.stack([semantic_map(scene, side=side).reshape(2, -1) for scene in scenes]))
-        with compute("cpu"):
-            latents.append(model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).bfloat16())
+        with compute(model.device):
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(model.device)
+            latents.append(model.encode(pixels).bfloat16().cpu())
         rows += [row_of[e["prompt"]] for e in entries]
-    embeds = model.encode_prompt(texts)
+    embeds = model.encode_prompt(texts).to("cpu")
     short, model.max_sequence_length = model.max_sequence_length, LONG_PADDING
-    long_embeds = model.encode_prompt(texts)
+    long_embeds = model.encode_prompt(texts).to("cpu")
     model.max_sequence_length = short
     labels = torch.from_numpy(np.concatenate(maps))
     return Captioned(torch.cat(latents), torch.tensor(rows), embeds, long_embeds, labels)
@@ -221,9 +248,12 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.config.seed)
+        self.device = self.model.device
         self.rng = torch.Generator().manual_seed(self.config.seed)
         self.denoiser = self.model.denoiser.train().float()
         self.head = self._semantic_head() if self.aligned and self.config.alignment else None
+        if self.head is not None:
+            self.head.to(self.device)
         self.optimizers = make_optimizers(self.denoiser, self.config, head=self.head)
         self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.ema = {k: v.detach().clone() for k, v in self.denoiser.state_dict().items()}
@@ -263,7 +293,7 @@ class Pretraining:
         return max(done, self.seconds / limit) if limit else done
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
-        """The arguments of the loss."""
+        """Return the arguments of the loss, drawn on the CPU and moved to the denoiser's device."""
         long = torch.rand((), generator=self.rng).item() < LONG_SHARE and data.has_long
         n = max(1, self.config.batch_size // (LONG_DIVISOR if long else 1))
         index = torch.randint(len(data.rows), (n,), generator=self.rng)
@@ -274,15 +304,17 @@ class Pretraining:
         mean = self.config.sigma_mean
         timesteps = training_timesteps(self.model.noise, n, mean=mean, generator=self.rng)
         embeds = (data.long_embeds if long else data.embeds)[rows]
-        return latents, noise, timesteps, embeds, data.maps[index]
+        parts = (latents, noise, timesteps, embeds, data.maps[index])
+        return tuple(part.to(self.device) for part in parts)
 
     def update(self, data: Captioned) -> float:
         factor = lr_factor(self.step, self.config, self.progress())
         for optimizer, lr in zip(self.optimizers, self.base_lr, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
         batch = self.batch(data)
-        short = data.padded_like(batch[3]) is data.embeds
-        with compute("cpu"):  # long batches are too rare to be worth a compilation of their own
+        short = batch[3].prompt_embeds.shape[1] == data.embeds.prompt_embeds.shape[1]
+        with compute(self.device):
+            # long batches are too rare to be worth a compilation of their own
             loss = (self.forward if short else self._loss)(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
@@ -309,6 +341,7 @@ class Pretraining:
             "seconds": self.seconds,
             "history": self.history,
         }
+        # plain tensors and numbers only: read back with weights_only
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").rename(self.folder / "state.pt")
 
@@ -316,11 +349,11 @@ class Pretraining:
         path = self.folder / "state.pt"
         if not path.exists():
             return
-        state = torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.denoiser.load_state_dict(state["denoiser"])
         if self.head is not None:
             self.head.load_state_dict(state["head"])
-        self.ema = state["ema"]
+        self.ema = {key: value.to(self.device) for key, value in state["ema"].items()}
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.rng.set_state(state["rng"])
@@ -375,7 +408,7 @@ def evaluate_shapes(
     entries = prompts(split) * repeats
     generator = torch.Generator().manual_seed(seed)
     correct = []
-    with compute("cpu"):
+    with compute(model.device):
         embeds = model.encode_prompt([e["prompt"] for e in entries])
         guided = model.costs_a_forward(guidance_scale)
         negative = model.encode_prompt([NULL_PROMPT] * len(entries)) if guided else None
@@ -387,7 +420,7 @@ def evaluate_shapes(
             negative_embeds=negative,
             generator=generator,
         )
-        images = model.decode(latents).permute(0, 2, 3, 1).contiguous().numpy()
+        images = model.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     for image, entry in zip(images, entries, strict=True):
         correct.append(verify(image, entry).correct)
     return summarize([e["tag"] for e in entries], correct)

@@ -49,9 +49,10 @@ class GuidanceDistillation(Pretraining):
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
         latents, noise, timesteps, embeds, _ = super().batch(data)
-        null = data.padded_like(embeds).repeat_first(len(embeds))
+        null = data.padded_like(embeds).repeat_first(len(embeds)).to(self.device)
         low, high = GUIDANCE_RANGE
         guidance = low + (high - low) * torch.rand(len(embeds), generator=self.rng)
+        guidance = guidance.to(self.device)
         return latents, noise, timesteps, PromptEmbeds.cat([embeds, null]), guidance
 
     def _loss(  # type: ignore[override]

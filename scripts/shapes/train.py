@@ -33,7 +33,7 @@ from diffalign.scripts.shapes.build import (
     save_pipeline,
 )
 from diffalign.scripts.shapes.clip import train_clip
-from diffalign.scripts.shapes.denoiser import PretrainConfig, Pretraining, make_dataset
+from diffalign.scripts.shapes.denoiser import Captioned, PretrainConfig, Pretraining, make_dataset
 from diffalign.scripts.shapes.guidance import GuidanceDistillation
 from diffalign.shapes.text import MAX_LENGTH
 from diffalign.shapes.world import IMAGE_SIZE
@@ -71,15 +71,20 @@ def load_model(family: str, work: Path) -> TextToImageModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=[*sorted(FAMILIES), "clip", "dc"])
+    parser.add_argument("family", choices=[*sorted(FAMILIES), "clip", "dc", "vae"])
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--images", type=int, default=PretrainConfig.images)
     parser.add_argument("--stop-after-minutes", type=float, default=None)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-alignment", action="store_true", help="leave out the semantic map")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     args = parser.parse_args()
 
+    if args.family == "vae":
+        load_autoencoder(args.work)
+        return
     if args.family == "clip":
         train_eyes(args.out, steps=args.steps or EYES_STEPS)
         return
@@ -87,19 +92,20 @@ def main() -> None:
         train_deep(args.out, args.work / "dc", steps=args.steps or DEEP_STEPS)
         return
     args.steps = args.steps or PretrainConfig.steps
-    model = load_model(args.family, args.work)
+    model = load_model(args.family, args.work).to(args.device)
     folder = args.work / args.family
-    cache = folder / f"data-{args.images}.pt"
+    cache = folder / f"data-{args.images}.safetensors"
     if not cache.exists():
-        torch.save(make_dataset(model, args.images, seed=0), cache)
-    data = torch.load(cache, weights_only=False)
+        make_dataset(model, args.images, seed=0).save(cache)
+    data = Captioned.load(cache)
     minutes = args.stop_after_minutes
     config = PretrainConfig(
         steps=args.steps,
         images=args.images,
         # torch 2.13 compiles a U-Net's blocks for CPUs such that their gradients are zero
-        compile=not args.no_compile and args.family != "sd",
+        compile=not args.no_compile and (args.family != "sd" or args.device != "cpu"),
         stop_after_seconds=None if minutes is None else 60 * minutes,
+        alignment=0.0 if args.no_alignment else PretrainConfig.alignment,
     )
     run = Pretraining(model, config, folder)
     run.resume()
