@@ -42,8 +42,20 @@ def test_images_that_are_copies_add_no_evidence():
     assert often.high - often.low >= 0.99 * (once.high - once.low)
 
 
-def test_of_one_prompt_there_is_no_interval():
-    found = intervals.mean(np.array([0.2, 0.4]), ["a", "a"])
+def test_of_one_prompt_the_images_are_the_evidence():
+    x = np.random.default_rng(4).normal(0, 1, 9)
+    one, many = intervals.mean(x, ["a"] * 9), intervals.mean(x, names(9))
+    assert (one.low, one.high) == (many.low, many.high)
+    assert (one.n, one.prompts, one.units) == (9, 1, 9)
+    better = intervals.difference(x + 1 + 0.1 * x, x, ["a"] * 9)
+    assert not better.within_noise
+    assert win_rate(x, x - np.abs(x) + 0.1, ["a"] * 9).low < 1
+    # two or three prompts are no evidence for prompts like them, however many images they have
+    assert intervals.difference(np.ones(300), np.zeros(300), names(3, 100)).within_noise
+
+
+def test_of_one_image_there_is_no_interval():
+    found = intervals.mean(np.array([0.2]), ["a"])
     assert (found.low, found.high, found.bounds()) == (None, None, "unknown")
     assert intervals.difference(np.array([0.2]), np.array([0.1]), ["a"]).within_noise
     assert intervals.mean(np.array([np.nan]), ["a"]) is None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from whole_runs import train
 
 from diffalign import cli
-from diffalign.evaluation.report import image_grid
+from diffalign.evaluation.pictures import image_grid
 from diffalign.methods.online.health import Collapse
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
@@ -162,7 +162,8 @@ def test_a_full_disk_is_one_line_where_there_are_no_checkpoints(
     flags = [f"--model={base}", "--dtype=float32", "--num_inference_steps=1"]
     assert cli.main(["generate", "a cat", *flags, f"--output_dir={tmp_path / 'images'}"]) == 2
     error = capsys.readouterr().err
-    assert "diffalign: error: No space left on device. Free space, and the same command" in error
+    assert f"diffalign: error: No space left on device: {tmp_path / 'images' / 'grid.png'}" in error
+    assert "Free space, and the same command" in error
     assert "Traceback" not in error
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import train
 
-from diffalign.evaluation.report import image_grid
+from diffalign.evaluation.pictures import image_grid
 from diffalign.training import trackers
 
 

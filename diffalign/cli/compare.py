@@ -23,7 +23,7 @@ def add_wins(parser: argparse.ArgumentParser) -> None:
 
 def run_wins(args: argparse.Namespace) -> None:
     """How often the images of --images are preferred to those of the same name in --against."""
-    from diffalign.cli.output import print_scores, write_result
+    from diffalign.cli.output import print_win_rates, write_result
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
     from diffalign.evaluation.wins import compare_folders
@@ -37,8 +37,8 @@ def run_wins(args: argparse.Namespace) -> None:
         lambda metadata: load_rewards(args.rewards, metadata),
         batch_size=args.batch_size,
     )
-    rates = {n: rate["rate"] for n, rate in result["win_rate"].items() if rate}
-    print_scores(f"{args.images} wins against {args.against}", rates)
+    rates = {n: rate for n, rate in result["win_rate"].items() if rate}
+    print_win_rates(f"{args.images} against {args.against}", rates)
     write_result(args.output, result)
     print(json.dumps(result))
     if not rates:

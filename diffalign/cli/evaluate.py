@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
         "versions": versions(),
     }
     title = f"{args.model}{' + ' + args.lora if args.lora else ''}"
-    print_scores(title, {**scores.tasks, **scores.means})
+    intervals = result["intervals"]
+    print_scores(
+        title, {**scores.tasks, **scores.means}, {**intervals["tasks"], **intervals["means"]}
+    )
     write_result(args.output, result)
     print(json.dumps(result))
 

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.cli.output import print_scores, write_result
     from diffalign.core import processes
     from diffalign.core.errors import UsageError
+    from diffalign.evaluation.fid import statistics_path
     from diffalign.evaluation.fid_sides import compare_sides, generated_side, reference_side
     from diffalign.rewards.features import load_network
 
@@ -63,23 +64,30 @@ def run(args: argparse.Namespace) -> None:
     on_shapes = (args.reference or "").startswith("shapes:") or (
         args.images is None and args.model.startswith("shapes-")
     )
+    # before a network is downloaded, a model loaded or an image drawn: are all files there?
+    if args.save_statistics is not None:
+        args.save_statistics = statistics_path(args.save_statistics)
+    batch = args.batch_size
+    reference = args.reference and reference_side(
+        args.reference, batch_size=batch, max_prompts=args.max_prompts
+    )
+    generated = generated_side(args.images or _generation(args), batch_size=batch)
     state = processes.current()  # first: it says which GPU is this process's
     network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
-    batch = args.batch_size
-    # before anything is drawn: whether the reference exists
-    reference = args.reference and reference_side(
-        args.reference, network, batch_size=batch, max_prompts=args.max_prompts
-    )
-    generated = generated_side(args.images or _generation(args), network, state, batch_size=batch)
+    reference = reference and reference(network)
+    features = generated(network, state)
     if not state.is_main_process:
         return
     if args.save_statistics is not None:
-        generated.save(args.save_statistics)
+        features.save(args.save_statistics)
     other = reference() if reference else None
-    distances, result = compare_sides(generated, other)
+    distances, result = compare_sides(features, other)
     if other is not None:
-        n, m = generated.moments.n, other.moments.n
-        print_scores(f"{n} images against {m} of {args.reference}, {generated.network}", distances)
+        n, m = features.moments.n, other.moments.n or "unknown"
+        title = f"{n} images against {m} of {args.reference}, {features.network}"
+        print_scores(title, distances, result["intervals"])
+        for warning in result["warnings"]:
+            print(f"warning: {warning}")
     write_result(args.output, result)
     print(json.dumps(result))
 

@@ -69,7 +69,11 @@ def run(args: argparse.Namespace) -> None:
     )
     if not state.is_main_process:
         return
-    print_scores(f"GenEval of {folder}, seen by {result['detector']['name']}", result["tasks"])
+    print_scores(
+        f"GenEval of {folder}, seen by {result['detector']['name']}",
+        result["tasks"],
+        result["intervals"],
+    )
     print(json.dumps(result))
     write_result(args.output or folder / "summary.json", result)
     if result["scored"] == 0:

@@ -11,19 +11,57 @@ from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 
 
-def print_scores(title: str, scores: Mapping[str, float]) -> None:
-    """Print a table of scores."""
-    _print_table(title, ("", "score"), [[(n, f"{value:.3f}") for n, value in scores.items()]])
+def print_scores(
+    title: str,
+    scores: Mapping[str, float],
+    intervals: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Print a table of scores, with the 95 % interval and number of images of those that have one."""
+    known = intervals or {}
+    rows = []
+    for name, value in scores.items():
+        found = known.get(name, {})
+        rows.append((name, f"{value:.3f}", bounds(found), str(found["n"]) if "n" in found else ""))
+    if not known:
+        _print_table(title, ("", "score"), [[row[:2] for row in rows]])
+        return
+    _print_table(title, ("", "score", "95 % interval", "n"), [rows])
+
+
+def print_win_rates(title: str, rates: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the share of pairs that are won under each reward; a share within noise is grey."""
+    rows = [
+        tuple(
+            _grey(cell, found["within_noise"])
+            for cell in (
+                name,
+                f"{found['rate']:.3f}",
+                bounds(found),
+                str(found["pairs"]),
+                str(found["ties"]),
+                "within noise" if found["within_noise"] else "",
+            )
+        )
+        for name, found in rates.items()
+    ]
+    _print_table(title, ("", "pairs won", "95 % interval", "pairs", "ties", " "), [rows])
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print both evaluations of a run side by side."""
+    """Print both evaluations of a run side by side; a change within noise is grey."""
     parts = []
     for part in ("tasks", "means"):
         after, before = summary["after"][part], summary["before"][part]
-        parts.append([(n, f"{before[n]:.3f}", f"{after[n]:.3f}") for n in after if n in before])
+        changes = summary.get("differences", {}).get(part, {})
+        parts.append(
+            [
+                _change_row(name, before[name], after[name], changes.get(name))
+                for name in after
+                if name in before
+            ]
+        )
     title = f"held-out prompts, {summary['updates']} updates on {summary['device']}"
-    _print_table(title, ("", "before", "after"), parts)
+    _print_table(title, ("", "before", "after", "change", "95 % interval", "n", " "), parts)
     trained, resumed = summary["training_seconds"], summary.get("resumed_after", 0)
     taken = f"{summary['seconds']:.0f} s with its evaluations"
     if resumed:
@@ -34,6 +72,29 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         print(f"training {trained:.0f} s, in all {taken}")
 
 
+def _change_row(
+    name: str, before: float, after: float, change: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    row = (name, f"{before:.3f}", f"{after:.3f}")
+    if change is None:
+        return (*row, f"{after - before:+.3f}", "", "", "")
+    noise = change["within_noise"]
+    told = (f"{change['value']:+.3f}", bounds(change, sign="+"), str(change["n"]))
+    return (*row, *(_grey(t, noise) for t in (*told, "within noise" if noise else "")))
+
+
+def bounds(found: Mapping[str, Any], *, sign: str = "") -> str:
+    """Return the interval of a result as text; empty where there is none."""
+    low, high = found.get("low"), found.get("high")
+    if low is None or high is None:
+        return "unknown" if found else ""
+    return f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def _grey(text: str, is_grey: bool) -> str:
+    return f"[dim]{text}[/dim]" if is_grey and text else text
+
+
 def _print_table(
     title: str, columns: Sequence[str], parts: Sequence[Sequence[tuple[str, ...]]]
 ) -> None:
@@ -42,7 +103,7 @@ def _print_table(
 
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column.strip(), justify="right" if column.strip() else "left")
     for rows in parts:
         for row in rows:
             table.add_row(*row)

@@ -35,7 +35,11 @@ def run(args: argparse.Namespace) -> None:
     rows, means = score_folder(images, reward.score, batch_size=args.batch_size)
     result = folder_result(args.images, images, rows, means, reward)
     unreadable = result["unreadable"]
-    print_scores(f"{len(rows) - unreadable} of {len(rows)} images in {args.images}", means)
+    print_scores(
+        f"{len(rows) - unreadable} of {len(rows)} images in {args.images}",
+        means,
+        result["intervals"],
+    )
     write_result(args.output, {**result, "scores": rows})
     print(json.dumps(result))
     if unreadable == len(rows):

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 CHUNK = 2048
 """Rows of a kernel or distance matrix that are held at a time."""
+BLOCKS = 10
+"""Disjoint parts of two sets whose distances say how uncertain KID is."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,65 @@ def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0) -> float:
     return 1000 * float(mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
 
 
+def kernel_interval(
+    a: Tensor, b: Tensor, group: Tensor, distance: float, *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of a KID, from the spread of the distances between disjoint blocks of both sets.
+
+    Blocks of `a` hold whole prompts (`group`) where there are enough. None where the sets are too small.
+    """
+    blocks = min(BLOCKS, len(a) // 2, len(b) // 2)
+    if blocks < 3:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(int(group.max()) + 1, generator=generator)
+    order_a = shuffled[group].argsort(stable=True)
+    order_b = torch.randperm(len(b), generator=generator)
+    parts = zip(
+        a[order_a].double().tensor_split(blocks),
+        b[order_b].double().tensor_split(blocks),
+        strict=True,
+    )
+    values = torch.stack([_unbiased(x, y) for x, y in parts])
+    half = float(stdtrit(blocks - 1, 0.975)) * float(values.std()) / blocks**0.5
+    return distance - half, distance + half
+
+
+def _unbiased(x: Tensor, y: Tensor) -> Tensor:
+    """Return the unbiased squared MMD of two sets, which need not be equally large."""
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / u.shape[1] + 1) ** 3
+
+    def within(u: Tensor) -> Tensor:
+        k = kernel(u, u)
+        return (k.sum() - k.diagonal().sum()) / (len(u) * (len(u) - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
 def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Shares of generated images within the reference's manifold and of reference images within the generated one; a
-    manifold is the union of balls up to each feature's k-th neighbour (Kynkaanniemi et al. 2019)."""
-    return _covered(generated, reference, k), _covered(reference, generated, k)
+    """Return the shares of generated images within the reference's manifold, and of reference images in the generated.
+
+    A manifold is the union of balls up to each feature's k-th neighbour (Kynkaanniemi et al. 2019).
+    """
+    return tuple(  # type: ignore[return-value]
+        float(covered(x, y, k).double().mean())
+        for x, y in ((generated, reference), (reference, generated))
+    )
 
 
-def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
-    """Share of `points` in some ball of `manifold`."""
+def covered(points: Tensor, manifold: Tensor, k: int) -> Tensor:
+    """Return for each of N `points` whether it lies in some ball of `manifold` (N,)."""
     if len(manifold) <= k:
         raise ValueError(f"{len(manifold)} features have no neighbour number {k}")
     points, manifold = points.double(), manifold.double()
     radii = torch.cat(
         [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(CHUNK)]
     )
-    inside = [
-        (torch.cdist(part, manifold) <= radii).any(1).double().sum() for part in points.split(CHUNK)
-    ]
-    return float(torch.stack(inside).sum() / len(points))
+    return torch.cat(
+        [(torch.cdist(part, manifold) <= radii).any(1) for part in points.split(CHUNK)]
+    )
 
 
 def diversity(features: Tensor, group: Tensor) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,12 +20,17 @@ from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import distances
 from diffalign.evaluation.distances import Moments
+from diffalign.evaluation.intervals import Estimate, mean
 from diffalign.evaluation.score import image_seeds, render
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import EmbedCache
 
 NEIGHBOURS = 3
 """k of precision and recall."""
+UNKNOWN = "unknown"
+"""Network and resizing of statistics that another program made."""
+FEW = 10
+"""Images per feature dimension below which the bias of FID is pointed out."""
 COUNTS = ("images", "unreadable", "not_finite")
 Batches = Iterator[tuple[Tensor, list[int]]]
 """(B, 3, H, W) uint8, and the number of each image's prompt."""
@@ -57,8 +62,14 @@ class FeatureSet:
     group: Tensor | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, file: Path) -> None:
-        """As .npz."""
+    @property
+    def dimension(self) -> int:
+        """Numbers per feature."""
+        return len(self.moments.mean)
+
+    def save(self, file: Path) -> Path:
+        """Write the statistics as .npz, with that suffix if `file` has none, and return the path."""
+        file = statistics_path(file)
         arrays: dict[str, Any] = {
             "mu": self.moments.mean.numpy(),
             "sigma": self.moments.covariance.numpy(),
@@ -69,26 +80,87 @@ class FeatureSet:
         file.parent.mkdir(parents=True, exist_ok=True)
         with aside(file) as hidden:
             np.savez(hidden, **arrays, notes=np.array(json.dumps(notes)))
+        return file
 
     @classmethod
     def load(cls, file: Path) -> FeatureSet:
-        """Of `save`, or any .npz with `mu` and `sigma` (pytorch-fid's), whose network nobody knows.
+        """Load what `save` wrote, or any .npz with `mu` and `sigma` (pytorch-fid's), which does not name its network.
 
         Raises:
-            FeatureError: the file is none.
+            FeatureError: the file is missing or damaged, or its arrays are not finite or do not fit each other.
         """
         try:
-            with np.load(file, allow_pickle=False) as found:
-                arrays = {name: found[name] for name in found.files}
-            notes = json.loads(str(arrays.get("notes", np.array("{}"))))
-            mean, covariance = (torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma"))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise FeatureError(f"{file} holds no statistics of features: {error}") from error
-        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-        group = torch.from_numpy(arrays["group"]) if "group" in arrays else None
-        moments = Moments(notes.pop("n", 0), mean, covariance)
-        network, resize = notes.pop("network", "unknown"), notes.pop("resize", "unknown")
-        return cls(network, resize, moments, features, group, notes)
+            with np.load(file, allow_pickle=False) as opened:
+                arrays = {name: opened[name] for name in opened.files}
+            notes = dict(json.loads(str(arrays.get("notes", np.array("{}")))))
+            tensors = {
+                name: torch.from_numpy(values)
+                for name, values in arrays.items()
+                if name in ("mu", "sigma", "features", "group")
+            }
+            n = int(notes.pop("n", 0))
+            mean, covariance = tensors["mu"].double(), tensors["sigma"].double()
+        # a damaged archive raises whatever zipfile, zlib and numpy run into
+        except Exception as error:
+            raise FeatureError(
+                f"{file} holds no statistics of features: {type(error).__name__}: {error}. Expected an .npz with mu "
+                "and sigma"
+            ) from error
+        features, group = tensors.get("features"), tensors.get("group")
+        _check_statistics(file, mean, covariance, features, group)
+        network, resize = notes.pop("network", UNKNOWN), notes.pop("resize", UNKNOWN)
+        return cls(network, resize, Moments(n, mean, covariance), features, group, notes)
+
+    def check_network(self, network: Network) -> None:
+        """Raise FeatureError where features of `network` cannot be compared with these."""
+        name = _full_name(network)
+        if self.network not in (UNKNOWN, name):
+            raise FeatureError(
+                f"features of different networks cannot be compared: {self.network} and {name}"
+            )
+        dimension = network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
+        if dimension != self.dimension:
+            raise FeatureError(
+                f"features of {dimension} ({name}) and {self.dimension} dimensions cannot be compared"
+            )
+
+
+def statistics_path(file: Path) -> Path:
+    """Return the path of a statistics file, which ends in .npz.
+
+    Raises:
+        FeatureError: the path is a folder, or cannot be written.
+    """
+    path = file if file.suffix.lower() == ".npz" else file.with_name(f"{file.name}.npz")
+    existing = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        raise FeatureError(f"save_statistics: {path} is a folder; name a file that ends in .npz")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise FeatureError(
+            f"save_statistics: {path} cannot be written, for {existing} is no folder to write into"
+        )
+    return path
+
+
+def _check_statistics(
+    file: Path, mean: Tensor, covariance: Tensor, features: Tensor | None, group: Tensor | None
+) -> None:
+    """Raise FeatureError where arrays do not fit each other or hold no numbers."""
+    shapes = f"mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
+    if mean.dim() != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
+        raise FeatureError(f"{file}: {shapes}; expected (D,) and (D, D) of the same features")
+    rows = 0 if features is None else len(features)
+    if (features is None) != (group is None) or (
+        features is not None
+        and group is not None
+        and (features.shape != (rows, len(mean)) or group.shape != (rows,))
+    ):
+        raise FeatureError(f"{file}: features and group do not fit mu of {len(mean)} numbers")
+    for name, values in (("mu", mean), ("sigma", covariance), ("features", features)):
+        if values is not None and not values.isfinite().all():
+            raise FeatureError(
+                f"{file}: {name} holds NaN or infinity; compute the statistics again"
+            )
 
 
 def extract(
@@ -130,10 +202,18 @@ def collect(
     table = torch.cat(list(features))
     if not table.isfinite().all():
         raise FeatureError(f"features of {network.name} are not finite: {about}")
-    name = f"{network.name} ({network.weights})"
     return FeatureSet(
-        name, network.resize, distances.moments(table), table, torch.tensor(group), about
+        _full_name(network),
+        network.resize,
+        distances.moments(table),
+        table,
+        torch.tensor(group),
+        about,
     )
+
+
+def _full_name(network: Network) -> str:
+    return f"{network.name} ({network.weights})"
 
 
 def folder_batches(
@@ -215,7 +295,7 @@ def compare(generated: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
     Raises:
         FeatureError: the sets were seen by different networks or have different dimensions.
     """
-    known = {s.network for s in (generated, reference)} - {"unknown"}
+    known = {s.network for s in (generated, reference)} - {UNKNOWN}
     if len(known) > 1:
         raise FeatureError(f"features of different networks cannot be compared: {known}")
     shapes = [len(s.moments.mean) for s in (generated, reference)]
@@ -233,3 +313,48 @@ def compare(generated: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
         if min(len(a), len(b)) > NEIGHBOURS:
             found["precision"], found["recall"] = distances.precision_recall(a, b, k=NEIGHBOURS)
     return {k: v if np.isfinite(v) else None for k, v in found.items()}
+
+
+def distance_intervals(
+    generated: FeatureSet, reference: FeatureSet, found: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the 95 % intervals of the distances `found` that have one: KID, precision and recall."""
+    result: dict[str, dict[str, Any]] = {}
+    a, b = generated.features, reference.features
+    if a is None or b is None or generated.group is None or reference.group is None:
+        return result
+    if found.get("kid") is not None:
+        bounds = distances.kernel_interval(a, b, generated.group, found["kid"])
+        if bounds is not None:
+            estimate = Estimate(found["kid"], *bounds, len(a), len(generated.group.unique()))
+            result["kid"] = estimate.to_dict()
+    sides = {"precision": (a, b, generated.group), "recall": (b, a, reference.group)}
+    for name, (points, manifold, group) in sides.items():
+        if found.get(name) is not None:
+            inside = distances.covered(points, manifold, NEIGHBOURS).double().numpy()
+            share = mean(inside, [str(int(g)) for g in group])
+            if share is not None:
+                result[name] = share.to_dict()
+    return result
+
+
+def warnings(generated: FeatureSet, reference: FeatureSet) -> list[str]:
+    """Return what makes a FID of these two sets doubtful, in whole sentences; empty where nothing does."""
+    dimension = generated.dimension
+    told = []
+    for name, side in (("generated", generated), ("reference", reference)):
+        n = side.moments.n
+        if n == 0:
+            told.append(f"The number of {name} images is unknown: the statistics do not say it.")
+        elif n <= dimension:
+            told.append(
+                f"{n} {name} images are too few for FID with {dimension} features: their covariance has at most rank "
+                f"{n - 1}, and FID is far too high. Use KID, which has no such bias, or at least {FEW * dimension} "
+                "images."
+            )
+        elif n < FEW * dimension:
+            told.append(
+                f"{n} {name} images are few for FID with {dimension} features: it is biased upwards. Compare only FIDs "
+                f"of the same number of images, or use KID; from about {FEW * dimension} images on the bias is small."
+            )
+    return told

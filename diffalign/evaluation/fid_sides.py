@@ -19,10 +19,12 @@ from diffalign.evaluation.fid import (
     FeatureSet,
     Network,
     compare,
+    distance_intervals,
     drawn_batches,
     extract,
     folder_batches,
     model_batches,
+    warnings,
 )
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.shapes.world import render, sample_scene
@@ -48,32 +50,46 @@ class Generation:
 
 
 def generated_side(
-    source: Path | Generation, network: Network, state: PartialState, *, batch_size: int
-) -> FeatureSet:
-    """Extract the features of a folder's or a model's images.
+    source: Path | Generation, *, batch_size: int
+) -> Callable[[Network, PartialState], FeatureSet]:
+    """Look up a folder's images now; the returned function computes the features of the folder's or a model's images.
 
     Every process makes or reads a part, in turns of a batch; all processes get the whole.
     """
-    process = (state.process_index, state.num_processes)
-    if isinstance(source, Path):
-        about: dict[str, Any] = {"folder": str(source)}
-        batches = folder_batches(read_folder(source), about, batch_size=batch_size, process=process)
-    else:
-        about = {**source.about, "formats": NO_FILE}
-        batches = model_batches(
-            source.load(), source.prompts, about, source.config, process=process, **source.sizes
-        )
-    return extract(network, batches, about, gather=gather_object)
+    images = read_folder(source) if isinstance(source, Path) else []
+
+    def compute(network: Network, state: PartialState) -> FeatureSet:
+        process = (state.process_index, state.num_processes)
+        about: dict[str, Any]
+        if isinstance(source, Path):
+            about = {"folder": str(source)}
+            batches = folder_batches(images, about, batch_size=batch_size, process=process)
+        else:
+            about = {**source.about, "formats": NO_FILE}
+            batches = model_batches(
+                source.load(), source.prompts, about, source.config, process=process, **source.sizes
+            )
+        return extract(network, batches, about, gather=gather_object)
+
+    return compute
 
 
 def reference_side(
-    reference: str, network: Network, *, batch_size: int, max_prompts: int | None = None
-) -> Callable[[], FeatureSet]:
-    """Look up statistics (.npz), a folder, or scenes of Shapes now; the returned function computes the features."""
+    reference: str, *, batch_size: int, max_prompts: int | None = None
+) -> Callable[[Network], Callable[[], FeatureSet]]:
+    """Look up statistics (.npz), a folder, or scenes of Shapes now.
+
+    The returned function checks that a network's features can be compared with them, and returns what computes them.
+    """
     path = Path(reference)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         statistics = FeatureSet.load(path)
-        return lambda: statistics
+
+        def read(network: Network) -> Callable[[], FeatureSet]:
+            statistics.check_network(network)
+            return lambda: statistics
+
+        return read
     about: dict[str, Any]
     if reference.startswith("shapes:"):
         about = {"drawn": reference, "images_per_prompt": SHAPES_IMAGES, "formats": NO_FILE}
@@ -85,8 +101,9 @@ def reference_side(
         )
     else:
         about = {"folder": reference}
-        source = folder_batches(read_folder(path, flag="--reference"), about, batch_size=batch_size)
-    return lambda: extract(network, source, about)
+        images = read_folder(path, flag="--reference")
+        source = folder_batches(images, about, batch_size=batch_size)
+    return lambda network: lambda: extract(network, source, about)
 
 
 def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:
@@ -97,11 +114,19 @@ def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:
 def compare_sides(
     generated: FeatureSet, reference: FeatureSet | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return the distances that could be computed, and the result with its provenance."""
-    distances = {} if reference is None else compare(generated, reference)
+    """Return the distances that could be computed, and the result with intervals, warnings and provenance."""
+    distances: dict[str, Any] = {}
+    certainty: dict[str, Any] = {}
+    if reference is not None:
+        distances = compare(generated, reference)
+        certainty = {
+            "intervals": distance_intervals(generated, reference, distances),
+            "warnings": warnings(generated, reference),
+        }
     sides = {"generated": generated} | ({} if reference is None else {"reference": reference})
     result = {
         **distances,
+        **certainty,
         "library": LIBRARY,
         "network": generated.network,
         "resize": generated.resize,

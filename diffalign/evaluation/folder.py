@@ -11,6 +11,7 @@ import numpy as np
 from diffalign.core.errors import UsageError
 from diffalign.core.versions import versions
 from diffalign.data.images import CaptionedImage, batches, require_captions
+from diffalign.evaluation.intervals import mean
 from diffalign.evaluation.score import Progress, Score
 
 
@@ -51,10 +52,22 @@ def score_folder(
 
 
 def counts(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Of the rows of `score_folder`: how many images each reward scored, and how many not, for whatever reason (an
-    unreadable file, no caption, a failure)."""
+    """Return how many images of the rows of `score_folder` each reward scored, and how many not.
+
+    An image is not scored because its file is unreadable, it has no caption, or the reward failed.
+    """
     found = {name: sum(row.get(name) is not None for row in rows) for name in names}
     return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in found.items()}
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Return one score of the rows of `score_folder` (N,), NaN where a row has none."""
+    return np.array([row.get(name) for row in rows], np.float64)
+
+
+def prompt_names(images: Sequence[CaptionedImage]) -> list[str]:
+    """Return the prompt of each image, and the path of an image that has no caption."""
+    return [image.prompt.text or str(image.path) for image in images]
 
 
 def folder_result(
@@ -64,7 +77,10 @@ def folder_result(
     means: Mapping[str, float],
     reward: Any,
 ) -> dict[str, Any]:
-    """The scores of a folder's images with their provenance; `reward` is the `CompositeReward` that made them."""
+    """Return the scores of a folder's images, their intervals and their provenance.
+
+    `reward` is the `CompositeReward` that made the scores. An image without a caption counts as a prompt of its own.
+    """
     return {
         "folder": str(folder),
         "images": len(rows),
@@ -72,6 +88,11 @@ def folder_result(
         "without_caption": sum(not i.prompt.text for i in images),
         "counts": counts(rows, reward.rewards),
         "means": dict(means),
+        "intervals": {
+            name: estimate.to_dict()
+            for name in means
+            if (estimate := mean(column(rows, name), prompt_names(images))) is not None
+        },
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         "versions": versions(),
     }

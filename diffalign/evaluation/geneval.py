@@ -5,6 +5,7 @@ Layout: `00000/metadata.jsonl` (one object), `00000/samples/0000.png`, ... Folde
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -13,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
@@ -24,6 +27,7 @@ from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.states import states_path
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation.intervals import mean, task_mean
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import Progress, image_seeds, render
 from diffalign.geneval.rules import Detection, judge, summarize
@@ -35,6 +39,7 @@ Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 """(B, 3, H, W) uint8 and B prompts' metadata to the objects that count in each image."""
 SETTINGS = "settings.json"
 RESULTS = "results.jsonl"
+PNG_END = b"IEND\xaeB`\x82"
 _SAMPLE = re.compile(r"\d+\.png")
 
 
@@ -106,8 +111,10 @@ def generate_samples(
     progress: Progress | None = None,
     **sizes: Any,
 ) -> int:
-    """Make what is missing of `config.images_per_prompt` images a prompt, and return how many that were; one that is
-    not finite is not written, and so counts as missing. A `keeper` writes states of each, without which it is missing.
+    """Draw the missing ones of `config.images_per_prompt` images per prompt, and return how many were missing.
+
+    An image whose file is empty or cut off is missing, too. An image that is not finite is not written, and so counts
+    as missing. A `keeper` writes states of each image, without which the image is missing.
 
     `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
     configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
@@ -117,10 +124,11 @@ def generate_samples(
     number, count = process
     wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
 
-    def is_there(place: Path) -> bool:
-        return place.is_file() and (keeper is None or states_path(place).is_file())
-
-    missing = [(p, k) for p, k in wanted if not is_there(sample_path(folder, p, k))]
+    missing = [
+        (p, k)
+        for p, k in wanted
+        if not is_whole(sample_path(folder, p, k), with_states=keeper is not None)
+    ]
     cache = EmbedCache(model)
     with Interruption("the images in hand are finished and kept") as interruption:
         for start in range(0, len(missing), micro_batch_size):
@@ -155,6 +163,24 @@ def generate_samples(
                     f"{len(wanted) - left} of {len(wanted)} images are in {folder}; the same command draws the others",
                 )
     return len(missing)
+
+
+def is_whole(image: Path, *, with_states: bool = False) -> bool:
+    """Return True where a sample is there, with its recorded states, and was not cut off while it was copied."""
+    try:
+        content = image.read_bytes()
+        if not content.endswith(PNG_END):
+            return False
+        with Image.open(io.BytesIO(content)) as picture:
+            # checks every chunk's sum without decoding
+            picture.verify()
+        if with_states:
+            with safe_open(states_path(image), "pt"):
+                pass
+    # Pillow's parsers raise whatever a damaged file leads them to
+    except Exception:
+        return False
+    return True
 
 
 def read_samples(folder: Path) -> tuple[list[CaptionedImage], int]:
@@ -227,14 +253,31 @@ def _row(image: CaptionedImage, objects: Sequence[Detection], *, compat: bool) -
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, Any]:
-    """The figures of GenEval's summary: shares of correct images and of prompts with a correct one, the accuracy of
-    each task, and their mean, `overall`. `missing`: images that prompts have fewer than the prompt with the most, the
-    `empty` ones that have none included; what cannot be read counts as wrong."""
+    """Return the figures of GenEval's summary, with the 95 % intervals of those that are means of images.
+
+    The figures are the shares of correct images and of prompts with a correct one, the accuracy of each task, and
+    their mean, `overall`. `missing` counts the images that prompts have fewer than the prompt with the most, the
+    `empty` prompts that have none included; an image that cannot be read counts as wrong.
+    """
+    places = [str(Path(row["filename"]).parents[1]) for row in rows]
     by_prompt: dict[str, list[bool]] = {}
-    for row in rows:
-        by_prompt.setdefault(str(Path(row["filename"]).parents[1]), []).append(row["correct"])
+    for place, row in zip(places, rows, strict=True):
+        by_prompt.setdefault(place, []).append(row["correct"])
     most = max(map(len, by_prompt.values()))
     unreadable = sum("error" in row for row in rows)
+    columns = {
+        "correct_images": np.array([row["correct"] for row in rows], np.float64),
+        "strict_images": np.array([row["strict"] for row in rows], np.float64),
+        "score": np.array([row["score"] for row in rows], np.float64),
+    }
+    tasks = [row["tag"] for row in rows]
+    estimates = {
+        **task_mean(columns["correct_images"], places, tasks),
+        **{name: mean(values, places) for name, values in columns.items()},
+        "correct_prompts": mean(
+            np.array([any(c) for c in by_prompt.values()], np.float64), list(by_prompt)
+        ),
+    }
     return {
         "images": len(rows),
         "scored": len(rows) - unreadable,
@@ -246,7 +289,8 @@ def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, A
         "correct_prompts": sum(map(any, by_prompt.values())) / len(by_prompt),
         "strict_images": sum(row["strict"] for row in rows) / len(rows),
         "score": sum(row["score"] for row in rows) / len(rows),
-        "tasks": summarize([r["tag"] for r in rows], [r["correct"] for r in rows]),
+        "tasks": summarize(tasks, [r["correct"] for r in rows]),
+        "intervals": {name: e.to_dict() for name, e in estimates.items() if e is not None},
     }
 
 

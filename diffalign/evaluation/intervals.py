@@ -1,7 +1,8 @@
 """95 % intervals of means, shares, paired differences and win rates.
 
 A prompt, not an image, is the unit of evidence: images of one prompt resemble each other. All standard errors are
-clustered by prompt. Intervals speak of prompts like these, drawn with the same settings.
+clustered by prompt. Intervals speak of prompts like these, drawn with the same settings. Where there is one prompt
+alone, its images are the units, and the interval speaks of that prompt.
 """
 
 from __future__ import annotations
@@ -20,19 +21,29 @@ FEWEST_PROMPTS = 6
 RESAMPLES = 10_000
 NOTE = (
     "Intervals are 95 % intervals clustered by prompt; a difference whose interval holds 0, or of fewer than "
-    f"{FEWEST_PROMPTS} prompts, is within noise."
+    f"{FEWEST_PROMPTS} prompts (or images, of a single prompt), is within noise."
 )
+
+
+def units(n: int, prompts: int) -> int:
+    """Return the pieces of independent evidence in n images of so many prompts."""
+    return prompts if prompts > 1 else n
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` images of so many `prompts`, with its interval; bounds are None where one prompt shows no spread."""
+    """Mean of `n` images of so many `prompts`, with its interval; bounds are None where one image shows no spread."""
 
     value: float
     low: float | None
     high: float | None
     n: int
     prompts: int
+
+    @property
+    def units(self) -> int:
+        """Pieces of independent evidence: prompts, or the images of a single prompt."""
+        return units(self.n, self.prompts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -52,7 +63,7 @@ class Difference(Estimate):
     @property
     def within_noise(self) -> bool:
         """True where the pairs do not show in which direction the mean has moved."""
-        if self.low is None or self.high is None or self.prompts < FEWEST_PROMPTS:
+        if self.low is None or self.high is None or self.units < FEWEST_PROMPTS:
             return True
         return self.low <= 0 <= self.high
 
@@ -91,10 +102,11 @@ def mean(values: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
     total, count = np.bincount(group, weights=x), np.bincount(group)
     value = float(x.mean())
     spread = _spread(total, count)
+    different = _different(values, prompts)
     if _are_shares(x):
         low, high = wilson(value, _independent(value, spread, n=len(x), groups=len(count)))
-        return Estimate(value, low, high, len(x), len(count))
-    return Estimate(value, *spread.bounds(), len(x), len(count))
+        return Estimate(value, low, high, len(x), different)
+    return Estimate(value, *spread.bounds(), len(x), different)
 
 
 def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> Difference | None:
@@ -103,11 +115,11 @@ def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) ->
     Student's t on the standard error clustered by prompt. Differences of shares get Agresti and Min's (2005) four half
     pairs besides, without which a few pairs that agree would look certain.
     """
-    x, group = _finite(after - before, prompts)
+    x, _ = _finite(after - before, prompts)
     if len(x) == 0:
         return None
     spread = _difference_spread(after, before, prompts)
-    return _around(float(x.mean()), spread, n=len(x), prompts=int(group.max()) + 1)
+    return _around(float(x.mean()), spread, n=len(x), prompts=_different(after - before, prompts))
 
 
 def task_mean(
@@ -194,8 +206,14 @@ def bootstrap(
 
 
 def _groups(prompts: Sequence[str]) -> np.ndarray:
-    """Return the number of each value's prompt (N,)."""
-    return np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)[1]
+    """Return the number of each value's prompt (N,); of a single prompt the number of each image."""
+    group = np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)[1]
+    return group if group.any() else np.arange(len(group))
+
+
+def _different(values: np.ndarray, prompts: Sequence[str]) -> int:
+    """Return the number of different prompts that have a value."""
+    return len({prompts[i] for i in np.flatnonzero(np.isfinite(values))})
 
 
 def _finite(values: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +271,7 @@ def _independent(share: float, spread: _Spread, *, n: int, groups: int) -> float
     """Return how many independent images say as much as n images of `groups` prompts."""
     if groups == n:
         return n
-    if groups == 1 or share in (0.0, 1.0):
+    if share in (0.0, 1.0):
         # images of a prompt that all agree may be one and the same answer
         return groups
     ratio = float(ndtri((1 + CONFIDENCE) / 2)) / float(

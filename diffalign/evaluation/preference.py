@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from diffalign.core.errors import UserError
 from diffalign.data.images import CaptionedImage
-from diffalign.evaluation.intervals import FEWEST_PROMPTS, bootstrap, wilson
+from diffalign.evaluation.intervals import FEWEST_PROMPTS, bootstrap, units, wilson
 
 
 class PairError(UserError, ValueError):
@@ -35,7 +36,11 @@ class WinRate:
     @property
     def within_noise(self) -> bool:
         """True where the pairs do not show which side is preferred."""
-        return self.prompts < FEWEST_PROMPTS or self.low <= 0.5 <= self.high
+        return units(self.pairs, self.prompts) < FEWEST_PROMPTS or self.low <= 0.5 <= self.high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON, and whether the rate is within noise."""
+        return {**vars(self), "within_noise": self.within_noise}
 
 
 def win_rate(
@@ -60,7 +65,8 @@ def win_rate(
     low, high = bootstrap(wins, texts, confidence=confidence, seed=seed)
     prompts_left = len(set(texts))
     if wins.min() == wins.max() != 0.5:
-        low, high = wilson(float(wins.mean()), prompts_left, confidence=confidence)
+        trials = units(len(wins), prompts_left)
+        low, high = wilson(float(wins.mean()), trials, confidence=confidence)
     return WinRate(
         rate=float(wins.mean()),
         low=low,

@@ -2,80 +2,47 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
-from torch import Tensor
 
 from diffalign.config import AnyRunConfig, dump
 from diffalign.core.files import write_text
 from diffalign.data.prompts import Prompt
-from diffalign.evaluation.score import Evaluation
+from diffalign.evaluation.charts import Chart, chart
+from diffalign.evaluation.intervals import NOTE, Difference, Estimate
+from diffalign.evaluation.pictures import evenly, page_image
+from diffalign.evaluation.score import CORRECT, Evaluation
 
 EXAMPLES = 18
 CURVES = {
     "reward": "reward (training rollouts)",
+    "loss": "loss",
+    "accuracy": "accuracy on pairs",
+    "relative_error": "relative error",
     "reward_group_std": "reward spread within a group",
     "kl": "distance to the base model",
     "kl_lagged": "distance to the lagged policy",
     "grad_norm": "gradient norm",
     "images_per_second": "images per second",
 }
-
-
-def image_grid(images: Tensor, *, columns: int, gap: int = 2) -> Image.Image:
-    """(N, 3, H, W) uint8 to one picture, row by row."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
-    for i, pixels in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
-        canvas[top : top + h, left : left + w] = pixels
-    return Image.fromarray(canvas)
-
-
-def png_uri(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def curve(values: Sequence[float], *, width: int = 320, height: int = 90) -> dict[str, Any] | None:
-    """Points of an SVG line for finite values, with its extremes; None when there are fewer than two."""
-    points = [(i, v) for i, v in enumerate(values) if v is not None and np.isfinite(v)]
-    if len(points) < 2:
-        return None
-    low, high = min(v for _, v in points), max(v for _, v in points)
-    span = (high - low) or 1.0
-    line = " ".join(
-        f"{i / (len(values) - 1) * width:.1f},{height - (v - low) / span * height:.1f}"
-        for i, v in points
-    )
-    return {
-        "points": line,
-        "low": low,
-        "high": high,
-        "last": points[-1][1],
-        "width": width,
-        "height": height,
-    }
-
-
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count`, spread evenly."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+FILES = (
+    "lora/pytorch_lora_weights.safetensors",
+    "pipeline/model_index.json",
+    "scheduler/scheduler_config.json",
+    "summary.json",
+    "config.yaml",
+    "log.jsonl",
+    "samples",
+)
+"""Files of a run folder that its report links to, where they exist."""
 
 
 def render_page(template: str, **content: Any) -> str:
-    """HTML of a template of this package; what the template names and nobody gives is an error."""
+    """Return the HTML of a template of this package; a name that is not given is an error."""
     environment = Environment(
         loader=PackageLoader("diffalign.evaluation", "."),
         autoescape=True,
@@ -85,25 +52,8 @@ def render_page(template: str, **content: Any) -> str:
 
 
 def shown(images: int) -> list[int]:
-    """Which of so many images of an evaluation a report shows: spread evenly over the held-out prompts, not picked."""
+    """Return which of so many images of an evaluation a report shows, spread evenly and not picked."""
     return evenly(range(images), EXAMPLES)
-
-
-def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
-    """Pairs of the same seed."""
-    rows = []
-    for i in shown(len(before.prompts)):
-        pair = [e.image(i).permute(1, 2, 0).numpy() for e in (before, after)]
-        rows.append(
-            {
-                "prompt": before.prompts[i].text,
-                "before": png_uri(pair[0]),
-                "after": png_uri(pair[1]),
-                "before_reward": float(before.rewards[i]),
-                "after_reward": float(after.rewards[i]),
-            }
-        )
-    return rows
 
 
 def write_report(
@@ -117,26 +67,150 @@ def write_report(
     after: Evaluation,
 ) -> Path:
     """Write `folder/report.html` and return its path."""
-    charts = [
-        {"title": title, **chart}
-        for key, title in CURVES.items()
-        if (chart := curve([row.get(key) for row in log]))  # type: ignore[misc]
-    ]
+    tables = _tables(before, after)
     page = render_page(
         "report.html",
         config=config,
         yaml=dump(config),
         summary=summary,
-        charts=charts,
+        charts=_charts(log),
         examples=_examples(before, after),
-        tasks=[(t, before.tasks[t], after.tasks[t]) for t in after.tasks],
-        means=[
-            (k, before.means[k], after.means[k])
-            for k in after.means
-            if k in before.means and not k.endswith("/correct")
-        ],
+        headline=_headline(tables),
+        tables=tables,
+        wins=_wins(summary.get("win_rate")),
+        drawing=_drawing(config),
+        usage=usage(folder, config),
+        files=[name for name in FILES if (folder / name).exists()],
+        images=len(before.prompts),
+        note=NOTE,
         held_out=len({p.text for p in prompts}),
     )
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def usage(folder: Path, config: AnyRunConfig) -> list[str]:
+    """Return the commands that draw with what a run leaves, and score it as the run did."""
+    c = config.evaluation
+    model, place = shlex.quote(config.model.name), shlex.quote(str(folder))
+    draw = f"diffalign generate 'a prompt of yours' --num_inference_steps {c.num_inference_steps}"
+    if c.guidance_scale is not None:
+        draw += f" --guidance_scale {c.guidance_scale:g}"
+    if (folder / "pipeline").exists():
+        lines = [f"{draw} --model {place}/pipeline"]
+    elif (folder / "scheduler").exists():
+        merged = f"{place}/merged"
+        lines = [
+            f"diffalign merge --model {model} --lora {place}/lora --scheduler {place}/scheduler "
+            f"--output_dir {merged}",
+            f"{draw} --model {merged}",
+        ]
+    else:
+        lines = [f"{draw} --model {model} --lora {place}/lora"]
+    return [*lines, f"diffalign evaluate --run {place}"]
+
+
+def _drawing(config: AnyRunConfig) -> str:
+    """Return in words how the images of an evaluation were drawn."""
+    c = config.evaluation
+    guidance = "no guidance" if c.guidance_scale is None else f"guidance {c.guidance_scale:g}"
+    solver = "" if c.solver == "default" else f", solver {c.solver}"
+    return f"{c.num_inference_steps} steps, {guidance}{solver}, seed {c.seed}"
+
+
+def _charts(log: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return the learning curves that the log has."""
+    updates = [float(row.get("update", i)) for i, row in enumerate(log, 1)]
+    scores = [row.get("evaluation") or {} for row in log]
+    columns = {
+        "GenEval (held-out prompts)": [s.get("tasks", {}).get("overall") for s in scores],
+        "reward (held-out prompts)": [s.get("means", {}).get("reward") for s in scores],
+        **{title: [row.get(key) for row in log] for key, title in CURVES.items()},
+    }
+    charts = (chart(title, updates, values) for title, values in columns.items())
+    return [c for c in charts if c is not None]
+
+
+def _tables(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Return the tables of tasks and of rewards."""
+    differences = after.differences(before)
+    old, new = before.intervals(), after.intervals()
+    rows = {
+        part: [
+            _row(name, old[part][name], new[part][name], differences[part].get(name))
+            for name in new[part]
+            if name in old[part] and not name.endswith(CORRECT)
+        ]
+        for part in ("tasks", "means")
+    }
+    return [
+        {"title": "Held-out accuracy by task", "first": "task", "rows": rows["tasks"]},
+        {"title": "Mean rewards on held-out prompts", "first": "reward", "rows": rows["means"]},
+    ]
+
+
+def _headline(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the row that stands at the top of the page: GenEval, else the reward."""
+    tasks, means = (t["rows"] for t in tables)
+    for rows, name, title in ((tasks, "overall", "GenEval"), (means, "reward", "mean reward")):
+        chosen = [row | {"title": title} for row in rows if row["title"] == name]
+        if chosen:
+            return chosen
+    return []
+
+
+def _row(name: str, before: Estimate, after: Estimate, change: Difference | None) -> dict[str, Any]:
+    readable = 0.01 <= max(abs(before.value), abs(after.value)) < 1000
+    digits = ".3f" if readable else ".4g"
+    return {
+        "title": name,
+        "n": after.n,
+        "prompts": after.prompts,
+        "before": f"{before.value:{digits}}",
+        "before_bounds": before.bounds(digits),
+        "after": f"{after.value:{digits}}",
+        "after_bounds": after.bounds(digits),
+        "change": "" if change is None else f"{change.value:+{digits}}",
+        "change_bounds": "" if change is None else change.bounds(f"+{digits}"),
+        "verdict": verdict(change),
+    }
+
+
+def verdict(change: Difference | None) -> str:
+    """Return the class of a change on a page: "up", "down" or "noise"."""
+    if change is None or change.within_noise:
+        return "noise"
+    return "up" if change.value > 0 else "down"
+
+
+def _wins(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the win rate for the headline; None where there is none."""
+    if not found:
+        return None
+    low, high = found["low"], found["high"]
+    unclear = found["within_noise"]
+    return {
+        "rate": f"{found['rate']:.0%}",
+        "pairs": found["pairs"],
+        "bounds": f"{low:.0%} to {high:.0%}{', within noise' if unclear else ''}",
+        "verdict": "noise" if unclear else "up" if found["rate"] > 0.5 else "down",
+    }
+
+
+def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Return pairs of images of the same prompt and seed."""
+    return [
+        {
+            "prompt": before.prompts[i].text,
+            "sides": [
+                (
+                    name,
+                    page_image(e.image(i).permute(1, 2, 0).numpy()),
+                    f"reward {float(e.rewards[i]):.2f}",
+                )
+                for name, e in (("before", before), ("after", after))
+            ],
+        }
+        for i in shown(len(before.prompts))
+    ]

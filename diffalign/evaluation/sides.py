@@ -8,7 +8,7 @@ from typing import Any
 
 from diffalign.core.errors import UsageError
 from diffalign.data.images import read_folder
-from diffalign.evaluation.comparison import Compared, read_geneval
+from diffalign.evaluation.comparison import CORRECT, Compared, read_geneval
 from diffalign.evaluation.folder import check_captions, counts, score_folder
 from diffalign.evaluation.preference import by_name
 
@@ -24,18 +24,24 @@ def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
         folder = Path(path)
         images = read_folder(folder, flag="--folders")
+        named = by_name(images, folder)
+        geneval, correct = read_geneval(folder)
         means: dict[str, float] = {}
         scored: dict[str, dict[str, int]] = {}
+        values: dict[str, dict[str, float]] = {CORRECT: correct} if correct else {}
         if reward is not None:
             reward.check_metadata([i.prompt.metadata for i in images])
             check_captions(reward, images, folder)
             rows, scores = score_folder(images, reward.score, batch_size=batch_size)
             scored = counts(rows, reward.rewards)
             means = {n: scores[n] for n in reward.rewards if n in scores}
-        named = by_name(images, folder)
-        sides.append(
-            Compared(name or folder.name, folder, named, read_geneval(folder), means, scored)
-        )
+            for n in means:
+                values[n] = {
+                    image.path.relative_to(folder).as_posix(): row[n]
+                    for image, row in zip(images, rows, strict=True)
+                    if row.get(n) is not None
+                }
+        sides.append(Compared(name or folder.name, folder, named, geneval, means, scored, values))
     names = [s.name for s in sides]
     if len(set(names)) < len(names):
         raise UsageError(

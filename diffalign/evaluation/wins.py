@@ -40,7 +40,7 @@ def compare_folders(
     for name in reward.rewards:
         a, b = (np.array([r.get(name) for r in side], np.float64) for side in rows)
         rate = win_rate(a, b, prompts)
-        rates[name] = None if rate is None else vars(rate)
+        rates[name] = None if rate is None else rate.to_dict()
     result = {
         "images": str(images),
         "against": str(against),

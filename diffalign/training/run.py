@@ -34,9 +34,10 @@ from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.kept import keep, kept
+from diffalign.evaluation.pictures import image_grid
 from diffalign.evaluation.preference import win_rate
-from diffalign.evaluation.report import image_grid, shown, write_report
-from diffalign.evaluation.score import Evaluation, evaluate_model, repeat_prompts
+from diffalign.evaluation.report import shown, write_report
+from diffalign.evaluation.score import Evaluation, as_dicts, evaluate_model, repeat_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.methods.distillation.trainer import DistillationTrainer
@@ -326,7 +327,7 @@ class Run:
             )
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
-        grid = image_grid(found.images, columns=6)
+        grid = image_grid(found.images, columns=6, captions=found.texts)
         with aside(folder / f"{update:06d}.png") as file:
             grid.save(file)
         trackers.log_images(self.accelerator, found.images, grid=grid, update=update)
@@ -335,7 +336,7 @@ class Run:
         """How often its images are better than the reference's of the same noise."""
         prompts = [p.text for p in found.prompts]
         wins = win_rate(found.rewards, self.before.rewards, prompts)
-        return {"win_rate": None if wins is None else vars(wins)}
+        return {"win_rate": None if wins is None else wins.to_dict()}
 
     def _summary(self, after: Evaluation, seconds: float) -> dict[str, Any]:
         device = self.accelerator.device
@@ -344,6 +345,7 @@ class Run:
         summary = {
             "before": before.to_dict(),
             "after": after.to_dict() | self.trainer.validate(),
+            "differences": as_dicts(after.differences(before)),
             **self._wins(after),
             "updates": self.trainer.progress.update,
             "resumed_after": self.resumed_after,
