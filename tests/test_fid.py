@@ -17,10 +17,12 @@ from diffalign.evaluation.fid import (
     FeatureSet,
     collect,
     compare,
+    distance_intervals,
     drawn_batches,
     extract,
     folder_batches,
     model_batches,
+    warnings,
 )
 from diffalign.evaluation.fid_sides import draw_scene
 from diffalign.rewards import features
@@ -154,6 +156,134 @@ def test_statistics_of_pytorch_fid_give_fid_alone(tmp_path):
     )
     found = compare(made, FeatureSet.load(tmp_path / "p.npz"))
     assert set(found) == {"fid", "diversity_within_prompt"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": np.eye(5)}, r"mu is \(6,\) and sigma \(5, 5\)"),
+        ({"mu": np.zeros((6, 1))}, "mu is"),
+        ({"mu": np.full(6, np.nan)}, "mu holds NaN"),
+        ({"sigma": np.full((6, 6), np.inf)}, "sigma holds NaN or infinity"),
+        ({"features": np.zeros((4, 5)), "group": np.zeros(4)}, "do not fit"),
+        ({"features": np.zeros((4, 6))}, "do not fit"),
+        ({"mu": np.array(["a"] * 6)}, "no statistics"),
+        ({"mu": np.array([None] * 6)}, "no statistics"),
+        ({"notes": np.array("[1]")}, "no statistics"),
+        ({"notes": np.array("{")}, "no statistics"),
+        ({"notes": np.array('{"n": "many"}')}, "no statistics"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_when_they_are_read(tmp_path, change, message):
+    np.savez(tmp_path / "s.npz", **({"mu": np.zeros(6), "sigma": np.eye(6)} | change))
+    with pytest.raises(FeatureError, match=message):
+        FeatureSet.load(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("cut", [10, 100, -30, -1])
+def test_cut_statistics_are_refused(tmp_path, cut):
+    scenes().save(tmp_path / "s.npz")
+    (tmp_path / "s.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:cut])
+    with pytest.raises(FeatureError, match="no statistics"):
+        FeatureSet.load(tmp_path / "s.npz")
+
+
+def test_single_precision_statistics_are_read(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(6, np.float32), sigma=np.eye(6, dtype=np.float32))
+    assert FeatureSet.load(tmp_path / "s.npz").moments.mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["stats", "stats.npz", "stats.v1", "STATS.NPZ"])
+def test_statistics_always_end_in_npz(tmp_path, name):
+    file = scenes().save(tmp_path / "new" / name)
+    assert file.suffix.lower() == ".npz"
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert FeatureSet.load(file).moments.n == 24
+
+
+def test_all_paths_are_checked_before_a_network_is_loaded(tmp_path, capsys, monkeypatch):
+    """Nothing of this may download Inception, load a model or read an image."""
+
+    def load(name):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr(features, "load_network", load)
+    save(tmp_path / "images", np.zeros((3, 8, 8, 3), np.uint8), ["a.png", "b.png", "c.png"])
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    (tmp_path / "file").write_text("x")
+    generated = f"--generated={tmp_path / 'images'}"
+    for flags, message in (
+        ([generated, "--reference=coco/val2017"], "coco/val2017"),
+        ([generated, f"--reference={tmp_path / 'broken.npz'}"], "no statistics"),
+        ([generated, f"--reference={tmp_path / 'none.npz'}"], "no statistics"),
+        ([generated, f"--save_statistics={tmp_path / 'file' / 'x'}"], "cannot be written"),
+        ([f"--images={tmp_path / 'none'}", "--reference=shapes:held_out"], "none"),
+    ):
+        assert cli.main(["evaluate", "fid", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_reference_of_other_features_is_refused_before_images_are_drawn(tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    flags = [
+        "--model=shapes-none",
+        "--network=shapes_clip",
+        f"--reference={tmp_path / 'other.npz'}",
+    ]
+    assert cli.main(["evaluate", "fid", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "and 5 dimensions cannot be compared" in error or "shapes-none" in error
+    scenes(network=Other()).save(tmp_path / "named.npz")
+    with pytest.raises(FeatureError, match="different networks"):
+        FeatureSet.load(tmp_path / "named.npz").check_network(Means())
+    with pytest.raises(FeatureError, match="6 .* and 5 dimensions"):
+        FeatureSet.load(tmp_path / "other.npz").check_network(Means())
+    scenes().save(tmp_path / "same.npz")
+    FeatureSet.load(tmp_path / "same.npz").check_network(Means())
+
+
+def sets(n, m, shift=0.0, dimension=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        collect(Means(), [torch.from_numpy(rng.normal(s, 1, (k, dimension))).float()], range(k), {})
+        for k, s in ((n, shift), (m, 0.0))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "words"),
+    [
+        (4, 400, ["4 generated images are too few", "rank 3"]),
+        (400, 3, ["3 reference images are too few"]),
+        (30, 400, ["30 generated images are few", "biased upwards"]),
+        (400, 400, []),
+    ],
+)
+def test_few_images_are_warned_of(n, m, words):
+    told = " ".join(warnings(*sets(n, m)))
+    assert all(w in told for w in words)
+    assert bool(told) == bool(words)
+    assert ("KID" in told) == bool(words)
+
+
+def test_fid_of_few_images_is_too_high_and_kid_is_not():
+    """The reason for the warning: two sets of one distribution."""
+    few = [compare(*sets(20, 20, dimension=16, seed=i)) for i in range(20)]
+    many = compare(*sets(2000, 2000, dimension=16))
+    assert np.mean([f["fid"] for f in few]) > 20 * many["fid"]
+    kid = np.array([f["kid"] for f in few])
+    assert abs(kid.mean()) < 3 * kid.std() / len(kid) ** 0.5
+
+
+def test_the_interval_of_kid_holds_the_truth_as_often_as_it_says():
+    truth = compare(*sets(4000, 4000, shift=0.3, seed=99))["kid"]
+    held = 0
+    for i in range(100):
+        pair = sets(60, 80, shift=0.3, seed=i)
+        found = distance_intervals(*pair, compare(*pair))["kid"]
+        held += found["low"] <= truth <= found["high"]
+    assert held >= 90
+    assert "kid" not in distance_intervals(*sets(4, 40), compare(*sets(4, 40)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut", "no moments"])

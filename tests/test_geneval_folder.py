@@ -157,9 +157,15 @@ def test_a_model_is_evaluated_and_resumed_from_the_command_line(tmp_path, flags,
     assert json.loads((folder / "summary.json").read_text())["tasks"] == result["tasks"]
     assert len((folder / "results.jsonl").read_text().splitlines()) == 8
 
+    assert result["intervals"]["overall"]["n"] == 8
+    assert result["intervals"]["overall"]["prompts"] == 4
+
     made = pixels(folder)
     (folder / "00001/samples/0001.png").unlink()
-    (folder / "00003/samples/0000.png").unlink()
+    # a copy that was cut off is drawn again as well
+    for name, length in (("00003/samples/0000", 0), ("00000/samples/0000", 300)):
+        sample = folder / f"{name}.png"
+        sample.write_bytes(sample.read_bytes()[:length])
     assert cli.main([*flags, "--batch_size=3"]) == 0
     assert np.abs(pixels(folder) - made).max() <= 2  # the same images, in other batches
 
@@ -168,6 +174,26 @@ def test_a_model_is_evaluated_and_resumed_from_the_command_line(tmp_path, flags,
     assert cli.main(["evaluate", "geneval", f"--images={folder}"]) == 0
     again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert again["tasks"] == result["tasks"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "last byte", "turned bit", "text", "absent"])
+def test_a_sample_that_cannot_be_read_is_not_whole(tmp_path, damage):
+    file = tmp_path / "0000.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    assert geneval.is_whole(file)
+    content = file.read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "empty": b"",
+        "cut": content[:middle],
+        "last byte": content[:-1],
+        "turned bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "text": b"not an image",
+        "absent": None,
+    }[damage]
+    file.unlink() if damaged is None else file.write_bytes(damaged)
+    assert not geneval.is_whole(file)
 
 
 def test_real_models_are_asked_for_the_published_prompts(tmp_path, capsys):

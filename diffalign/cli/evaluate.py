@@ -14,6 +14,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `evaluate model`."""
     options.add_evaluation(parser)
     parser.add_argument(
+        "--run",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="evaluate the policy of a run folder as the run did: its model, prompts, rewards, steps, guidance, "
+        "sizes and seeds",
+    )
+    parser.add_argument(
         "--prompts",
         default="shapes:held_out",
         help="shapes:held_out, geneval or a file; default: %(default)s",
@@ -41,10 +49,22 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.core.versions import versions
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.score import evaluate_model
+    from diffalign.training.rerun import drawn_otherwise, read_config, run_of
 
     options.check_counts(args)
     if args.images is not None:
         raise UsageError("--images: meant `diffalign evaluate rewards --images ...`?")
+    if args.run is not None:
+        _evaluate_run(args)
+        return
+    folder = run_of(args.lora)
+    if folder is not None:
+        others = drawn_otherwise(read_config(folder), evaluation(args), args.prompts)
+        if others:
+            print(
+                f"note: the run in {folder} drew its images in another way ({'; '.join(others)}); "
+                f"`diffalign evaluate --run {folder}` draws as the run did"
+            )
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
     scores = evaluate_model(load(args), prompts, reward.score, evaluation(args), **batching(args))
@@ -60,6 +80,53 @@ def run(args: argparse.Namespace) -> None:
     print_scores(
         title, {**scores.tasks, **scores.means}, {**intervals["tasks"], **intervals["means"]}
     )
+    write_result(args.output, result)
+    print(json.dumps(result))
+
+
+def _evaluate_run(args: argparse.Namespace) -> None:
+    """Evaluate the policy of --run as the run did, and print the run's own figure beside it."""
+    import torch
+
+    from diffalign.cli.output import print_scores, write_result
+    from diffalign.core.errors import UsageError
+    from diffalign.core.versions import versions
+    from diffalign.training.rerun import FinishedRun
+
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+    given = [
+        f"--{name}"
+        for name, default in vars(parser.parse_args([])).items()
+        if name not in ("run", "output") and getattr(args, name, default) != default
+    ]
+    if given:
+        raise UsageError(
+            f"--run: draws with the settings of the run in {args.run}; leave out {', '.join(given)}, "
+            "or name the LoRA with --lora instead"
+        )
+    finished = FinishedRun.read(args.run)
+    scores = finished.evaluate("cuda" if torch.cuda.is_available() else "cpu")
+    config, own = finished.config, finished.summary.get("after", {})
+    result = {
+        "run": str(args.run),
+        "model": config.model.name,
+        "prompts": config.prompts.evaluation,
+        **vars(config.evaluation),
+        "rewards": dict(config.rewards),
+        **scores.to_dict(),
+        "of_the_run": {part: own.get(part, {}) for part in ("tasks", "means")},
+        "versions": versions(),
+    }
+    intervals = result["intervals"]
+    print_scores(
+        f"{args.run}, drawn as the run did",
+        {**scores.tasks, **scores.means},
+        {**intervals["tasks"], **intervals["means"]},
+    )
+    name, part = ("overall", "tasks") if scores.tasks else ("reward", "means")
+    if name in own.get(part, {}):
+        print(f"{name} as the run measured it: {own[part][name]:.3f}")
     write_result(args.output, result)
     print(json.dumps(result))
 

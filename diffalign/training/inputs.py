@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from diffalign.config import (
     AnyRunConfig,
@@ -20,6 +23,7 @@ from diffalign.data.prompts import Prompt, load_prompts, told
 from diffalign.rewards import own
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.plan import check_prompts
+from diffalign.types import RewardOutput
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,29 @@ def check_source(config: AnyRunConfig) -> None:
         require_captions(images, config.latents.images, why="it is to be trained on")
 
 
+def held_out_prompts(config: AnyRunConfig) -> list[Prompt]:
+    """Return the prompts that a run is evaluated on."""
+    return load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
+
+
+def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeReward]:
+    """Return the trained reward, and the rewards that are only evaluated."""
+    names = dict.fromkeys(config.evaluation.rewards, 1.0)
+    watched = CompositeReward.from_config(names, setting="evaluation.rewards")
+    return CompositeReward.from_config(config.rewards), watched
+
+
+def score_with(reward: CompositeReward, watched: CompositeReward) -> Any:
+    """Return the score of the trained reward, with the held-out rewards among its details."""
+
+    def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
+        output = reward.score(images, prompts, metadata)
+        others = watched.score(images, prompts, metadata)
+        return replace(output, details={**output.details, **others.details})
+
+    return score
+
+
 def read_inputs(config: AnyRunConfig) -> Inputs:
     """Read the prompts, look up the rewards, and look for pairs or images to train on.
 
@@ -77,11 +104,8 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
         UserError: prompts, pairs or images cannot be read, a reward is unknown, or prompts lack what a reward needs.
     """
     check_source(config)
-    held_out = load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
-    reward = CompositeReward.from_config(config.rewards)
-    watched = CompositeReward.from_config(
-        dict.fromkeys(config.evaluation.rewards, 1.0), setting="evaluation.rewards"
-    )
+    held_out = held_out_prompts(config)
+    reward, watched = held_out_rewards(config)
     train = []
     if isinstance(config, RunConfig | DistillationRunConfig):
         train = load_prompts(config.prompts.train)

@@ -49,7 +49,7 @@ from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
-from diffalign.training.inputs import read_inputs
+from diffalign.training.inputs import read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
 from diffalign.training.trainer import Trainer
@@ -308,9 +308,7 @@ class Run:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> RewardOutput:
         """The trained reward, with the held-out ones among its details."""
-        found = self.reward.score(images, prompts, metadata)
-        watched = self.held_out_reward.score(images, prompts, metadata)
-        return replace(found, details={**found.details, **watched.details})
+        return score_with(self.reward, self.held_out_reward)(images, prompts, metadata)
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]

@@ -1,0 +1,177 @@
+"""A finished run, evaluated again as it evaluated itself: the same base, policy, prompts, seeds and sizes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from diffalign import lora
+from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig, decode
+from diffalign.evaluation.score import Evaluation, OnImages, evaluate_model
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.merging import read_scheduler
+from diffalign.pipelines.registry import load_model
+from diffalign.training.denoise import image_size
+from diffalign.training.inputs import held_out_prompts, held_out_rewards, score_with
+from diffalign.training.run_folder import CONFIG, LOG, SUMMARY, RunFolderError
+
+WEIGHTS = Path("lora") / lora.WEIGHT_NAME
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Run folder with a policy to take away: `config` is the run's, `summary` its own figures ({} without any)."""
+
+    folder: Path
+    config: AnyRunConfig
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun:
+        """Read a run folder, before a model is loaded.
+
+        Raises:
+            RunFolderError: the folder holds no run, or none that has left a policy.
+        """
+        config = read_config(folder)
+        if not (folder / "pipeline").is_dir() and not (folder / WEIGHTS).is_file():
+            raise RunFolderError(
+                f"{folder} has no {WEIGHTS}: the run has not ended. Continue it with the command that began it"
+            )
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            summary = {}
+        return cls(folder, config, summary)
+
+    def load(self, device: str) -> TextToImageModel:
+        """Load the base with the policy as the run had it: float32 adapters, and a student's scheduler."""
+        c = self.config.model
+        moved = (self.folder / "pipeline").is_dir()
+        model = load_model(
+            str(self.folder / "pipeline") if moved else c.name,
+            dtype=getattr(torch, c.dtype),
+            revision=None if moved else c.revision,
+            max_sequence_length=c.max_sequence_length,
+            device=device,
+        )
+        if moved:
+            return model
+        if c.attention_backend is not None:
+            model.denoiser.set_attention_backend(c.attention_backend)
+        self._attach(model)
+        if (self.folder / "scheduler").is_dir():
+            scheduler = read_scheduler(str(self.folder / "scheduler"), model.pipeline.scheduler)
+            model.pipeline.register_modules(scheduler=scheduler)
+        return model
+
+    def _attach(self, model: TextToImageModel) -> None:
+        """Add the policy's adapter. Stock loading would round it to the base's dtype, as the run did not."""
+        c = self.config
+        file = self.folder / WEIGHTS
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RunFolderError(f"{file} cannot be read: {error}") from error
+        targets = c.lora.targets or model.lora_targets
+        lora.attach(
+            model.denoiser, rank=c.lora.rank, alpha=c.lora.alpha, targets=targets, policies=()
+        )
+        state = {
+            key.partition(".")[2]: value
+            for key, value in tensors.items()
+            if key.endswith((".lora_A.weight", ".lora_B.weight"))
+        }
+        left = set_peft_model_state_dict(model.denoiser, state, adapter_name=lora.CURRENT)
+        missing = [k for k in left.missing_keys if "lora_" in k]
+        if missing or left.unexpected_keys:
+            names = ", ".join([*missing, *left.unexpected_keys][:3])
+            raise RunFolderError(
+                f"{file} does not fit lora.targets of {self.folder / CONFIG}: {names}, ..."
+            )
+        if c.training.mixed_precision != "no":
+            lora.keep_input_dtype(model.denoiser)
+
+    def evaluate(self, device: str, *, on_images: OnImages | None = None) -> Evaluation:
+        """Draw the held-out prompts and score them, as the run did at its end.
+
+        Blocks are not compiled: where the run compiled them, pixels may differ by rounding.
+        """
+        reward, watched = held_out_rewards(self.config)
+        prompts = held_out_prompts(self.config)
+        for part in (reward, watched):
+            part.check_metadata([p.metadata for p in prompts])
+            part.prepare()
+        model = self.load(device)
+        height, width = image_size(self.config, model)
+        with self._drawing(model):
+            return evaluate_model(
+                model,
+                prompts,
+                score_with(reward, watched),
+                self.config.evaluation,
+                height=height,
+                width=width,
+                micro_batch_size=self.config.drawing.micro_batch_size,
+                mixed_precision=self.config.training.mixed_precision,
+                on_images=on_images,
+            )
+
+    def _drawing(self, model: TextToImageModel) -> AbstractContextManager[None]:
+        if (self.folder / "pipeline").is_dir():
+            return nullcontext()
+        context = lora.merged if self.config.drawing.merge_lora else lora.policy
+        return context(model.denoiser, lora.CURRENT)
+
+
+def read_config(folder: Path) -> AnyRunConfig:
+    """Return the configuration of a run folder.
+
+    Raises:
+        RunFolderError: the folder holds no run, or its configuration cannot be read.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise RunFolderError(
+            f"{folder} is no run folder: it has no {CONFIG}. Name the output_dir of a run"
+        )
+    try:
+        return decode(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
+        raise RunFolderError(f"{file} cannot be read by this version: {error}") from error
+
+
+def run_of(lora_source: str | None) -> Path | None:
+    """Return the run folder that a LoRA lies in; None for a LoRA from elsewhere."""
+    if lora_source is None:
+        return None
+    for folder in Path(lora_source).absolute().parents:
+        if (folder / CONFIG).is_file() and (folder / LOG).is_file():
+            return folder
+    return None
+
+
+def drawn_otherwise(config: AnyRunConfig, drawing: EvaluationConfig, prompts: str) -> list[str]:
+    """Return the drawing settings that differ from a run's, as "name: the run's, here"."""
+    names = (
+        *("num_inference_steps", "guidance_scale", "solver", "seed"),
+        *("images_per_prompt", "images_per_task"),
+    )
+    pairs = {n: (getattr(config.evaluation, n), getattr(drawing, n)) for n in names}
+    pairs["prompts"] = (config.prompts.evaluation, prompts)
+    if config.evaluation.images_per_task is not None and drawing.images_per_task is not None:
+        del pairs["images_per_prompt"]
+    return [
+        f"{name}: {'none' if theirs is None else theirs}, {'none' if ours is None else ours} here"
+        for name, (theirs, ours) in pairs.items()
+        if theirs != ours
+    ]
