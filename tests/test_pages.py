@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_run import train
 
+from benchmarks.common import before_after
 from diffalign import cli
 from diffalign.data.images import CaptionedImage
 from diffalign.data.prompts import Prompt
@@ -159,3 +160,31 @@ def test_only_the_best_beyond_noise_is_bold(tmp_path):
     assert not any(table([good, same])[i]["bold"][k] for i in range(3) for k in range(2))
     assert not any(table([good, near])[i]["bold"][k] for i in range(3) for k in range(2))
     assert table([bad, good, same])[2]["bold"] == [False, False, False]
+
+
+def test_folders_of_one_name_are_shown_in_rows_with_their_prompts(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("base", "moved"):
+        (tmp_path / folder).mkdir()
+        for i in range(5):
+            pixels_ = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels_).save(tmp_path / folder / f"{i}.png")
+            (tmp_path / folder / f"{i}.txt").write_text(f"prompt {i}")
+    sides = [f"{name}={tmp_path / name}" for name in ("base", "moved")]
+    before_after.main([*sides, "--columns=3", f"--output={tmp_path / 'rows.png'}"])
+    picture = Image.open(tmp_path / "rows.png")
+    assert picture.size[0] > 3 * 192
+    assert picture.size[1] > 2 * 192 + 15
+    with pytest.raises(ValueError, match="other lengths"):
+        pictures.labelled_rows({"a": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, ["x"])
+
+
+def test_a_lora_of_a_run_that_is_drawn_otherwise_is_noted(page, base, tmp_path, capsys):
+    folder, _ = page
+    flags = [f"--model={base}", "--dtype=float32", f"--lora={folder / 'lora'}", "--rewards=jpeg"]
+    more = [f"--prompts={tmp_path / 'prompts.jsonl'}", "--num_inference_steps=1"]
+    assert cli.main(["evaluate", *flags, *more]) == 0
+    told = capsys.readouterr().out
+    assert "num_inference_steps: 2, 1 here" in told
+    assert "images_per_task: 3, none here" in told
+    assert f"`diffalign evaluate --run {folder}` draws as the run did" in told

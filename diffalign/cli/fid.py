@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> None:
     if other is not None:
         n, m = features.moments.n, other.moments.n or "unknown"
         title = f"{n} images against {m} of {args.reference}, {features.network}"
-        print_scores(title, distances, result["intervals"])
+        # the spread over subsets is 0 where they are all of the images; the interval is not
+        shown = {name: value for name, value in distances.items() if name != "kid_std"}
+        print_scores(title, shown, result["intervals"])
         for warning in result["warnings"]:
             print(f"warning: {warning}")
     write_result(args.output, result)

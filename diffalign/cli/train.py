@@ -69,9 +69,8 @@ def train_config(config: AnyRunConfig) -> None:
 
 def results_of(config: AnyRunConfig) -> list[str]:
     """Return where the results of a finished run are, and the command to try next."""
-    import shlex
-
     from diffalign.data.prompts import load_prompts
+    from diffalign.evaluation.report import usage
     from diffalign.training.run_folder import REPORT, RunFolder
 
     folder = RunFolder(config.output_dir)
@@ -84,17 +83,8 @@ def results_of(config: AnyRunConfig) -> list[str]:
         "report": folder.path / REPORT,
     }
     lines = [f"{name:<10}  {place}" for name, place in places.items() if place.exists()]
-    if scheduler.exists():  # a student draws with its own
-        words = ["diffalign", "merge", "--model", config.model.name, "--lora", str(lora)]
-        words += ["--scheduler", str(scheduler), "--output_dir", str(folder.path / "student")]
-        return [*lines, f"next: {shlex.join(words)}"]
-    model = ["--model", str(pipeline)] if pipeline.exists() else ["--model", config.model.name]
-    words = ["diffalign", "generate", load_prompts(config.prompts.evaluation, limit=1)[0].text]
-    words += model if pipeline.exists() else [*model, "--lora", str(lora)]
-    words += ["--num_inference_steps", str(config.evaluation.num_inference_steps)]
-    if config.evaluation.guidance_scale is not None:
-        words += ["--guidance_scale", str(config.evaluation.guidance_scale)]
-    return [*lines, f"next: {shlex.join(words)}"]
+    prompt = load_prompts(config.prompts.evaluation, limit=1)[0].text
+    return [*lines, f"next: {usage(folder.path, config, prompt)[0]}"]
 
 
 VERB = Verb(

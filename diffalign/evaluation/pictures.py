@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,37 @@ def _cell(n: int, height: int, width: int) -> tuple[int, int]:
         return height * factor, width * factor
     shrink = min(1.0, (LARGEST / (n * height * width)) ** 0.5)
     return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
+def labelled_rows(rows: Mapping[str, Tensor], captions: Sequence[str]) -> Image.Image:
+    """Return a picture of rows of images (N, 3, H, W) uint8, each row with its name, each column with its caption.
+
+    The rows show the same prompts in the same order, such as a model before and after training.
+
+    Raises:
+        ValueError: a row has more or fewer images than there are captions.
+    """
+    wrong = [name for name, images in rows.items() if len(images) != len(captions)]
+    if wrong:
+        raise ValueError(f"rows of other lengths than {len(captions)} captions: {', '.join(wrong)}")
+    last = list(rows)[-1]
+    grids = {
+        name: image_grid(
+            images, columns=len(images), captions=captions if name == last else None, gap=4
+        )
+        for name, images in rows.items()
+    }
+    font = ImageFont.load_default(size=14)
+    margin = 8 + round(max(font.getlength(name) for name in rows))
+    height = sum(g.height for g in grids.values())
+    canvas = Image.new("RGB", (margin + max(g.width for g in grids.values()), height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for name, grid in grids.items():
+        draw.text((4, top + 8), name, fill=INK, font=font)
+        canvas.paste(grid, (margin, top))
+        top += grid.height
+    return canvas
 
 
 def wrapped(text: str, font: Any, width: int) -> list[str]:

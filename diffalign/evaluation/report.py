@@ -79,7 +79,7 @@ def write_report(
         tables=tables,
         wins=_wins(summary.get("win_rate")),
         drawing=_drawing(config),
-        usage=usage(folder, config),
+        usage=usage(folder, config, prompts[0].text),
         files=[name for name in FILES if (folder / name).exists()],
         images=len(before.prompts),
         note=NOTE,
@@ -90,25 +90,26 @@ def write_report(
     return path
 
 
-def usage(folder: Path, config: AnyRunConfig) -> list[str]:
-    """Return the commands that draw with what a run leaves, and score it as the run did."""
+def usage(folder: Path, config: AnyRunConfig, prompt: str) -> list[str]:
+    """Return the commands that draw a prompt with what a run leaves, and score it as the run did."""
     c = config.evaluation
-    model, place = shlex.quote(config.model.name), shlex.quote(str(folder))
-    draw = f"diffalign generate 'a prompt of yours' --num_inference_steps {c.num_inference_steps}"
+    lora, pipeline, scheduler = (folder / n for n in ("lora", "pipeline", "scheduler"))
+    commands = []
+    model = ["--model", config.model.name, "--lora", str(lora)]
+    if pipeline.exists():
+        model = ["--model", str(pipeline)]
+    elif scheduler.exists():
+        # a student draws with its own
+        student = str(folder / "student")
+        more = ["--scheduler", str(scheduler), "--output_dir", student]
+        commands.append(["diffalign", "merge", *model, *more])
+        model = ["--model", student]
+    steps = ["--num_inference_steps", str(c.num_inference_steps)]
     if c.guidance_scale is not None:
-        draw += f" --guidance_scale {c.guidance_scale:g}"
-    if (folder / "pipeline").exists():
-        lines = [f"{draw} --model {place}/pipeline"]
-    elif (folder / "scheduler").exists():
-        merged = f"{place}/merged"
-        lines = [
-            f"diffalign merge --model {model} --lora {place}/lora --scheduler {place}/scheduler "
-            f"--output_dir {merged}",
-            f"{draw} --model {merged}",
-        ]
-    else:
-        lines = [f"{draw} --model {model} --lora {place}/lora"]
-    return [*lines, f"diffalign evaluate --run {place}"]
+        steps += ["--guidance_scale", str(c.guidance_scale)]
+    commands.append(["diffalign", "generate", prompt, *model, *steps])
+    commands.append(["diffalign", "evaluate", "--run", str(folder)])
+    return [shlex.join(words) for words in commands]
 
 
 def _drawing(config: AnyRunConfig) -> str:
