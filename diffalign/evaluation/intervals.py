@@ -245,7 +245,7 @@ def _difference_spread(after: np.ndarray, before: np.ndarray, prompts: Sequence[
     x, group = _finite(after - before, prompts)
     total, count = np.bincount(group, weights=x), np.bincount(group).astype(np.float64)
     valid = np.isfinite(after - before)
-    if len(count) > 1 and _are_shares(after[valid], before[valid]):
+    if _are_shares(after[valid], before[valid]):
         size = _correlated(x, _spread(total, count), largest=float(count.mean()))
         # two half pairs of +1 and -1 have together the squares of these two
         total = np.append(total, [size * math.sqrt(0.5), -size * math.sqrt(0.5)])
