@@ -1,6 +1,6 @@
 """Pictures of the same prompts by several models, for the docs.
 
-python -m benchmarks.common.before_after base=runs/geneval moved=runs/geneval-moved --output docs/images/dcgen.png
+Usage: python -m benchmarks.common.before_after base=runs/base moved=runs/moved --output docs/images/dcgen.png
 
 The folders hold images of the same names with captions, as `diffalign evaluate geneval` makes them.
 """
@@ -20,7 +20,7 @@ from diffalign.evaluation.preference import by_name, shared_names
 
 
 def before_after(folders: dict[str, Path], *, columns: int) -> Image.Image:
-    """Return a row of images per folder, spread evenly over the names that all folders have, with their prompts."""
+    """Return a row of images per folder, spread evenly over shared names, with their prompts."""
     sets = {name: by_name(read_folder(folder), folder) for name, folder in folders.items()}
     names = evenly(shared_names(list(sets.values())), columns)
     rows = {

@@ -45,7 +45,7 @@ class Chart:
 
 
 def chart(title: str, updates: Sequence[float], values: Sequence[Any]) -> Chart | None:
-    """Return the chart of a value over updates; None where fewer than two values are finite."""
+    """Return the chart of a value over updates. Return None for fewer than two finite values."""
     points = [
         (float(u), float(v))
         for u, v in zip(updates, values, strict=True)

@@ -51,7 +51,9 @@ CORRECT = "geneval/correct"
 
 
 def read_geneval(folder: Path) -> tuple[dict[str, Any] | None, dict[str, float]]:
-    """Return the summary of a scored GenEval folder and which images are correct; None and {} where it is not scored.
+    """Return the summary of a scored GenEval folder, and which images are correct.
+
+    Return None and {} for a folder that is not scored.
 
     Raises:
         ReportError: the folder's results are damaged.
@@ -120,15 +122,15 @@ def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(n for c in columns for n in c):
         values = [c.get(name) for c in columns]
-        known = [v for v in values if v is not None]
-        full = 1.0 if name in shares else max(map(abs, known)) or 1.0
+        numbers = [v for v in values if v is not None]
+        full = 1.0 if name in shares else max(map(abs, numbers)) or 1.0
         rows.append(
             {
                 "name": name,
                 "values": values,
                 "intervals": [_interval(s, name, task=name in shares) for s in sides],
                 "counts": [s.counts.get(name) for s in sides],
-                "best": max(known),
+                "best": max(numbers),
                 "bold": _bold(sides, values, name, task=name in shares),
                 "width": [0 if v is None else round(100 * max(v, 0) / full, 1) for v in values],
             }
@@ -139,7 +141,7 @@ def table(sides: Sequence[Compared]) -> list[dict[str, Any]]:
 def _bold(
     sides: Sequence[Compared], values: Sequence[float | None], name: str, *, task: bool
 ) -> list[bool]:
-    """Return for each side whether it is better than each other that has a value, beyond noise."""
+    """Return for each side whether it is better than each other, beyond noise."""
     rivals = [i for i, v in enumerate(values) if v is not None]
 
     def leads(i: int) -> bool:
@@ -152,12 +154,14 @@ def _bold(
 
 
 def difference(a: Compared, b: Compared, name: str, *, task: bool) -> Difference | None:
-    """Return the paired difference of a score of two folders on the images that both have; None where there is none."""
+    """Return the paired difference of a score of two folders.
+
+    Return None where the folders share no scored image."""
     mine, other = (_scores(side, name, task=task) for side in (a, b))
     names = [n for n in mine if n in other]
     if not names:
         return None
-    values = [np.array([found[n] for n in names], np.float64) for found in (mine, other)]
+    values = [np.array([scores[n] for n in names], np.float64) for scores in (mine, other)]
     prompts, tasks = _prompts(a, names), [a.images[n].prompt.task for n in names]
     if task and name == OVERALL:
         return intervals.task_difference(*values, prompts, tasks).get(OVERALL)
@@ -167,8 +171,8 @@ def difference(a: Compared, b: Compared, name: str, *, task: bool) -> Difference
 def _interval(side: Compared, name: str, *, task: bool) -> intervals.Estimate | None:
     """Return the interval of a folder's own score."""
     if task and side.geneval:
-        found = side.geneval.get("intervals", {}).get(name)
-        return None if found is None else intervals.Estimate(**found)
+        estimate = side.geneval.get("intervals", {}).get(name)
+        return None if estimate is None else intervals.Estimate(**estimate)
     scores = _scores(side, name, task=task)
     values = np.array(list(scores.values()), np.float64)
     return intervals.mean(values, _prompts(side, list(scores))) if scores else None
@@ -191,8 +195,8 @@ def _prompts(side: Compared, names: Sequence[str]) -> list[str]:
 
 
 def _example(side: Compared, name: str) -> dict[str, Any]:
-    """Return an image for the page (None where it cannot be read), and its scores in words."""
-    scores = {key: found[name] for key, found in side.scores.items() if name in found}
+    """Return an image for the page, and its scores in words. The image is None where it cannot be read."""
+    scores = {key: values[name] for key, values in side.scores.items() if name in values}
     correct = scores.pop(CORRECT, None)
     words = [] if correct is None else ["correct" if correct else "wrong"]
     return {

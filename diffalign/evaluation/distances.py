@@ -21,7 +21,7 @@ BLOCKS = 10
 
 @dataclass(frozen=True)
 class Moments:
-    """Of N features of D dimensions: `mean` (D,), `covariance` (D, D) with N - 1, float64."""
+    """Moments of N features of D dimensions: `mean` (D,), `covariance` (D, D) with N - 1, float64."""
 
     n: int
     mean: Tensor
@@ -29,7 +29,7 @@ class Moments:
 
 
 def moments(features: Tensor) -> Moments:
-    """Of (N, D) features, N at least 2."""
+    """Return the moments of (N, D) features, N at least 2."""
     x = features.double()
     mean = x.mean(0)
     centered = x - mean
@@ -37,7 +37,9 @@ def moments(features: Tensor) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6), at least 0.
+    """Return the Frechet distance of two Gaussians, at least 0.
+
+    It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, eq. 6).
 
     The trace of the root is that of the symmetric C_a^(1/2) C_b C_a^(1/2), whose eigenvalues are real and not negative:
     no iteration, no complex part to drop, and faster than general eigenvalues (`diffalign bench rewards`).
@@ -52,15 +54,17 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def kernel_distance(
     a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): mean and standard deviation over random subsets of the unbiased squared MMD with the
-    kernel (x y / D + 1)^3; the subsets are as large as the sets allow."""
+    """Return KID (Binkowski et al. 2018): mean and standard deviation over random subsets.
+
+    It is the unbiased squared MMD with the kernel (x y / D + 1)^3. The subsets are as large as the sets allow.
+    """
     size = min(subset_size, len(a), len(b))
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    subset_distances = []
     for _ in range(subsets):
         x, y = (f[torch.randperm(len(f), generator=generator)[:size]].double() for f in (a, b))
-        found.append(poly_mmd(x, y))
-    values = torch.stack(found)
+        subset_distances.append(poly_mmd(x, y))
+    values = torch.stack(subset_distances)
     return float(values.mean()), float(values.std(unbiased=False))
 
 
@@ -81,9 +85,10 @@ def cmmd(a: Tensor, b: Tensor, *, sigma: float = 10.0) -> float:
 def kernel_interval(
     a: Tensor, b: Tensor, group: Tensor, distance: float, *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return the 95 % interval of a KID, from the spread of the distances between disjoint blocks of both sets.
+    """Return the 95 % interval of a KID.
 
-    Blocks of `a` hold whole prompts (`group`) where there are enough. None where the sets are too small.
+    The spread is that of the distances between disjoint blocks of both sets. Blocks of `a` hold whole prompts
+    (`group`) where there are enough. None where the sets are too small.
     """
     blocks = min(BLOCKS, len(a) // 2, len(b) // 2)
     if blocks < 3:
@@ -116,8 +121,9 @@ def _unbiased(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Return the shares of generated images within the reference's manifold, and of reference images in the generated.
+    """Return precision and recall of generated images.
 
+    They are the shares of generated images within the reference's manifold, and of reference images in the generated.
     A manifold is the union of balls up to each feature's k-th neighbour (Kynkaanniemi et al. 2019).
     """
     return tuple(  # type: ignore[return-value]
@@ -140,14 +146,16 @@ def covered(points: Tensor, manifold: Tensor, k: int) -> Tensor:
 
 
 def diversity(features: Tensor, group: Tensor) -> float:
-    """Mean over groups (images of one prompt) of the mean distance 1 - cosine between their features; NaN where no
-    group has two."""
+    """Return the mean distance 1 - cosine between images of one prompt.
+
+    It is a mean over prompts (`group`). Return NaN where no prompt has two images.
+    """
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
-    found = []
+    means = []
     for number in group.unique():
         x = unit[group == number]
         if len(x) > 1:
             cosines = x @ x.T
             pairs = len(x) * (len(x) - 1)
-            found.append(1 - (cosines.sum() - cosines.diagonal().sum()) / pairs)
-    return float(torch.stack(found).mean()) if found else float("nan")
+            means.append(1 - (cosines.sum() - cosines.diagonal().sum()) / pairs)
+    return float(torch.stack(means).mean()) if means else float("nan")

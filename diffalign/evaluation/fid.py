@@ -41,7 +41,7 @@ class FeatureError(UserError, ValueError):
 
 
 class Network(Protocol):
-    """What of a feature network is needed here."""
+    """Feature network, as far as this module needs it."""
 
     name: str
     weights: str
@@ -52,8 +52,11 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """`moments` of the features of a set of images made by `network`; the `features` (N, D) and each one's prompt
-    `group` (N,) where they were kept; `about` says what the images were."""
+    """Features of a set of images, made by `network`.
+
+    The `moments` are always there, the `features` (N, D) and each one's prompt `group` (N,) only where they were saved.
+    `about` says what the images were.
+    """
 
     network: str
     resize: str
@@ -68,7 +71,9 @@ class FeatureSet:
         return len(self.moments.mean)
 
     def save(self, file: Path) -> Path:
-        """Write the statistics as .npz, with that suffix if `file` has none, and return the path."""
+        """Write the statistics as .npz and return the path.
+
+        The suffix is added if `file` lacks it."""
         file = statistics_path(file)
         arrays: dict[str, Any] = {
             "mu": self.moments.mean.numpy(),
@@ -84,7 +89,9 @@ class FeatureSet:
 
     @classmethod
     def load(cls, file: Path) -> FeatureSet:
-        """Load what `save` wrote, or any .npz with `mu` and `sigma` (pytorch-fid's), which does not name its network.
+        """Load a file of `save`, or any .npz with `mu` and `sigma`.
+
+        The latter (pytorch-fid's) does not name its network.
 
         Raises:
             FeatureError: the file is missing or damaged, or its arrays are not finite or do not fit each other.
@@ -196,7 +203,7 @@ def extract(
 def collect(
     network: Network, features: Sequence[Tensor], group: Sequence[int], about: dict[str, Any]
 ) -> FeatureSet:
-    """From features in parts, such as those of several processes."""
+    """Return the feature set of parts, such as those of several processes."""
     if sum(map(len, features)) < 2:
         raise FeatureError(f"a distribution needs at least two images: {about}")
     table = torch.cat(list(features))
@@ -223,8 +230,10 @@ def folder_batches(
     batch_size: int,
     process: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """The readable images of a folder, counted in `about` as those that are not; of several processes (number and
-    count) each reads every so many-th."""
+    """Yield the readable images of a folder, and count the images in `about`.
+
+    The argument `process`: number and count of the processes that share the work in turns of an image.
+    """
     group: dict[str, int] = {}
     numbers = [group.setdefault(x.prompt.text or str(x.path), len(group)) for x in images]
     about["formats"] = sorted({x.path.suffix.lower().lstrip(".") for x in images})
@@ -247,17 +256,20 @@ def model_batches(
     process: tuple[int, int] = (0, 1),
     **sizes: Any,
 ) -> Batches:
-    """`config.images_per_prompt` images of every prompt, those of `evaluate_model`; of several processes (number and
-    count) each makes every so many-th batch. Images that are not finite are left out and counted in `about`."""
+    """Draw the images of `evaluate_model`, `config.images_per_prompt` of every prompt.
+
+    Images that are not finite are left out and counted in `about`. `process`: number and count of the processes that
+    share the work in turns of a batch.
+    """
     n = config.images_per_prompt
-    wanted = [(group, p) for group, p in enumerate(prompts) for _ in range(n)]
-    seeds = image_seeds(config, len(wanted))
+    rows = [(group, p) for group, p in enumerate(prompts) for _ in range(n)]
+    seeds = image_seeds(config, len(rows))
     cache = EmbedCache(model)
     about |= {"images": 0, "not_finite": 0}
     number, count = process
-    for start in range(number * micro_batch_size, len(wanted), count * micro_batch_size):
+    for start in range(number * micro_batch_size, len(rows), count * micro_batch_size):
         part = slice(start, start + micro_batch_size)
-        texts = [p for _, p in wanted[part]]
+        texts = [p for _, p in rows[part]]
         images, finite = render(
             model,
             texts,
@@ -269,9 +281,9 @@ def model_batches(
         )
         about["images"] += int(finite.sum())
         about["not_finite"] += int((~finite).sum())
-        kept = [g for (g, _), good in zip(wanted[part], finite.tolist(), strict=True) if good]
-        if kept:
-            yield images[finite], kept
+        groups = [g for (g, _), good in zip(rows[part], finite.tolist(), strict=True) if good]
+        if groups:
+            yield images[finite], groups
 
 
 def drawn_batches(
@@ -281,56 +293,58 @@ def drawn_batches(
     images_per_prompt: int,
     batch_size: int,
 ) -> Batches:
-    """Images that are drawn rather than generated: `draw(prompt, seed)` gives (H, W, 3) uint8."""
-    wanted = [(number, p) for number, p in enumerate(prompts) for _ in range(images_per_prompt)]
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+    """Yield images that a program draws: `draw(prompt, seed)` returns (H, W, 3) uint8."""
+    rows = [(number, p) for number, p in enumerate(prompts) for _ in range(images_per_prompt)]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
         pixels = np.stack([draw(p, start + i) for i, (_, p) in enumerate(part)])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2), [number for number, _ in part]
 
 
 def compare(generated: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
-    """All distances that the two sets allow: FID always; KID, CMMD, precision and recall where features were kept.
+    """Return all distances that two sets allow.
+
+    FID is always there; KID, CMMD, precision and recall need the features of both sets.
 
     Raises:
         FeatureError: the sets were seen by different networks or have different dimensions.
     """
-    known = {s.network for s in (generated, reference)} - {UNKNOWN}
-    if len(known) > 1:
-        raise FeatureError(f"features of different networks cannot be compared: {known}")
+    networks = {s.network for s in (generated, reference)} - {UNKNOWN}
+    if len(networks) > 1:
+        raise FeatureError(f"features of different networks cannot be compared: {networks}")
     shapes = [len(s.moments.mean) for s in (generated, reference)]
     if shapes[0] != shapes[1]:
         raise FeatureError(f"features of {shapes[0]} and {shapes[1]} dimensions cannot be compared")
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "fid": distances.frechet_distance(generated.moments, reference.moments)
     }
     if generated.features is not None and generated.group is not None:
-        found["diversity_within_prompt"] = distances.diversity(generated.features, generated.group)
+        values["diversity_within_prompt"] = distances.diversity(generated.features, generated.group)
     if generated.features is not None and reference.features is not None:
         a, b = generated.features, reference.features
-        found["kid"], found["kid_std"] = distances.kernel_distance(a, b)
-        found["cmmd"] = distances.cmmd(a, b)
+        values["kid"], values["kid_std"] = distances.kernel_distance(a, b)
+        values["cmmd"] = distances.cmmd(a, b)
         if min(len(a), len(b)) > NEIGHBOURS:
-            found["precision"], found["recall"] = distances.precision_recall(a, b, k=NEIGHBOURS)
-    return {k: v if np.isfinite(v) else None for k, v in found.items()}
+            values["precision"], values["recall"] = distances.precision_recall(a, b, k=NEIGHBOURS)
+    return {k: v if np.isfinite(v) else None for k, v in values.items()}
 
 
 def distance_intervals(
-    generated: FeatureSet, reference: FeatureSet, found: Mapping[str, Any]
+    generated: FeatureSet, reference: FeatureSet, values: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the 95 % intervals of the distances `found` that have one: KID, precision and recall."""
+    """Return the 95 % intervals of the distances `values` that have one: KID, precision and recall."""
     result: dict[str, dict[str, Any]] = {}
     a, b = generated.features, reference.features
     if a is None or b is None or generated.group is None or reference.group is None:
         return result
-    if found.get("kid") is not None:
-        bounds = distances.kernel_interval(a, b, generated.group, found["kid"])
+    if values.get("kid") is not None:
+        bounds = distances.kernel_interval(a, b, generated.group, values["kid"])
         if bounds is not None:
-            estimate = Estimate(found["kid"], *bounds, len(a), len(generated.group.unique()))
+            estimate = Estimate(values["kid"], *bounds, len(a), len(generated.group.unique()))
             result["kid"] = estimate.to_dict()
     sides = {"precision": (a, b, generated.group), "recall": (b, a, reference.group)}
     for name, (points, manifold, group) in sides.items():
-        if found.get(name) is not None:
+        if values.get(name) is not None:
             inside = distances.covered(points, manifold, NEIGHBOURS).double().numpy()
             share = mean(inside, [str(int(g)) for g in group])
             if share is not None:
@@ -339,22 +353,24 @@ def distance_intervals(
 
 
 def warnings(generated: FeatureSet, reference: FeatureSet) -> list[str]:
-    """Return what makes a FID of these two sets doubtful, in whole sentences; empty where nothing does."""
+    """Return what makes a FID of these two sets doubtful, in whole sentences."""
     dimension = generated.dimension
-    told = []
+    sentences = []
     for name, side in (("generated", generated), ("reference", reference)):
         n = side.moments.n
         if n == 0:
-            told.append(f"The number of {name} images is unknown: the statistics do not say it.")
+            sentences.append(
+                f"The number of {name} images is unknown: the statistics do not say it."
+            )
         elif n <= dimension:
-            told.append(
+            sentences.append(
                 f"{n} {name} images are too few for FID with {dimension} features: their covariance has at most rank "
                 f"{n - 1}, and FID is far too high. Use KID, which has no such bias, or at least {FEW * dimension} "
                 "images."
             )
         elif n < FEW * dimension:
-            told.append(
+            sentences.append(
                 f"{n} {name} images are few for FID with {dimension} features: it is biased upwards. Compare only FIDs "
                 f"of the same number of images, or use KID; from about {FEW * dimension} images on the bias is small."
             )
-    return told
+    return sentences

@@ -40,7 +40,7 @@ NO_FILE = ["none, pixels of uint8 as they are drawn"]
 
 @dataclass(frozen=True)
 class Generation:
-    """How the generated side is drawn by a model."""
+    """Model, prompts and settings of a generated side."""
 
     load: Callable[[], TextToImageModel]
     prompts: list[Prompt]
@@ -52,9 +52,10 @@ class Generation:
 def generated_side(
     source: Path | Generation, *, batch_size: int
 ) -> Callable[[Network, PartialState], FeatureSet]:
-    """Look up a folder's images now; the returned function computes the features of the folder's or a model's images.
+    """Look up a folder's images now, and return the function that computes the features.
 
-    Every process makes or reads a part, in turns of a batch; all processes get the whole.
+    The function reads the folder, or draws with the model. Every process makes or reads a part, in turns of a batch;
+    all processes get the whole.
     """
     images = read_folder(source) if isinstance(source, Path) else []
 

@@ -52,12 +52,12 @@ def score_folder(
 
 
 def counts(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Return how many images of the rows of `score_folder` each reward scored, and how many not.
+    """Return how many rows of `score_folder` each reward scored, and how many not.
 
     An image is not scored because its file is unreadable, it has no caption, or the reward failed.
     """
-    found = {name: sum(row.get(name) is not None for row in rows) for name in names}
-    return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in found.items()}
+    scored = {name: sum(row.get(name) is not None for row in rows) for name in names}
+    return {n: {"scored": k, "not_scored": len(rows) - k} for n, k in scored.items()}
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -66,7 +66,7 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def prompt_names(images: Sequence[CaptionedImage]) -> list[str]:
-    """Return the prompt of each image, and the path of an image that has no caption."""
+    """Return the prompt of each image. An image without a caption is named by its path."""
     return [image.prompt.text or str(image.path) for image in images]
 
 
@@ -77,9 +77,10 @@ def folder_result(
     means: Mapping[str, float],
     reward: Any,
 ) -> dict[str, Any]:
-    """Return the scores of a folder's images, their intervals and their provenance.
+    """Return the scores of a folder's images with intervals and provenance.
 
-    `reward` is the `CompositeReward` that made the scores. An image without a caption counts as a prompt of its own.
+    The argument `reward` is the `CompositeReward` that made the scores. An image without a caption counts as a prompt
+    of its own.
     """
     return {
         "folder": str(folder),

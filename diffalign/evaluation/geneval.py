@@ -36,7 +36,7 @@ from diffalign.pipelines.sampling import EmbedCache
 
 logger = logging.getLogger(__name__)
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
-"""(B, 3, H, W) uint8 and B prompts' metadata to the objects that count in each image."""
+"""Function of (B, 3, H, W) uint8 and B prompts' metadata that returns their objects."""
 SETTINGS = "settings.json"
 RESULTS = "results.jsonl"
 PNG_END = b"IEND\xaeB`\x82"
@@ -48,16 +48,24 @@ class GenEvalError(UserError, ValueError):
 
 
 def sample_path(folder: Path, prompt: int, image: int) -> Path:
-    """Where an image of a prompt stands."""
+    """Return the path of an image of a prompt."""
     return folder / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note how the images of a folder are made; GenEvalError where it is being filled in another way."""
+    """Note how the images of a folder are made.
+
+    Raises:
+        GenEvalError: the folder is being filled in another way.
+    """
     file = folder / SETTINGS
     if file.is_file():
-        there = read_settings(folder)
-        other = [f"{k}: {there.get(k)} there" for k, v in settings.items() if there.get(k) != v]
+        settings_there = read_settings(folder)
+        other = [
+            f"{k}: {settings_there.get(k)} there"
+            for k, v in settings.items()
+            if settings_there.get(k) != v
+        ]
         if other and not any(folder.glob("*/samples/*.png")):
             for place in folder.iterdir():  # prompts without an image belong to nobody
                 if place.is_dir() and place.name.isdecimal():
@@ -75,7 +83,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `claim` noted."""
+    """Return the settings that `claim` noted."""
     try:
         return dict(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
@@ -83,14 +91,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """The metadata of every prompt; GenEvalError where the folder has another prompt at its place."""
+    """Write the metadata of every prompt.
+
+    Raises:
+        GenEvalError: the folder has another prompt at a place.
+    """
     for i, prompt in enumerate(prompts):
         file = sample_path(folder, i, 0).parents[1] / "metadata.jsonl"
         if file.is_file():
-            there = _metadata(file)
-            if there != prompt.metadata:
+            metadata = _metadata(file)
+            if metadata != prompt.metadata:
                 raise GenEvalError(
-                    f"{file} is of another prompt ({there.get('prompt')!r}, not {prompt.text!r}): choose another folder"
+                    f"{file} is of another prompt ({metadata.get('prompt')!r}, not {prompt.text!r}): "
+                    "choose another folder"
                 )
         file.parent.joinpath("samples").mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(prompt.metadata))
@@ -122,11 +135,11 @@ def generate_samples(
     n = config.images_per_prompt
     seeds = image_seeds(config, len(prompts) * n)
     number, count = process
-    wanted = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
+    samples = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
 
     missing = [
         (p, k)
-        for p, k in wanted
+        for p, k in samples
         if not is_whole(sample_path(folder, p, k), with_states=keeper is not None)
     ]
     cache = EmbedCache(model)
@@ -143,14 +156,14 @@ def generate_samples(
                 recorder=keeper.recorder if keeper else None,
                 **sizes,
             )
-            drawn = keeper.recorder.take() if keeper else None
+            recording = keeper.recorder.take() if keeper else None
             for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
                 place = sample_path(folder, p, k)
                 if not good:
                     logger.warning("%s: the model made no finite image", place)
                     continue
-                if keeper and drawn:  # first: an image that is there has its states
-                    keeper.write(place, drawn, row, prompt=p)
+                if keeper and recording:  # first: an image that is there has its states
+                    keeper.write(place, recording, row, prompt=p)
                 picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
                 with aside(place) as file:
                     picture.save(file, format="PNG")
@@ -160,13 +173,14 @@ def generate_samples(
                 left = len(missing) - start - len(part)
                 raise Interrupted(
                     interruption.number,
-                    f"{len(wanted) - left} of {len(wanted)} images are in {folder}; the same command draws the others",
+                    f"{len(samples) - left} of {len(samples)} images are in {folder}; the same command "
+                    "draws the others",
                 )
     return len(missing)
 
 
 def is_whole(image: Path, *, with_states: bool = False) -> bool:
-    """Return True where a sample is there, with its recorded states, and was not cut off while it was copied."""
+    """Return True for a sample that can be read, with its recorded states."""
     try:
         content = image.read_bytes()
         if not content.endswith(PNG_END):
@@ -191,7 +205,7 @@ def read_samples(folder: Path) -> tuple[list[CaptionedImage], int]:
     """
     if not folder.is_dir():
         raise GenEvalError(f"{folder} is no folder")
-    found: list[CaptionedImage] = []
+    images_of_all: list[CaptionedImage] = []
     empty = 0
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()):
         metadata = _metadata(place / "metadata.jsonl")
@@ -200,12 +214,12 @@ def read_samples(folder: Path) -> tuple[list[CaptionedImage], int]:
         files = sorted(samples.iterdir()) if samples.is_dir() else []
         images = [CaptionedImage(f, prompt) for f in files if _SAMPLE.fullmatch(f.name)]
         empty += not images
-        found += images
-    if not found:
+        images_of_all += images
+    if not images_of_all:
         raise GenEvalError(
             f"no image in {folder}; GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png"
         )
-    return found, empty
+    return images_of_all, empty
 
 
 def score_samples(
@@ -216,14 +230,16 @@ def score_samples(
     compat: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """One row an image with GenEval's fields (`metadata` and `details` are JSON texts) and the continuous `score`;
-    what cannot be read has `error` instead, and is not correct."""
+    """Return one row per image, with GenEval's fields and the continuous `score`.
+
+    The fields `metadata` and `details` are JSON texts. An image that cannot be read has `error`, and is not correct.
+    """
     rows: list[dict[str, Any]] = [{} for _ in images]
     done = 0
     for numbers, pixels, error in batches(images, size=batch_size):
         entries = [images[i].prompt.metadata for i in numbers]
-        found = [[] for _ in numbers] if pixels is None else detect(pixels, entries)
-        for i, objects in zip(numbers, found, strict=True):
+        objects_of = [[] for _ in numbers] if pixels is None else detect(pixels, entries)
+        for i, objects in zip(numbers, objects_of, strict=True):
             rows[i] = _row(images[i], objects, compat=compat)
             if error is not None:
                 rows[i] |= {"correct": False, "reason": "unreadable", "error": error}
@@ -237,8 +253,8 @@ def _row(image: CaptionedImage, objects: Sequence[Detection], *, compat: bool) -
     metadata = image.prompt.metadata
     verdict = judge(objects, metadata, compat=compat)
     details: dict[str, list[list[float]]] = {}
-    for found in objects:
-        details.setdefault(found.name, []).append([*found.box, found.score])
+    for o in objects:
+        details.setdefault(o.name, []).append([*o.box, o.score])
     return {
         "filename": str(image.path),
         "tag": image.prompt.task,
@@ -253,7 +269,7 @@ def _row(image: CaptionedImage, objects: Sequence[Detection], *, compat: bool) -
 
 
 def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, Any]:
-    """Return the figures of GenEval's summary, with the 95 % intervals of those that are means of images.
+    """Return the figures of GenEval's summary, with 95 % intervals.
 
     The figures are the shares of correct images and of prompts with a correct one, the accuracy of each task, and
     their mean, `overall`. `missing` counts the images that prompts have fewer than the prompt with the most, the
@@ -282,7 +298,7 @@ def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, A
         "images": len(rows),
         "scored": len(rows) - unreadable,
         "unreadable": unreadable,
-        "missing": sum(most - len(found) for found in by_prompt.values()) + empty * most,
+        "missing": sum(most - len(verdicts) for verdicts in by_prompt.values()) + empty * most,
         "prompts_without_image": empty,
         "prompts_scored": len(by_prompt),
         "correct_images": sum(row["correct"] for row in rows) / len(rows),

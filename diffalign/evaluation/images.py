@@ -47,10 +47,10 @@ def write_images(
         if progress is not None:
             progress(part.start + len(images), len(texts))
 
-    drawn = evaluate_model(model, prompts, no_reward, config, on_images=write, **sizes)
+    evaluation = evaluate_model(model, prompts, no_reward, config, on_images=write, **sizes)
     write_captions(folder, dict(zip(names, rows, strict=True)))
     captions = [f"{i:04d} {text} (seed {config.seed})" for i, text in enumerate(texts)]
-    grid = image_grid(drawn.images, columns=config.images_per_prompt, captions=captions)
+    grid = image_grid(evaluation.images, columns=config.images_per_prompt, captions=captions)
     with aside(folder / GRID) as file:
         grid.save(file)
     return len(texts)

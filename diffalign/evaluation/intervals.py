@@ -32,7 +32,10 @@ def units(n: int, prompts: int) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of `n` images of so many `prompts`, with its interval; bounds are None where one image shows no spread."""
+    """Mean of `n` images of so many `prompts`, with its interval.
+
+    The bounds are None where one image shows no spread.
+    """
 
     value: float
     low: float | None
@@ -88,7 +91,9 @@ class _Spread:
 
 
 def mean(values: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
-    """Return the mean of values (N,) without NaN, with its interval; None where all values are NaN.
+    """Return the mean of values (N,) without NaN, with its interval.
+
+    Return None where all values are NaN.
 
     Values that are all 0 or 1 are shares: their interval is Wilson's (1927), for as many independent images as carry
     the same information (design effect of the clusters). Other means have Student's t on the clustered standard error.
@@ -110,7 +115,9 @@ def mean(values: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
 
 
 def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> Difference | None:
-    """Return the mean of `after` (N,) less `before` (N,), pair by pair; None where no pair has both values.
+    """Return the mean of `after` (N,) less `before` (N,), pair by pair.
+
+    Return None where no pair has both values.
 
     Student's t on the standard error clustered by prompt. Differences of shares get Agresti and Min's (2005) four half
     pairs besides, without which a few pairs that agree would look certain.
@@ -125,18 +132,19 @@ def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) ->
 def task_mean(
     values: np.ndarray, prompts: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, Estimate]:
-    """Return the estimate of each task, and `overall`, the plain mean of the tasks as GenEval reports it.
+    """Return the estimate of each task, and of GenEval's `overall`.
 
+    That is the plain mean of the tasks.
     The interval of `overall` recovers the tasks' variances from their intervals (Zou and Donner 2008).
     """
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     for task, rows in _by_task(tasks).items():
         estimate = mean(values[rows], [prompts[i] for i in rows])
         if estimate is not None:
-            found[task] = estimate
-    if not found:
+            estimates[task] = estimate
+    if not estimates:
         return {}
-    parts = list(found.values())
+    parts = list(estimates.values())
     value = sum(e.value for e in parts) / len(parts)
     low: float | None = None
     high: float | None = None
@@ -148,27 +156,27 @@ def task_mean(
             parts
         )
     n, total = sum(e.n for e in parts), sum(e.prompts for e in parts)
-    return {**found, "overall": Estimate(value, low, high, n, total)}
+    return {**estimates, "overall": Estimate(value, low, high, n, total)}
 
 
 def task_difference(
     after: np.ndarray, before: np.ndarray, prompts: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, Difference]:
-    """Return the paired difference of each task, and of `overall`, the plain mean of the tasks.
+    """Return the paired difference of each task, and of their mean, `overall`.
 
     The tasks' variances are summed, with Satterthwaite's degrees of freedom.
     """
-    found: dict[str, Difference] = {}
+    differences: dict[str, Difference] = {}
     spreads: list[_Spread] = []
     for task, rows in _by_task(tasks).items():
         a, b, texts = after[rows], before[rows], [prompts[i] for i in rows]
         estimate = difference(a, b, texts)
         if estimate is not None:
-            found[task] = estimate
+            differences[task] = estimate
             spreads.append(_difference_spread(a, b, texts))
-    if not found:
+    if not differences:
         return {}
-    parts = list(found.values())
+    parts = list(differences.values())
     size = len(parts)
     variance = sum(s.variance for s in spreads)
     squares = sum(s.variance**2 / s.freedom for s in spreads if s.freedom > 0)
@@ -177,11 +185,14 @@ def task_difference(
     spread = _Spread(sum(s.centre for s in spreads) / size, variance / size**2, freedom)
     n, total = sum(e.n for e in parts), sum(e.prompts for e in parts)
     value = sum(e.value for e in parts) / size
-    return {**found, "overall": _around(value, spread, n=n, prompts=total)}
+    return {**differences, "overall": _around(value, spread, n=n, prompts=total)}
 
 
 def wilson(share: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's interval (1927) of a share of n independent trials; n need not be whole."""
+    """Return Wilson's interval (1927) of a share of n independent trials.
+
+    The number n need not be whole.
+    """
     z = float(ndtri((1 + confidence) / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -206,7 +217,7 @@ def bootstrap(
 
 
 def _groups(prompts: Sequence[str]) -> np.ndarray:
-    """Return the number of each value's prompt (N,); of a single prompt the number of each image."""
+    """Return the number of each value's prompt (N,). Images of a single prompt are counted instead."""
     group = np.unique(np.array(prompts, dtype=object).astype(str), return_inverse=True)[1]
     return group if group.any() else np.arange(len(group))
 
@@ -241,7 +252,7 @@ def _spread(total: np.ndarray, count: np.ndarray) -> _Spread:
 
 
 def _difference_spread(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> _Spread:
-    """Return the spread of a paired difference; of shares with Agresti and Min's half pairs, as two clusters more."""
+    """Return the spread of a paired difference. Shares get Agresti and Min's half pairs, as two clusters."""
     x, group = _finite(after - before, prompts)
     total, count = np.bincount(group, weights=x), np.bincount(group).astype(np.float64)
     valid = np.isfinite(after - before)
@@ -254,7 +265,7 @@ def _difference_spread(after: np.ndarray, before: np.ndarray, prompts: Sequence[
 
 
 def _correlated(x: np.ndarray, spread: _Spread, *, largest: float) -> float:
-    """Return how many images of one prompt count as one (the design effect), from 1 to `largest`."""
+    """Return how many images of one prompt count as one: the design effect, from 1 to `largest`."""
     plain = float(x.var()) / len(x)
     return min(max(spread.variance / plain, 1.0), largest) if plain > 0 else largest
 

@@ -26,23 +26,28 @@ def _digest(key: Any, prompts: Sequence[Prompt]) -> str:
     return of_json([key, told(prompts)], default=str)
 
 
-def keep(found: Evaluation, file: Path, *, key: Any) -> None:
-    """Write an evaluation aside and rename it; of its images those that it has. `key` (JSON, other values as texts):
-    what it is of, besides its prompts."""
-    rows = range(len(found.prompts)) if found.rows is None else found.rows
+def keep(evaluation: Evaluation, file: Path, *, key: Any) -> None:
+    """Write an evaluation, with the images that it has, aside and rename it.
+
+    The argument `key` (JSON, other values as texts) says what was evaluated, besides the prompts.
+    """
+    rows = range(len(evaluation.prompts)) if evaluation.rows is None else evaluation.rows
     tensors = {
-        "images": found.images.contiguous(),
+        "images": evaluation.images.contiguous(),
         "rows": torch.tensor(list(rows)),
-        "rewards": torch.from_numpy(found.rewards),
-        **{COLUMN + name: torch.from_numpy(values) for name, values in found.scores.items()},
+        "rewards": torch.from_numpy(evaluation.rewards),
+        **{COLUMN + name: torch.from_numpy(values) for name, values in evaluation.scores.items()},
     }
-    header = {KEY: _digest(key, found.prompts), FOUND: json.dumps(found.to_dict())}
+    header = {KEY: _digest(key, evaluation.prompts), FOUND: json.dumps(evaluation.to_dict())}
     with aside(file) as path:
         save_file(tensors, path, metadata=header)
 
 
 def kept(file: Path, prompts: list[Prompt], *, key: Any) -> Evaluation | None:
-    """What `keep` wrote for the same prompts, one for every image, and the same key; None where that is not there."""
+    """Return the evaluation that `keep` wrote for the same prompts and key.
+
+    There is one prompt for every image. Return None where no such evaluation is there.
+    """
     if not file.is_file():
         return None
     try:
@@ -62,15 +67,15 @@ def kept(file: Path, prompts: list[Prompt], *, key: Any) -> Evaluation | None:
     if not scores:
         # written before scores were kept: without them no difference has an interval
         return None
-    found = json.loads(header[FOUND])
+    figures = json.loads(header[FOUND])
     return Evaluation(
         prompts,
         tensors["images"],
         tensors["rewards"].numpy(),
-        means=found["means"],
-        tasks=found["tasks"],
-        failed=found["failed"],
-        not_finite=found["not_finite"],
+        means=figures["means"],
+        tasks=figures["tasks"],
+        failed=figures["failed"],
+        not_finite=figures["not_finite"],
         rows=tuple(tensors["rows"].tolist()),
         scores=scores,
     )

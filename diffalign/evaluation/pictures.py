@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 LEGIBLE = 160
-"""Pixels of an image's longer side below which a grid enlarges it by a whole factor."""
+"""Pixels of an image's longer side below which a grid enlarges the image."""
 LARGEST = 40_000_000
 """Pixels of a grid's images above which a grid shrinks them."""
 SHOWN = 256
@@ -30,10 +30,10 @@ def enlargement(height: int, width: int) -> int:
 def image_grid(
     images: Tensor, *, columns: int, gap: int = 2, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Return (N, 3, H, W) uint8 as one picture, row by row, with a caption under each image.
+    """Return (N, 3, H, W) uint8 as one picture, with captions.
 
-    Small images are enlarged by a whole factor, so that each of their pixels is a square. Very many large images are
-    shrunk until they fit.
+    Images go row by row. Small images are enlarged by a whole factor, so that each of their pixels is a square. Very
+    many large images are shrunk until they fit.
 
     Args:
         captions: one per image (N,); None for a grid without text.
@@ -72,7 +72,7 @@ def _cell(n: int, height: int, width: int) -> tuple[int, int]:
 
 
 def labelled_rows(rows: Mapping[str, Tensor], captions: Sequence[str]) -> Image.Image:
-    """Return a picture of rows of images (N, 3, H, W) uint8, each row with its name, each column with its caption.
+    """Return a picture of named rows of images (N, 3, H, W) uint8, with captions.
 
     The rows show the same prompts in the same order, such as a model before and after training.
 
@@ -103,7 +103,7 @@ def labelled_rows(rows: Mapping[str, Tensor], captions: Sequence[str]) -> Image.
 
 
 def wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Return a text in lines of at most `width` pixels; what is beyond the last line ends in an ellipsis."""
+    """Return a text in lines of at most `width` pixels. A long text ends in an ellipsis."""
     lines: list[str] = []
     for word in " ".join(text.split()).split(" "):
         longer = f"{lines[-1]} {word}" if lines else word

@@ -1,4 +1,4 @@
-"""Which of two sets of images is preferred, pair by pair, and how sure that is."""
+"""Win rates of one set of images against another, pair by pair."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class PairError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of pairs that A wins, where a tie is half a win.
+    """Share of pairs that A wins. A tie is half a win.
 
-    `low` and `high` bound its confidence interval; `difference` is the mean of A's reward less B's.
+    The bounds `low` and `high` bound its confidence interval; `difference` is the mean of A's reward less B's.
     """
 
     rate: float
@@ -51,10 +51,11 @@ def win_rate(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> WinRate | None:
-    """Return how often A's reward (N,) beats B's; pairs with a NaN are left out, None where none is left.
+    """Return how often A's reward (N,) beats B's.
 
-    The interval is a bootstrap over prompts: images of one prompt are no independent evidence. Where one side wins
-    every pair, no resample differs, and the interval is Wilson's for as many trials as there are prompts.
+    Pairs with a NaN are left out. Return None where no pair is left. The interval is a bootstrap over prompts: images
+    of one prompt are no independent evidence. Where one side wins every pair, no resample differs, and the interval
+    is Wilson's for as many trials as there are prompts.
     """
     valid = np.isfinite(a) & np.isfinite(b)
     if not valid.any():

@@ -21,8 +21,10 @@ from diffalign.pipelines.recording import Recorder, Recording
 
 @dataclass
 class StateKeeper:
-    """Writes `count` states of each image, at the same timesteps of all images of a prompt: any of those that have
-    noise even a step later (`noise.way_to_go`)."""
+    """Writer of `count` states of each image, at the same timesteps for a prompt's images.
+
+    Any timestep can be chosen that has noise even one step later (`way_to_go`).
+    """
 
     model: TextToImageModel
     config: EvaluationConfig
@@ -58,15 +60,15 @@ class StateKeeper:
         order = torch.randperm(len(self.allowed), generator=generator)[: self.count]
         return self.allowed[order].sort(descending=True).values
 
-    def write(self, image: Path, drawn: Recording, row: int, *, prompt: int) -> None:
+    def write(self, image: Path, recording: Recording, row: int, *, prompt: int) -> None:
         """States of one image, row `row` of those that were drawn."""
         steps = self.chosen(prompt)
-        states, latents = drawn.noisy[row, steps], drawn.latents[row]
+        states, latents = recording.noisy[row, steps], recording.latents[row]
         times = self.timesteps[steps]
         error = None
-        if drawn.model_pred is not None:
+        if recording.model_pred is not None:
             target = chord_target(
                 self.model.noise, latents.float().expand_as(states), states.float(), times
             )
-            error = matching_error(drawn.model_pred[row, steps], target)
+            error = matching_error(recording.model_pred[row, steps], target)
         write_states(image, RecordedStates(latents, states, times, self.made_by, error))

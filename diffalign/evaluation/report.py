@@ -42,7 +42,7 @@ FILES = (
 
 
 def render_page(template: str, **content: Any) -> str:
-    """Return the HTML of a template of this package; a name that is not given is an error."""
+    """Return the HTML of a template of this package. A missing name is an error."""
     environment = Environment(
         loader=PackageLoader("diffalign.evaluation", "."),
         autoescape=True,
@@ -52,7 +52,7 @@ def render_page(template: str, **content: Any) -> str:
 
 
 def shown(images: int) -> list[int]:
-    """Return which of so many images of an evaluation a report shows, spread evenly and not picked."""
+    """Return which images of an evaluation a report shows: spread evenly, not picked."""
     return evenly(range(images), EXAMPLES)
 
 
@@ -91,7 +91,7 @@ def write_report(
 
 
 def usage(folder: Path, config: AnyRunConfig, prompt: str) -> list[str]:
-    """Return the commands that draw a prompt with what a run leaves, and score it as the run did."""
+    """Return the commands that draw a prompt with a run's policy, and evaluate the policy."""
     c = config.evaluation
     lora, pipeline, scheduler = (folder / n for n in ("lora", "pipeline", "scheduler"))
     commands = []
@@ -155,9 +155,9 @@ def _headline(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the row that stands at the top of the page: GenEval, else the reward."""
     tasks, means = (t["rows"] for t in tables)
     for rows, name, title in ((tasks, "overall", "GenEval"), (means, "reward", "mean reward")):
-        chosen = [row | {"title": title} for row in rows if row["title"] == name]
-        if chosen:
-            return chosen
+        headline = [row | {"title": title} for row in rows if row["title"] == name]
+        if headline:
+            return headline
     return []
 
 
@@ -185,17 +185,17 @@ def verdict(change: Difference | None) -> str:
     return "up" if change.value > 0 else "down"
 
 
-def _wins(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _wins(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the win rate for the headline; None where there is none."""
-    if not found:
+    if not rate:
         return None
-    low, high = found["low"], found["high"]
-    unclear = found["within_noise"]
+    low, high = rate["low"], rate["high"]
+    unclear = rate["within_noise"]
     return {
-        "rate": f"{found['rate']:.0%}",
-        "pairs": found["pairs"],
+        "rate": f"{rate['rate']:.0%}",
+        "pairs": rate["pairs"],
         "bounds": f"{low:.0%} to {high:.0%}{', within noise' if unclear else ''}",
-        "verdict": "noise" if unclear else "up" if found["rate"] > 0.5 else "down",
+        "verdict": "noise" if unclear else "up" if rate["rate"] > 0.5 else "down",
     }
 
 

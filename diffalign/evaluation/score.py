@@ -35,10 +35,10 @@ Progress = Callable[[int, int], None]
 class Evaluation:
     """Images of a model on prompts, and their scores.
 
-    `tasks` is the accuracy of each task and their mean, where a reward says what is correct. `means` is the mean of
-    the reward and of each detail over the images that have it, `scores` their values (N,) per image. `images`
-    (N, 3, H, W) uint8 are in the order of `prompts`. `failed` counts the images without a reward, `not_finite` among
-    them those whose latents are not numbers.
+    The accuracy of each task and their mean are `tasks`, where a reward says what is correct. `means` is the mean of
+    the reward and of each detail over the images that have it, `scores` their values (N,) per image. `images` (N, 3,
+    H, W) uint8 are in the order of `prompts`. `failed` counts the images without a reward, `not_finite` among them
+    those whose latents are not numbers.
     """
 
     prompts: list[Prompt]
@@ -78,9 +78,13 @@ class Evaluation:
             return {"means": {}, "tasks": {}}
         both = [name for name in self.scores if name in before.scores]
         means = {
-            name: found
+            name: difference
             for name in both
-            if (found := intervals.difference(self.scores[name], before.scores[name], self.texts))
+            if (
+                difference := intervals.difference(
+                    self.scores[name], before.scores[name], self.texts
+                )
+            )
         }
         mine, other = self._correct(), before._correct()
         tasks = {}
@@ -98,7 +102,7 @@ class Evaluation:
         return self.images[row if self.rows is None else self.rows.index(row)]
 
     def thinned(self, rows: Sequence[int]) -> Evaluation:
-        """The same with the images of some rows alone, for one that is kept."""
+        """Return a copy that has the images of some rows only."""
         return replace(self, images=self.images[list(rows)], rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +119,9 @@ class Evaluation:
 
 def as_dicts(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
     """Return intervals of `means` and `tasks` for JSON."""
-    return {group: {n: e.to_dict() for n, e in found.items()} for group, found in groups.items()}
+    return {
+        group: {n: e.to_dict() for n, e in estimates.items()} for group, estimates in groups.items()
+    }
 
 
 def evaluate_model(
@@ -144,8 +150,10 @@ def evaluate_model(
     def score_part(part: slice, images: Tensor) -> None:
         if on_images is not None:
             on_images(part, images)
-        asked = repeated[part]
-        parts.append(score(images, [p.text for p in asked], [p.metadata for p in asked]))
+        prompts_of_part = repeated[part]
+        parts.append(
+            score(images, [p.text for p in prompts_of_part], [p.metadata for p in prompts_of_part])
+        )
 
     images, finite = render(
         model,
@@ -187,8 +195,11 @@ def render(
     recorder: Recorder | None = None,
     on_images: OnImages | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) uint8 of N prompts, drawn as `config` says, and (N,) bool: whether its latents are finite,
-    for pixels of uint8 do not show what was NaN. A `cache` outlives the call; a `recorder` remembers the way."""
+    """Draw and return images (N, 3, H, W) uint8 of N prompts.
+
+    A second result (N,) bool is True where an image's latents are finite: pixels of uint8 do not show what was NaN. A
+    `cache` outlives the call; a `recorder` remembers the way.
+    """
     cache = cache or EmbedCache(model)
     guided = model.costs_a_forward(config.guidance_scale)
     texts = list(dict.fromkeys(p.text for p in prompts))
@@ -231,7 +242,7 @@ def summarize_scores(prompts: list[Prompt], images: Tensor, output: RewardOutput
     correct = next((v for k, v in output.details.items() if k.endswith(CORRECT)), None)
     tasks = {}
     if correct is not None:
-        kept = [(p.task, c) for p, c in zip(prompts, correct, strict=True) if np.isfinite(c)]
-        tasks = summarize([t for t, _ in kept], [c for _, c in kept])
+        scored = [(p.task, c) for p, c in zip(prompts, correct, strict=True) if np.isfinite(c)]
+        tasks = summarize([t for t, _ in scored], [c for _, c in scored])
     failed = int((~mask).sum())
     return Evaluation(prompts, images, output.values, means, tasks, failed, scores=scores)

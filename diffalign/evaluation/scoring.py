@@ -24,8 +24,9 @@ class RewardTimeout(UserError, TimeoutError):
 
 
 class BackgroundScorer:
-    """`submit` parts of a rollout, then `collect` their rewards in that order; or call it as the score that it wraps.
+    """Scorer of a rollout's parts beside the rollout.
 
+    First `submit` the parts, then `collect` their rewards in that order; or call the scorer as the score that it wraps.
     `timeout`: seconds to wait for a part after the part before it; None waits for ever. `overlap` False waits in
     `submit`: on a CPU nothing is won by two at a time, and a reward model's attention would use whatever kernel the
     denoiser has chosen at that moment. The thread lives until `collect`, and is a daemon: a reward that hangs cannot
@@ -47,7 +48,7 @@ class BackgroundScorer:
         return self.collect()
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> None:
-        """Score (B, 3, H, W) uint8 images on the CPU as soon as those before them are done."""
+        """Score (B, 3, H, W) uint8 images on the CPU, after the images before them."""
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
             device = torch.cuda.current_device() if torch.cuda.is_available() else None

@@ -14,7 +14,7 @@ from diffalign.evaluation.preference import by_name
 
 
 def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -> list[Compared]:
-    """Read folders, each as `DIR` or `NAME=DIR`, and score their images where a reward is given.
+    """Read folders (`DIR` or `NAME=DIR`), and score their images if a reward is given.
 
     Raises:
         UsageError: two sides have the same name, or a reward cannot judge the images.

@@ -21,9 +21,10 @@ def compare_folders(
     *,
     batch_size: int,
 ) -> tuple[dict[str, Any], str | None]:
-    """Return how often images are preferred to those of the same name in `against`, and the rewards' last error.
+    """Return win rates of `images` over `against`, and the rewards' last error.
 
-    `load_rewards` returns the `CompositeReward` for prompts with this metadata.
+    Images of the same name are compared. The function `load_rewards` returns the `CompositeReward` for prompts with
+    this metadata.
     """
     folders = (images, against)
     sets = [
@@ -31,11 +32,11 @@ def compare_folders(
         for folder, flag in zip(folders, ("--images", "--against"), strict=True)
     ]
     pairs = shared_names(sets)
-    chosen = [[images[name] for name in pairs] for images in sets]
-    reward = load_rewards([i.prompt.metadata for i in chosen[0]])
-    check_captions(reward, chosen[0], images)
-    rows = [score_folder(c, reward.score, batch_size=batch_size)[0] for c in chosen]
-    prompts = [image.prompt.text or str(i) for i, image in enumerate(chosen[0])]
+    images_of = [[images[name] for name in pairs] for images in sets]
+    reward = load_rewards([i.prompt.metadata for i in images_of[0]])
+    check_captions(reward, images_of[0], images)
+    rows = [score_folder(c, reward.score, batch_size=batch_size)[0] for c in images_of]
+    prompts = [image.prompt.text or str(i) for i, image in enumerate(images_of[0])]
     rates: dict[str, Any] = {}
     for name in reward.rewards:
         a, b = (np.array([r.get(name) for r in side], np.float64) for side in rows)

@@ -171,7 +171,7 @@ def drawn_otherwise(config: AnyRunConfig, drawing: EvaluationConfig, prompts: st
     if config.evaluation.images_per_task is not None and drawing.images_per_task is not None:
         del pairs["images_per_prompt"]
     return [
-        f"{name}: {'none' if theirs is None else theirs}, {'none' if ours is None else ours} here"
-        for name, (theirs, ours) in pairs.items()
-        if theirs != ours
+        f"{name}: {'none' if of_run is None else of_run}, {'none' if own is None else own} here"
+        for name, (of_run, own) in pairs.items()
+        if of_run != own
     ]
