@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,15 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class _Spread:
-    """Centre, variance and degrees of freedom of a mean of clusters."""
+    """Centre, variance and degrees of freedom of a mean of clusters.
+
+    The mean cannot be larger than `limit`: 1 for shares and their differences.
+    """
 
     centre: float
     variance: float
     freedom: float
+    limit: float = math.inf
 
     def bounds(self) -> tuple[float, float] | tuple[None, None]:
         if self.freedom <= 0:
@@ -182,7 +186,8 @@ def task_difference(
     squares = sum(s.variance**2 / s.freedom for s in spreads if s.freedom > 0)
     unknown = any(s.freedom <= 0 for s in spreads)
     freedom = 0.0 if unknown else variance**2 / squares if squares else math.inf
-    spread = _Spread(sum(s.centre for s in spreads) / size, variance / size**2, freedom)
+    limit = max(s.limit for s in spreads)
+    spread = _Spread(sum(s.centre for s in spreads) / size, variance / size**2, freedom, limit)
     n, total = sum(e.n for e in parts), sum(e.prompts for e in parts)
     value = sum(e.value for e in parts) / size
     return {**differences, "overall": _around(value, spread, n=n, prompts=total)}
@@ -261,6 +266,7 @@ def _difference_spread(after: np.ndarray, before: np.ndarray, prompts: Sequence[
         # two half pairs of +1 and -1 have together the squares of these two
         total = np.append(total, [size * math.sqrt(0.5), -size * math.sqrt(0.5)])
         count = np.append(count, [size, size])
+        return replace(_spread(total, count), limit=1.0)
     return _spread(total, count)
 
 
@@ -275,6 +281,7 @@ def _around(value: float, spread: _Spread, *, n: int, prompts: int) -> Differenc
     low, high = spread.bounds()
     if low is None or high is None:
         return Difference(value, None, None, n, prompts)
+    low, high = (min(max(v, -spread.limit), spread.limit) for v in (low, high))
     return Difference(value, min(low, value), max(high, value), n, prompts)
 
 
