@@ -77,16 +77,19 @@ def test_a_smoothed_line_keeps_the_mean_of_noise_and_skips_what_is_missing():
 
 
 @pytest.fixture
-def page(base, tmp_path):
+def page(base, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"<b>{i}</b> & a cat", "tag": "pets"} for i in range(4)]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     folder = tmp_path / "run"
     assert train(base, prompts, folder, "--training.num_updates=2") == 0
+    table = capsys.readouterr().out
+    assert "95 % interval" in table
+    assert "within noise" in table
     return folder, (folder / "report.html").read_text()
 
 
-def test_a_report_has_axes_intervals_links_and_commands(page, capsys):
+def test_a_report_has_axes_intervals_links_and_commands(page):
     folder, text = page
     assert "within noise" in text
     assert "95 %" in text
@@ -107,9 +110,6 @@ def test_a_report_has_axes_intervals_links_and_commands(page, capsys):
     assert summary["win_rate"]["within_noise"]
     assert summary["after"]["intervals"]["means"]["reward"]["n"] == 3
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-    told = capsys.readouterr().out
-    assert "95 % interval" in told
-    assert "within noise" in told
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(page, capsys):

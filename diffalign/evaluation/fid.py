@@ -83,8 +83,9 @@ class FeatureSet:
             arrays |= {"features": self.features.numpy(), "group": self.group.numpy()}
         notes = {"network": self.network, "resize": self.resize, "n": self.moments.n, **self.about}
         file.parent.mkdir(parents=True, exist_ok=True)
-        with aside(file) as hidden:
-            np.savez(hidden, **arrays, notes=np.array(json.dumps(notes)))
+        # an open file: to a name numpy would add a suffix of its own
+        with aside(file) as hidden, hidden.open("wb") as opened:
+            np.savez(opened, **arrays, notes=np.array(json.dumps(notes)))
         return file
 
     @classmethod

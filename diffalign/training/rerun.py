@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from peft import set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from diffalign import lora
 from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig, decode
 from diffalign.evaluation.score import Evaluation, OnImages, evaluate_model
+from diffalign.lora.files import load_lora, merge_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.merging import read_scheduler
 from diffalign.pipelines.registry import load_model
@@ -54,7 +51,7 @@ class FinishedRun:
         return cls(folder, config, summary)
 
     def load(self, device: str) -> TextToImageModel:
-        """Load the base with the policy as the run had it: float32 adapters, and a student's scheduler."""
+        """Load the base model with the policy, merged if the run merged it, and a student's scheduler."""
         c = self.config.model
         moved = (self.folder / "pipeline").is_dir()
         model = load_model(
@@ -68,38 +65,17 @@ class FinishedRun:
             return model
         if c.attention_backend is not None:
             model.denoiser.set_attention_backend(c.attention_backend)
-        self._attach(model)
+        adapters = read_lora(str(self.folder / "lora"))
+        if self.config.drawing.merge_lora:
+            merge_lora(model.pipeline, adapters)
+        else:
+            load_lora(model.pipeline, adapters)
+            if self.config.training.mixed_precision != "no":
+                lora.keep_input_dtype(model.denoiser)
         if (self.folder / "scheduler").is_dir():
             scheduler = read_scheduler(str(self.folder / "scheduler"), model.pipeline.scheduler)
             model.pipeline.register_modules(scheduler=scheduler)
         return model
-
-    def _attach(self, model: TextToImageModel) -> None:
-        """Add the policy's adapter. Stock loading would round it to the base's dtype, as the run did not."""
-        c = self.config
-        file = self.folder / WEIGHTS
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise RunFolderError(f"{file} cannot be read: {error}") from error
-        targets = c.lora.targets or model.lora_targets
-        lora.attach(
-            model.denoiser, rank=c.lora.rank, alpha=c.lora.alpha, targets=targets, policies=()
-        )
-        state = {
-            key.partition(".")[2]: value
-            for key, value in tensors.items()
-            if key.endswith((".lora_A.weight", ".lora_B.weight"))
-        }
-        left = set_peft_model_state_dict(model.denoiser, state, adapter_name=lora.CURRENT)
-        missing = [k for k in left.missing_keys if "lora_" in k]
-        if missing or left.unexpected_keys:
-            names = ", ".join([*missing, *left.unexpected_keys][:3])
-            raise RunFolderError(
-                f"{file} does not fit lora.targets of {self.folder / CONFIG}: {names}, ..."
-            )
-        if c.training.mixed_precision != "no":
-            lora.keep_input_dtype(model.denoiser)
 
     def evaluate(self, device: str, *, on_images: OnImages | None = None) -> Evaluation:
         """Draw the held-out prompts and score them, as the run did at its end.
@@ -113,24 +89,17 @@ class FinishedRun:
             part.prepare()
         model = self.load(device)
         height, width = image_size(self.config, model)
-        with self._drawing(model):
-            return evaluate_model(
-                model,
-                prompts,
-                score_with(reward, watched),
-                self.config.evaluation,
-                height=height,
-                width=width,
-                micro_batch_size=self.config.drawing.micro_batch_size,
-                mixed_precision=self.config.training.mixed_precision,
-                on_images=on_images,
-            )
-
-    def _drawing(self, model: TextToImageModel) -> AbstractContextManager[None]:
-        if (self.folder / "pipeline").is_dir():
-            return nullcontext()
-        context = lora.merged if self.config.drawing.merge_lora else lora.policy
-        return context(model.denoiser, lora.CURRENT)
+        return evaluate_model(
+            model,
+            prompts,
+            score_with(reward, watched),
+            self.config.evaluation,
+            height=height,
+            width=width,
+            micro_batch_size=self.config.drawing.micro_batch_size,
+            mixed_precision=self.config.training.mixed_precision,
+            on_images=on_images,
+        )
 
 
 def read_config(folder: Path) -> AnyRunConfig:
