@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from diffalign.core.errors import UsageError, UserError
+from diffalign.core.errors import UsageError
+from diffalign.pipelines.places import UnknownModel, look
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
@@ -36,10 +38,13 @@ class ModelSpec:
     max_sequence_length: int | None = None
     lora: str | None = None
     """Of a student that is published as one, merged into the weights; behind a colon the file in it."""
+    revision: str | None = None
+    """Of a hub id: a branch, a tag or a commit."""
     scheduler: str | None = None
     """Of a student, where its base has another, as `schedulers.stock` reads it."""
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {
     "shapes-sd3": ModelSpec(
@@ -94,10 +99,6 @@ MODELS = {
 }
 
 
-class UnknownModel(UserError, ValueError):
-    """Neither a known name, nor a pipeline folder, nor a hub id, or of a family that is not supported."""
-
-
 def available() -> dict[str, ModelSpec]:
     """Named models; those that ship with the suite only where their files are there."""
     return {
@@ -106,22 +107,24 @@ def available() -> dict[str, ModelSpec]:
 
 
 def resolve(name: str) -> ModelSpec:
-    """The specification of a name, a folder or a hub id."""
-    known = available()
-    if name in known:
-        return known[name]
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise UnknownModel(
-                f"model.name: {name} has no model_index.json; expected a pipeline in diffusers' layout"
-            )
-        return ModelSpec(name, "local folder")
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return ModelSpec(name, "hub id")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    """The specification of a name, a folder, a single file or a hub id.
+
+    A hub id is `owner/name` or `owner/name@revision`.
+
+    Raises:
+        UnknownModel: nothing of that kind.
+    """
+    specs = available()
+    if name in specs:
+        return specs[name]
+    place = look(name)
+    if place is not None:
+        kinds = {"folder": "local folder", "file": "single file", "hub": "hub id"}
+        return ModelSpec(place.source, kinds[place.kind], revision=place.revision)
+    close = difflib.get_close_matches(name, specs, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(specs))}."
     raise UnknownModel(
-        f"model.name: no model {name!r}; {hint} A folder or a hub id (owner/name) works, too"
+        f"model.name: no model {name!r}; {hint} A folder, a .safetensors file or a hub id (owner/name) works, too"
     )
 
 
@@ -148,23 +151,28 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
         UnknownModel: nothing is there, or not all of it.
         UserError: the backend that its weights are quantised with is missing, or its factors are damaged.
     """
-    from safetensors import SafetensorError
     from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
-    from diffalign.pipelines.loading import apply_factors, check_backends, loader_of
+    from diffalign.pipelines.loading import apply_factors, check_backends, from_folder, open_folder
 
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
-    check_backends(source, kwargs)
-    try:
-        pipeline = loader_of(source, kwargs).from_pretrained(source, **kwargs)
-    except UserError:
-        raise
-    except (OSError, SafetensorError, ImportError, NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UnknownModel(f"{source} could not be loaded: {reason}") from error
+    place = look(str(source), setting="source")
+    if place is None:
+        raise UnknownModel(f"source: {source} is no folder, no .safetensors file and no hub id")
+    if place.kind == "file":
+        from diffalign.pipelines.single_file import load_single_file
+
+        return load_single_file(place.source, **kwargs)
+    folder = open_folder(place, kwargs)
+    check_backends(folder)
+    pipeline = from_folder(folder)
     apply_factors(pipeline)
+    if type(pipeline).__name__ in FAMILIES:
+        side = family_of(type(pipeline).__name__).default_sample_size(pipeline)
+        if side is not None:
+            pipeline.default_sample_size = side
     return pipeline
 
 
@@ -181,7 +189,7 @@ def load_model(
     arguments are of `from_pretrained`."""
     import torch
 
-    from diffalign.pipelines.loading import as_student, class_name
+    from diffalign.pipelines.loading import as_student
 
     spec = resolve(name)
     source = _source(spec)
@@ -190,15 +198,63 @@ def load_model(
             f"{name} has a LoRA in its weights and cannot be quantised while they are read: `diffalign merge` makes a "
             "folder of it"
         )
-    index = Path(source) / "model_index.json"
-    if index.is_file():  # refuse an unsupported pipeline before its weights are read
-        family_of(class_name(json.loads(index.read_text(encoding="utf-8"))))
-    pipeline = load_pipeline(
-        source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
-    )
+    revision = revision or spec.revision
+    check_pipeline(source, spec, revision=revision, arguments=kwargs)
+    if revision is not None:
+        kwargs["revision"] = revision
+    pipeline = load_pipeline(source, torch_dtype=dtype or torch.bfloat16, **kwargs)
     as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
+
+
+def check_pipeline(
+    source: str,
+    spec: ModelSpec,
+    *,
+    revision: str | None = None,
+    arguments: Mapping[str, Any] = NOTHING,
+) -> None:
+    """Refuse a pipeline that is not supported before its weights are read: by its class and its scheduler.
+
+    Raises:
+        UnknownModel: its family is not supported, or its files are not there.
+        UsageError: its scheduler is not one that its family's models can be trained and drawn with.
+    """
+    from diffalign.pipelines.loading import open_folder
+    from diffalign.schedulers.stock import scheduler_like
+
+    place = look(source)
+    if place is None or place.kind == "file":
+        return
+    folder = open_folder(place, {**arguments, "revision": revision})
+    family = family_of(folder.class_name)
+    scheduler = folder.scheduler()
+    if scheduler is not None:
+        family.path_of(scheduler_like(spec.scheduler, scheduler) if spec.scheduler else scheduler)
+
+
+def check_steps(name: str, num_inference_steps: int) -> None:
+    """Refuse a number of steps that a model's scheduler does not make, before loading.
+
+    Raises:
+        UsageError: it does not make so many; the message says why.
+    """
+    from diffalign.pipelines.base import set_timesteps
+    from diffalign.pipelines.loading import open_folder
+    from diffalign.schedulers.stock import scheduler_like
+
+    spec = resolve(name)
+    place = look(_source(spec))
+    if place is None or place.kind == "file":
+        return
+    scheduler = open_folder(place, {"revision": spec.revision}).scheduler()
+    if scheduler is None:
+        return
+    if spec.scheduler:
+        scheduler = scheduler_like(spec.scheduler, scheduler)
+    shifts = scheduler.config.get("use_dynamic_shifting")
+    set_timesteps(scheduler, num_inference_steps, **({"mu": 1.0} if shifts else {}))
 
 
 def load_meta_model(
@@ -213,18 +269,24 @@ def load_meta_model(
     import torch
     import transformers
 
-    from diffalign.pipelines.loading import as_student, class_name, pipeline_class
+    from diffalign.pipelines.loading import as_student, open_folder, pipeline_class
 
     spec = resolve(name)
-    source = _source(spec)
-    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    place = look(_source(spec))
+    assert place is not None
+    if place.kind == "file":
+        from diffalign.pipelines.single_file import layout_of
+
+        place = layout_of(place.source)
+    folder = open_folder(place, {"revision": revision or spec.revision})
+    index, source = folder.index, folder.source
     parts: dict[str, Any] = {}
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
             continue
         library, kind = entry
-        where = {"subfolder": part, "revision": revision}
-        if library is None:
+        where = {"subfolder": part, **folder.where}
+        if library is None or folder.options.get(part, ...) is None:
             parts[part] = None
         elif library == "diffusers":
             cls = getattr(diffusers, kind)
@@ -242,7 +304,7 @@ def load_meta_model(
     told = {
         k: index[k] for k in ("image_size", "max_sequence_length") if k in index
     }  # of moved ones
-    pipeline = pipeline_class(class_name(index))(**parts, **told)
+    pipeline = pipeline_class(folder.class_name)(**parts, **told)
     as_student(pipeline, scheduler=spec.scheduler)
     return _wrap(pipeline, spec, max_sequence_length)
 

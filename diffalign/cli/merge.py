@@ -37,15 +37,17 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.core.errors import UsageError
     from diffalign.core.files import folder_aside
     from diffalign.lora.files import read_lora
-    from diffalign.pipelines.merging import merge
+    from diffalign.pipelines.merging import merge, merged_card
+    from diffalign.pipelines.saving import save_pipeline
 
     if args.output_dir.exists():
         raise UsageError(f"--output_dir: {args.output_dir} exists already")
+    card = merged_card(args.model, scheduler=args.scheduler, guidance=args.fold_guidance)
     lora = read_lora(args.lora)
     pipeline = load(args, adapters=False).pipeline
     merge(pipeline, lora, scheduler=args.scheduler, guidance=args.fold_guidance)
     with folder_aside(args.output_dir) as folder:
-        pipeline.save_pretrained(folder)
+        save_pipeline(pipeline, folder, card=card)
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
 
 

@@ -31,6 +31,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.diffusion.inversion import integrate, inversion_grid
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
 from diffalign.training.plan import Plan, check_prompts, make_plan
@@ -304,9 +305,11 @@ class DistillationTrainer(Trainer):
         )
 
     def export(self, folder: Path) -> None:
-        """Besides the LoRA the student's scheduler, which it needs."""
+        """Besides the LoRA the student's scheduler, which it needs, and the steps that it was made for."""
         super().export(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
+        drawn = self.config.evaluation
+        DrawingCard(drawn.num_inference_steps, drawn.guidance_scale).save(folder / "scheduler")
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {
