@@ -248,6 +248,22 @@ def test_layers_of_text_encoders_are_loaded_merged_and_converted(family, te, tmp
         assert not installed(model.pipeline.text_encoder)
 
 
+def test_t5_of_flux_is_kohya_s_third_encoder(tmp_path):
+    model = MODELS["flux"]()
+    encoder = model.pipeline.text_encoder_2
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    layer = encoder.get_submodule(name)
+    down, up = torch.randn(RANK, layer.in_features), torch.randn(layer.out_features, RANK)
+    stem = f"lora_te3_{name.replace('.', '_')}"
+    save_file(
+        {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up},
+        tmp_path / "a.safetensors",
+    )
+    before = layer.weight.clone()
+    files.merge_lora(model.pipeline, str(tmp_path / "a.safetensors"))
+    torch.testing.assert_close(layer.weight - before, up @ down)
+
+
 @pytest.mark.parametrize("family", ["sd3", "sd"])
 def test_peft_s_dora_is_merged_as_it_is_loaded(family, tmp_path):
     model = MODELS[family]()

@@ -120,7 +120,10 @@ def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
     """Return component -> module -> layer in the pipeline's own names and shapes; UsageError where one has no place."""
     places: dict[str, dict[str, Layer]] = {}
     missing: list[str] = []
-    for part, layers in lora.parts.items():
+    for named, layers in lora.parts.items():
+        # kohya calls T5 the third encoder in FLUX's files as well
+        flux = named == "text_encoder_3" and not hasattr(pipeline, named)
+        part = "text_encoder_2" if flux else named
         component = getattr(pipeline, part, None)
         modules = dict(component.named_modules()) if component is not None else {}
         for name, layer in layers.items():

@@ -149,7 +149,7 @@ def check_mergeable(module: nn.Module, *, advice: str) -> None:
     weight = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise UsageError(
-            f"adapters cannot be merged into {type(module).__name__} with a {type(weight).__name__}: the model is "
+            f"adapters cannot be merged into {type(module).__name__}, whose weights are no floats: the model is "
             f"quantised. {advice}"
         )
 
