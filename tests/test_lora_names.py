@@ -162,6 +162,7 @@ REFUSED = {
     "locon": ("{p}.lora_mid.weight", torch.ones(2, 2, 3, 3), "third matrix"),
     "difference": ("{p}.diff", torch.ones(8, 2), "difference of whole weights"),
     "nan": ("{p}.alpha", torch.tensor(float("nan")), "not finite"),
+    "two alphas": ("{p}.alpha", torch.ones(2), "alpha of .* is 2 numbers"),
     "one matrix": ("{root}elsewhere.lora_A.weight", torch.ones(2, 2), "has no lora_B"),
     "a stray tensor": ("something", torch.ones(2), "this is neither"),
 }

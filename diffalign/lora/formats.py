@@ -155,6 +155,12 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
             if kind not in own:
                 spelling = f"lora_{kind}" if module.startswith("lora_") else other
                 raise UsageError(f"{path}: {module} has no {spelling}")
+        if "alpha" in own and own["alpha"].numel() != 1:
+            raise UsageError(
+                f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one"
+            )
+        if own["down"].shape[:1] == (0,):
+            raise UsageError(f"{path}: {module} has rank 0")
         if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
             shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
             raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
