@@ -19,6 +19,7 @@ from diffalign.config import (
     ForwardProcessConfig,
     RunConfig,
 )
+from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.paths import RectifiedFlow
@@ -145,6 +146,12 @@ class OnlineTrainer(Trainer):
         plan = self.plan(number)
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
+            if not processes.highest(int(rollout.latents.isfinite().any())):
+                raise TrainingError(
+                    f"update {number}: the policy draws no finite image any more, and its weights were not saved; the "
+                    f"last checkpoint is {self.folder.newest_checkpoint or 'none'}. Start again in another output_dir "
+                    f"with a lower optimizer.learning_rate{self.advice}"
+                )
             self.save()
             raise TrainingError(
                 f"update {number}: no image could be scored, see the warnings above; everything up to update "
