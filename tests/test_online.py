@@ -11,7 +11,8 @@ from processes import results_of
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import ONLINE, ConfigError, OptimizerConfig, PromptsConfig
+from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig, RunConfig
+from diffalign.config.methods import sharing_run
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
@@ -19,6 +20,8 @@ from diffalign.training import checkpoint
 from diffalign.training.plan import Plan, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
+
+ONLINE = sharing_run(RunConfig)
 
 
 def weights(run):

@@ -14,11 +14,13 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import distillation as losses
 from diffalign.config import (
+    AnyRunConfig,
     ConsistencyConfig,
     DistillationRunConfig,
     EvaluationConfig,
@@ -34,7 +36,9 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
+from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 from diffalign.training.trainer import Trainer
 from diffalign.types import PromptEmbeds
@@ -73,6 +77,18 @@ class DistillationTrainer(Trainer):
 
     config: DistillationRunConfig
     prompts: Sequence[Prompt]
+
+    @classmethod
+    def of_run(
+        cls,
+        config: AnyRunConfig,
+        model: TextToImageModel,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        inputs: Inputs,
+    ) -> DistillationTrainer:
+        assert isinstance(config, DistillationRunConfig)
+        return cls(config, model, accelerator, folder, inputs.train)
 
     def __post_init__(self) -> None:
         super().__post_init__()
