@@ -68,7 +68,7 @@ def test_the_reward_rises(tmp_path, family):
 def test_resumed_run_is_bit_identical(tmp_path, groups, monkeypatch):
     """Prompts return: three of four are drawn at a time. The resumed run encodes them anew."""
     tiny.make_embeddings_depend_on_their_batch(monkeypatch)
-    groups = groups | {"prompts": load_prompts("shapes:train")[:4]}
+    groups = groups | {"train": load_prompts("shapes:train")[:4]}
     whole = trainer(tmp_path / "a", **groups)
     for _ in range(4):
         whole.train_update()

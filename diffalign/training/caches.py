@@ -20,7 +20,8 @@ def fill_cache(config: AnyRunConfig) -> ShardCache:
     filler = cache_filler(config.algorithm.type)
     if filler is None:
         raise UsageError(
-            f"precompute: recipes of type {config.algorithm.type} have no cache to fill. Use a recipe with pairs or latents."
+            f"precompute: recipes of type {config.algorithm.type} have no cache to fill. "
+            "Use a recipe with pairs or latents."
         )
     check_source(config)
     accelerator = processes.make_accelerator()
