@@ -87,6 +87,7 @@ def fetch_index(
     source: str,
     revision: str | None = None,
     *,
+    repo: Repository,
     token: str | bool | None = None,
     cache_dir: str | None = None,
 ) -> Path:
@@ -102,7 +103,6 @@ def fetch_index(
         RemoteEntryNotFoundError,
     )
 
-    repo = repository(source, revision, token=token, cache_dir=cache_dir)
     try:
         return Path(
             hf_hub_download(

@@ -101,8 +101,12 @@ def open_folder(place: Place, arguments: Mapping[str, Any]) -> Folder:
         extra: dict[str, Any] = {}
     else:
         access = {k: arguments.get(k) for k in ("token", "cache_dir")}
-        repo = hub.repository(place.source, revision, **access)
-        index = read_index(hub.fetch_index(place.source, revision, **access).parent)
+        if arguments.get("local_files_only"):
+            files = hub.cached_files(place.source, revision, access["cache_dir"])
+            repo = hub.Repository(files, reachable=False)
+        else:
+            repo = hub.repository(place.source, revision, **access)
+        index = read_index(hub.fetch_index(place.source, revision, repo=repo, **access).parent)
         files, extra = repo.files, {"revision": revision, **repo.options}
     extra |= folders.options(index, files, where=place.source, passed=arguments)
     rest = {k: v for k, v in arguments.items() if k != "revision" or v is not None}

@@ -11,7 +11,7 @@ from diffalign.cli.verb import Verb
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `merge`."""
-    parser.add_argument("--model", default="shapes-sd3", help="name, folder or hub id")
+    parser.add_argument("--model", default="shapes-sd3", help="as of generate")
     parser.add_argument(
         "--lora", required=True, help="folder, file or hub id; behind a colon the file in it"
     )

@@ -15,7 +15,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 def add_model(parser: argparse.ArgumentParser, *, lora: bool = True) -> None:
     """Add --model, --lora and --dtype."""
     parser.add_argument(
-        "--model", default="shapes-sd3", help="name, folder or hub id; default: %(default)s"
+        "--model",
+        default="shapes-sd3",
+        help="name, folder, .safetensors file or hub id (owner/name@revision); default: %(default)s",
     )
     if lora:
         parser.add_argument(
