@@ -143,7 +143,7 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     weights packed by `diffalign quantize`, and the factors that `diffalign qsched` found for the scheduler.
 
     Args:
-        source: a folder or a hub id.
+        source: a name of `diffalign list models`, a folder, a .safetensors file or a hub id.
         kwargs: of `from_pretrained`, such as `torch_dtype`: float32, unless it is given. (Left to themselves diffusers
             loads its parts in float32 and transformers its own in the dtype of their files, and the two do not fit.)
 
@@ -154,13 +154,22 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
-    from diffalign.pipelines.loading import apply_factors, check_backends, from_folder, open_folder
+    from diffalign.pipelines.loading import (
+        apply_factors,
+        as_student,
+        check_backends,
+        from_folder,
+        open_folder,
+    )
 
+    spec = available().get(str(source))
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
-    place = look(str(source), setting="source")
+    place = look(_source(spec) if spec else str(source), setting="source")
     if place is None:
-        raise UnknownModel(f"source: {source} is no folder, no .safetensors file and no hub id")
+        raise UnknownModel(
+            f"source: {source} is no name of a model, no folder, no .safetensors file and no hub id"
+        )
     if place.kind == "file":
         from diffalign.pipelines.single_file import load_single_file
 
@@ -169,6 +178,8 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     check_backends(folder)
     pipeline = from_folder(folder)
     apply_factors(pipeline)
+    if spec is not None:
+        as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
     if type(pipeline).__name__ in FAMILIES:
         side = family_of(type(pipeline).__name__).default_sample_size(pipeline)
         if side is not None:
