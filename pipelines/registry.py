@@ -248,9 +248,12 @@ def check_pipeline(
 def check_steps(name: str, num_inference_steps: int) -> None:
     """Refuse a number of steps that a model's scheduler does not make, before loading.
 
+    The hub is not asked: of a model that is not here yet nothing is checked.
+
     Raises:
         UsageError: it does not make so many; the message says why.
     """
+    from diffalign.pipelines import hub
     from diffalign.pipelines.base import set_timesteps
     from diffalign.pipelines.loading import open_folder
     from diffalign.schedulers.stock import scheduler_like
@@ -259,7 +262,10 @@ def check_steps(name: str, num_inference_steps: int) -> None:
     place = look(_source(spec))
     if place is None or place.kind == "file":
         return
-    scheduler = open_folder(place, {"revision": spec.revision}).scheduler()
+    if place.kind == "hub" and not hub.cached_files(place.source, spec.revision):
+        return
+    local = {"revision": spec.revision, "local_files_only": True}
+    scheduler = open_folder(place, local).scheduler()
     if scheduler is None:
         return
     if spec.scheduler:
