@@ -6,11 +6,12 @@ __version__ = "0.1.0"
 
 
 def load(source: str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline as `DiffusionPipeline.from_pretrained(source, **kwargs)` does.
+    """Load a diffusers pipeline, with packed weights and Q-Sched's factors in force where the folder has them.
 
-    Packed weights and Q-Sched's factors are in force where the folder has them (docs/qsched.md). `source` may also be a
-    name of `diffalign list models` or a single .safetensors file (docs/running.md).
+    Args:
+        source: a name of `diffalign list models`, a folder, a single file or a hub id.
+        kwargs: arguments of `DiffusionPipeline.from_pretrained`; `torch_dtype` defaults to float32.
     """
-    from diffalign.pipelines.registry import load_pipeline
+    from diffalign.pipelines.registry import load_named
 
-    return load_pipeline(source, **kwargs)
+    return load_named(source, **kwargs)

@@ -187,6 +187,27 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     return pipeline
 
 
+def load_named(name: str, **kwargs: Any) -> Any:
+    """Load a diffusers pipeline by a name of `available()`, a folder, a single file or a hub id.
+
+    A named student has its LoRA and scheduler. `kwargs` and errors are those of `load_pipeline`.
+    """
+    spec = available().get(name)
+    if spec is None:
+        return load_pipeline(name, **kwargs)
+    if spec.revision is not None:
+        kwargs.setdefault("revision", spec.revision)
+    return _load_spec(spec, **kwargs)
+
+
+def _load_spec(spec: ModelSpec, **kwargs: Any) -> Any:
+    from diffalign.pipelines.loading import as_student
+
+    pipeline = load_pipeline(_source(spec), **kwargs)
+    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
+    return pipeline
+
+
 def load_model(
     name: str,
     *,
@@ -200,8 +221,6 @@ def load_model(
     arguments are of `from_pretrained`."""
     import torch
 
-    from diffalign.pipelines.loading import as_student
-
     spec = resolve(name)
     source = _source(spec)
     if spec.lora is not None and kwargs.get("quantization_config") is not None:
@@ -213,8 +232,7 @@ def load_model(
     check_pipeline(source, spec, revision=revision, arguments=kwargs)
     if revision is not None:
         kwargs["revision"] = revision
-    pipeline = load_pipeline(source, torch_dtype=dtype or torch.bfloat16, **kwargs)
-    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
+    pipeline = _load_spec(spec, torch_dtype=dtype or torch.bfloat16, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
 
