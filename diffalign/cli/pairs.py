@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw what is missing of the images, score all of them, and write which of a prompt's are better."""
+    """Draw missing images or read those of --images, score them, and write pairs."""
     from diffalign.core import processes
     from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
 
@@ -104,7 +104,7 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
 
 
 def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
-    """Draw what is missing of the images in --output_dir, and return all of them with the rewards."""
+    """Draw missing images in --output_dir, and return all of them with the rewards."""
     from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError

@@ -79,19 +79,19 @@ def _loader() -> Any:
 
 
 def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings in which a relative path leads to what stands beside the recipe, where something does."""
-    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    """Settings whose relative paths lead to files beside the recipe, where there are such."""
+    settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
     for setting in ("prompts.train", "prompts.evaluation", *SOURCES, *MODELS):
         group, _, name = setting.partition(".")
-        values = found.get(group)
+        values = settings.get(group)
         if isinstance(values, dict) and isinstance(values.get(name), str):
             values[name] = _beside(setting, values[name], folder)
-    if isinstance(found.get("rewards"), dict):
-        found["rewards"] = {_reward(k, folder): v for k, v in found["rewards"].items()}
-    evaluation = found.get("evaluation")
+    if isinstance(settings.get("rewards"), dict):
+        settings["rewards"] = {_reward(k, folder): v for k, v in settings["rewards"].items()}
+    evaluation = settings.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("rewards"), list):
         evaluation["rewards"] = [_reward(name, folder) for name in evaluation["rewards"]]
-    return found
+    return settings
 
 
 def _reward(name: Any, folder: Path) -> Any:

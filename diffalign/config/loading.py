@@ -266,7 +266,7 @@ def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
 
 
 def _parse_value(text: str, kind: Any, name: str) -> Any:
-    """Value of an override, whose text is YAML, with what YAML 1.1 gets wrong for this type put right."""
+    """Value of an override, whose text is YAML; mistakes of YAML 1.1 are put right."""
     if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
         return None if kind is not str and text.lower() in ("null", "none") else text
     if kind in LISTS and not text.startswith("[") and text != "null":
@@ -340,7 +340,7 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
 
 
 def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str]) -> str:
-    """Message about a setting that is not there; what is right as a flag has another form in a recipe."""
+    """Message about an unknown setting; a flag's name has another form in a recipe."""
     if path:
         return f"unknown setting {full!r}{nearest(full, ['.'.join((*path, n)) for n in names])}"
     every, aliases = _all_paths(kind), aliases_of(kind)
@@ -355,7 +355,7 @@ def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str])
 
 
 def _with_lists(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which a text stands for a list, as it does on the command line."""
+    """Settings whose texts become lists where lists are due, as on the command line."""
     hints = typing.get_type_hints(kind)
     found = dict(raw)
     for key, value in raw.items():

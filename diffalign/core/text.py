@@ -105,11 +105,11 @@ def parse_json(text: str, place: str, *, error: type[UserError] = TextError) -> 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Object of its keys and values; KeyError for a key that is there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise KeyError(next(name for name in names if names.count(name) > 1))
-    return found
+    return entries
 
 
 def read_json(path: Path, *, error: type[UserError] = TextError) -> Any:

@@ -20,7 +20,7 @@ RENDERED = "shapes:train"
 
 @dataclass(frozen=True)
 class CaptionedItem:
-    """`row` of the source; `pixels` (3, H, W) uint8 and its caption, or why there are none."""
+    """Image of a `row`: `pixels` (3, H, W) uint8 and a caption, or the `problem`."""
 
     row: int
     prompt: str
@@ -30,7 +30,7 @@ class CaptionedItem:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where images come from and how they are cut: as `config.LatentsConfig`.
+    """Source of images and how they are cut, as in `config.LatentsConfig`.
 
     Raises:
         ImageFolderError: there is no such folder, no image in it, or no caption.
@@ -65,7 +65,7 @@ class ImageSource:
         }
 
     def items(self, start: int = 0) -> Iterator[CaptionedItem]:
-        """From a row of the source on."""
+        """Images from a row of the source on."""
         if self.source == RENDERED:
             assert self.limit is not None
             yield from (self._rendered(row) for row in range(start, self.limit))
@@ -86,8 +86,8 @@ class ImageSource:
     def _cut(self, pixels: Tensor, row: int) -> Tensor:
         rng = np.random.default_rng(stream(GEOMETRY, self.seed, row))
         top, left = (0.5, 0.5) if self.center_crop else rng.uniform(size=2)
-        found, _ = fit(pixels, *self.size, place=(top, left))
-        return found.flip(-1) if self.random_flip and rng.uniform() < 0.5 else found
+        image, _ = fit(pixels, *self.size, place=(top, left))
+        return image.flip(-1) if self.random_flip and rng.uniform() < 0.5 else image
 
     def _rendered(self, row: int) -> CaptionedItem:
         from diffalign.shapes.prompts import sample_prompts

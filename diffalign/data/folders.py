@@ -63,8 +63,8 @@ class Folder:
 
     def of_type(self, suffixes: Iterable[str]) -> list[Path]:
         """Files whose suffix is one of these, in lower case."""
-        chosen = set(suffixes)
-        return [p for p in self.files if suffix_of(p) in chosen]
+        every = set(suffixes)
+        return [p for p in self.files if suffix_of(p) in every]
 
     @property
     def images(self) -> list[Path]:
@@ -74,10 +74,10 @@ class Folder:
     def without_image(self) -> str:
         """Message about a folder without an image: what it holds, and what would be read."""
         every = [suffix_of(p) or "no suffix" for p in self.files]
-        there = ", ".join(f"{every.count(s)} of {s}" for s in sorted(set(every))) or "no file"
+        content = ", ".join(f"{every.count(s)} of {s}" for s in sorted(set(every))) or "no file"
         without = f"; left out {self}" if self.left_out else ""
-        wanted = ", ".join(sorted(IMAGE_SUFFIXES))
-        return f"no image in {self.root}, which holds {there}{without}; expected {wanted}"
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        return f"no image in {self.root}, which holds {content}{without}; expected {suffixes}"
 
     def __str__(self) -> str:
         return "; ".join(
@@ -94,7 +94,9 @@ class Folder:
 
 
 def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
-    """Every file below a folder, but hidden ones and those of operating systems; links are followed.
+    """Every file below a folder, without hidden ones and those of operating systems.
+
+    Links are followed.
 
     Raises:
         error: there is no such folder, or it cannot be listed.
@@ -109,11 +111,11 @@ def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
 
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in visited:  # a link to a folder above it
+        facts = os.stat(place)
+        if (facts.st_dev, facts.st_ino) in visited:  # a link to a folder above it
             folders.clear()
             continue
-        visited.add((here.st_dev, here.st_ino))
+        visited.add((facts.st_dev, facts.st_ino))
         hidden = [n for n in (*folders, *names) if _is_hidden(n)]
         for name in hidden:
             if name.lower() not in QUIET:
@@ -142,7 +144,7 @@ def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
 
 
 def _keep_training_folder(folder: Folder) -> None:
-    """Leave out the other splits where all images lie in folders that are named like splits."""
+    """Leave out other splits where all images lie in folders of splits."""
     images = folder.images
     if not images:
         return
@@ -158,7 +160,7 @@ def _keep_training_folder(folder: Folder) -> None:
 
 
 def _split_of_folder(path: Path, base: Path) -> str | None:
-    """Split that the folder of a file below `base` is named after, such as val2017 or test_images."""
+    """Split that a folder below `base` is named after, such as val2017."""
     top, *rest = path.relative_to(base).parts
     match = re.fullmatch(r"([a-z]+?)[-_ ]?(?:images|imgs|set|data)?[-_ ]?\d*", top.lower())
     return _WORDS.get(match[1]) if match and rest else None
@@ -166,12 +168,12 @@ def _split_of_folder(path: Path, base: Path) -> str | None:
 
 def _grids(images: Sequence[Path]) -> list[Path]:
     """Overviews that `diffalign generate` writes beside numbered images."""
-    numbered = {p.parent for p in images if re.match(r"\d{4}-", p.name)}
+    numbered = {p.parent for p in images if re.match(r"\d{4}[-.]", p.name)}
     return [p for p in images if p.name == "grid.png" and p.parent in numbered]
 
 
 def split_of(path: Path) -> str | None:
-    """Split of a dataset that a relative path names with a word of its own, such as data/train-00000.parquet."""
+    """Split that a relative path names with a word, such as data/train-00000.parquet."""
     for word in re.split(r"[^a-z]+", path.as_posix().lower()):
         if word in _WORDS:
             return _WORDS[word]
@@ -179,7 +181,7 @@ def split_of(path: Path) -> str | None:
 
 
 def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
-    """Files of the training split where files of several splits are there; all of them otherwise."""
+    """Files of the training split where there are several splits, otherwise all."""
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         by_split.setdefault(split_of(file.relative_to(folder.root)), []).append(file)

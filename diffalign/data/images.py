@@ -37,7 +37,7 @@ MAX_WAITING = 500_000_000
 """Values of images that wait for others of their size."""
 MAX_PIXELS = 2**30
 MAX_PNG_TEXT = 2**28
-"""Bytes of a text or profile in a PNG, four times as many of all of them; Pillow's own limits are against strangers."""
+"""Bytes of a text or profile in a PNG; all together have four times that."""
 
 
 class ImageFolderError(UserError, ValueError):
@@ -92,7 +92,7 @@ def read_folder(folder: str | Path, *, flag: str = "--images") -> list[Captioned
 
 
 def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
-    """Write file names and prompts of images into the folder's `metadata.jsonl`, beside those of others there."""
+    """Write file names and prompts into `metadata.jsonl`, beside those of other images."""
     file = folder / TABLES[0]
     rows = {
         name: {"file_name": name, **p.metadata, "prompt": p.text} for name, p in prompts.items()
@@ -115,10 +115,10 @@ def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, wh
         for p in walk_images(Path(folder), error=ImageFolderError).of_type(OTHER_TABLES)
         if p.name.lower() not in TABLES
     ]
-    there = f"; {', '.join(others[:3])} is not read under that name" if others else ""
+    unread = f"; {', '.join(others[:3])} is not read under that name" if others else ""
     raise ImageFolderError(
         f"no image of {folder} has a caption, and {why}: give it a {TABLES[0]} with file_name and text, or a .txt "
-        f"file beside each image (docs/data.md){there}"
+        f"file beside each image (docs/data.md){unread}"
     )
 
 
@@ -128,12 +128,12 @@ def _tables(listing: Folder, *, without: dict[Path, Any]) -> list[Path]:
     for path in listing.files:
         if path.name.lower() in TABLES and path.parent not in without:
             by_folder.setdefault(path.parent, []).append(path)
-    chosen = []
+    tables = []
     for files in by_folder.values():
         first, *others = sorted(files, key=lambda p: TABLES.index(p.name.lower()))
         listing.leave_out(others, f"beside {first.name}, which is read")
-        chosen.append(first)
-    return chosen
+        tables.append(first)
+    return tables
 
 
 class _Captions:
@@ -231,7 +231,7 @@ def _inside(row: Row, name: Any) -> Path:
 
 
 class _Limits:
-    """Pillow's limits, raised while an image of the user's own is read; others of the process keep theirs."""
+    """Pillow's limits, which are raised only while an image of the user's own is read."""
 
     def __init__(self) -> None:
         self.lock, self.readers = threading.Lock(), 0
@@ -263,8 +263,9 @@ _limits = _Limits()
 
 
 def read_image(path: Path | bytes) -> Tensor:
-    """(3, H, W) uint8 of a file or its contents, turned as its EXIF says; transparency on white, 16 bits scaled to 8,
-    an animation's first frame.
+    """Pixels (3, H, W) uint8 of a file or its contents, upright by its EXIF.
+
+    Transparency lies on white, 16 bits are scaled to 8, and an animation's first frame counts.
 
     Raises:
         OSError: the file is missing, empty, cut or no image.
@@ -290,7 +291,7 @@ def read_image(path: Path | bytes) -> Tensor:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As the EXIF says, if it can be read: a damaged one is no reason to lose the image."""
+    """Image turned as its EXIF says; a damaged EXIF is left out."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -298,7 +299,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _deep(values: np.ndarray) -> Tensor:
-    """(H, W) of 16-bit integers or of floats in 0..1 to grey (3, H, W) uint8."""
+    """Grey (3, H, W) uint8 of 16-bit integers or floats in 0..1 (H, W)."""
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all():
             raise ValueError("pixels that are not finite")
@@ -330,8 +331,10 @@ def fit(
 def batches(
     images: Sequence[CaptionedImage], *, size: int
 ) -> Iterator[tuple[list[int], Tensor | None, str | None]]:
-    """(rows, (B, 3, H, W) pixels, None) of up to `size` readable images of one resolution, and ([row], None, why) for
-    each that cannot be read. Never more than a few times `size` images, or one and MAX_WAITING values, are held."""
+    """Batches of up to `size` readable images of one resolution.
+
+    Each is (rows, (B, 3, H, W) pixels, None), or ([row], None, why) for an image that cannot be read. Never more than a
+    few times `size` images, or one and MAX_WAITING values, are held."""
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0
     for row, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""Prompts from the Shapes language or from files, each with the metadata that rewards may need."""
+"""Prompts of the Shapes language, of GenEval or of files, with metadata for rewards."""
 
 from __future__ import annotations
 
@@ -32,16 +32,21 @@ class Prompt:
 
 
 def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """Prompts of `geneval` (its 553), `geneval:train` (others), `shapes:train`, `shapes:held_out`, a .txt file (one a
-    line) or a .jsonl file (GenEval's format).
+    """Prompts of a name or a file.
 
-    `limit` keeps that many, spread evenly over the file.
+    Args:
+        source: `geneval` (its 553), `geneval:train` (others), `shapes:train`, `shapes:held_out`, a .txt file (one
+            prompt per line) or a .jsonl file (GenEval's format).
+        limit: keep that many, spread evenly over the file.
+
+    Raises:
+        PromptError: the file cannot be used; the message names file and line.
     """
     if source.startswith("shapes:"):
         from diffalign.shapes.prompts import prompts
 
         try:
-            found = [
+            items = [
                 Prompt(entry["prompt"], entry) for entry in prompts(source.removeprefix("shapes:"))
             ]
         except ValueError as error:
@@ -51,10 +56,10 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
         published = source == "geneval"
         entries = geneval_prompts.prompts() if published else geneval_prompts.training_prompts()
-        found = [Prompt(entry["prompt"], entry) for entry in entries]
+        items = [Prompt(entry["prompt"], entry) for entry in entries]
     else:
-        found = _read(Path(source))
-    return found if limit is None else spread(found, limit)
+        items = _read(Path(source))
+    return items if limit is None else spread(items, limit)
 
 
 def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
@@ -63,7 +68,7 @@ def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
 
 
 def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """So many, spread evenly over the list; all where there are no more."""
+    """Prompts spread evenly over a list, `limit` of them; all where there are no more."""
     if limit >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // limit] for i in range(limit)]
@@ -75,20 +80,20 @@ def read_arguments(arguments: Sequence[str]) -> list[Prompt]:
     Raises:
         PromptError: a file cannot be used, or no tokenizer takes a text.
     """
-    found: list[Prompt] = []
+    items: list[Prompt] = []
     for text in arguments:
         if suffix_of(text) in SUFFIXES or (suffix_of(text) and os.path.isfile(text)):
-            found += load_prompts(text)
+            items += load_prompts(text)
         else:
-            found.append(Prompt(_checked(text, f"prompt {text!r}")))
-    return found
+            items.append(Prompt(_checked(text, f"prompt {text!r}")))
+    return items
 
 
 def _read(path: Path) -> list[Prompt]:
     if not path.is_file():
-        there = "that is a folder" if path.is_dir() else f"there is no {path.absolute()}"
+        why = "that is a folder" if path.is_dir() else f"there is no {path.absolute()}"
         raise PromptError(
-            f"prompt file {path} does not exist: {there}; expected geneval, geneval:train, "
+            f"prompt file {path} does not exist: {why}; expected geneval, geneval:train, "
             "shapes:train, shapes:held_out, a .txt or a .jsonl file"
         )
     if suffix_of(path) not in SUFFIXES:
@@ -97,10 +102,10 @@ def _read(path: Path) -> list[Prompt]:
         )
     parse = _parse_json if suffix_of(path) == ".jsonl" else _plain
     lines = read_lines(path, error=PromptError)
-    found = [parse(line, f"{path}:{i}") for i, line in lines if line.strip()]
-    if not found:
+    items = [parse(line, f"{path}:{i}") for i, line in lines if line.strip()]
+    if not items:
         raise PromptError(f"prompt file {path} holds no prompt")
-    return found
+    return items
 
 
 def _checked(text: str, place: str) -> str:

@@ -27,7 +27,7 @@ PARQUET_BATCH = 32
 
 @dataclass(frozen=True)
 class Row:
-    """Columns of row `number` of `file`, which stands in its `line` where the table is text; or its `problem`."""
+    """Row `number` of a `file`: its columns, or its `problem`; `line` where the table is text."""
 
     columns: Mapping[str, Any]
     file: Path
@@ -76,7 +76,7 @@ def read_rows(file: Path, *, skip: int = 0, error: type[UserError]) -> Rows:
 
 
 def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
-    """Rows of a table with a header; one that is not as wide as the header has a problem."""
+    """Rows of a table with a header; a row of another width has a problem."""
     header: list[str] = []
     number = 0
     for line, values, damage in _records(file, error):
@@ -115,7 +115,7 @@ def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str
 
 
 def _header(values: list[str], place: str, error: type[UserError]) -> list[str]:
-    """Names of columns; a column without a name, as of an index, is left out later."""
+    """Names of columns; an index has none."""
     names = [value.strip() for value in values]
     for name in names:
         if name and names.count(name) > 1:
@@ -220,7 +220,7 @@ def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Key of a member's sample, cut at the first dot after the last slash, and the member's own name."""
+    """Key of a sample, up to the first dot of its name, and the rest."""
     path = PurePosixPath(name)
     stem, _, rest = path.name.partition(".")
     return str(path.parent / stem), rest

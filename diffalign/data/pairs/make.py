@@ -47,7 +47,7 @@ class Rewards(Protocol):
 
 @dataclass(frozen=True)
 class PairOptions:
-    """Which pairs are made of a prompt's images, and how they count.
+    """Choice of pairs of a prompt's images, and their weights.
 
     Raises:
         UsageError: `rankdpo` weighs all pairs of a ranking, and they are not all picked.
@@ -79,20 +79,20 @@ def comparable(images: Sequence[CaptionedImage], folder: Path) -> list[Captioned
         UsageError: there are none.
     """
     counts = Counter(by_caption(image) for image in images if by_caption(image).strip())
-    chosen = [image for image in images if counts[by_caption(image)] > 1]
-    if not chosen:
+    shared = [image for image in images if counts[by_caption(image)] > 1]
+    if not shared:
         raise UsageError(
             f"{folder} has {len(images)} images and {len(counts)} captions, none of which two images share: a pair is "
             "two images of one caption (docs/data.md shows a table of such)"
         )
-    if len(chosen) < len(images):
+    if len(shared) < len(images):
         logger.warning(
             "%s: %d of %d images have a caption of their own, or none, and make no pair",
             folder,
-            len(images) - len(chosen),
+            len(images) - len(shared),
             len(images),
         )
-    return chosen
+    return shared
 
 
 def make_pairs(
@@ -176,10 +176,10 @@ def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions)
 def _pairs(folder: Path, images: list[Row], options: PairOptions) -> list[Row]:
     """The rows of one prompt's images."""
     scores = [r["reward"] for r in images]
-    chosen = choose_pairs(scores, pick=options.pick, min_gap=options.min_gap)
-    rows = [_row(folder, images[a], images[b]) for a, b in chosen]
+    pairs = choose_pairs(scores, pick=options.pick, min_gap=options.min_gap)
+    rows = [_row(folder, images[a], images[b]) for a, b in pairs]
     if options.weights == "rankdpo" and rows:
-        for row, weight in zip(rows, rank_weights(scores, chosen), strict=True):
+        for row, weight in zip(rows, rank_weights(scores, pairs), strict=True):
             row["weight"] = weight
     return rows
 
@@ -201,6 +201,6 @@ def _row(folder: Path, better: Row, worse: Row) -> Row:
 
 
 def _name(file: Path, folder: Path) -> str:
-    """Path of an image from the folder of its table on, or from the root where it lies elsewhere."""
+    """Path of an image from its table's folder on; absolute where it lies elsewhere."""
     inside = file.is_relative_to(folder)
     return str(file.relative_to(folder)) if inside else os.path.abspath(file)

@@ -1,4 +1,4 @@
-"""From scored images of one prompt to preference pairs."""
+"""Preference pairs of scored images of one prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from itertools import combinations
 def choose_pairs(
     scores: Sequence[float], *, pick: str = "best_worst", min_gap: float = 0.0
 ) -> list[tuple[int, int]]:
-    """(better, worse) numbers of images with different scores, by more than `min_gap`; NaN is no score.
+    """Pairs (better, worse) of images whose scores differ by more than `min_gap`.
+
+    NaN is no score.
 
     Args:
         scores: of the images of one prompt.
@@ -29,9 +31,12 @@ def choose_pairs(
 
 
 def rank_weights(scores: Sequence[float], pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """RankDPO's weight of each pair (a, b) of a prompt's images, |G_a - G_b| |1 / D_a - 1 / D_b| with gain
-    G = 2^score - 1 and discount D = log(1 + rank) (Karthik et al. 2024): pairs across the top of the ranking count
-    most. With all pairs, DPO's loss so weighted is RankDPO's. Scores are scaled to 0..1 within the prompt."""
+    """RankDPO's weight of each pair (a, b) of a prompt's images (Karthik et al. 2024).
+
+    It is |G_a - G_b| |1 / D_a - 1 / D_b| with gain G = 2^score - 1 and discount D = log(1 + rank): pairs across the top
+    of the ranking count most. With all pairs, DPO's loss so weighted is RankDPO's. Scores are scaled to 0..1 within the
+    prompt.
+    """
     valid = sorted((i for i, s in enumerate(scores) if math.isfinite(s)), key=lambda i: -scores[i])
     discount = {i: 1 / math.log(1 + rank) for rank, i in enumerate(valid, start=1)}
     high, low = scores[valid[0]], scores[valid[-1]]

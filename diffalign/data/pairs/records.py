@@ -49,11 +49,13 @@ class Skipped:
 
 
 class _Unusable(ValueError):
-    """Why a row is skipped."""
+    """Reason why a row is skipped."""
 
 
 def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePair | Skipped]:
-    """All pairs of a source in order, from those of row `start` on; images are not opened yet.
+    """All pairs of a source in order, from those of row `start` on.
+
+    Images are not opened yet.
 
     Raises:
         PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
@@ -86,15 +88,17 @@ def check_pairs(config: PairsConfig) -> Layout:
 
 
 def held_out(prompt: str, share: float) -> bool:
-    """Whether pairs of this prompt are kept for validation: a function of the prompt alone."""
+    """Tell whether a prompt's pairs are held out: a function of the prompt alone."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`read` makes entries (prompt, images, preference and perhaps more) of a row, or of all rows of a prompt where
-    rows are single images; `known_by` are the columns that tell it from others and must be there."""
+    """Form of a table. `read` makes entries (prompt, images, preference, more) of a row.
+
+    Where rows are single images (`per_image`), it reads all rows of a prompt. `known_by` are the columns that tell the
+    layout from others and must be there."""
 
     read: Callable[[Sequence[Row]], Sequence[dict[str, Any]]]
     known_by: tuple[str, ...]
@@ -104,7 +108,7 @@ class Layout:
 def _pairs_of(
     layout: Layout, group: Sequence[Row], number: int, names: Mapping[str, str]
 ) -> Iterator[PreferencePair | Skipped]:
-    """Pairs of the rows that belong together; Skipped where they cannot be used, whatever is wrong with them."""
+    """Pairs of the rows that belong together; Skipped where they cannot be used."""
     place = group[0].place
     try:
         group = [_renamed(row, names) for row in group]
@@ -119,7 +123,7 @@ def _pairs_of(
 
 
 def _entries(layout: Layout, group: Sequence[Row]) -> Sequence[dict[str, Any]]:
-    """Entries that a layout makes of rows; a value of a kind that it does not expect makes them unusable."""
+    """Entries that a layout makes of rows; unexpected values make the rows unusable."""
     try:
         return layout.read(group)
     except _Unusable:
@@ -138,12 +142,11 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     """Row with our names of its columns."""
     if row.problem:
         raise _Unusable(row.problem.partition(":")[0])
-    missing = [there for there in names.values() if there not in row.columns]
+    missing = [theirs for theirs in names.values() if theirs not in row.columns]
     if missing:
         raise _Unusable(f"no column {missing[0]!r}")
-    taken = set(names.values())
-    rest = {k: v for k, v in row.columns.items() if k not in taken}
-    renamed = {ours: row.columns[there] for ours, there in names.items()}
+    rest = {k: v for k, v in row.columns.items() if k not in set(names.values())}
+    renamed = {name: row.columns[theirs] for name, theirs in names.items()}
     return replace(row, columns=rest | renamed)
 
 
@@ -163,12 +166,12 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any, name: str) -> float:
     try:
-        found = float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise _Unusable(f"{name} is no number") from None
-    if not math.isfinite(found):
+    if not math.isfinite(number):
         raise _Unusable(f"{name} is no number")
-    return found
+    return number
 
 
 def _image(value: Any, row: Row, name: str) -> Image:
@@ -199,8 +202,8 @@ def _share(a: float, b: float, what: str) -> float:
 # A layout makes entries (prompt, images, preference and perhaps more) of its rows.
 
 
-def _own(found: Sequence[Row]) -> list[dict[str, Any]]:
-    columns = found[0].columns
+def _own(group: Sequence[Row]) -> list[dict[str, Any]]:
+    columns = group[0].columns
     if "label" in columns:
         p = _number(columns["label"], "label")
     elif "label_0" in columns and "label_1" in columns:
@@ -212,7 +215,7 @@ def _own(found: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {
             "prompt": columns["prompt"],
-            "images": _two(found[0], ("image_0", "image_1")),
+            "images": _two(group[0], ("image_0", "image_1")),
             "preference": p,
             "weight": _number(columns.get("weight", 1.0), "weight"),
             "metadata": rest,
@@ -220,33 +223,33 @@ def _own(found: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _pickapic(found: Sequence[Row]) -> list[dict[str, Any]]:
-    columns = found[0].columns
+def _pickapic(group: Sequence[Row]) -> list[dict[str, Any]]:
+    columns = group[0].columns
     if columns.get("has_label") is False:
         raise _Unusable("no label")
     label = _number(columns["label_0"], "label_0")
     return [
         {
             "prompt": columns["caption"],
-            "images": _two(found[0], ("jpg_0", "jpg_1")),
+            "images": _two(group[0], ("jpg_0", "jpg_1")),
             "preference": label,
         }
     ]
 
 
-def _webdataset(found: Sequence[Row]) -> list[dict[str, Any]]:
-    row = found[0]
+def _webdataset(group: Sequence[Row]) -> list[dict[str, Any]]:
+    row = group[0]
     return _pickapic(
         [replace(row, columns={**row.columns, "caption": row.columns["original_prompt"]})]
     )
 
 
-def _hpdv2(found: Sequence[Row]) -> list[dict[str, Any]]:
-    columns = found[0].columns
+def _hpdv2(group: Sequence[Row]) -> list[dict[str, Any]]:
+    columns = group[0].columns
     files = columns["file_path"] if "file_path" in columns else columns["image_path"]
     if not isinstance(files, list | tuple):
         raise _Unusable("no list of images")
-    images = [_image(f, found[0], "file_path") for f in files]
+    images = [_image(f, group[0], "file_path") for f in files]
     if "human_preference" in columns:
         if len(images) != 2:
             raise _Unusable(f"{len(images)} images with a preference of two")
@@ -281,8 +284,8 @@ def _ranked(prompt: Any, images: Sequence[Image], ranks: Any) -> list[dict[str, 
     ]
 
 
-def _hpdv3(found: Sequence[Row]) -> list[dict[str, Any]]:
-    columns = found[0].columns
+def _hpdv3(group: Sequence[Row]) -> list[dict[str, Any]]:
+    columns = group[0].columns
     votes = columns.get("choice_dist")
     p = 1.0
     if votes is not None and not isinstance(votes, list | tuple):
@@ -291,27 +294,27 @@ def _hpdv3(found: Sequence[Row]) -> list[dict[str, Any]]:
         a, b = sorted(_two_numbers(votes, "choice_dist"), reverse=True)
         p = _share(a, b, "votes")
     return [
-        {"prompt": columns["prompt"], "images": _two(found[0], ("path1", "path2")), "preference": p}
+        {"prompt": columns["prompt"], "images": _two(group[0], ("path1", "path2")), "preference": p}
     ]
 
 
-def _rapidata(found: Sequence[Row]) -> list[dict[str, Any]]:
-    columns = found[0].columns
+def _rapidata(group: Sequence[Row]) -> list[dict[str, Any]]:
+    columns = group[0].columns
     a, b = (_number(columns[n], n) for n in ("votes_image1", "votes_image2"))
     return [
         {
             "prompt": columns["prompt"],
-            "images": _two(found[0], ("image1", "image2")),
+            "images": _two(group[0], ("image1", "image2")),
             "preference": _share(a, b, "votes"),
         }
     ]
 
 
-def _imagereward(found: Sequence[Row]) -> list[dict[str, Any]]:
+def _imagereward(group: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows of single images of one prompt."""
-    images = [_image(r.columns["image"], r, "image") for r in found]
-    ranks = [r.columns["rank"] for r in found]
-    return _ranked(found[0].columns["prompt"], images, ranks)
+    images = [_image(r.columns["image"], r, "image") for r in group]
+    ranks = [r.columns["rank"] for r in group]
+    return _ranked(group[0].columns["prompt"], images, ranks)
 
 
 LAYOUTS = {
@@ -327,7 +330,11 @@ LAYOUTS = {
 
 
 def _layout(config: PairsConfig) -> Layout:
-    """Layout that is named, or the one whose columns the first row has; PairsError where that row lacks one of them."""
+    """Layout that is named, or the one whose columns the first row has.
+
+    Raises:
+        PairsError: the first row lacks a column.
+    """
     named = _named_layout(config)
     first = _first(config)
     columns = set(first.columns)
@@ -340,7 +347,7 @@ def _layout(config: PairsConfig) -> Layout:
             f"name one with pairs.preset ({', '.join(LAYOUTS)}) or your columns with pairs.column_map"
         )
     names = config.column_map
-    missing = [there for there in names.values() if there not in columns]
+    missing = [theirs for theirs in names.values() if theirs not in columns]
     missing += [c for c in named.known_by if c not in columns and c not in names]
     if missing:
         setting = "pairs.column_map" if names else "pairs.preset"

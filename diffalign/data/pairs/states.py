@@ -1,4 +1,4 @@
-"""States of a model's own images on their way from noise, in a file beside each image: what an inversion looks for."""
+"""States of a model's own images on their way from noise, in files beside them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from diffalign.data.pairs.tables import PairsError
 
 @dataclass(frozen=True)
 class RecordedStates:
-    """Of one image: `latents` (C, H, W), clean; `states` (K, C, H, W) at `timesteps` (K,), rising; both as the sampler
-    held them, so that nothing is rounded. `reference_error` (K,): the model's at these states, its target what leads
-    straight to the latents; None where it drew with guidance. `made_by` says with what weights and settings."""
+    """States of one image.
+
+    Clean `latents` (C, H, W) and `states` (K, C, H, W) at rising `timesteps` (K,) are as the sampler held them, so that
+    nothing is rounded. `reference_error` (K,): the model's at these states, its target what leads straight to the
+    latents; None where it drew with guidance. `made_by` says with what weights and settings.
+    """
 
     latents: Tensor
     states: Tensor
@@ -27,12 +30,12 @@ class RecordedStates:
 
 
 def states_path(image: Path) -> Path:
-    """Where the states of an image of GenEval's layout stand."""
+    """File of the states of an image in GenEval's layout."""
     return image.parent.parent / "states" / f"{image.stem}.safetensors"
 
 
 def has_states(image: Path | bytes) -> bool:
-    """Whether a file of states stands beside an image."""
+    """Tell whether a file of states stands beside an image."""
     return isinstance(image, Path) and states_path(image).is_file()
 
 
@@ -46,7 +49,7 @@ def write_states(image: Path, recorded: RecordedStates) -> None:
 
 
 def read_states(image: Path | bytes) -> RecordedStates:
-    """Those of an image.
+    """Read the states of an image.
 
     Raises:
         PairsError: there are none, or the file is damaged.

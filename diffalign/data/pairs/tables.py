@@ -23,7 +23,9 @@ class PairsError(UserError, ValueError):
 
 
 def tables(source: str | Path) -> list[Path]:
-    """Files of a source, in order; of a dataset with splits those to train on, and what is left out is logged.
+    """Files of a source, in order; of a dataset with splits those to train on.
+
+    What is left out is logged.
 
     Raises:
         PairsError: there are none.
@@ -39,16 +41,16 @@ def tables(source: str | Path) -> list[Path]:
             "`diffalign pairs` makes one, and docs/data.md shows the formats"
         )
     folder = walk(path, error=PairsError)
-    here = {p.name.lower(): p for p in folder.files if p.parent == path}
+    own = {p.name.lower(): p for p in folder.files if p.parent == path}
     for name in TABLES:
-        if name in here:
-            return [here[name]]
+        if name in own:
+            return [own[name]]
     by_suffix = {suffix: folder.of_type((suffix,)) for suffix in SUFFIXES}
-    chosen = next((suffix for suffix, files in by_suffix.items() if files), None)
-    if chosen is None:
+    kind = next((suffix for suffix, files in by_suffix.items() if files), None)
+    if kind is None:
         raise PairsError(f"pairs.source: no {', '.join(SUFFIXES)} in {path}")
-    folder.leave_out(folder.of_type(set(SUFFIXES) - {chosen}), f"beside {chosen}, which is read")
-    files = keep_training_files(folder, by_suffix[chosen])
+    folder.leave_out(folder.of_type(set(SUFFIXES) - {kind}), f"beside {kind}, which is read")
+    files = keep_training_files(folder, by_suffix[kind])
     folder.report()
     return files
 

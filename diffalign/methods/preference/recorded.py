@@ -47,7 +47,7 @@ class RecordedSource:
         }
 
     def read(self, pairs: list[PreferencePair]) -> list[RecordedStates]:
-        """Of both images of n pairs: 2 n.
+        """States of both images of n pairs: 2 n records.
 
         Raises:
             PairsError: there are none, too few, or those of another model, size or grid.
@@ -100,8 +100,11 @@ class RecordedSource:
     def states(
         self, found: list[RecordedStates], pairs: list[PreferencePair], orders: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n pairs: places on the grid (n, K), states (2 n, K, C, H, W), the reference's errors (2 n, K), NaN where
-        they are unknown: where images were drawn with another guidance or precision than is trained with."""
+        """States of n pairs: their places on the grid, the states, and the reference's errors.
+
+        The shapes are (n, K), (2 n, K, C, H, W) and (2 n, K). Errors are NaN where they are unknown: where images were
+        drawn with another guidance or precision than is trained with.
+        """
         index, states, errors = [], [], []
         for i, (pair, order) in enumerate(zip(pairs, orders, strict=True)):
             index.append(self.places(pair, found[2 * i], order))
