@@ -39,13 +39,15 @@ def run(args: argparse.Namespace) -> None:
     for name in config.evaluation.rewards:
         rewards.check_name(name, setting="evaluation.rewards")
     models.resolve(config.model.name)
-    if args.dry_run:
-        from diffalign.training.inputs import read_inputs
+    if not args.dry_run:
+        check_target(config.output_dir)
 
-        read_inputs(config)
+    from diffalign.training.inputs import read_inputs
+
+    read_inputs(config)
+    if args.dry_run:
         print(configuration.dump(config), end="")
     else:
-        check_target(config.output_dir)
         train_config(config)
 
 
