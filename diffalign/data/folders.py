@@ -87,10 +87,16 @@ class Folder:
 
     def report(self) -> None:
         """Log what was left out, once for a folder."""
-        key = (str(self.root.resolve()), str(self))
-        if self.left_out and key not in _reported:
-            _reported.add(key)
-            logger.warning("%s: left out %s", self.root, self)
+        if self.left_out:
+            say_once(self.root, f"left out {self}")
+
+
+def say_once(place: Path, text: str) -> None:
+    """Log something about a file or folder, once however often it is read."""
+    key = (str(place.resolve()), text)
+    if key not in _reported:
+        _reported.add(key)
+        logger.warning("%s: %s", place, text)
 
 
 def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
@@ -187,11 +193,9 @@ def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
         by_split.setdefault(split_of(file.relative_to(folder.root)), []).append(file)
     if "train" not in by_split or len(by_split) == 1:
         if len(by_split) > 1:
-            logger.warning(
-                "%s: files of several splits are read together (%s); name one of them to read it alone",
-                folder.root,
-                ", ".join(str(files[0].name) for files in by_split.values()),
-            )
+            names = ", ".join(files[0].name for files in by_split.values())
+            text = f"files of several splits are read together ({names}, ...); name one to read it alone"
+            say_once(folder.root, text)
         return list(files)
     other = [p for split, rest in by_split.items() if split != "train" for p in rest]
     folder.leave_out(other, "of other splits than train; name a file to read it alone")

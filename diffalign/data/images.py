@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import threading
@@ -23,7 +22,7 @@ from torch import Tensor
 from diffalign.core.errors import UserError
 from diffalign.core.files import write_text
 from diffalign.core.text import parse_json, read_json_lines, read_text, unusable
-from diffalign.data.folders import Folder, walk_images
+from diffalign.data.folders import Folder, say_once, walk_images
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import Row, read_rows
 
@@ -32,7 +31,6 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 OTHER_TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("prompt", "text", "caption")
-logger = logging.getLogger(__name__)
 MAX_WAITING = 500_000_000
 """Values of images that wait for others of their size."""
 MAX_PIXELS = 2**30
@@ -195,12 +193,8 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
     entries = [{_column(k): v for k, v in row.columns.items()} for row in rows]
     key = next((k for k in TEXT_KEYS if any(entry.get(k) for entry in entries)), None)
     if key is None:
-        logger.warning(
-            "%s: no row has a %s; its columns are %s",
-            table,
-            " or ".join(TEXT_KEYS),
-            ", ".join(map(str, rows[0].columns)),
-        )
+        columns = ", ".join(map(str, rows[0].columns))
+        say_once(table, f"no row has a {' or '.join(TEXT_KEYS)}; its columns are {columns}")
     for row, entry in zip(rows, entries, strict=True):
         # taken out: its key means a caption here, whatever it means to a reward
         value = entry.pop(key, None) if key is not None else None

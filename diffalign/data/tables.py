@@ -241,11 +241,11 @@ def _sample(
         name = _key(member.name)[1].lower()
         stream = archive.extractfile(member)
         assert stream is not None
-        value: bytes | str = stream.read()
-        if not name.endswith(TAR_IMAGES):
-            try:
-                value = value.decode("utf-8-sig").strip()
-            except UnicodeDecodeError:
-                return row({}, problem="holds text that is not UTF-8")
-        columns[name.rpartition(".")[0] or name] = value
+        content = stream.read()
+        column = name.rpartition(".")[0] or name
+        try:
+            is_image = name.endswith(TAR_IMAGES)
+            columns[column] = content if is_image else content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            return row({}, problem="holds text that is not UTF-8")
     return row(columns)
