@@ -29,7 +29,7 @@ def fold_guidance(transformer: FluxTransformer2DModel, scale: float) -> FluxTran
         UsageError: it has no guidance embedding.
     """
     if not transformer.config.guidance_embeds:
-        raise UsageError("--fold_guidance: this transformer has no guidance embedding to fold")
+        raise UsageError("fold_guidance: this transformer has no guidance embedding to fold")
     embed = transformer.time_text_embed
     weight = embed.guidance_embedder.linear_1.weight
     guidance = torch.tensor([1000 * scale], dtype=torch.float32, device=weight.device)

@@ -14,30 +14,30 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffalign.core.errors import UsageError
 from diffalign.lora.files import merge_lora
 from diffalign.lora.formats import Lora
+from diffalign.pipelines import flux
 from diffalign.pipelines.cards import CARD, FEW_STEPS, STUDENTS, DrawingCard, card_of
-from diffalign.pipelines.flux import fold_guidance
 from diffalign.schedulers.stock import scheduler_like
 
 
 def merge(
-    pipeline: Any, lora: Lora, *, scheduler: str | None = None, guidance: float | None = None
+    pipeline: Any, lora: Lora, *, scheduler: str | None = None, fold_guidance: float | None = None
 ) -> None:
     """Add a LoRA into a pipeline's weights, in place and in float32.
 
-    `scheduler`: another one, as `read_scheduler` reads it. `guidance`: fold the embedding of this guidance scale into
-    the weights, as FLUX.1-schnell has it.
+    `scheduler`: another one, as `read_scheduler` reads it. `fold_guidance`: fold the embedding of this guidance scale
+    into the weights, as FLUX.1-schnell has it.
 
     Raises:
         UsageError: the LoRA does not fit, the pipeline is quantised, it has no guidance to fold, or there is no such
             scheduler.
     """
     merge_lora(pipeline, lora)
-    if guidance is not None:
+    if fold_guidance is not None:
         if not isinstance(pipeline, FluxPipeline):
-            raise UsageError(
-                f"--fold_guidance is for FLUX, and a {type(pipeline).__name__} is none"
-            )
-        pipeline.register_modules(transformer=fold_guidance(pipeline.transformer, guidance))
+            raise UsageError(f"fold_guidance: is for FLUX, and a {type(pipeline).__name__} is none")
+        pipeline.register_modules(
+            transformer=flux.fold_guidance(pipeline.transformer, fold_guidance)
+        )
     if scheduler is not None:
         pipeline.register_modules(scheduler=read_scheduler(scheduler, pipeline.scheduler))
 
@@ -75,4 +75,4 @@ def read_scheduler(name: str, own: Any) -> Any:
         config = json.loads((folder / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
         return getattr(diffusers, config["_class_name"]).from_pretrained(folder)
     except (OSError, KeyError, AttributeError, ValueError) as error:
-        raise UsageError(f"--scheduler: {folder} holds no scheduler: {error}") from error
+        raise UsageError(f"scheduler: {folder} holds no scheduler: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
+from diffalign.core.nearest import closest
 from diffalign.pipelines.places import UnknownModel, look
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def resolve(name: str) -> ModelSpec:
     if place is not None:
         kinds = {"folder": "local folder", "file": "single file", "hub": "hub id"}
         return ModelSpec(place.source, kinds[place.kind], revision=place.revision)
-    close = difflib.get_close_matches(name, specs, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(specs))}."
+    close = closest(name, specs)
+    hint = f"did you mean {close!r}?" if close else f"known are {', '.join(sorted(specs))}."
     raise UnknownModel(
         f"model.name: no model {name!r}; {hint} A folder, a .safetensors file or a hub id (owner/name) works, too"
     )

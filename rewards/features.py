@@ -122,5 +122,5 @@ def load_network(name: str) -> FeatureNetwork:
     """
     kind, _, file = name.partition(":")
     if kind not in NETWORKS or (file and kind != InceptionFeatures.name):
-        raise UnknownNetwork(f"--network {name!r}: known are {', '.join(NETWORKS)}")
+        raise UnknownNetwork(f"network: unknown {name!r}; known are {', '.join(NETWORKS)}")
     return NETWORKS[kind](file) if file else NETWORKS[kind]()

@@ -6,7 +6,6 @@ Names are checked without running or importing anything; the file runs when the 
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from diffalign.core.errors import UserError
+from diffalign.core.nearest import closest
 
 _NAME = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*)")
 
@@ -126,9 +126,9 @@ def _check_attribute(name: str, defined: Iterable[str], setting: str) -> None:
     names = [n for n in defined if not n.startswith("_")]
     if attribute in names:
         return
-    close = difflib.get_close_matches(attribute, names, n=1)
+    close = closest(attribute, names)
     hint = (
-        f"did you mean {close[0]!r}?"
+        f"did you mean {close!r}?"
         if close
         else f"it has {', '.join(sorted(names)[:8]) or 'no names'}"
     )

@@ -6,11 +6,11 @@ class or function of one's own (`rewards.own`).
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from diffalign.core.nearest import closest
 from diffalign.rewards import own
 from diffalign.rewards.own import UnknownReward
 
@@ -75,9 +75,9 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
     if name not in targets and own.is_own(name):
         own.check(name, setting=setting)
     elif name not in targets:
-        close = difflib.get_close_matches(name, targets, n=1)
+        close = closest(name, targets)
         hint = (
-            f"did you mean {close[0]!r}?"
+            f"did you mean {close!r}?"
             if close
             else f"known are {', '.join(sorted(targets))}; a reward of your own is FILE.py:NAME"
         )

@@ -35,10 +35,10 @@ def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes
     token = os.environ.get(TOKEN) or None
     if host not in LOOPBACK and token is None:
         raise UsageError(
-            f"--host {host}: others can reach the service; set {TOKEN} here and where it is used"
+            f"host={host}: others can reach the service; set {TOKEN} here and where it is used"
         )
     if not names:
-        raise UsageError("--rewards names none")
+        raise UsageError("rewards: names none")
     served_names = {attribute_of(name): name for name in names}
     if len(served_names) < len(names):
         raise UsageError(
@@ -90,11 +90,11 @@ def read_timeout(text: str, names: Sequence[str]) -> tuple[float, dict[str, floa
         except ValueError:
             seconds = math.nan
         if not 0 < seconds < math.inf:
-            raise UsageError(f"--timeout: seconds must be a positive number, got {part!r}")
+            raise UsageError(f"timeout: seconds must be a positive number, got {part!r}")
         if not name:
             default = seconds
         elif name in names:
             timeouts[name] = seconds
         else:
-            raise UsageError(f"--timeout: {name!r} is not among --rewards {','.join(names)}")
+            raise UsageError(f"timeout: {name!r} is not among `rewards` {','.join(names)}")
     return default, timeouts

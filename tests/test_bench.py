@@ -229,7 +229,7 @@ def quick(tmp_path, capfd):
 
     def run(name):
         output = tmp_path / f"{name}.json"
-        flags = ["--quick", f"--work={tmp_path}", f"--output={output}"]
+        flags = ["--quick", "--json", f"--work={tmp_path}", f"--output={output}"]
         assert cli.main(["bench", name, *flags]) == 0
         last = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
         written = json.loads(output.read_text())
@@ -301,7 +301,7 @@ def test_quick_demo_bench(quick):
 def test_rewards_are_timed_beside_the_original_preprocessing(tmp_path, capsys):
     """In a process of its own, as a user would."""
     output = tmp_path / "rewards.json"
-    flags = ["--quick", "--arms=clip_score", f"--work={tmp_path}", f"--output={output}"]
+    flags = ["--quick", "--json", "--arms=clip_score", f"--work={tmp_path}", f"--output={output}"]
     assert cli.main(["bench", "rewards", *flags]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert set(last) == {f"preprocessing_{key}_clip_score" for key in ("share", "share_before")}

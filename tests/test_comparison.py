@@ -29,7 +29,8 @@ def test_folders_are_compared_on_one_page(tmp_path, capsys):
     capsys.readouterr()
     page = tmp_path / "page.html"
     folders = [f"the <base>={tmp_path / 'bad'}", str(tmp_path / "good")]
-    flags = ["evaluate", "report", "--folders", *folders, f"--output={page}", "--rewards=jpeg"]
+    flags = ["evaluate", "report", "--json", "--folders", *folders, f"--output={page}"]
+    flags += ["--rewards=jpeg"]
     assert cli.main(flags) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["overall"]["good"] == 1

@@ -372,7 +372,7 @@ def test_fid_from_the_command_line(tmp_path, capsys):
     save(tmp_path / "noise", noise, [f"{i}.png" for i in range(40)])
 
     def fid(*flags):
-        assert cli.main(["evaluate", "fid", "--reference=shapes:held_out", *flags]) == 0
+        assert cli.main(["evaluate", "fid", "--json", "--reference=shapes:held_out", *flags]) == 0
         return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
     near = fid(f"--images={tmp_path / 'right'}", f"--save_statistics={tmp_path / 'r.npz'}")
@@ -404,7 +404,7 @@ def test_fid_from_the_command_line(tmp_path, capsys):
         f"--reference={tmp_path / 'r.npz'}",
         "--network=shapes_clip",
     ]
-    assert cli.main(["evaluate", "fid", *same]) == 0
+    assert cli.main(["evaluate", "fid", "--json", *same]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["fid"] == pytest.approx(
         0, abs=1e-6
     )
@@ -417,7 +417,8 @@ def test_generated_is_a_folder_or_a_model(tmp_path, capsys):
     save(tmp_path / "images", pixels, [f"{i}.png" for i in range(6)])
 
     def fid(generated, *flags):
-        command = ["evaluate", "fid", f"--generated={generated}", "--network=shapes_clip", *flags]
+        command = ["evaluate", "fid", f"--generated={generated}", "--json", *flags]
+        command += ["--network=shapes_clip"]
         status = cli.main(command)
         out = capsys.readouterr()
         return json.loads(out.out.strip().splitlines()[-1]) if status == 0 else out.err

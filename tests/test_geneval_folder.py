@@ -140,7 +140,14 @@ def flags(tmp_path):
         "--images_per_prompt=2",
         "--dtype=float32",
     ]
-    return ["evaluate", "geneval", "--model=shapes-sd3", f"--output_dir={tmp_path / 'g'}", *small]
+    return [
+        "evaluate",
+        "geneval",
+        "--json",
+        "--model=shapes-sd3",
+        f"--output_dir={tmp_path / 'g'}",
+        *small,
+    ]
 
 
 def pixels(folder):
@@ -171,7 +178,7 @@ def test_a_model_is_evaluated_and_resumed_from_the_command_line(tmp_path, flags,
 
     assert cli.main([*flags, "--seed=7"]) == 2
     assert "made in another way (seed: 1000 there)" in capsys.readouterr().err
-    assert cli.main(["evaluate", "geneval", f"--images={folder}"]) == 0
+    assert cli.main(["evaluate", "geneval", "--json", f"--images={folder}"]) == 0
     again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert again["tasks"] == result["tasks"]
 
@@ -238,7 +245,7 @@ def test_two_processes_share_the_work(tmp_path, flags):
     """The same folder, rows and summary as one process; then features of it, each half by one process."""
 
     def run(*arguments):
-        told = launch(2, "-m", "diffalign.cli", *arguments)
+        told = launch(2, "-m", "diffalign.cli", *arguments, "--json")
         return json.loads(told.strip().splitlines()[-1])
 
     both = run(*flags)

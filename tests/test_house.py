@@ -56,7 +56,7 @@ ALLOWED = {
     "diffalign/core/seeds.py": (),
     "diffalign/core/precision.py": (),
     "diffalign/geneval/rules.py": (),
-    "diffalign/config/checks.py": ("core.errors",),
+    "diffalign/config/checks.py": ("core.errors", "core.nearest"),
     "diffalign/config/base.py": ("config.checks",),
     "diffalign/config/methods.py": ("config.checks",),
     "diffalign/config/online.py": ("config.checks", "config.base"),

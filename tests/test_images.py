@@ -370,7 +370,7 @@ def test_what_has_no_caption_or_is_not_there_is_counted(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     output = tmp_path / "out.json"
     flags = [f"--images={tmp_path}", "--rewards=shapes_clip,flatness", f"--output={output}"]
-    assert cli.main(["evaluate", "rewards", *flags]) == 0
+    assert cli.main(["evaluate", "rewards", "--json", *flags]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (found["images"], found["unreadable"], found["without_caption"]) == (5, 2, 1)
     assert found["counts"] == {
@@ -395,7 +395,7 @@ def test_a_folder_is_scored_from_the_command_line(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     output = tmp_path / "out" / "scores.json"
     flags = ["--images", str(tmp_path), "--rewards", "verifier,jpeg", "--output", str(output)]
-    assert cli.main(["evaluate", "rewards", *flags]) == 0
+    assert cli.main(["evaluate", "rewards", "--json", *flags]) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (last["images"], last["unreadable"]) == (5, 1)
     assert last["counts"]["verifier"] == {"scored": 4, "not_scored": 1}

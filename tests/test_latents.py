@@ -372,7 +372,7 @@ def common(tmp_path, images, autoencoder):
 
 def test_a_run_leaves_a_drop_in_pipeline(images, autoencoder, tmp_path, capsys):
     arguments = common(tmp_path, images, autoencoder)
-    assert cli.main(["precompute", *arguments]) == 0
+    assert cli.main(["precompute", "--json", *arguments]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 12
     assert cli.main(["train", *arguments]) == 0
     run = tmp_path / "run"

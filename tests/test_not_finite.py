@@ -72,7 +72,7 @@ def test_they_are_not_written_and_count_as_missing(sd3, broken, tmp_path, caplog
 
 def test_the_command_counts_them(broken, capsys):
     flags = ["--max_prompts=3", "--num_inference_steps=1", "--batch_size=3"]
-    assert cli.main(["evaluate", "--model=shapes-sd3", *flags]) == 0
+    assert cli.main(["evaluate", "--json", "--model=shapes-sd3", *flags]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (found["scored"], found["not_finite"]) == (2, 1)
 

@@ -55,7 +55,7 @@ def test_wins_from_the_command_line(tmp_path, capsys):
     """jpeg likes what is flat: A is flatter in three of four pairs."""
     folder(tmp_path / "a", [10, 10, 10, 200])
     folder(tmp_path / "b", [200, 200, 200, 10, 10])
-    flags = ["evaluate", "wins", f"--images={tmp_path / 'a'}", "--rewards=jpeg"]
+    flags = ["evaluate", "wins", "--json", f"--images={tmp_path / 'a'}", "--rewards=jpeg"]
     assert cli.main([*flags, f"--against={tmp_path / 'b'}"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert found["win_rate"]["jpeg"]["rate"] == 0.75

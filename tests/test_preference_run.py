@@ -76,7 +76,7 @@ def test_precompute_first_and_train_from_its_cache(bases, held_out, tmp_path, ca
     source = tiny_pairs.write_pairs(tmp_path / "pairs", 6, row_2={"label": 0.5})
     cache = f"--pairs.cache={tmp_path / 'cache'}"
     base = bases["sd"]
-    assert train(base, source, held_out, tmp_path / "a", cache, verb="precompute") == 0
+    assert train(base, source, held_out, tmp_path / "a", cache, "--json", verb="precompute") == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["pairs"], told["skipped"]) == (5, {"tie": 1})
     assert not (tmp_path / "a").exists()
@@ -130,7 +130,7 @@ class TestPairs:
             [
                 *("pairs", "--model", str(base), "--prompts", str(prompts), "--rewards", "jpeg"),
                 *("--num_inference_steps", "2", "--images_per_prompt", "3", "--dtype", "float32"),
-                *("--height", "16", "--width", "16", "--output_dir", str(folder), *more),
+                *("--height", "16", "--width", "16", "--output_dir", str(folder), "--json", *more),
             ]
         )
 

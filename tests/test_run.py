@@ -322,7 +322,10 @@ def test_generate_and_evaluate(base, prompts, tmp_path, capsys):
     output = tmp_path / "result.json"
     assert (
         cli.main(
-            ["evaluate", f"--prompts={prompts}", "--rewards=jpeg", *flags, f"--output={output}"]
+            [
+                *("evaluate", "--json", f"--prompts={prompts}", "--rewards=jpeg", *flags),
+                f"--output={output}",
+            ]
         )
         == 0
     )

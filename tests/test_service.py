@@ -176,7 +176,7 @@ def test_each_reward_has_its_own_time(serve):
         ("0", "must be a positive number, got '0'"),
         ("inf", "must be a positive number"),
         ("ocr=", "must be a positive number, got 'ocr='"),
-        ("orc=3", "'orc' is not among --rewards pickscore,ocr"),
+        ("orc=3", "'orc' is not among `rewards` pickscore,ocr"),
     ],
 )
 def test_timeouts_are_read(text, expected):

@@ -130,7 +130,7 @@ def test_a_named_student_is_what_merge_makes(student, tmp_path):
 
 
 def test_a_named_student_is_quantised_in_one_command(student, tmp_path, capsys):
-    flags = ["--model=tiny-student", "--backend=int8", "--dtype=float32"]
+    flags = ["--model=tiny-student", "--backend=int8", "--dtype=float32", "--json"]
     assert cli.main(["quantize", *flags, f"--output_dir={tmp_path / 'small'}"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["latency_ms"] > 0
     assert load_model(str(tmp_path / "small")).pipeline.scheduler.config.timestep_spacing == (

@@ -35,14 +35,14 @@ class ImageFiles:
 
     def __init__(self, folder: str, resolution: int, *, seed: int) -> None:
         if not Path(folder).is_dir():
-            raise UsageError(f"--images: {folder} is no folder")
+            raise UsageError(f"images: {folder} is no folder")
         listing = walk_images(Path(folder), error=UsageError)
         readable = [p for p in listing.images if _readable(p)]
         listing.leave_out(set(listing.images) - set(readable), "unreadable")
         listing.report()
         if len(readable) < 2:
             raise UsageError(
-                f"--images: {folder} holds {len(readable)} readable images; 2 are too few"
+                f"images: {folder} holds {len(readable)} readable images; at least 2 are needed"
             )
         self.held_out = readable[::20][:HELD_OUT]
         self.training = [p for p in readable if p not in set(self.held_out)]

@@ -24,7 +24,7 @@ def check_folder(output_dir: Path) -> None:
     """Raise UsageError where a folder cannot be written, or holds a finished autoencoder."""
     check_target(output_dir)
     if output_dir.joinpath("config.json").is_file():
-        raise UsageError(f"--output_dir: {output_dir} holds a finished autoencoder already")
+        raise UsageError(f"output_dir: {output_dir} holds a finished autoencoder already")
 
 
 def train_autoencoder(
@@ -95,5 +95,5 @@ def _images(images: str, vae: Any, *, resolution: int, seed: int) -> ImageFiles 
     if images == RENDERED:
         return RenderedImages(seed=seed)
     if resolution % step or resolution <= 0:
-        raise UsageError(f"--resolution: must be a multiple of {step}, got {resolution}")
+        raise UsageError(f"resolution: must be a multiple of {step}, got {resolution}")
     return ImageFiles(images, resolution, seed=seed)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffalign.config.checks import check, one_of
+from diffalign.core import console
 from diffalign.core.errors import UserError
 from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.seeds import IMAGES, stream
@@ -68,7 +68,7 @@ class AutoencoderConfig:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        one_of(self.phase, list(PHASES), "--phase")
+        one_of(self.phase, list(PHASES), "phase")
         for name in ("num_updates", "batch_size", "learning_rate", "checkpoint_every"):
             check(0 < getattr(self, name) < math.inf, f"--{name}", "must be positive and finite")
 
@@ -138,7 +138,7 @@ class AutoencoderTrainer:
         ]
         if not self.parameters:
             raise AutoencoderError(
-                f"--phase {config.phase}: {type(vae).__name__} has none of {chosen}"
+                f"phase: {config.phase}: {type(vae).__name__} has none of {chosen}"
             )
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -169,11 +169,8 @@ class AutoencoderTrainer:
             Interrupted: a signal came; the checkpoint is written.
         """
         self.resume()
-        bar = tqdm(
-            total=self.config.num_updates,
-            initial=self.update,
-            desc=self.config.phase,
-            mininterval=5,
+        bar = console.progress(
+            self.config.phase, self.config.num_updates, unit="update", initial=self.update
         )
         with bar, Interruption("the update in hand is finished and saved") as interruption:
             while self.update < self.config.num_updates:

@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
+from diffalign.cli import options, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `autoencoder`."""
     parser.add_argument(
-        "--autoencoder", required=True, help="a name that ships (shapes-dc), a folder or a hub id"
+        "--autoencoder",
+        type=types.place,
+        required=True,
+        help="autoencoder to start from: a name that ships (shapes-dc), a folder or a hub id",
     )
     parser.add_argument(
-        "--from_scratch", action="store_true", help="take its configuration only, with new weights"
+        "--from_scratch",
+        action="store_true",
+        help="take only the autoencoder's configuration and start with new weights",
     )
     parser.add_argument(
-        "--images", default="shapes", help="a folder, or shapes: rendered; default: %(default)s"
+        "--images",
+        type=types.place,
+        default="shapes",
+        help="folder of training images, or shapes for rendered ones (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--phase", default="reconstruct", help="default: %(default)s")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels; default: %(default)s")
-    parser.add_argument("--num_updates", type=int, default=2000, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="default: %(default)s")
+    options.add_output_dir(parser, None, "folder of the trained autoencoder")
     parser.add_argument(
-        "--adversarial_weight", type=float, default=0.1, help="phase refine; default: %(default)s"
+        "--phase",
+        default="reconstruct",
+        metavar="PHASE",
+        help="part that is trained: reconstruct, all weights at low resolution; latent, the layers around the latents; "
+        "refine, the last layers with an adversary (default: %(default)s)",
     )
-    parser.add_argument("--mixed_precision", default="bf16", choices=("bf16", "no"))
-    parser.add_argument("--checkpoint_every", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options.add_count(parser, "--resolution", 256, "side of the training images in pixels")
+    options.add_count(parser, "--num_updates", 2000, "updates of training")
+    options.add_count(parser, "--batch_size", 32, "images per update")
+    parser.add_argument(
+        "--learning_rate",
+        type=types.number(above=0),
+        default=2e-3,
+        metavar="RATE",
+        help="learning rate of AdamW (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--adversarial_weight",
+        type=types.number(0),
+        default=0.1,
+        metavar="WEIGHT",
+        help="weight of the adversarial loss in phase refine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mixed_precision",
+        default="bf16",
+        choices=("bf16", "no"),
+        help="number format of the computation (default: %(default)s)",
+    )
+    options.add_count(parser, "--checkpoint_every", 200, "updates between checkpoints")
+    parser.add_argument(
+        "--seed", type=types.seed, default=0, help="random seed (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
     from diffalign.autoencoders.run import check_folder, train_autoencoder
     from diffalign.autoencoders.trainer import AutoencoderConfig
+    from diffalign.cli.output import emit, print_table
     from diffalign.pipelines.moving import load_autoencoder
 
     check_folder(args.output_dir)
@@ -55,16 +87,19 @@ def run(args: argparse.Namespace) -> None:
         resolution=args.resolution,
         from_scratch=args.from_scratch,
     )
-    print(json.dumps({k: result[k] for k in ("phase", "before", "after", "updates", "seconds")}))
+    before, after = result["before"], result["after"]
+    rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in after]
+    print_table("reconstruction of held-out images", ("", "before", "after"), [rows])
+    print(f"autoencoder: {args.output_dir} ({result['updates']} updates, {result['seconds']} s)")
+    emit({k: result[k] for k in ("phase", "before", "after", "updates", "seconds")})
 
 
 VERB = Verb(
     "autoencoder",
-    "train an autoencoder, whole or the part that a phase of DC-AE trains",
+    "train an autoencoder, in the phases of DC-AE",
     add_flags,
     run,
-    description="Train an AutoencoderDC or AutoencoderKL on images, one phase after the other: reconstruct (all "
-    "weights, low resolution), latent (the layers around the latents, at the resolution of use), refine (the last "
-    "layers, with an adversary). The same command goes on where it stopped.",
+    description="Train an AutoencoderDC or AutoencoderKL on images, one phase after the other: reconstruct, latent, "
+    "refine.\nThe same command resumes an interrupted training.",
     resumes=True,
 )

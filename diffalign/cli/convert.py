@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from diffalign.cli import types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `convert`."""
-    parser.add_argument("lora", help="file, folder or hub id; behind a colon the file in it")
-    parser.add_argument("--to", required=True, choices=("diffusers", "comfyui", "kohya"))
+    parser.add_argument(
+        "lora",
+        type=types.lora,
+        help="LoRA to convert: folder, .safetensors file, or hub id with an optional :FILE",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "comfyui", "kohya"),
+        help="program that is to read the file",
+    )
     parser.add_argument(
         "--family",
         default=None,
         choices=("sd3", "flux"),
-        help="needed for a transformer in kohya's keys",
+        help="family of the model; needed for the transformers of kohya's files",
     )
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--output", type=types.output_file, required=True, metavar="FILE", help="file to write"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Rewrite a LoRA file."""
+    from diffalign.cli.output import emit
     from diffalign.core.files import aside
     from diffalign.lora.files import read_lora
     from diffalign.lora.formats import write
@@ -31,6 +44,14 @@ def run(args: argparse.Namespace) -> None:
     with aside(args.output) as file:
         write(lora, file, to=args.to, family=args.family)
     print(f"{args.output}: {len(lora)} modules in {args.to}'s keys")
+    emit({"file": str(args.output), "modules": len(lora), "to": args.to})
 
 
-VERB = Verb("convert", "a LoRA file from and to the keys of other programs", add_flags, run)
+VERB = Verb(
+    "convert",
+    "convert a LoRA file between diffusers, ComfyUI and kohya",
+    add_flags,
+    run,
+    epilog="""example:
+  diffalign convert runs/demo/lora --to comfyui --output demo.safetensors""",
+)

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from diffalign.cli import options
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `demo`."""
-    parser.add_argument("--output_dir", default="runs/demo", help="default: %(default)s")
+    options.add_output_dir(parser, "runs/demo", "folder of the run")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train the recipe `demo`. A finished demo is kept aside, an interrupted one goes on."""
+    """Train the recipe `demo`. A finished demo is kept under another name, an interrupted one is continued."""
     from diffalign.cli.train import train_config
     from diffalign.config import load
     from diffalign.training.run_folder import set_aside
 
-    folder = Path(args.output_dir)
-    kept = set_aside(folder)
-    if kept is not None:
-        print(f"kept the previous demo as {kept}")
-    train_config(load("demo", [f"--output_dir={folder}"]))
+    earlier = set_aside(args.output_dir)
+    if earlier is not None:
+        print(f"the previous demo is now in {earlier}")
+    train_config(load("demo", [f"--output_dir={args.output_dir}"]))
 
 
 VERB = Verb(
     "demo",
-    "watch a small model learn to follow prompts, on a laptop",
+    "train a small model to follow prompts, on a laptop, in about ten minutes",
     add_flags,
     run,
     shares=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 
+from diffalign.cli.boundary import library_line, name_flags
+from diffalign.cli.parser import flag_of
 from diffalign.cli.verb import Verb
 from diffalign.core.errors import ReportedError, UserError, explain, full_disk
 from diffalign.core.interruption import Interrupted, name_of
@@ -21,8 +23,9 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
     if isinstance(error, ReportedError):
         return "", 2
     if isinstance(error, UserError):
-        return f"diffalign: error: {error}", 2
-    text = explain(error, memory=memory_advice(args))
+        flags = {a.dest: flag_of(a) for a in args.parser._actions if a.option_strings}
+        return f"diffalign: error: {name_flags(str(error), flags)}", 2
+    text = library_line(error) or explain(error, memory=memory_advice(args))
     if text is None:
         return None
     more = "goes on from where it was" if verb.resumes else "can be run again"

@@ -3,57 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from diffalign.cli import compare, fid, geneval, options, score
+from diffalign.cli import compare, fid, geneval, options, score, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `evaluate model`."""
-    options.add_evaluation(parser)
     parser.add_argument(
         "--run",
-        type=Path,
+        type=types.input_folder,
         default=None,
         metavar="DIR",
         help="evaluate the policy of a run folder as the run did: its model, prompts, rewards, steps, guidance, "
         "sizes and seeds",
     )
-    parser.add_argument(
-        "--prompts",
-        default="shapes:held_out",
-        help="shapes:held_out, geneval or a file; default: %(default)s",
+    options.add_prompts(parser, "shapes:held_out")
+    options.add_count(parser, "--max_prompts", None, "use only the first N prompts")
+    options.add_rewards(parser)
+    options.add_count(parser, "--images_per_prompt", 1, "images of each prompt")
+    options.add_count(
+        parser, "--images_per_task", None, "images of each task, instead of --images_per_prompt"
     )
-    parser.add_argument(
-        "--rewards", default="verifier", help="comma-separated; default: %(default)s"
-    )
-    parser.add_argument("--max_prompts", type=int, default=None, help="score only so many prompts")
-    parser.add_argument("--images_per_prompt", type=int, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--images_per_task", type=int, default=None, help="instead: so many images of every task"
-    )
-    # a folder was meant for `evaluate rewards`: say so
-    parser.add_argument("--images", type=Path, default=None, help=argparse.SUPPRESS)
+    options.add_output(parser)
+    # a folder is meant for `evaluate rewards`: the error says so
+    parser.add_argument("--images", type=types.path, default=None, help=argparse.SUPPRESS)
     options.add_model(parser)
     options.add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score a model on prompts; the last line of the output is JSON."""
+    """Draw images of prompts and score them."""
     from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.cli.output import print_scores, write_result
     from diffalign.cli.rewards import load_rewards
+    from diffalign.core import console
     from diffalign.core.errors import UsageError
     from diffalign.core.versions import versions
     from diffalign.data.prompts import load_prompts
-    from diffalign.evaluation.score import evaluate_model
+    from diffalign.evaluation.score import evaluate_model, repeat_prompts
     from diffalign.training.rerun import drawn_otherwise, read_config, run_of
 
-    options.check_counts(args)
     if args.images is not None:
-        raise UsageError("--images: meant `diffalign evaluate rewards --images ...`?")
+        raise UsageError("images: meant `diffalign evaluate rewards --images ...`?")
     if args.run is not None:
         _evaluate_run(args)
         return
@@ -68,7 +61,19 @@ def run(args: argparse.Namespace) -> None:
             )
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
-    scores = evaluate_model(load(args), prompts, reward.score, evaluation(args), **batching(args))
+    config = evaluation(args)
+    total = len(repeat_prompts(prompts, config))
+    model = load(args)
+    with console.counting("images") as progress:
+        progress(0, total)
+        scores = evaluate_model(
+            model,
+            prompts,
+            reward.score,
+            config,
+            on_images=lambda part, images: progress(part.start + len(images), total),
+            **batching(args),
+        )
     result = {
         **drawing(args),
         "images_per_task": args.images_per_task,
@@ -79,10 +84,11 @@ def run(args: argparse.Namespace) -> None:
     title = f"{args.model}{' + ' + args.lora if args.lora else ''}"
     intervals = result["intervals"]
     print_scores(
-        title, {**scores.tasks, **scores.means}, {**intervals["tasks"], **intervals["means"]}
+        title,
+        {**scores.tasks, **scores.means},
+        {**intervals.get("tasks", {}), **intervals.get("means", {})},
     )
     write_result(args.output, result)
-    print(json.dumps(result))
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
@@ -94,17 +100,17 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     from diffalign.core.versions import versions
     from diffalign.training.rerun import FinishedRun
 
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     add_flags(parser)
     given = [
-        f"--{name}"
+        f"`{name}`"
         for name, default in vars(parser.parse_args([])).items()
         if name not in ("run", "output") and getattr(args, name, default) != default
     ]
     if given:
         raise UsageError(
-            f"--run: draws with the settings of the run in {args.run}; leave out {', '.join(given)}, "
-            "or name the LoRA with --lora instead"
+            f"run: draws with the settings of the run in {args.run}; leave out {', '.join(given)}, "
+            "or name the LoRA with `lora` instead"
         )
     finished = FinishedRun.read(args.run)
     scores = finished.evaluate("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,14 +135,22 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     if name in own.get(part, {}):
         print(f"{name} as the run measured it: {own[part][name]:.3f}")
     write_result(args.output, result)
-    print(json.dumps(result))
 
 
-MODEL = Verb("model", "generate images of prompts and score them", add_flags, run)
+MODEL = Verb("model", "draw images of prompts with a model and score them", add_flags, run)
 VERB = Verb(
     "evaluate",
-    "score a model, with or without a LoRA, or a folder of images",
+    "score a model, a folder of images, or two folders beside each other",
     add_flags,
     run,
     verbs=(MODEL, score.VERB, geneval.VERB, fid.VERB, compare.WINS, compare.REPORT),
+    description="Score a model or images. Without a verb below it, `diffalign evaluate` is `diffalign evaluate model`.",
+    epilog="""examples:
+  diffalign evaluate --model shapes-sd3 --lora runs/demo/lora --rewards verifier
+  diffalign evaluate rewards --images runs/images --rewards jpeg
+  diffalign evaluate fid --generated runs/images --reference photos
+  diffalign evaluate wins --images runs/after --against runs/before --rewards pickscore
+  diffalign evaluate report --folders base=runs/before lora=runs/after --output report.html
+
+`diffalign evaluate VERB --help` shows the flags of each.""",
 )

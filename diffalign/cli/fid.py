@@ -3,59 +3,64 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffalign.cli import options
+from diffalign.cli import options, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
+if TYPE_CHECKING:
+    from diffalign.evaluation.fid import statistics_path
+    from diffalign.evaluation.fid_sides import Generation
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+
+def add_flags(parser: Parser) -> None:
     """Add the flags of `evaluate fid`."""
-    options.add_images(parser)
+    options.add_images(parser, text="folder of the generated images")
     parser.add_argument(
         "--generated",
+        type=types.generated,
         default=None,
         metavar="DIR|MODEL",
-        help="what --images or --model names",
+        help="either of --images and --model: a folder of images, or a model that draws them",
     )
     parser.add_argument(
-        "--reference", default=None, help="a folder, statistics (.npz), or shapes:held_out"
+        "--reference",
+        type=types.reference,
+        default=None,
+        metavar="DIR|FILE",
+        help="folder of real images, statistics (.npz), or shapes:held_out",
     )
     parser.add_argument(
         "--network",
         default=None,
-        help="inception (or inception:WEIGHTS), clip, shapes_clip; default: inception, on Shapes shapes_clip",
+        metavar="NAME",
+        help="network of the features: inception (or inception:WEIGHTS), clip or shapes_clip (default: inception; "
+        "shapes_clip on Shapes)",
     )
     parser.add_argument(
         "--save_statistics",
-        type=Path,
+        type=types.output_file,
         default=None,
-        help="keep the features of what is generated as .npz; needs no --reference",
+        metavar="FILE",
+        help="save the features of the generated images as .npz; then no --reference is needed",
     )
-    parser.add_argument(
-        "--prompts",
-        default="shapes:held_out",
-        help="shapes:held_out, geneval or a file; default: %(default)s",
-    )
-    parser.add_argument("--max_prompts", type=int, default=None, help="only so many prompts")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
-    options.add_evaluation(parser)
+    options.add_prompts(parser, "shapes:held_out")
+    options.add_count(parser, "--max_prompts", None, "use only the first N prompts")
+    options.add_count(parser, "--images_per_prompt", 4, "images of each prompt")
+    options.add_output(parser)
     options.add_model(parser)
     options.add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """FID, KID, CMMD, precision and recall of what is --generated (--images, --model) against --reference, or its
-    statistics alone; the last line is JSON."""
+    """Compare generated images with a reference by FID and its relatives, or save their statistics."""
     from diffalign.cli.output import print_scores, write_result
-    from diffalign.core import processes
+    from diffalign.core import console, processes
     from diffalign.core.errors import UsageError
-    from diffalign.evaluation.fid import statistics_path
     from diffalign.evaluation.fid_sides import compare_sides, generated_side, reference_side
     from diffalign.rewards.features import load_network
 
-    options.check_counts(args)
     _read_generated(args)
     if args.reference is None and args.save_statistics is None:
         raise UsageError(
@@ -68,19 +73,27 @@ def run(args: argparse.Namespace) -> None:
     if args.save_statistics is not None:
         args.save_statistics = statistics_path(args.save_statistics)
     batch = args.batch_size or options.BATCH_SIZE
-    reference = args.reference and reference_side(
-        args.reference, batch_size=batch, max_prompts=args.max_prompts
-    )
-    generated = generated_side(args.images or _generation(args), batch_size=batch)
-    state = processes.current()  # first: it says which GPU is this process's
-    network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
-    reference = reference and reference(network)
-    features = generated(network, state)
-    if not state.is_main_process:
-        return
+    with console.counting("images") as progress, console.counting("reference") as other_progress:
+        reference = args.reference and reference_side(
+            args.reference,
+            batch_size=batch,
+            max_prompts=args.max_prompts,
+            progress=other_progress,
+        )
+        generated = generated_side(
+            args.images or _generation(args), batch_size=batch, progress=progress
+        )
+        state = processes.current()  # first: it says which GPU is this process's
+        network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
+        reference = reference and reference(network)
+        features = generated(network, state)
+        if not state.is_main_process:
+            return
+        if args.save_statistics is not None:
+            features.save(args.save_statistics)
+        other = reference() if reference else None
     if args.save_statistics is not None:
-        features.save(args.save_statistics)
-    other = reference() if reference else None
+        print(f"statistics: {args.save_statistics}")
     distances, result = compare_sides(features, other)
     if other is not None:
         n, m = features.moments.n, other.moments.n or "unknown"
@@ -91,7 +104,6 @@ def run(args: argparse.Namespace) -> None:
         for warning in result["warnings"]:
             print(f"warning: {warning}")
     write_result(args.output, result)
-    print(json.dumps(result))
 
 
 def _read_generated(args: argparse.Namespace) -> None:
@@ -101,27 +113,29 @@ def _read_generated(args: argparse.Namespace) -> None:
     if args.generated is None:
         return
     if args.images is not None:
-        raise UsageError("--generated: give either it or --images")
-    folder = Path(args.generated)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        args.images = folder
+        raise UsageError("generated: give either it or `images`")
+    if types.is_image_folder(args.generated):
+        args.images = types.path(args.generated)
     else:
         args.model = args.generated
 
 
-def _generation(args):  # type: ignore[no-untyped-def]
+def _generation(args: argparse.Namespace) -> Generation:
+    """Return how --model draws the generated side."""
     from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fid_sides import Generation
 
     settle_drawing(args)
-    about = {
-        **drawing(args),
-        "images_per_prompt": args.images_per_prompt,
-        "dtype": args.dtype,
-    }
+    about = {**drawing(args), "images_per_prompt": args.images_per_prompt, "dtype": args.dtype}
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     return Generation(lambda: load(args), prompts, evaluation(args), about, batching(args))
 
 
-VERB = Verb("fid", "FID and its kin of a folder or a model", add_flags, run, shares=True)
+VERB = Verb(
+    "fid",
+    "compare images with a reference: FID, KID, CMMD, precision and recall",
+    add_flags,
+    run,
+    shares=True,
+)

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from diffalign.cli import options
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `generate`."""
-    parser.add_argument("prompts", nargs="+", help="texts, or files ending in .txt or .jsonl")
-    parser.add_argument("--output_dir", default="runs/images", help="default: %(default)s")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
+    parser.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="text, or a .txt or .jsonl file with one per line",
+    )
+    options.add_output_dir(parser, "runs/images", "folder of the images")
+    options.add_count(parser, "--images_per_prompt", 4, "images of each prompt")
     options.add_model(parser)
     options.add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write every image as PNG, and a grid."""
+    """Write every image as PNG as soon as it is made, and a grid of all at the end."""
     from diffalign.cli.models import batching, evaluation, load, settle_drawing
+    from diffalign.cli.output import emit
+    from diffalign.core import console
     from diffalign.data.prompts import read_arguments
     from diffalign.evaluation.images import GRID, write_images
 
     prompts = read_arguments(args.prompts)
     settle_drawing(args)
-    folder = Path(args.output_dir)
-    count = write_images(load(args), prompts, folder, evaluation(args), **batching(args))
-    print(f"{count} images in {folder}, all of them in {folder / GRID}")
+    with console.counting("images") as progress:
+        files = write_images(
+            load(args),
+            prompts,
+            args.output_dir,
+            evaluation(args),
+            progress=progress,
+            **batching(args),
+        )
+    print(f"{len(files)} images in {args.output_dir}, all of them in {args.output_dir / GRID}")
+    emit({"folder": str(args.output_dir), "images": [str(f) for f in files]})
 
 
-VERB = Verb("generate", "make images with a model and a LoRA", add_flags, run)
+VERB = Verb(
+    "generate",
+    "make images of prompts with a model, with or without a LoRA",
+    add_flags,
+    run,
+    epilog="""examples:
+  diffalign generate "a photo of a red circle" --model shapes-sd3 --lora runs/demo/lora
+  diffalign generate prompts.txt --images_per_prompt 1 --output_dir runs/images""",
+)

@@ -5,27 +5,66 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
+METHODS = {
+    "awm": "AWM (online RL)",
+    "diffusion_nft": "DiffusionNFT (online RL)",
+    "flow_grpo": "Flow-GRPO (online RL)",
+    "inversion_dpo": "Inversion-DPO (preference pairs)",
+    "diffusion_dpo": "Diffusion-DPO (preference pairs)",
+    "reflow": "Piecewise rectified flow (few-step student)",
+    "consistency": "Latent consistency (few-step student)",
+    "dcgen": "DC-Gen (deeply compressed latents)",
+}
+"""Types of algorithms and how they are titled."""
+NEEDS_CUDA = "(CUDA)"
+"""Ends the description of a recipe that needs a GPU."""
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+
+def add_flags(parser: Parser) -> None:
     """Add what is listed."""
-    parser.add_argument("what", choices=("recipes", "rewards", "models", "benches"))
+    parser.add_argument(
+        "what",
+        choices=("recipes", "rewards", "models", "benches"),
+        help="recipes of `train`, rewards, models, or benchmarks of `bench`",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print recipes, rewards, models or benches, one per line."""
-    rows = _rows(args.what)
-    width = max(map(len, rows), default=0)
-    for name, text in rows.items():
-        print(f"{name:<{width}}  {text}")
+    from diffalign.cli.output import emit
+
+    groups = _recipes() if args.what == "recipes" else {"": _rows(args.what)}
+    width = max((len(name) for rows in groups.values() for name in rows), default=0)
+    for number, (title, rows) in enumerate(groups.items()):
+        if title:
+            print(f"{chr(10) if number else ''}{title}")
+        for name, text in rows.items():
+            print(f"{'  ' if title else ''}{name:<{width}}  {text}")
+    emit({name: text for rows in groups.values() for name, text in rows.items()})
+
+
+def _recipes() -> Mapping[str, Mapping[str, str]]:
+    """Return recipes by method and hardware: those for a laptop come first."""
+    from diffalign.config import describe_recipes, load
+
+    groups: dict[tuple[bool, int], dict[str, str]] = {}
+    for name, text in describe_recipes().items():
+        method = list(METHODS).index(load(name).algorithm.type)
+        cuda = text.endswith(NEEDS_CUDA)
+        groups.setdefault((cuda, method), {})[name] = text.removesuffix(NEEDS_CUDA).strip()
+    titles = list(METHODS.values())
+    return {
+        f"{titles[method]}, {'one GPU or more' if cuda else 'a laptop or one GPU'}": groups[
+            cuda, method
+        ]
+        for cuda, method in sorted(groups)
+    }
 
 
 def _rows(what: str) -> Mapping[str, str]:
-    if what == "recipes":
-        from diffalign.config import describe_recipes
-
-        return describe_recipes()
     if what == "rewards":
         from diffalign.rewards.registry import SUMMARIES, available
 
@@ -42,4 +81,4 @@ def _rows(what: str) -> Mapping[str, str]:
     return {name: spec.description for name, spec in models().items()}
 
 
-VERB = Verb("list", "what there is by name", add_flags, run)
+VERB = Verb("list", "list recipes, rewards, models or benchmarks by name", add_flags, run)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from diffalign import __version__
@@ -18,6 +18,8 @@ from diffalign.cli import (
     generate,
     listing,
     merge,
+    options,
+    output,
     pairs,
     precompute,
     qsched,
@@ -25,8 +27,12 @@ from diffalign.cli import (
     serve,
     train,
 )
+from diffalign.cli.boundary import report_to_launcher
 from diffalign.cli.endings import ending
+from diffalign.cli.parser import Parser
+from diffalign.cli.types import expand_home
 from diffalign.cli.verb import Verb
+from diffalign.core import console
 from diffalign.core.errors import UserError
 from diffalign.core.interruption import ends_at_once
 
@@ -53,34 +59,35 @@ VERBS = (
     serve.VERB,
     listing.VERB,
 )
-TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Where torchao is installed, both warn on import of things that do not matter here."""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Build the parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="diffalign",
-        description="Align text-to-image diffusion models, make them fast, and prove both.",
+        description="Align text-to-image diffusion models, make them fast, and measure both.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     _add_verbs(parser, VERBS, dest="verb")
     return parser
 
 
-def _add_verbs(parser: argparse.ArgumentParser, verbs: Sequence[Verb], *, dest: str) -> None:
-    choices = parser.add_subparsers(dest=dest, required=True, metavar=dest.upper())
+def _add_verbs(parser: Parser, verbs: Sequence[Verb], *, dest: str) -> None:
+    choices = parser.add_subparsers(dest=dest, required=True, metavar="VERB")
     for verb in verbs:
         own = choices.add_parser(
-            verb.name, help=verb.help, description=verb.description or f"{verb.help}."
+            verb.name,
+            help=verb.help,
+            description=verb.description or f"{verb.help[0].upper()}{verb.help[1:]}.",
+            epilog=verb.epilog,
         )
         if verb.verbs:
             _add_verbs(own, verb.verbs, dest="what")
         else:
-            own.set_defaults(chosen=verb)
+            own.set_defaults(chosen=verb, parser=own)
             verb.add_flags(own)
+            options.add_screen(own, results=verb.has_result)
 
 
 def spell_out(argv: Sequence[str]) -> list[str]:
@@ -94,33 +101,59 @@ def spell_out(argv: Sequence[str]) -> list[str]:
         value = words[i - 1].startswith("--") and "=" not in words[i - 1]
         if word in names and not value:
             return [verb.name, word, *words[1:i], *words[i + 1 :]]
+    if words[1:] and not words[1].startswith("-"):
+        return words  # a misspelt name, which the parser refuses
     return [verb.name, verb.verbs[0].name, *words[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; a user's error is one line, not a traceback."""
+    """Run one command and return its exit status; an error is one line, a traceback only with --verbose."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(spell_out(sys.argv[1:] if argv is None else argv))
-    verb: Verb = args.chosen
-    if rest and not verb.takes_settings:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.settings = rest
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    words = spell_out(sys.argv[1:] if argv is None else argv)
+    try:
+        args, rest = parser.parse_known_args(words)
+    except UserError as error:
+        _print_error(f"diffalign: error: {error}")
+        return 2
+    if rest and not args.chosen.takes_settings:
+        args.parser.unknown(rest)
+    args.settings = [expand_home(word) for word in rest]
+    with (
+        console.quiet(verbose=args.verbose or not args.chosen.quiet),
+        output.screen(json_only=getattr(args, "json", False)),
+    ):
+        return _run(args.chosen, args)
+
+
+def _run(verb: Verb, args: argparse.Namespace) -> int:
     try:
         with ends_at_once():
             if not verb.shares:
                 _check_alone(verb)
             verb.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader, such as `head`, has gone; what is left in the buffer has no taker
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (KeyboardInterrupt, Exception) as error:
         end = ending(error, verb, args)
         if end is None:
             raise
+        if args.verbose:
+            traceback.print_exception(error, file=console.stderr())
         line, code = end
-        if line:
-            print(line, file=sys.stderr)
+        _print_error(line, expected=isinstance(error, UserError | KeyboardInterrupt))
         return code
     return 0
+
+
+def _print_error(line: str, *, expected: bool = True) -> None:
+    """Print an error: the first process, and every process whose own memory, disk or network failed."""
+    rank = os.environ.get("RANK", "0")
+    if line and (rank == "0" or not expected):
+        print(line if rank == "0" else f"process {rank}: {line}", file=console.stderr())
+    report_to_launcher(line)
 
 
 def _check_alone(verb: Verb) -> None:

@@ -3,52 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from diffalign.cli.options import DTYPES
+from diffalign.cli import options, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `merge`."""
-    parser.add_argument("--model", default="shapes-sd3", help="as of generate")
-    parser.add_argument(
-        "--lora", required=True, help="folder, file or hub id; behind a colon the file in it"
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    options.add_model(parser, required_lora=True)
+    parser.set_defaults(dtype="bfloat16")
     parser.add_argument(
         "--scheduler",
+        type=types.place,
         default=None,
-        help="of a distilled student: its run's scheduler/, or a class such as LCMScheduler or "
-        "TCDScheduler,timestep_spacing=trailing",
+        help="scheduler of the merged model: a distilled run's scheduler/ folder, or a class of diffusers such as "
+        "LCMScheduler or TCDScheduler,timestep_spacing=trailing (default: the model's)",
     )
     parser.add_argument(
         "--fold_guidance",
-        type=float,
+        type=types.number(0),
         default=None,
-        help="of FLUX: for this guidance scale alone, in FLUX.1-schnell's layout",
+        metavar="W",
+        help="FLUX only: fix the guidance scale to W, which gives the layout of FLUX.1-schnell",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
+    options.add_output_dir(parser, None, "new folder of the model", kind=types.new_folder)
 
 
 def run(args: argparse.Namespace) -> None:
     """Save a pipeline whose weights hold the LoRA: it loads and runs without adapters, at the base's speed."""
     from diffalign.cli.models import load
-    from diffalign.core.errors import UsageError
+    from diffalign.cli.output import emit, suggest
+    from diffalign.core import console
     from diffalign.core.files import folder_aside
     from diffalign.lora.files import read_lora
     from diffalign.pipelines.merging import merge, merged_card
     from diffalign.pipelines.saving import save_pipeline
 
-    if args.output_dir.exists():
-        raise UsageError(f"--output_dir: {args.output_dir} exists already")
     card = merged_card(args.model, scheduler=args.scheduler, guidance=args.fold_guidance)
     lora = read_lora(args.lora)
-    pipeline = load(args, adapters=False).pipeline
-    merge(pipeline, lora, scheduler=args.scheduler, guidance=args.fold_guidance)
-    with folder_aside(args.output_dir) as folder:
-        save_pipeline(pipeline, folder, card=card)
+    with console.steps("merge", ("load", "merge", "save")) as step:
+        pipeline = load(args, adapters=False).pipeline
+        step()
+        merge(pipeline, lora, scheduler=args.scheduler, fold_guidance=args.fold_guidance)
+        step()
+        with folder_aside(args.output_dir) as folder:
+            save_pipeline(pipeline, folder, card=card)
+        step()
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
+    suggest("generate", "a photo of a red circle", "--model", args.output_dir)
+    emit({"folder": str(args.output_dir), "model": args.model, "lora": args.lora})
 
 
-VERB = Verb("merge", "a whole pipeline with a LoRA added into its weights", add_flags, run)
+VERB = Verb(
+    "merge",
+    "save a model with a LoRA merged into its weights",
+    add_flags,
+    run,
+    epilog="""example:
+  diffalign merge --model shapes-sd3 --lora runs/demo/lora --output_dir runs/merged""",
+)

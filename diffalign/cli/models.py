@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from diffalign.config import EvaluationConfig
-from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
 from diffalign.lora.files import load_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard, card_of
-from diffalign.pipelines.registry import check_steps, load_model
+from diffalign.pipelines.registry import check_steps, load_meta_model, load_model
+from diffalign.tuning.evaluator import Drawing
 
 
 def settle_drawing(args: argparse.Namespace) -> DrawingCard:
@@ -25,10 +25,7 @@ def settle_drawing(args: argparse.Namespace) -> DrawingCard:
         UsageError: the model's scheduler makes no such number of steps.
     """
     card = card_of(args.model).updated(vars(args))
-    try:
-        check_steps(args.model, card.num_inference_steps)
-    except UsageError as error:
-        raise UsageError(f"--{error}") from error
+    check_steps(args.model, card.num_inference_steps)
     for name, value in vars(card).items():
         if hasattr(args, name):
             setattr(args, name, value)
@@ -38,20 +35,37 @@ def settle_drawing(args: argparse.Namespace) -> DrawingCard:
 
 
 def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel:
-    """Load the model of --model, with --lora as adapters; the LoRA is read before the model."""
+    """Load the model of --model, with --lora as adapters; sizes and the LoRA are checked before the model is read."""
+    check_drawing(args)
     lora = read_lora(args.lora) if adapters and args.lora is not None else None
-    model = load_model(
-        args.model,
-        dtype=getattr(torch, args.dtype),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args.model, dtype=dtype_of(args), device=device)
     if lora is not None:
         load_lora(model.pipeline, lora)
     return model
 
 
+def check_drawing(args: argparse.Namespace) -> None:
+    """Raise UsageError for sizes that the model cannot draw, from its configuration alone."""
+    height, width = (getattr(args, side, None) for side in ("height", "width"))
+    if height is None and width is None:
+        return
+    try:
+        plan = load_meta_model(args.model, dtype=dtype_of(args))
+    except Exception:  # loading the model itself says what is wrong
+        return
+    own = plan.default_size
+    plan.latent_shape(height or own[0], width or own[1])
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """Return the dtype of --dtype."""
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    return dtype
+
+
 def evaluation(args: argparse.Namespace) -> EvaluationConfig:
-    """How images are drawn."""
+    """Return how images are drawn."""
     return EvaluationConfig(
         num_inference_steps=args.num_inference_steps,
         solver=args.solver,
@@ -63,13 +77,13 @@ def evaluation(args: argparse.Namespace) -> EvaluationConfig:
 
 
 def drawing(args: argparse.Namespace) -> dict[str, Any]:
-    """How --model draws images, for a result."""
+    """Return how --model draws images, for a result."""
     names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
     return {name: getattr(args, name) for name in names}
 
 
 def made_with(args: argparse.Namespace) -> dict[str, Any]:
-    """How a folder of samples is made, for its settings file."""
+    """Return how a folder of samples is made, for its settings file."""
     return {
         **drawing(args),
         "model_fingerprint": of_place(args.model),
@@ -84,9 +98,7 @@ def made_with(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Those of the file, or some of them: that is said."""
-    if args.max_prompts < 1:
-        raise UsageError(f"--max_prompts must be at least 1, got {args.max_prompts}")
+    """Load the prompts, and print how many are used if --max_prompts leaves some out."""
     found = load_prompts(args.prompts)
     few = spread(found, args.max_prompts)
     if len(few) < len(found):
@@ -95,7 +107,7 @@ def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
 
 
 def batching(args: argparse.Namespace) -> dict[str, Any]:
-    """In what sizes and precision."""
+    """Return the sizes and the precision of drawing."""
     return {
         "height": args.height,
         "width": args.width,
@@ -108,4 +120,18 @@ def load_reference(args: argparse.Namespace, model: TextToImageModel) -> TextToI
     """Load the model of --reference beside `model`; None where there is none."""
     if args.reference is None:
         return None
-    return load_model(args.reference, dtype=getattr(torch, args.dtype), device=model.device)
+    return load_model(args.reference, dtype=dtype_of(args), device=model.device)
+
+
+def calibration_drawing(args: argparse.Namespace, *, mixed_precision: str | None = None) -> Drawing:
+    """Return how calibration images are drawn; the precision follows --dtype unless it is given."""
+    return Drawing(
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        images_per_prompt=getattr(args, "images_per_prompt", 1),
+        seed=args.seed,
+        micro_batch_size=args.batch_size,
+        mixed_precision=mixed_precision or ("bf16" if args.dtype == "bfloat16" else "no"),
+    )

@@ -3,85 +3,194 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from diffalign.core.errors import UsageError
+from diffalign.cli import types
+from diffalign.cli.parser import Parser
 
 BATCH_SIZE = 64
-"""Images that are looked at, not drawn, at a time."""
+"""Images per batch where images are scored, not drawn."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def add_model(parser: argparse.ArgumentParser, *, lora: bool = True) -> None:
-    """Add --model, --lora and --dtype."""
-    parser.add_argument(
-        "--model",
-        default="shapes-sd3",
-        help="name, folder, .safetensors file or hub id (owner/name@revision); default: %(default)s",
+def add_screen(parser: Parser, *, results: bool) -> None:
+    """Add how much is shown."""
+    group = parser.add_argument_group("output on the screen")
+    group.add_argument(
+        "-v",
+        "--verbose",
+        "--debug",
+        action="store_true",
+        help="show the messages and progress bars of other libraries, and tracebacks of errors",
     )
-    if lora:
-        parser.add_argument(
-            "--lora", default=None, help="folder, file or hub id; behind a colon the file in it"
+    if results:
+        group.add_argument(
+            "--json",
+            action="store_true",
+            help="print only the result, as one line of JSON, to standard output",
         )
-    parser.add_argument(
-        "--dtype", default=None, choices=DTYPES, help="default: that of the model's card"
+
+
+def add_model(
+    parser: Parser,
+    *,
+    lora: Callable[[str], str] = types.lora,
+    required_lora: bool = False,
+) -> None:
+    """Add --model, --lora and --dtype; `lora`: the type of --lora."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        type=types.model,
+        default="shapes-sd3",
+        help="name from `diffalign list models`, folder, .safetensors file or hub id (owner/name@revision) "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora",
+        type=lora,
+        default=None,
+        required=required_lora,
+        help="LoRA to apply: folder, .safetensors file, or hub id with an optional :FILE"
+        if lora is types.lora
+        else argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--dtype",
+        default=None,
+        choices=DTYPES,
+        help="number format of the weights (default: that of the model's card)",
     )
 
 
-def add_drawing(parser: argparse.ArgumentParser, *, solver: bool = True, seed: int = 1000) -> None:
-    """Add how images are drawn; `solver`: the verb can draw with another solver than the model's own.
+def add_drawing(parser: Parser, *, solver: bool = True) -> None:
+    """Add how images are drawn; the model's card fills in the rest (`models.settle_drawing`).
 
-    What is not given is the model's card's (`cli.models.settle_drawing`).
+    solver: the verb can draw with another solver than the model's own.
     """
-    parser.add_argument(
-        "--num_inference_steps", type=int, default=None, help="default: that of the model's card"
+    group = parser.add_argument_group("how images are drawn")
+    group.add_argument(
+        "--num_inference_steps",
+        type=types.count(),
+        default=None,
+        metavar="N",
+        help="denoising steps per image (default: that of the model's card)",
     )
     if solver:
-        parser.add_argument(
+        group.add_argument(
             "--solver",
             default="default",
             choices=("default", "adams_bashforth"),
-            help="see docs/awm.md",
+            help="solver of the sampling ODE: the model's own scheduler, or second-order Adams-Bashforth (docs/awm.md)",
         )
-    parser.add_argument(
+    group.add_argument(
         "--guidance_scale",
-        type=float,
+        type=types.number(0),
         default=None,
-        help="1: none; default: that of the model's card",
+        metavar="W",
+        help="strength of classifier-free guidance; 1 is none (default: that of the model's card)",
     )
-    parser.add_argument("--height", type=int, default=None, help="pixels; default: the model's")
-    parser.add_argument("--width", type=int, default=None, help="pixels; default: the model's")
-    parser.add_argument("--seed", type=int, default=seed, help="default: %(default)s")
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}",
+            type=types.count(),
+            default=None,
+            metavar="PIXELS",
+            help=f"{side} of the images in pixels (default: the model's own)",
+        )
+    group.add_argument(
+        "--seed", type=types.seed, default=1000, help="random seed (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=types.count(),
+        default=None,
+        metavar="N",
+        help="images per batch; lower it if memory runs out (default: that of the model's card)",
+    )
+
+
+def add_batch_size(parser: argparse._ActionsContainer) -> None:
+    """Add --batch_size."""
     parser.add_argument(
         "--batch_size",
-        type=int,
-        default=None,
-        help="images at a time; default: that of the model's card",
+        type=types.count(),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="images per batch; lower it if memory runs out (default: %(default)s)",
     )
 
 
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """Add --batch_size of a verb that draws nothing."""
-    parser.add_argument(
-        "--batch_size", type=int, default=BATCH_SIZE, help="images at a time; default: %(default)s"
-    )
+def add_count(
+    parser: argparse._ActionsContainer, flag: str, default: int | None, text: str, *, low: int = 1
+) -> None:
+    """Add a whole number of at least `low`."""
+    told = text if default is None else f"{text} (default: %(default)s)"
+    parser.add_argument(flag, type=types.count(low), default=default, metavar="N", help=told)
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
+def add_images(parser: Parser, *, required: bool = False, text: str | None = None) -> None:
     """Add --images."""
     parser.add_argument(
-        "--images", type=Path, default=None, help="a folder with captions (docs/rewards.md)"
+        "--images",
+        type=types.input_folder,
+        default=None,
+        required=required,
+        metavar="DIR",
+        help=text
+        or "folder of images, with captions where the rewards need them (docs/rewards.md)",
     )
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
+def add_prompts(parser: Parser, default: str | None, **more: Any) -> None:
+    """Add --prompts and --max_prompts."""
+    parser.add_argument(
+        "--prompts",
+        type=types.place,
+        default=default,
+        help="shapes:train, shapes:held_out, geneval, or a .txt or .jsonl file"
+        + (f" (default: {default})" if default else ""),
+        **more,
+    )
+
+
+def add_rewards(parser: Parser, default: str | None = "verifier") -> None:
+    """Add --rewards."""
+    parser.add_argument(
+        "--rewards",
+        type=types.names,
+        default=default,
+        metavar="NAME,...",
+        help=f"names from `diffalign list rewards`, separated by commas (default: {default or 'none'})",
+    )
+
+
+def add_output(parser: Parser) -> None:
     """Add where the result of an evaluation is written."""
-    parser.add_argument("--output", type=Path, default=None, help="also write the result as JSON")
+    parser.add_argument(
+        "--output",
+        type=types.output_file,
+        default=None,
+        metavar="FILE",
+        help="write the result to this JSON file",
+    )
 
 
-def check_counts(args: argparse.Namespace) -> None:
-    """Raise UsageError where a count is below one."""
-    for name in ("batch_size", "images_per_prompt", "images_per_task", "max_prompts"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
+def add_output_dir(
+    parser: Parser,
+    default: str | None,
+    text: str,
+    *,
+    kind: Callable[[str], Path] = types.output_folder,
+) -> None:
+    """Add --output_dir; `kind`: the type that checks the folder."""
+    parser.add_argument(
+        "--output_dir",
+        type=kind,
+        default=default,
+        required=default is None,
+        metavar="DIR",
+        help=text if default is None else f"{text} (default: %(default)s)",
+    )

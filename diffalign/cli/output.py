@@ -1,14 +1,46 @@
-"""What verbs print and write."""
+"""The output of verbs: tables for people, JSON for programs, and the command to try next."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from diffalign.core import console
 from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
+
+_programs: list[TextIO] = []
+"""Standard output, while only JSON is written there."""
+
+
+@contextmanager
+def screen(*, json_only: bool) -> Iterator[None]:
+    """Send all that is printed to stderr where standard output is for JSON alone."""
+    if json_only:
+        _programs.append(sys.stdout)
+    try:
+        with redirect_stdout(console.stderr()) if json_only else nullcontext():
+            yield
+    finally:
+        if json_only:
+            _programs.pop()
+
+
+def emit(result: Mapping[str, Any]) -> None:
+    """Print a result as one line of JSON where `--json` asks for it."""
+    if _programs:
+        print(json.dumps(result), file=_programs[-1], flush=True)
+
+
+def suggest(*words: object) -> None:
+    """Print the command to try next; None among the words is left out."""
+    command = shlex.join(["diffalign", *(str(w) for w in words if w is not None)])
+    print(f"next: {command}")
 
 
 def print_scores(
@@ -23,9 +55,9 @@ def print_scores(
         found = known.get(name, {})
         rows.append((name, f"{value:.3f}", bounds(found), str(found["n"]) if "n" in found else ""))
     if not known:
-        _print_table(title, ("", "score"), [[row[:2] for row in rows]])
+        print_table(title, ("", "score"), [[row[:2] for row in rows]])
         return
-    _print_table(title, ("", "score", "95 % interval", "n"), [rows])
+    print_table(title, ("", "score", "95 % interval", "n"), [rows])
 
 
 def print_win_rates(title: str, rates: Mapping[str, Mapping[str, Any]]) -> None:
@@ -44,7 +76,7 @@ def print_win_rates(title: str, rates: Mapping[str, Mapping[str, Any]]) -> None:
         )
         for name, found in rates.items()
     ]
-    _print_table(title, ("", "pairs won", "95 % interval", "pairs", "ties", " "), [rows])
+    print_table(title, ("", "pairs won", "95 % interval", "pairs", "ties", " "), [rows])
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -61,7 +93,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             ]
         )
     title = f"held-out prompts, {summary['updates']} updates on {summary['device']}"
-    _print_table(title, ("", "before", "after", "change", "95 % interval", "n", " "), parts)
+    print_table(title, ("", "before", "after", "change", "95 % interval", "n", " "), parts)
     trained, resumed = summary["training_seconds"], summary.get("resumed_after", 0)
     taken = f"{summary['seconds']:.0f} s with its evaluations"
     if resumed:
@@ -95,9 +127,10 @@ def _grey(text: str, is_grey: bool) -> str:
     return f"[dim]{text}[/dim]" if is_grey and text else text
 
 
-def _print_table(
+def print_table(
     title: str, columns: Sequence[str], parts: Sequence[Sequence[tuple[str, ...]]]
 ) -> None:
+    """Print a table whose `parts` are separated by lines; columns with a title hold numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -112,7 +145,8 @@ def _print_table(
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result as JSON where a file is named."""
+    """Write a result as JSON where a file is named, print it with `--json`, and say where it is."""
+    emit(result)
     if path is None:
         return
     try:
@@ -120,3 +154,4 @@ def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(result, indent=2))
     except OSError as error:
         raise UsageError(f"{path} could not be written: {error}") from error
+    print(f"result: {path}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffalign.cli import options
+from diffalign.cli import options, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -15,47 +14,43 @@ if TYPE_CHECKING:
     from diffalign.rewards.composition import CompositeReward
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `pairs`."""
-    parser.add_argument(
-        "--images",
-        type=Path,
-        default=None,
-        help="make pairs of these images, several of each caption, and draw none (docs/data.md)",
+    options.add_images(
+        parser, text="make pairs of these images, several of each caption, and draw none"
     )
-    parser.add_argument("--prompts", default=None, help="default: shapes:train")
-    parser.add_argument(
-        "--rewards", default="verifier", help="comma-separated; default: %(default)s"
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/pairs"))
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--max_prompts", type=int, default=None, help="only so many prompts")
-    parser.add_argument(
+    options.add_prompts(parser, None)
+    options.add_count(parser, "--max_prompts", None, "use only the first N prompts")
+    options.add_rewards(parser)
+    options.add_output_dir(parser, "runs/pairs", "folder of the images and of pairs.jsonl")
+    options.add_count(parser, "--images_per_prompt", 4, "images of each prompt", low=2)
+    options.add_count(
+        parser,
         "--record_states",
-        type=int,
-        default=None,
-        metavar="K",
-        help="keep K states of each image on its way from noise, for `pairs.inversion.solver=recorded`: Inversion-DPO "
-        "without an inversion; default: none",
+        None,
+        "also record N sampler states per image, so that Inversion-DPO needs no inversion "
+        "(`pairs.inversion.solver=recorded`)",
     )
     parser.add_argument(
         "--pick",
         default="best_worst",
         choices=("best_worst", "nested", "all"),
-        help="of a prompt's images: default %(default)s, one pair; nested: each image once, best with worst, second "
-        "with second worst",
+        help="pairs of a prompt's images: the best with the worst; nested, also the second best with the second worst "
+        "and so on; or all of different reward (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
         default="equal",
         choices=("equal", "rankdpo"),
-        help="of pairs: default %(default)s; rankdpo, for --pick all: by gain and rank",
+        help="weight of a pair in training: all equal, or by gain and rank as RankDPO has it, which needs --pick all "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--min_gap",
-        type=float,
+        type=types.number(0),
         default=0.0,
-        help="least difference of rewards; default: %(default)s",
+        metavar="GAP",
+        help="smallest difference of rewards that makes a pair (default: %(default)s)",
     )
     options.add_model(parser)
     options.add_drawing(parser)
@@ -63,23 +58,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw missing images or read those of --images, score them, and write pairs."""
-    from diffalign.core import processes
+    from diffalign.cli.output import emit, suggest
+    from diffalign.core import console, processes
     from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
 
     pick = PairOptions(args.pick, args.weights, args.min_gap)
     state = processes.current()
     images, reward = _given(args) if args.images else _drawn(args)
-    result = make_pairs(
-        args.output_dir,
-        images,
-        reward,
-        pick,
-        batch_size=args.batch_size or options.BATCH_SIZE,
-        state=state,
-        group=by_caption if args.images else by_place,
-    )
+    with console.counting("scores") as progress:
+        result = make_pairs(
+            args.output_dir,
+            images,
+            reward,
+            pick,
+            batch_size=args.batch_size or options.BATCH_SIZE,
+            state=state,
+            group=by_caption if args.images else by_place,
+            progress=progress,
+        )
     if state.is_main_process:
-        print(json.dumps(result))
+        print(f"{result['pairs']} pairs of {result['prompts']} prompts in {result['file']}")
+        if result["unreadable"]:
+            print(f"{result['unreadable']} images could not be read")
+        suggest("train", "inversion-dpo", f"--pairs.source={args.output_dir}")
+        emit(result)
 
 
 def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
@@ -92,10 +94,10 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
 
     for name in ("prompts", "lora", "record_states", "max_prompts"):
         if getattr(args, name) is not None:
-            raise UsageError(f"--{name}: with --images nothing is drawn; leave one of them out")
+            raise UsageError(f"{name}: with `images` nothing is drawn; leave one of them out")
     if (args.output_dir / SETTINGS).is_file() and args.output_dir != args.images:
         raise UsageError(
-            f"--output_dir: {args.output_dir} holds images that were drawn, and their pairs; choose another folder"
+            f"output_dir: {args.output_dir} holds images that were drawn, and their pairs; choose another folder"
         )
     images = read_folder(args.images)
     require_captions(images, args.images, why="pairs are of images of one caption")
@@ -107,42 +109,43 @@ def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
     """Draw missing images in --output_dir, and return all of them with the rewards."""
     from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.rewards import load_rewards
+    from diffalign.core import console
     from diffalign.core.errors import UsageError
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fill import fill_folder
     from diffalign.evaluation.geneval import read_samples
 
     args.prompts = args.prompts or "shapes:train"
-    if args.images_per_prompt < 2:
-        raise UsageError("--images_per_prompt: a pair needs at least 2 images of a prompt")
     if args.record_states is not None and args.lora is not None:
         raise UsageError(
-            "--record_states: states are of the model that is to be trained, without --lora"
+            "record_states: states are recorded of the model that is trained later; leave out `lora`"
         )
     settle_drawing(args)
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
-    fill_folder(
-        args.output_dir,
-        prompts,
-        lambda: load(args),
-        evaluation(args),
-        made=made_with(args),
-        states=args.record_states,
-        **batching(args),
-    )
+    with console.counting("images") as progress:
+        fill_folder(
+            args.output_dir,
+            prompts,
+            lambda: load(args),
+            evaluation(args),
+            made=made_with(args),
+            states=args.record_states,
+            progress=progress,
+            **batching(args),
+        )
     images, _ = read_samples(args.output_dir)
     return images, reward
 
 
 VERB = Verb(
     "pairs",
-    "make preference pairs with a model and a reward, or of images that exist",
+    "make preference pairs of a model's images, or of a folder's, with rewards as the judge",
     add_flags,
     run,
-    description="Draw images of prompts (in GenEval's layout, resumable), score them and write pairs.jsonl: which "
-    "of a prompt's images are better. With --images nothing is drawn. `pairs.source` of a recipe takes the folder "
-    "(docs/preferences.md).",
+    description="Draw images of prompts, score them with rewards, and write pairs.jsonl: which of a prompt's images "
+    "are better.\nWith --images nothing is drawn. `pairs.source` of a recipe takes the folder "
+    "(docs/preferences.md). The same command resumes.",
     shares=True,
     resumes=True,
 )

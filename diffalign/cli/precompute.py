@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from diffalign.cli.train import add_recipe
 from diffalign.cli.verb import Verb
@@ -11,6 +10,7 @@ from diffalign.cli.verb import Verb
 
 def run(args: argparse.Namespace) -> None:
     """Fill the cache of a recipe, and print what is in it."""
+    from diffalign.cli.output import emit, suggest
     from diffalign.config import load
     from diffalign.core import processes
     from diffalign.training.caches import fill_cache
@@ -18,17 +18,20 @@ def run(args: argparse.Namespace) -> None:
     cache = fill_cache(load(args.recipe, args.settings))
     if processes.current().is_main_process:
         counts = {k: v for k, v in cache.manifest.items() if k != "key"}
-        print(json.dumps({"cache": str(cache.folder), **counts}))
+        told = ", ".join(f"{k} {v}" for k, v in counts.items() if isinstance(v, int | float))
+        print(f"cache: {cache.folder} ({told})")
+        suggest("train", args.recipe, *args.settings)
+        emit({"cache": str(cache.folder), **counts})
 
 
 VERB = Verb(
     "precompute",
-    "encode the images of a recipe once: preference pairs, or those of a move",
+    "encode the training images of a recipe into its cache, without training",
     add_recipe,
     run,
-    description="Fill the cache of a recipe that learns from preference pairs or moves a model into other latents. "
-    "`train` does so, too; here alone it can be shared among machines or be kept. Settings are overridden as with "
-    "`train`.",
+    description="Encode the images of a recipe that learns from preference pairs (Inversion-DPO), or that moves a "
+    "model into other latents (DC-Gen).\n`train` fills the cache by itself; here several machines can share the work. "
+    "Settings are overridden as with `train`.",
     shares=True,
     resumes=True,
     takes_settings=True,

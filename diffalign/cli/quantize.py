@@ -3,109 +3,104 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from diffalign.cli import options
+from diffalign.cli import options, types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 from diffalign.quantization.backends import BACKENDS
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `quantize`."""
     parser.add_argument(
         "--backend",
+        type=types.backend,
         default="auto",
-        help=f"auto, {', '.join(BACKENDS)}; default: %(default)s, by device",
+        metavar="NAME",
+        help=f"format of the weights: auto (chosen for this device), {', '.join(BACKENDS)} (default: %(default)s)",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="must not exist yet")
+    options.add_output_dir(parser, None, "new folder of the smaller model", kind=types.new_folder)
     parser.add_argument(
         "--components",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="besides the denoiser, such as text_encoder_2",
+        help="parts to quantise besides the denoiser, such as text_encoder_2",
     )
-    parser.add_argument(
-        "--group_size",
-        type=int,
-        default=64,
-        help="weights with one scale, of int4 and int8; default: %(default)s",
-    )
-    parser.add_argument(
+    options.add_count(parser, "--group_size", 64, "weights that share one scale, for int4 and int8")
+    options.add_count(
+        parser,
         "--svd_rank",
-        type=int,
-        default=0,
-        help="of a low-rank branch (SVDQuant) beside int4, int8, int8-static, torchao-int8wo or torchao-fp8wo; "
-        "default: none",
+        0,
+        "rank of a low-rank branch (SVDQuant) beside int4, int8, int8-static, torchao-int8wo or torchao-fp8wo; 0: none",
+        low=0,
     )
-    parser.add_argument(
-        "--prompts",
-        default=None,
-        help="calibrate that branch, or int8-static, on what the model sees while it draws these",
-    )
-    parser.add_argument("--max_prompts", type=int, default=32, help="default: %(default)s")
-    parser.add_argument(
+    options.add_prompts(parser, None)
+    options.add_count(parser, "--max_prompts", 32, "use only N of the calibration prompts")
+    options.add_count(
+        parser,
         "--latency",
-        type=int,
-        default=1,
-        help="images of the forward that is timed beside bfloat16; 0: none; default: %(default)s",
+        1,
+        "batch size of the forward pass that is timed beside bfloat16; 0: time nothing",
+        low=0,
     )
-    options.add_model(parser)
+    options.add_model(
+        parser,
+        lora=types.refused(
+            "the LoRA has to be in the weights before they are quantised; `diffalign merge` first"
+        ),
+    )
     options.add_drawing(parser, solver=False)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Quantise, save, and print how large and how fast the copy is; the last line is JSON."""
-    import torch
-
-    from diffalign.cli.models import chosen_prompts, load, settle_drawing
-    from diffalign.core.errors import UsageError
-    from diffalign.tuning.evaluator import Drawing
+    """Quantise, save, and print how large and how fast the copy is."""
+    from diffalign.cli.models import (
+        calibration_drawing,
+        chosen_prompts,
+        dtype_of,
+        load,
+        settle_drawing,
+    )
+    from diffalign.cli.output import emit, suggest
+    from diffalign.core import console
     from diffalign.tuning.smaller import SmallerSettings, make_smaller
 
-    if args.output_dir.exists():
-        raise UsageError(f"--output_dir: {args.output_dir} exists already")
-    if args.lora is not None:
-        raise UsageError(
-            "--lora: weights are quantised with the LoRA in them; `diffalign merge` first"
-        )
     prompts = chosen_prompts(args) if args.prompts else None
     settings = SmallerSettings(
         args.backend, args.components, args.group_size, args.svd_rank, args.latency
     )
     settings.check(prompts)
     settle_drawing(args)
-    drawing = Drawing(
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        seed=args.seed,
-        micro_batch_size=args.batch_size,
-    )
-    smaller = make_smaller(
-        load(args),
-        args.model,
-        settings,
-        args.output_dir,
-        drawing=drawing,
-        dtype=getattr(torch, args.dtype),
-        prompts=prompts,
-    )
+    with console.steps("quantize", ("load", "quantise", "save and measure")) as step:
+        model = load(args)
+        step()
+        smaller = make_smaller(
+            model,
+            args.model,
+            settings,
+            args.output_dir,
+            drawing=calibration_drawing(args, mixed_precision="bf16"),
+            dtype=dtype_of(args),
+            prompts=prompts,
+            progress=step,
+        )
     print(smaller.weights)
     if smaller.speed is not None:
         print(smaller.speed)
     size = f"{smaller.part} of {smaller.result['disk_bytes']:,} bytes"
     print(f"{args.output_dir}: {size}; diffalign.load reads it")
-    print(json.dumps(smaller.result))
+    suggest("generate", "a photo of a red circle", "--model", args.output_dir)
+    emit(smaller.result)
 
 
 VERB = Verb(
     "quantize",
-    "a smaller copy of a model: 8 or 4 bits a weight, convolutions too",
+    "save a smaller copy of a model, with 8 or 4 bits per weight",
     add_flags,
     run,
     description="Quantise a model's denoiser and save a folder that `diffalign.load` and every verb read "
-    "(docs/qsched.md). Prints true bytes in memory and on disk, and the time of a forward beside the original's.",
+    "(docs/qsched.md).\nPrints its size in memory and on disk, and the time of a forward pass beside the original's.",
+    epilog="""example:
+  diffalign quantize --model shapes-flux-schnell --backend int4 --svd_rank 16 --output_dir runs/small""",
 )

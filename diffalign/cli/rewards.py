@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffalign.core import console
 from diffalign.core.errors import UsageError
 from diffalign.data.images import CaptionedImage
 from diffalign.rewards.composition import CompositeReward
@@ -24,12 +24,12 @@ def load_usable_rewards(names: str, images: Sequence[CaptionedImage]) -> Composi
     reward = _choose(names)
     texts, metadata = [i.prompt.text for i in images], [i.prompt.metadata for i in images]
     for name, reason in reward.leave_out_unusable(texts, metadata).items():
-        print(f"{name} is left out: {reason}", file=sys.stderr)
+        print(f"{name} is left out: {reason}", file=console.stderr())
     return reward
 
 
 def _choose(names: str) -> CompositeReward:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen:
-        raise UsageError("--rewards names none")
-    return CompositeReward.from_config(dict.fromkeys(chosen, 1.0), setting="--rewards")
+        raise UsageError("rewards: names none")
+    return CompositeReward.from_config(dict.fromkeys(chosen, 1.0), setting="rewards")

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import argparse
 
+from diffalign.cli import types
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `serve-rewards`."""
-    parser.add_argument("--rewards", required=True, help="comma-separated")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="default: %(default)s, this machine alone"
+        "--rewards",
+        type=types.names,
+        required=True,
+        metavar="NAME,...",
+        help="names from `diffalign list rewards`, separated by commas",
     )
-    parser.add_argument("--port", type=int, default=8100, help="default: %(default)s")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; other machines can reach anything but the default (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port",
+        type=types.count(0),
+        default=8100,
+        help="port to listen on; 0: any that is free (default: %(default)s)",
+    )
     parser.add_argument(
         "--timeout",
         default="300",
-        help="seconds of scoring, of all or of each: 60, or pickscore=60,ocr=10; default: %(default)s",
+        metavar="SECONDS",
+        help="time limit of scoring, for all rewards or for each: 60, or pickscore=60,ocr=10 (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_bytes", type=int, default=256_000_000, help="of a request; default: %(default)s"
+        "--max_bytes",
+        type=types.count(),
+        default=256_000_000,
+        metavar="N",
+        help="largest request in bytes (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until interrupted; the token of DIFFALIGN_REWARD_TOKEN is asked for where it is set."""
+    """Serve until interrupted; clients need the token of DIFFALIGN_REWARD_TOKEN where it is set."""
     from diffalign.rewards.serving import serve
 
     names = [n.strip() for n in args.rewards.split(",") if n.strip()]
@@ -34,7 +54,11 @@ def run(args: argparse.Namespace) -> None:
 
 VERB = Verb(
     "serve-rewards",
-    "rewards behind HTTP, for a GPU or an environment of their own (docs/rewards.md)",
+    "serve rewards over HTTP, from another GPU or environment (docs/rewards.md)",
     add_flags,
     run,
+    has_result=False,
+    quiet=False,
+    epilog="""example:
+  diffalign serve-rewards --rewards pickscore,ocr --port 8100""",
 )

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 if TYPE_CHECKING:
     from diffalign.config import AnyRunConfig
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: Parser) -> None:
     """Add the recipe, whose settings can be overridden."""
-    parser.add_argument("recipe", help="name or YAML file")
+    parser.add_argument("recipe", help="name from `diffalign list recipes`, or a YAML file")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Add the flags of `train`."""
     add_recipe(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the settings, prompts and rewards, print the configuration and stop",
+        help="check settings, prompts and rewards, print the whole configuration, and stop",
     )
 
 
@@ -39,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
     for name in config.evaluation.rewards:
         rewards.check_name(name, setting="evaluation.rewards")
     models.resolve(config.model.name)
-    if not args.dry_run:
-        check_target(config.output_dir)
+    check_target(config.output_dir)
 
     from diffalign.training.inputs import read_inputs
 
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train_config(config: AnyRunConfig) -> None:
-    """Train a configuration, and print what it needs and what came of it."""
-    from diffalign.cli.output import print_summary
-    from diffalign.core import processes
+    """Train a configuration; print its memory forecast, its result and where that is."""
+    from diffalign.cli.output import emit, print_summary
+    from diffalign.core import console, processes
     from diffalign.training.forecast import forecast_of
     from diffalign.training.run import run as train
 
@@ -62,11 +63,16 @@ def train_config(config: AnyRunConfig) -> None:
     forecast = forecast_of(config, processes=processes.current().num_processes) if main else None
     if forecast is not None:
         print(forecast)
-    summary = train(config)
+    try:
+        summary = train(config)
+    finally:
+        if main:
+            console.write_messages(Path(config.output_dir))
     if main:
         print_summary(summary)
         for line in results_of(config):
             print(line)
+        emit({k: v for k, v in summary.items() if k != "config"})
 
 
 def results_of(config: AnyRunConfig) -> list[str]:
@@ -91,11 +97,16 @@ def results_of(config: AnyRunConfig) -> list[str]:
 
 VERB = Verb(
     "train",
-    "train a recipe",
+    "train a model by a recipe, with any setting changed",
     add_flags,
     run,
-    description="Train a recipe of `diffalign list recipes`, or a YAML file. Every setting can be overridden: "
-    "--key.sub=value. Flags of diffusers' training scripts work where they mean the same.",
+    description="Train a recipe from `diffalign list recipes`, or a YAML file. Every setting can be overridden with "
+    "--key.sub=value.\nMany flags of diffusers' training scripts work, too, such as --learning_rate and --rank. The "
+    "same command resumes an interrupted run.",
+    epilog="""examples:
+  diffalign train awm-shapes-sd3 --output_dir runs/mine
+  diffalign train awm-shapes-sd3 --optimizer.learning_rate=1e-3 --lora.rank=8
+  diffalign train mine.yaml --dry-run""",
     shares=True,
     resumes=True,
     takes_settings=True,

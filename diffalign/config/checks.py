@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from diffalign.core.errors import UserError
+from diffalign.core.nearest import nearest
 
 
 class ConfigError(UserError, ValueError):
@@ -28,11 +28,3 @@ def positive(config: object, names: Sequence[str], group: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
-
-
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """A hint to append to a message: the closest valid name, or all of them when they are few."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid are {', '.join(sorted(valid))}" if len(valid) <= 20 else ""

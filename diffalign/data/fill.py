@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from diffalign.core import processes
+from diffalign.core import console, processes
 from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.data.shard_cache import Shard, ShardCache
 
@@ -82,12 +81,7 @@ def _write_shards(
     while (facts := cache.facts(done)) is not None:
         done, row, count = done + 1, facts["stop"], count + facts["items"]
     maker = make()
-    bar = tqdm(
-        desc="precompute",
-        unit=cache.rows.removesuffix("s"),
-        initial=count,
-        disable=not accelerator.is_main_process,
-    )
+    bar = console.progress("precompute", None, unit=cache.rows.removesuffix("s"), initial=count)
     left = None if limit is None else limit - count
     with Interruption("the shard in hand is written first") as interruption:
         for shard in shards(items(row), first=done, limit=left, size=SHARD_ITEMS):

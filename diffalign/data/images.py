@@ -50,7 +50,7 @@ class CaptionedImage:
     prompt: Prompt
 
 
-def read_folder(folder: str | Path, *, flag: str = "--images") -> list[CaptionedImage]:
+def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedImage]:
     """Images of a folder with their captions; what is left out is logged.
 
     Captions come from tables in the folder or below it (`metadata.jsonl`, `.csv`, `.parquet` or `.json` with columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.fid import (
+    Batches,
     FeatureSet,
     Network,
     distance_intervals,
@@ -26,6 +28,7 @@ from diffalign.evaluation.fid import (
     model_batches,
     warnings,
 )
+from diffalign.evaluation.score import Progress
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.shapes.world import render, sample_scene
 
@@ -50,7 +53,7 @@ class Generation:
 
 
 def generated_side(
-    source: Path | Generation, *, batch_size: int
+    source: Path | Generation, *, batch_size: int, progress: Progress | None = None
 ) -> Callable[[Network, PartialState], FeatureSet]:
     """Look up a folder's images now, and return the function that computes the features.
 
@@ -64,19 +67,38 @@ def generated_side(
         about: dict[str, Any]
         if isinstance(source, Path):
             about = {"folder": str(source)}
+            total = len(images)
             batches = folder_batches(images, about, batch_size=batch_size, process=process)
         else:
             about = {**source.about, "formats": NO_FILE}
+            total = len(source.prompts) * source.config.images_per_prompt
             batches = model_batches(
                 source.load(), source.prompts, about, source.config, process=process, **source.sizes
             )
-        return extract(network, batches, about, gather=gather_object)
+        share = math.ceil(total / state.num_processes)
+        return extract(network, counted(batches, share, progress), about, gather=gather_object)
 
     return compute
 
 
+def counted(batches: Batches, total: int, progress: Progress | None) -> Batches:
+    """Yield batches of images, and report how many of `total` are done."""
+    done = 0
+    if progress is not None:
+        progress(0, total)
+    for pixels, numbers in batches:
+        yield pixels, numbers
+        done += len(numbers)
+        if progress is not None:
+            progress(min(done, total), total)
+
+
 def reference_side(
-    reference: str, *, batch_size: int, max_prompts: int | None = None
+    reference: str,
+    *,
+    batch_size: int,
+    max_prompts: int | None = None,
+    progress: Progress | None = None,
 ) -> Callable[[Network], Callable[[], FeatureSet]]:
     """Look up statistics (.npz), a folder, or scenes of Shapes now.
 
@@ -94,17 +116,20 @@ def reference_side(
     about: dict[str, Any]
     if reference.startswith("shapes:"):
         about = {"drawn": reference, "images_per_prompt": SHAPES_IMAGES, "formats": NO_FILE}
+        prompts = load_prompts(reference, limit=max_prompts)
+        total = len(prompts) * SHAPES_IMAGES
         source = drawn_batches(
             draw_scene,
-            load_prompts(reference, limit=max_prompts),
+            prompts,
             images_per_prompt=SHAPES_IMAGES,
             batch_size=batch_size,
         )
     else:
         about = {"folder": reference}
-        images = read_folder(path, flag="--reference")
+        images = read_folder(path, flag="reference")
+        total = len(images)
         source = folder_batches(images, about, batch_size=batch_size)
-    return lambda network: lambda: extract(network, source, about)
+    return lambda network: lambda: extract(network, counted(source, total, progress), about)
 
 
 def draw_scene(prompt: Prompt, seed: int) -> np.ndarray:

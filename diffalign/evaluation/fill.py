@@ -26,6 +26,7 @@ from diffalign.evaluation.geneval import (
     write_rows,
 )
 from diffalign.evaluation.recording import StateKeeper
+from diffalign.evaluation.score import Progress
 from diffalign.pipelines.base import TextToImageModel
 
 
@@ -37,6 +38,7 @@ def fill_folder(
     *,
     made: Mapping[str, Any],
     states: int | None = None,
+    progress: Progress | None = None,
     micro_batch_size: int,
     **sizes: Any,
 ) -> None:
@@ -46,6 +48,7 @@ def fill_folder(
         load: loads the model, once the folder has been checked.
         made: how the images are made, as the folder notes it.
         states: record this many sampler states per image.
+        progress: told how many of the missing images are drawn.
 
     Raises:
         GenEvalError: the folder is being filled in another way.
@@ -53,7 +56,16 @@ def fill_folder(
         Interrupted: a signal came; the images that are drawn are kept.
     """
     with processes.hold(folder):
-        _fill(folder, prompts, load, config, made, states, micro_batch_size, sizes)
+        _fill(
+            folder,
+            prompts,
+            load,
+            config,
+            made,
+            states,
+            progress,
+            sizes | {"micro_batch_size": micro_batch_size},
+        )
 
 
 def _fill(
@@ -63,12 +75,13 @@ def _fill(
     config: EvaluationConfig,
     made: Mapping[str, Any],
     states: int | None,
-    micro_batch_size: int,
+    progress: Progress | None,
     sizes: Mapping[str, Any],
 ) -> None:
     state = processes.current()
     # before the folder is claimed: what the keeper refuses is not noted
-    keeper = None if states is None else StateKeeper(load(), config, states, **sizes)
+    shape = {k: v for k, v in sizes.items() if k != "micro_batch_size"}
+    keeper = None if states is None else StateKeeper(load(), config, states, **shape)
 
     def prepare() -> None:
         claim(folder, made)
@@ -82,7 +95,7 @@ def _fill(
         config,
         process=(state.process_index, state.num_processes),
         keeper=keeper,
-        micro_batch_size=micro_batch_size,
+        progress=progress,
         **sizes,
     )
     state.wait_for_everyone()
@@ -99,6 +112,7 @@ def score_filled(
     made: Mapping[str, Any],
     *,
     batch_size: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a folder in GenEval's layout, all processes together, and write `results.jsonl` into it.
 
@@ -121,6 +135,7 @@ def score_filled(
         detector.detect,
         batch_size=batch_size,
         compat=detector.compat,
+        progress=progress,
     )
     rows = sorted(gather_object(rows), key=lambda row: row["filename"])
     if not state.is_main_process:

@@ -30,7 +30,7 @@ def score_folder(
         {"file": str(image.path), "prompt": image.prompt.text} for image in images
     ]
     if batch_size < 1:
-        raise UsageError(f"--batch_size must be at least 1, got {batch_size}")
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     done = 0
     for numbers, pixels, error in batches(images, size=batch_size):
         if pixels is None:
@@ -104,3 +104,13 @@ def check_captions(reward: Any, images: Sequence[CaptionedImage], folder: Path) 
     blind = [n for n, r in reward.rewards.items() if r.needs_prompt]
     if blind:
         require_captions(images, folder, why=f"{', '.join(blind)} needs captions")
+
+
+def check_scored(
+    rows: Sequence[Mapping[str, Any]], means: Mapping[str, float], reward: Any
+) -> None:
+    """Raise UsageError where no image of a folder could be read, or none could be scored."""
+    if all("error" in row for row in rows):
+        raise UsageError(f"no image could be read, for instance {rows[0]['error']}")
+    if not means:
+        raise UsageError(f"no image could be scored: {reward.last_error or 'all rewards are NaN'}")

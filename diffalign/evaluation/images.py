@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import no_reward
 
 GRID = "grid.png"
+LONGEST = 60
+"""Bytes of a prompt in a file name."""
 
 
 def write_images(
@@ -30,8 +33,8 @@ def write_images(
     *,
     progress: Progress | None = None,
     **sizes: Any,
-) -> int:
-    """Draw images of the prompts and return their number.
+) -> list[Path]:
+    """Draw images of the prompts and return their files.
 
     Each image is written as PNG once it is drawn, then the captions, and a grid of all.
     """
@@ -47,16 +50,19 @@ def write_images(
         if progress is not None:
             progress(part.start + len(images), len(texts))
 
+    if progress is not None:
+        progress(0, len(texts))
     evaluation = evaluate_model(model, prompts, no_reward, config, on_images=write, **sizes)
     write_captions(folder, dict(zip(names, rows, strict=True)))
     captions = [f"{i:04d} {text} (seed {config.seed})" for i, text in enumerate(texts)]
     grid = image_grid(evaluation.images, columns=config.images_per_prompt, captions=captions)
     with aside(folder / GRID) as file:
         grid.save(file)
-    return len(texts)
+    return [folder / name for name in names]
 
 
 def file_name(number: int, prompt: str) -> str:
-    """Return the name of an image's file: its number, and what of its prompt a file name can hold."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-    return f"{number:04d}-{words}.png" if words else f"{number:04d}.png"
+    """Return the name of an image's file: its number, and the words of its prompt in any script."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    short = words.encode()[:LONGEST].decode(errors="ignore").strip("-")
+    return f"{number:04d}-{short}.png" if short else f"{number:04d}.png"

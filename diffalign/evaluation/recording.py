@@ -45,7 +45,7 @@ class StateKeeper:
         self.allowed = way_to_go(noise).nonzero().flatten()
         if not 1 <= self.count <= len(self.allowed):
             raise UsageError(
-                f"--record_states: must lie in 1..{len(self.allowed)}, the steps after which there is noise left"
+                f"record_states: must lie in 1..{len(self.allowed)}, the steps after which there is noise left"
             )
         self.made_by = {
             "model": of_pipeline(self.model.pipeline),

@@ -23,7 +23,7 @@ def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -
     for text in folders:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
         folder = Path(path)
-        images = read_folder(folder, flag="--folders")
+        images = read_folder(folder, flag="folders")
         named = by_name(images, folder)
         geneval, correct = read_geneval(folder)
         means: dict[str, float] = {}
@@ -45,6 +45,6 @@ def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -
     names = [s.name for s in sides]
     if len(set(names)) < len(names):
         raise UsageError(
-            f"--folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
+            f"folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
         )
     return sides

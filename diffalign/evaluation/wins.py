@@ -12,6 +12,7 @@ from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
 from diffalign.evaluation.folder import check_captions, counts, score_folder
 from diffalign.evaluation.preference import by_name, shared_names, win_rate
+from diffalign.evaluation.score import Progress
 
 
 def compare_folders(
@@ -20,6 +21,7 @@ def compare_folders(
     load_rewards: Callable[[Sequence[Mapping[str, Any]]], Any],
     *,
     batch_size: int,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], str | None]:
     """Return win rates of `images` over `against`, and the rewards' last error.
 
@@ -29,13 +31,22 @@ def compare_folders(
     folders = (images, against)
     sets = [
         by_name(read_folder(folder, flag=flag), folder)
-        for folder, flag in zip(folders, ("--images", "--against"), strict=True)
+        for folder, flag in zip(folders, ("images", "against"), strict=True)
     ]
     pairs = shared_names(sets)
     images_of = [[images[name] for name in pairs] for images in sets]
     reward = load_rewards([i.prompt.metadata for i in images_of[0]])
     check_captions(reward, images_of[0], images)
-    rows = [score_folder(c, reward.score, batch_size=batch_size)[0] for c in images_of]
+
+    def score_side(number: int) -> list[dict[str, Any]]:
+        def advance(done: int, count: int) -> None:
+            if progress is not None:
+                progress(number * count + done, 2 * count)
+
+        side = images_of[number]
+        return score_folder(side, reward.score, batch_size=batch_size, progress=advance)[0]
+
+    rows = [score_side(0), score_side(1)]
     prompts = [image.prompt.text or str(i) for i, image in enumerate(images_of[0])]
     rates: dict[str, Any] = {}
     for name in reward.rewards:

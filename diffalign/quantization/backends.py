@@ -14,13 +14,13 @@ The `int8` and `int4` of this project run wherever torch does. They multiply unp
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
+from diffalign.core.nearest import closest
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,14 @@ BACKENDS = {
 }
 
 
+def check_name(backend: str) -> None:
+    """Raise UsageError with the nearest name where no backend has this one."""
+    if backend != "auto" and backend not in BACKENDS:
+        close = closest(backend, BACKENDS)
+        hint = f"did you mean {close}?" if close else f"known are auto, {', '.join(BACKENDS)}"
+        raise UsageError(f"no quantisation backend {backend!r}; {hint}")
+
+
 def resolve(
     backend: str,
     *,
@@ -109,10 +117,7 @@ def resolve(
     """
     if backend == "auto":
         return "int8" if training else _choose(device, model)
-    if backend not in BACKENDS:
-        close = difflib.get_close_matches(backend, BACKENDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are auto, {', '.join(BACKENDS)}"
-        raise UsageError(f"no quantisation backend {backend!r}; {hint}")
+    check_name(backend)
     chosen = BACKENDS[backend]
     missing = _missing(chosen, device)
     if missing:

@@ -20,11 +20,11 @@ def scheduler_like(asked: str, own: Any) -> Any:
     name, *settings = asked.split(",")
     kind: Any = getattr(diffusers, name, None)
     if kind is None:
-        raise UsageError(f"--scheduler: diffusers has no {name}")
+        raise UsageError(f"scheduler: diffusers has no {name}")
     changes = dict(s.partition("=")[::2] for s in settings)
     unknown = set(changes) - set(inspect.signature(kind).parameters)
     if unknown:
-        raise UsageError(f"--scheduler: {name} has no {', '.join(sorted(unknown))}")
+        raise UsageError(f"scheduler: {name} has no {', '.join(sorted(unknown))}")
     return kind.from_config(own.config, **{k: _value(v) for k, v in changes.items()})
 
 

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm import tqdm
 
 from diffalign import lora
 from diffalign.config import (
@@ -23,7 +22,7 @@ from diffalign.config import (
     to_dict,
 )
 from diffalign.config.methods import trainer_class
-from diffalign.core import processes
+from diffalign.core import console, processes
 from diffalign.core.errors import explain, full_disk, out_of_memory
 from diffalign.core.files import aside
 from diffalign.core.fingerprint import of_pipeline
@@ -197,12 +196,11 @@ class Run:
         trainer, main = self.trainer, self.accelerator.is_main_process
         trackers.start(self.accelerator, self.config)
         log = trainer.folder.read_log()
-        bar = tqdm(
-            total=self.config.training.num_updates,
-            initial=trainer.progress.update,
-            desc=self.config.algorithm.type,
+        bar = console.progress(
+            self.config.algorithm.type,
+            self.config.training.num_updates,
             unit="update",
-            disable=not main,
+            initial=trainer.progress.update,
         )
         last, number = self._ended(log), 0
         with bar, Interruption("the update in hand is finished and saved") as interruption:

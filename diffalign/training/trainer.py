@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from diffalign import lora
 from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
-from diffalign.core import processes
+from diffalign.core import console, processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
@@ -121,7 +120,7 @@ class Trainer(ABC):
     def say(self, text: str) -> None:
         """Print a line beside the progress bar, from the main process."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            console.say(text)
 
     def watch(self, log: list[dict[str, Any]], before: Mapping[str, float]) -> Any:
         """Look for what is wrong after an update, and note warnings in the log's last row.

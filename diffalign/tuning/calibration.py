@@ -41,7 +41,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise UsageError("--prompts: there is no prompt to calibrate with")
+            raise UsageError("prompts: there is no prompt to calibrate with")
 
     @torch.no_grad()
     def run(self, before: Before | None = None) -> None:

@@ -30,7 +30,7 @@ class Space:
     def __post_init__(self) -> None:
         if not (LEAST <= self.low <= 1 <= self.high <= MOST and self.low < self.high):
             raise UsageError(
-                f"--box: must hold 1 and something else, within {LEAST:g}..{MOST:g}; got "
+                f"box: must hold 1 and something else, within {LEAST:g}..{MOST:g}; got "
                 f"{self.low:g}..{self.high:g}"
             )
 
@@ -122,7 +122,7 @@ def _evolve(
     try:
         import cma as package
     except ImportError as error:
-        raise UsageError("--engine cma or ramp needs the package cma: pip install cma") from error
+        raise UsageError("engine: cma and ramp need the package cma: pip install cma") from error
     options = {
         "bounds": [space.low, space.high],
         "seed": seed + 1,  # 0 is the clock to this package

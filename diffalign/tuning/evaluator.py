@@ -53,9 +53,9 @@ class Drawing:
             ("micro_batch_size", "batch_size"),
         ):
             if getattr(self, name) < 1:
-                raise UsageError(f"--{flag} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"{flag} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
-            raise UsageError(f"--seed must be at least 0, got {self.seed}")
+            raise UsageError(f"seed must be at least 0, got {self.seed}")
 
 
 class Evaluator:
@@ -86,7 +86,7 @@ class Evaluator:
         key: Any = None,
     ) -> None:
         if not prompts:
-            raise UsageError("--prompts: there is no prompt to calibrate with")
+            raise UsageError("prompts: there is no prompt to calibrate with")
         if not isinstance(model.pipeline.scheduler, QSched):
             raise TypeError("wrap the pipeline's scheduler first: QSched.wrap")
         self.model, self.score, self.terms, self.drawing = model, score, list(terms), drawing

@@ -50,7 +50,7 @@ def parse(text: str) -> dict[str, float]:
             value = math.nan
         if not name or not math.isfinite(value):
             raise UsageError(
-                f"--objective: {part!r} is no reward=weight; expected one of {', '.join(PRESETS)}, or for instance "
+                f"objective: {part!r} is no reward=weight; expected one of {', '.join(PRESETS)}, or for instance "
                 "clip_score=1,pickscore=2"
             )
         found[name] = value

@@ -22,14 +22,14 @@ def check_plot(file: Path) -> None:
         UsageError: matplotlib is not there, the file is of another kind than `KINDS`, or it could not be written.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'diffalign[plots]'")
+        raise UsageError("plot: needs matplotlib: pip install 'diffalign[plots]'")
     if file.suffix.lower() not in KINDS:
-        raise UsageError(f"--plot: {file} must end in {', '.join(KINDS)}")
+        raise UsageError(f"plot: {file} must end in {', '.join(KINDS)}")
     if file.is_dir():
-        raise UsageError(f"--plot: {file} is a folder")
+        raise UsageError(f"plot: {file} is a folder")
     there = next(p for p in file.absolute().parents if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UsageError(f"--plot: {file} cannot be written, see {there}")
+        raise UsageError(f"plot: {file} cannot be written, see {there}")
 
 
 def plot_history(result: TuneResult, file: Path) -> None:

@@ -34,12 +34,12 @@ def target_folder(model: str, output_dir: Path | None) -> tuple[Path, bool]:
     target = output_dir or own
     if target is None:
         raise UsageError(
-            f"--output_dir: {model} is no folder of yours, so the model with its factors needs one"
+            f"output_dir: {model} is no folder of yours, so the model with its factors needs one"
         )
     if own is not None and target.resolve() == own.resolve():
         return own, False
     if target.exists():
-        raise UsageError(f"--output_dir: {target} exists already")
+        raise UsageError(f"output_dir: {target} exists already; name a new folder")
     return target, True
 
 

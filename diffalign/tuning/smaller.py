@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,13 @@ class SmallerSettings:
     def check(self, prompts: Sequence[Prompt] | None) -> None:
         """Raise UsageError where the settings do not fit together, or not to the calibration prompts."""
         if self.latency < 0:
-            raise UsageError(f"--latency must be at least 0, got {self.latency}")
+            raise UsageError(f"latency must be at least 0, got {self.latency}")
         static = self.backend in BACKENDS and BACKENDS[self.backend].activations
         if static and not prompts:
-            raise UsageError(f"--backend {self.backend} is calibrated on images: give --prompts")
+            raise UsageError(f"backend: {self.backend} is calibrated on images; give `prompts`")
         if prompts and not (self.svd_rank or static):
             raise UsageError(
-                "--prompts: calibration is for int8-static and for the low-rank branch; give --svd_rank, too"
+                "prompts: calibration is for int8-static and for the low-rank branch; give `svd_rank`, too"
             )
 
 
@@ -77,6 +77,7 @@ def make_smaller(
     drawing: Drawing,
     dtype: torch.dtype,
     prompts: list[Prompt] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Smaller:
     """Quantise `model`, which was loaded from `source`, save it to `output_dir` and measure it.
 
@@ -84,6 +85,7 @@ def make_smaller(
         drawing: how calibration images are drawn, and the size of the timed forward.
         dtype: of the parts that stay as they are.
         prompts: calibrate on images of these.
+        progress: called when the model is quantised, and when it is saved and measured.
 
     Raises:
         UsageError: the backend cannot quantise this model with these settings.
@@ -92,6 +94,7 @@ def make_smaller(
     model, backends = _quantise(
         model, source, settings, drawing=drawing, dtype=dtype, prompts=prompts
     )
+    progress()
     size = {"height": drawing.height, "width": drawing.width}
     seconds = forward_seconds(model, settings.latency, **size) if settings.latency else None
     after = report(model.denoiser)  # with what layers keep once they have run
@@ -120,6 +123,7 @@ def make_smaller(
             result["latency_ratio"] = round(times.ratio, 3)
         text = json.dumps({**result, "versions": versions()}, indent=2)
         (folder / REPORT).write_text(text, encoding="utf-8")
+    progress()
     speed = None if times is None else _told(times, settings, set(backends.values()))
     return Smaller(part, after, speed, result)
 
@@ -157,9 +161,7 @@ def _quantise(
         return model, done
     part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
     if settings.components:
-        raise UsageError(
-            f"--components: {name} quantises the denoiser while it loads, nothing else"
-        )
+        raise UsageError(f"components: {name} quantises the denoiser while it loads, nothing else")
     config = quantization_config(name, device=model.device, **options)
     mapping = PipelineQuantizationConfig(quant_mapping={part: config})
     again = load_model(source, dtype=dtype, device=model.device, quantization_config=mapping)

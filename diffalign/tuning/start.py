@@ -34,7 +34,7 @@ def closed_form(
     model = evaluator.model
     if type(reference) is not type(model):
         raise UsageError(
-            f"--reference: a {reference.family} model cannot stand for a {model.family} model"
+            f"reference: a {reference.family} model cannot stand for a {model.family} model"
         )
     both = _Pair(evaluator, reference)
     found: list[tuple[float, float]] = []

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from diffalign.core import locks
+from diffalign.core import console, locks
 from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 from diffalign.core.fingerprint import of_denoiser, of_pipeline
@@ -48,14 +47,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(
-                f"--engine: unknown engine {self.engine!r}; known are {', '.join(ENGINES)}"
+                f"engine: unknown engine {self.engine!r}; known are {', '.join(ENGINES)}"
             )
         if self.budget < 1:
-            raise UsageError(f"--budget must be at least 1, got {self.budget}")
+            raise UsageError(f"budget must be at least 1, got {self.budget}")
         if not 0 < self.held_out < 1:
-            raise UsageError(f"--held_out must lie in 0..1, got {self.held_out}")
+            raise UsageError(f"held_out must lie in 0..1, got {self.held_out}")
         if not 0 <= self.penalty < math.inf:
-            raise UsageError(f"--penalty must be at least 0, got {self.penalty}")
+            raise UsageError(f"penalty must be at least 0, got {self.penalty}")
 
 
 @dataclass
@@ -116,7 +115,7 @@ def split(prompts: Sequence[Prompt], held_out: float) -> tuple[list[Prompt], lis
     count = round(len(texts) * held_out)
     if not 0 < count < len(texts):
         raise UsageError(
-            f"--prompts: {len(texts)} prompts cannot be split into calibration and held-out ones (--held_out "
+            f"prompts: {len(texts)} prompts cannot be split into calibration and held-out ones (`held_out` "
             f"{held_out:g}); give at least 2, better 50"
         )
     chosen = {texts[i * len(texts) // count] for i in range(count)}
@@ -208,7 +207,7 @@ def search(
         objective = Objective(settings.objective, evaluator([ones])[0], settings.penalty)
         if reference is not None:
             space = _start(evaluator, objective, space, settings, reference)
-        with tqdm(desc="qsched", unit="candidate", total=settings.budget) as bar:
+        with console.progress("qsched", settings.budget, unit="candidate") as bar:
             evaluator.on_scores = _Progress(bar, objective)
             history = _search(evaluator, objective, space, settings)
     best = max(history, key=lambda row: row["value"])

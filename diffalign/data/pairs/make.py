@@ -28,6 +28,7 @@ from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+Progress = Callable[[int, int], None]
 Group = Callable[[CaptionedImage], str]
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 
@@ -59,7 +60,7 @@ class PairOptions:
 
     def __post_init__(self) -> None:
         if self.weights == "rankdpo" and self.pick != "all":
-            raise UsageError("--weights=rankdpo weighs all pairs of a ranking: it needs --pick=all")
+            raise UsageError("weights: rankdpo weighs all pairs of a ranking: it needs `pick` all")
 
 
 def by_place(image: CaptionedImage) -> str:
@@ -104,6 +105,7 @@ def make_pairs(
     batch_size: int,
     state: PartialState,
     group: Group = by_place,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score images (all processes together), write `pairs.jsonl` into `folder`, and return a summary.
 
@@ -114,13 +116,20 @@ def make_pairs(
         UsageError: no prompt has a better image.
     """
     mine = range(state.process_index, len(images), state.num_processes)
-    rows = _score([images[i] for i in mine], reward, group, batch_size=batch_size)
+    rows = _score(
+        [images[i] for i in mine], reward, group, batch_size=batch_size, progress=progress
+    )
     rows = sorted(gather_object(rows), key=lambda row: (row["group"], row["file"]))
     return _write(folder, rows, reward, options) if state.is_main_process else {}
 
 
 def _score(
-    images: list[CaptionedImage], reward: Rewards, group: Group, *, batch_size: int
+    images: list[CaptionedImage],
+    reward: Rewards,
+    group: Group,
+    *,
+    batch_size: int,
+    progress: Progress | None,
 ) -> list[Row]:
     """One row per image: its rewards and, where a reward looks for objects, the objects."""
     detect: Detect | None = next(
@@ -128,6 +137,8 @@ def _score(
     )
     rows: list[Row] = [{"file": str(i.path), "group": group(i)} for i in images]
     for numbers, pixels, error in batches(images, size=batch_size):
+        if progress is not None:
+            progress(numbers[0], len(images))
         if pixels is None:
             rows[numbers[0]]["error"] = error
             continue

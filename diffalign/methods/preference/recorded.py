@@ -67,7 +67,7 @@ class RecordedSource:
         if there != self.weights:
             raise PairsError(
                 f"{pair.place}: its states were recorded with other weights ({there}, here {self.weights}), or another "
-                "--dtype; draw the pairs with this model, or invert them with another pairs.inversion.solver"
+                "`dtype`; draw the pairs with this model, or invert them with another pairs.inversion.solver"
             )
         if tuple(recorded.latents.shape) != self.shape:
             raise PairsError(

@@ -1,0 +1,85 @@
+"""Errors of libraries and of the network as one line with advice, with the flags that users type."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffalign.core.errors import UserError
+
+NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
+"""Libraries whose errors are those of a connection or of a server."""
+HUB = {
+    "GatedRepoError": "the model is gated: accept its licence on its page of huggingface.co, then run `hf auth login`",
+    "RepositoryNotFoundError": "no such repository on huggingface.co, or it is private: check the name, or run "
+    "`hf auth login`",
+    "RevisionNotFoundError": "the repository has no such revision: check the name",
+    "EntryNotFoundError": "the repository has no such file: check the name",
+    "LocalEntryNotFoundError": "the files are not in the local cache and huggingface.co cannot be reached: connect "
+    "once to download them, or name a local folder",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the files are not in the local cache: unset it once to "
+    "download them, or name a local folder",
+}
+"""Errors of huggingface_hub, and what to do."""
+
+
+def library_line(error: BaseException | None) -> str | None:
+    """Return one line for an error of a library, a server or a file's content; None for every other error."""
+    while error is not None and not isinstance(error, UserError):
+        line = _line(error)
+        if line is not None:
+            return line
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _line(error: BaseException) -> str | None:
+    name, module = type(error).__name__, type(error).__module__.partition(".")[0]
+    if name in HUB:
+        return f"{_first_line(error)} ({HUB[name]})"
+    if module in NETWORK:
+        return (
+            f"the network or a server failed ({name}: {_first_line(error)}); check the connection, a mistyped path "
+            "that was taken for a hub id, or name a local folder"
+        )
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read; make its brackets fewer"
+    if isinstance(error, UnicodeError):
+        return f"a file is not text in UTF-8 ({error}); save it as UTF-8"
+    if name == "UnpicklingError":
+        return (
+            "weights in the pickle format are not read, since they can run code; convert them to .safetensors, or take "
+            "those from the model's page"
+        )
+    if name == "SafetensorError":
+        return f"a .safetensors file is damaged or cut ({_first_line(error)}); download or save it again"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first sentence of an error's message, in one line."""
+    return " ".join(str(error).split())[:300]
+
+
+def name_flags(text: str, flags: Mapping[str, str]) -> str:
+    """Replace names of arguments, in backticks or before the first colon, by the flags that users type.
+
+    The other rooms name arguments: they do not know who calls them.
+    """
+    text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
+    return re.sub(r"^(\w+)(?==|: | must )", lambda match: flags.get(match[1], match[1]), text)
+
+
+def report_to_launcher(line: str) -> None:
+    """Give torchrun the line: its own report, which ends the output of a launch, then shows it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file or not line:
+        return
+    details = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(file).write_text(json.dumps({"message": details}), encoding="utf-8")
