@@ -10,6 +10,7 @@ from snippets import ROOT, commands, snippets
 
 from diffalign import config, lora
 from diffalign.cli.main import build_parser, main, spell_out
+from diffalign.cli.parser import SpellingParser
 from diffalign.pipelines.registry import load_model
 
 COMMANDS = commands()
@@ -45,7 +46,7 @@ def test_commands_are_known(snippet, words):
         script = next(w for w in words if w.endswith(".py"))
         assert (ROOT / script).is_file()
         return
-    parser = build_parser()
+    parser = build_parser(SpellingParser)
     args, rest = parser.parse_known_args(spell_out(words))
     if words[0] in SETTINGS:
         recipe = args.recipe

@@ -61,9 +61,9 @@ VERBS = (
 )
 
 
-def build_parser() -> Parser:
+def build_parser(kind: type[Parser] = Parser) -> Parser:
     """Build the parser of all verbs."""
-    parser = Parser(
+    parser = kind(
         prog="diffalign",
         description="Align text-to-image diffusion models, make them fast, and measure both.",
         epilog=EPILOG,

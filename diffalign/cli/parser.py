@@ -64,6 +64,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
 
+class SpellingParser(Parser):
+    """A parser that knows the spelling of commands only: values are not checked, places need not exist."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except UserError:
+            return arg_string
+
+
 def flag_of(action: argparse.Action) -> str:
     """Return what a user types for an argument."""
     return action.option_strings[-1] if action.option_strings else str(action.dest)
