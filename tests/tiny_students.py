@@ -29,12 +29,12 @@ def settings(folder, **groups):
     return decode(base)
 
 
-def trainer(folder, family="flux", *, prompts=None, **groups):
+def trainer(folder, family="flux", *, texts=None, **groups):
     config = settings(folder, **groups)
     return DistillationTrainer(
         config,
         MODELS[family](),
         Accelerator(cpu=True),
         RunFolder(folder),
-        prompts or load_prompts("shapes:train"),
+        texts or load_prompts("shapes:train"),
     )

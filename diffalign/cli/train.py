@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         from diffalign.training.inputs import read_inputs
 
-        read_inputs(config)
+        for notice in read_inputs(config).notices:
+            print(f"# note: {notice}")
         print(configuration.dump(config), end="")
     else:
         check_target(config.output_dir)

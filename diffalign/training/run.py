@@ -118,6 +118,9 @@ class Run:
             config
         )  # first: it decides on which device rewards are made
         inputs = read_inputs(config)
+        if accelerator.is_main_process:
+            for notice in inputs.notices:
+                tqdm.write(f"note: {notice}")
         reward, watched = inputs.reward, inputs.watched
         folder = RunFolder(config.output_dir)
         folder.check(config, inputs.digests)
