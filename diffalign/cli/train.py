@@ -40,9 +40,16 @@ def run(args: argparse.Namespace) -> None:
         rewards.check_name(name, setting="evaluation.rewards")
     models.resolve(config.model.name)
     if args.dry_run:
+        from diffalign.training.forecast import forecast_of
         from diffalign.training.inputs import read_inputs
+        from diffalign.training.memory_fit import describe, free_memory
 
-        for notice in read_inputs(config).notices:
+        try:
+            notices = read_inputs(config).notices
+        finally:  # what a run needs is told even where its prompts are still to be written
+            for line in describe(config, free_memory(), lambda c: forecast_of(c, processes=1)):
+                print(f"# {line}")
+        for notice in notices:
             print(f"# note: {notice}")
         print(configuration.dump(config), end="")
     else:
@@ -55,12 +62,17 @@ def train_config(config: AnyRunConfig) -> None:
     from diffalign.cli.output import print_summary
     from diffalign.core import processes
     from diffalign.training.forecast import forecast_of
+    from diffalign.training.memory_fit import free_memory
+    from diffalign.training.memory_fit import summary as memory_line
     from diffalign.training.run import run as train
 
     main = processes.current().is_main_process
-    forecast = forecast_of(config, processes=processes.current().num_processes) if main else None
-    if forecast is not None:
-        print(forecast)
+    count = processes.current().num_processes
+    if main:
+        rooms = free_memory(processes=count)
+        line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
+        if line is not None:
+            print(line)
     summary = train(config)
     if main:
         print_summary(summary)
