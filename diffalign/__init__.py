@@ -6,8 +6,12 @@ __version__ = "0.1.0"
 
 
 def load(source: str, **kwargs: Any) -> Any:
-    """A diffusers pipeline as `DiffusionPipeline.from_pretrained(source, **kwargs)` loads it, with packed weights and
-    Q-Sched's factors in force where the folder has them (docs/qsched.md)."""
-    from diffalign.pipelines.registry import load_pipeline
+    """Load a diffusers pipeline, with packed weights and Q-Sched's factors in force where the folder has them.
 
-    return load_pipeline(source, **kwargs)
+    Args:
+        source: a name of `diffalign list models`, a folder, a single file or a hub id.
+        kwargs: arguments of `DiffusionPipeline.from_pretrained`; `torch_dtype` defaults to float32.
+    """
+    from diffalign.pipelines.registry import load_named
+
+    return load_named(source, **kwargs)

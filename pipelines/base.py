@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,10 @@ class TextToImageModel(ABC):
     """The denoiser is told an image's original size and crop (SDXL)."""
     latents_dtype: ClassVar[torch.dtype | None] = None
     """In which the stock pipeline draws noise; None: that of the prompt embeddings."""
+    latents_affine: ClassVar[str] = "shift"
+    """The reading of the autoencoder's configuration by the stock pipeline: one of `codec.AFFINES`."""
+    upcasts_vae: ClassVar[bool] = False
+    """The stock pipeline heeds the autoencoder's `force_upcast`."""
     guidance_is_embedded: bool = False
     """Guidance is an input of the denoiser (FLUX.1-dev) and not a second forward."""
 
@@ -70,16 +74,32 @@ class TextToImageModel(ABC):
     ) -> None:
         self.pipeline = pipeline
         self._default_size = default_size
-        self.noise = self._path()
+        self.noise = self.path_of(pipeline.scheduler)
         tokenizer = getattr(pipeline, self.long_tokenizer or "", None)
         if max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
         elif tokenizer is not None:
             self.max_sequence_length = min(self.max_sequence_length, tokenizer.model_max_length)
 
-    def _path(self) -> Path:
-        """What the model predicts along."""
-        return RectifiedFlow(self.pipeline.scheduler.config.num_train_timesteps)
+    @classmethod
+    def path_of(cls, scheduler: Any) -> Path:
+        """The path that a model with that scheduler predicts along.
+
+        Raises:
+            UsageError: the scheduler is not one of this family's path.
+        """
+        config = scheduler.config
+        flow = (
+            type(scheduler).__name__.startswith("FlowMatch")
+            or config.get("use_flow_sigmas")
+            or config.get("prediction_type") in ("flow_prediction", "trigflow")
+        )
+        if not flow or "num_train_timesteps" not in config:
+            raise UsageError(
+                f"scheduler {type(scheduler).__name__}: {cls.family} models are rectified flows, and this is no "
+                "scheduler of flows; put FlowMatchEulerDiscreteScheduler into the pipeline"
+            )
+        return RectifiedFlow(config.num_train_timesteps)
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -105,6 +125,16 @@ class TextToImageModel(ABC):
             return self._default_size
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return side, side
+
+    @classmethod
+    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+        """Tell by configurations whether a model is for a few steps without guidance."""
+        return False
+
+    @classmethod
+    def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
+        """Latents along a side by default, where the stock class fixes a wrong number."""
+        return None
 
     @abstractmethod
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -191,16 +221,11 @@ class TextToImageModel(ABC):
 
     def scheduler_at(self, num_inference_steps: int, *, height: int, width: int) -> Any:
         """A fresh copy of the pipeline's scheduler with its timesteps set as the stock pipeline sets them."""
-        if num_inference_steps < 1:
-            raise UsageError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
         if scheduler.config.get("use_dynamic_shifting"):
             kwargs["mu"] = dynamic_shift(scheduler.config, self.image_seq_len(height, width))
-        if "sigmas" in kwargs:
-            scheduler.set_timesteps(device=self.device, **kwargs)
-        else:
-            scheduler.set_timesteps(num_inference_steps, device=self.device, **kwargs)
+        set_timesteps(scheduler, num_inference_steps, device=self.device, **kwargs)
         return scheduler
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
@@ -221,7 +246,11 @@ class TextToImageModel(ABC):
         """Between pixels and the denoiser's tokens."""
         vae, reads = self.pipeline.vae, self.latent_channels
         prefix = reads if self.deep and reads < vae.config.latent_channels else None
-        return LatentCodec(vae, self.patch_size, prefix)
+        return self.codec_of(vae, patch_size=self.patch_size, prefix=prefix)
+
+    def codec_of(self, vae: Any, *, patch_size: int = 1, prefix: int | None = None) -> LatentCodec:
+        """The codec of an autoencoder under the pipelines of this family."""
+        return LatentCodec(vae, patch_size, prefix, self.latents_affine, self.upcasts_vae)
 
     @property
     def deep(self) -> bool:
@@ -237,12 +266,33 @@ class TextToImageModel(ABC):
         return self.codec.decode_checked(latents)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 to latents (B, C, H, W), scaled and shifted; of a posterior the mode."""
+        """Images (B, 3, H, W) uint8 to latents (B, C, H, W), normalised; of a posterior the mode."""
         return self.codec.encode(images)
 
     def to(self, device: torch.device | str) -> TextToImageModel:
         self.pipeline.to(device)
         return self
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int, **kwargs: Any) -> None:
+    """The scheduler's own `set_timesteps`; `sigmas` among the arguments stand for the number of steps.
+
+    Raises:
+        UsageError: the scheduler makes no such number of steps.
+    """
+    name = type(scheduler).__name__
+    if num_inference_steps < 1:
+        raise UsageError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    try:
+        if "sigmas" in kwargs:
+            scheduler.set_timesteps(**kwargs)
+        else:
+            scheduler.set_timesteps(num_inference_steps, **kwargs)
+    except (ValueError, AssertionError, IndexError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"num_inference_steps: {name} makes no {num_inference_steps} steps ({reason}); use fewer"
+        ) from error
 
 
 def dynamic_shift(config: Any, image_seq_len: int) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
@@ -58,6 +58,17 @@ class FluxModel(TextToImageModel):
         """Its transformer has no size of its own; the autoencoder's is that of FLUX.1's pipeline, 1024 px."""
         side = self.pipeline.vae.config.sample_size
         return self._default_size or (side, side)
+
+    @classmethod
+    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+        """Tell by FLUX.1-schnell's layout, which has no input for guidance."""
+        return denoiser.get("guidance_embeds") is False
+
+    @classmethod
+    def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
+        """The autoencoder's own size: the stock class has 128, whatever the folder says."""
+        side = pipeline.vae.config.get("sample_size") if pipeline.vae is not None else None
+        return side // pipeline.vae_scale_factor if isinstance(side, int) else None
 
     @property
     def guidance_is_embedded(self) -> bool:  # type: ignore[override]
@@ -136,6 +147,11 @@ class DCGenFluxModel(FluxModel):
     """`DCGenFluxPipeline`: a place of the latents is a token."""
 
     patch_size = 1
+
+    @classmethod
+    def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
+        """Read from the folder by the class itself."""
+        return None
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffalign.core.errors import UsageError
 from diffalign.lora.files import merge_lora
 from diffalign.lora.formats import Lora
+from diffalign.pipelines.cards import CARD, FEW_STEPS, STUDENTS, DrawingCard, card_of
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.schedulers.stock import scheduler_like
 
@@ -38,6 +40,23 @@ def merge(
         pipeline.register_modules(transformer=fold_guidance(pipeline.transformer, guidance))
     if scheduler is not None:
         pipeline.register_modules(scheduler=read_scheduler(scheduler, pipeline.scheduler))
+
+
+def merged_card(
+    model: str, *, scheduler: str | None = None, guidance: float | None = None
+) -> DrawingCard:
+    """The card of a merged model; arguments as of `merge`."""
+    card = card_of(model)
+    if scheduler is not None and (Path(scheduler) / CARD).is_file():
+        student = DrawingCard.load(Path(scheduler) / CARD)
+        card = replace(
+            card,
+            num_inference_steps=student.num_inference_steps,
+            guidance_scale=student.guidance_scale,
+        )
+    elif scheduler is not None and scheduler.partition(",")[0] in STUDENTS:
+        card = replace(card, num_inference_steps=FEW_STEPS, guidance_scale=None)
+    return card if guidance is None else replace(card, guidance_scale=None)
 
 
 def read_scheduler(name: str, own: Any) -> Any:

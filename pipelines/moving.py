@@ -13,8 +13,9 @@ from diffalign.latents.alignment import ratio
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import moved
 from diffalign.latents.shift import moved_scheduler
-from diffalign.pipelines import dcgen
+from diffalign.pipelines import dcgen, hub
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.places import look
 from diffalign.pipelines.registry import wrap_pipeline
 from diffalign.shapes import CHECKPOINTS
 
@@ -44,18 +45,21 @@ def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = Fal
         raise UsageError(f"latents.autoencoder: {name} could not be loaded: {reason}") from error
 
 
-def _place(source: str) -> dict[str, str]:
+def _place(source: str) -> dict[str, Any]:
     """Where the autoencoder of a folder or hub id lies: itself, or a pipeline's subfolder."""
     if Path(source).is_dir():
         return {"subfolder": "vae"} if (Path(source) / "vae").is_dir() else {}
-    try:
-        AutoencoderDC.load_config(source)
-        return {}
-    except OSError:  # no config.json at the top: a pipeline
-        return {"subfolder": "vae"}
+    place = look(source, setting="path")
+    if place is None or place.kind != "hub":
+        raise ValueError(f"it is no folder and no hub id; shipped are {', '.join(AUTOENCODERS)}")
+    repo = hub.repository(place.source, place.revision)
+    if not repo.files:
+        raise ValueError(hub.unreachable(place.source))
+    inner = {} if "config.json" in repo.files else {"subfolder": "vae"}
+    return {**repo.options, **inner}
 
 
-def _kind(source: str, options: dict[str, str]) -> Any:
+def _kind(source: str, options: dict[str, Any]) -> Any:
     name = AutoencoderDC.load_config(source, **options).get("_class_name")
     if name not in ("AutoencoderDC", "AutoencoderKL"):
         raise ValueError(f"{name} is no AutoencoderDC or AutoencoderKL")
@@ -101,7 +105,7 @@ def move_model(
         raise UsageError(
             f"a {model.family} model cannot be moved: its first layer is no patch embedder; SD3, FLUX and SANA can"
         )
-    codec = LatentCodec(vae, 1, channels)
+    codec = model.codec_of(vae, prefix=channels)
     k = tokens_ratio(model, codec, size)
     denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
     parts = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from diffalign.core.errors import UsageError, UserError
+from diffalign.core.errors import UsageError
+from diffalign.pipelines.places import UnknownModel, look
 
 if TYPE_CHECKING:
     from diffalign.pipelines.base import TextToImageModel
@@ -36,10 +38,13 @@ class ModelSpec:
     max_sequence_length: int | None = None
     lora: str | None = None
     """Of a student that is published as one, merged into the weights; behind a colon the file in it."""
+    revision: str | None = None
+    """Of a hub id: a branch, a tag or a commit."""
     scheduler: str | None = None
     """Of a student, where its base has another, as `schedulers.stock` reads it."""
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {
     "shapes-sd3": ModelSpec(
@@ -94,10 +99,6 @@ MODELS = {
 }
 
 
-class UnknownModel(UserError, ValueError):
-    """Neither a known name, nor a pipeline folder, nor a hub id, or of a family that is not supported."""
-
-
 def available() -> dict[str, ModelSpec]:
     """Named models; those that ship with the suite only where their files are there."""
     return {
@@ -106,22 +107,24 @@ def available() -> dict[str, ModelSpec]:
 
 
 def resolve(name: str) -> ModelSpec:
-    """The specification of a name, a folder or a hub id."""
-    known = available()
-    if name in known:
-        return known[name]
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise UnknownModel(
-                f"model.name: {name} has no model_index.json; expected a pipeline in diffusers' layout"
-            )
-        return ModelSpec(name, "local folder")
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return ModelSpec(name, "hub id")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    """The specification of a name, a folder, a single file or a hub id.
+
+    A hub id is `owner/name` or `owner/name@revision`.
+
+    Raises:
+        UnknownModel: nothing of that kind.
+    """
+    specs = available()
+    if name in specs:
+        return specs[name]
+    place = look(name)
+    if place is not None:
+        kinds = {"folder": "local folder", "file": "single file", "hub": "hub id"}
+        return ModelSpec(place.source, kinds[place.kind], revision=place.revision)
+    close = difflib.get_close_matches(name, specs, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(specs))}."
     raise UnknownModel(
-        f"model.name: no model {name!r}; {hint} A folder or a hub id (owner/name) works, too"
+        f"model.name: no model {name!r}; {hint} A folder, a .safetensors file or a hub id (owner/name) works, too"
     )
 
 
@@ -140,7 +143,7 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     weights packed by `diffalign quantize`, and the factors that `diffalign qsched` found for the scheduler.
 
     Args:
-        source: a folder or a hub id.
+        source: a name of `diffalign list models`, a folder, a .safetensors file or a hub id.
         kwargs: of `from_pretrained`, such as `torch_dtype`: float32, unless it is given. (Left to themselves diffusers
             loads its parts in float32 and transformers its own in the dtype of their files, and the two do not fit.)
 
@@ -148,23 +151,60 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
         UnknownModel: nothing is there, or not all of it.
         UserError: the backend that its weights are quantised with is missing, or its factors are damaged.
     """
-    from safetensors import SafetensorError
     from torch import float32
 
     import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
-    from diffalign.pipelines.loading import apply_factors, check_backends, loader_of
+    from diffalign.pipelines.loading import (
+        apply_factors,
+        as_student,
+        check_backends,
+        from_folder,
+        open_folder,
+    )
 
+    spec = available().get(str(source))
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
-    check_backends(source, kwargs)
-    try:
-        pipeline = loader_of(source, kwargs).from_pretrained(source, **kwargs)
-    except UserError:
-        raise
-    except (OSError, SafetensorError, ImportError, NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UnknownModel(f"{source} could not be loaded: {reason}") from error
+    place = look(_source(spec) if spec else str(source), setting="source")
+    if place is None:
+        raise UnknownModel(
+            f"source: {source} is no name of a model, no folder, no .safetensors file and no hub id"
+        )
+    if place.kind == "file":
+        from diffalign.pipelines.single_file import load_single_file
+
+        return load_single_file(place.source, **kwargs)
+    folder = open_folder(place, kwargs)
+    check_backends(folder)
+    pipeline = from_folder(folder)
     apply_factors(pipeline)
+    if spec is not None:
+        as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
+    if type(pipeline).__name__ in FAMILIES:
+        side = family_of(type(pipeline).__name__).default_sample_size(pipeline)
+        if side is not None:
+            pipeline.default_sample_size = side
+    return pipeline
+
+
+def load_named(name: str, **kwargs: Any) -> Any:
+    """Load a diffusers pipeline by a name of `available()`, a folder, a single file or a hub id.
+
+    A named student has its LoRA and scheduler. `kwargs` and errors are those of `load_pipeline`.
+    """
+    spec = available().get(name)
+    if spec is None:
+        return load_pipeline(name, **kwargs)
+    if spec.revision is not None:
+        kwargs.setdefault("revision", spec.revision)
+    return _load_spec(spec, **kwargs)
+
+
+def _load_spec(spec: ModelSpec, **kwargs: Any) -> Any:
+    from diffalign.pipelines.loading import as_student
+
+    pipeline = load_pipeline(_source(spec), **kwargs)
+    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
     return pipeline
 
 
@@ -181,8 +221,6 @@ def load_model(
     arguments are of `from_pretrained`."""
     import torch
 
-    from diffalign.pipelines.loading import as_student, class_name
-
     spec = resolve(name)
     source = _source(spec)
     if spec.lora is not None and kwargs.get("quantization_config") is not None:
@@ -190,15 +228,73 @@ def load_model(
             f"{name} has a LoRA in its weights and cannot be quantised while they are read: `diffalign merge` makes a "
             "folder of it"
         )
-    index = Path(source) / "model_index.json"
-    if index.is_file():  # refuse an unsupported pipeline before its weights are read
-        family_of(class_name(json.loads(index.read_text(encoding="utf-8"))))
-    pipeline = load_pipeline(
-        source, torch_dtype=dtype or torch.bfloat16, revision=revision, **kwargs
-    )
-    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
+    revision = revision or spec.revision
+    check_pipeline(source, spec, revision=revision, arguments=kwargs)
+    if revision is not None:
+        kwargs["revision"] = revision
+    pipeline = _load_spec(spec, torch_dtype=dtype or torch.bfloat16, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
+
+
+def check_pipeline(
+    source: str,
+    spec: ModelSpec,
+    *,
+    revision: str | None = None,
+    arguments: Mapping[str, Any] = NOTHING,
+) -> None:
+    """Refuse a pipeline that is not supported before its weights are read: by its class and its scheduler.
+
+    Raises:
+        UnknownModel: its family is not supported, or its files are not there.
+        UsageError: its scheduler is not one that its family's models can be trained and drawn with.
+    """
+    from diffalign.pipelines.loading import open_folder
+    from diffalign.schedulers.stock import scheduler_like
+
+    place = look(source)
+    if place is None or place.kind == "file":
+        return
+    folder = open_folder(place, {**arguments, "revision": revision})
+    family = family_of(folder.class_name)
+    scheduler = folder.scheduler()
+    if scheduler is not None:
+        family.path_of(scheduler_like(spec.scheduler, scheduler) if spec.scheduler else scheduler)
+
+
+def check_steps(name: str, num_inference_steps: int) -> None:
+    """Refuse a number of steps that a model's scheduler does not make, before loading.
+
+    The hub is not asked: of a model that is not here yet nothing is checked.
+
+    Raises:
+        UsageError: it does not make so many; the message says why.
+    """
+    from diffalign.pipelines import hub
+    from diffalign.pipelines.base import set_timesteps
+    from diffalign.pipelines.loading import open_folder
+    from diffalign.schedulers.stock import scheduler_like
+
+    spec = resolve(name)
+    place = look(_source(spec))
+    if place is None or place.kind == "file":
+        return
+    if place.kind == "hub" and not hub.cached_files(place.source, spec.revision):
+        return
+    local = {"revision": spec.revision, "local_files_only": True}
+    try:
+        scheduler = open_folder(place, local).scheduler()
+    except UnknownModel:  # what is in the cache may be a part
+        if place.kind == "hub":
+            return
+        raise
+    if scheduler is None:
+        return
+    if spec.scheduler:
+        scheduler = scheduler_like(spec.scheduler, scheduler)
+    shifts = scheduler.config.get("use_dynamic_shifting")
+    set_timesteps(scheduler, num_inference_steps, **({"mu": 1.0} if shifts else {}))
 
 
 def load_meta_model(
@@ -217,7 +313,7 @@ def load_meta_model(
     import transformers
 
     from diffalign.pipelines import published
-    from diffalign.pipelines.loading import as_student, class_name, pipeline_class
+    from diffalign.pipelines.loading import as_student, open_folder, pipeline_class
 
     spec = resolve(name)
     if revision is None and published.is_published(name):
@@ -227,15 +323,21 @@ def load_meta_model(
                 torch.nn.Module.to(part, dtype or torch.bfloat16)
         as_student(pipeline, scheduler=spec.scheduler)
         return _wrap(pipeline, spec, max_sequence_length)
-    source = _source(spec)
-    index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+    place = look(_source(spec))
+    assert place is not None
+    if place.kind == "file":
+        from diffalign.pipelines.single_file import layout_of
+
+        place = layout_of(place.source)
+    folder = open_folder(place, {"revision": revision or spec.revision})
+    index, source = folder.index, folder.source
     parts: dict[str, Any] = {}
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
             continue
         library, kind = entry
-        where = {"subfolder": part, "revision": revision}
-        if library is None:
+        where = {"subfolder": part, **folder.where}
+        if library is None or folder.options.get(part, ...) is None:
             parts[part] = None
         elif library == "diffusers":
             cls = getattr(diffusers, kind)
@@ -253,7 +355,7 @@ def load_meta_model(
     told = {
         k: index[k] for k in ("image_size", "max_sequence_length") if k in index
     }  # of moved ones
-    pipeline = pipeline_class(class_name(index))(**parts, **told)
+    pipeline = pipeline_class(folder.class_name)(**parts, **told)
     as_student(pipeline, scheduler=spec.scheduler)
     return _wrap(pipeline, spec, max_sequence_length)
 

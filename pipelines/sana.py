@@ -33,6 +33,7 @@ class SanaModel(TextToImageModel):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     max_sequence_length = 300
     latents_dtype = torch.float32
+    latents_affine = "scale"
 
     @property
     def default_size(self) -> tuple[int, int]:

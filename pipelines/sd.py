@@ -20,6 +20,7 @@ class SDModel(TextToImageModel):
 
     family = "sd"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    latents_affine = "scale"
 
     def __init__(self, pipeline: Any, **kwargs: Any) -> None:
         super().__init__(pipeline, **kwargs)
@@ -30,9 +31,21 @@ class SDModel(TextToImageModel):
             )
         self.max_sequence_length = tokens
 
-    def _path(self) -> VariancePreserving:
-        scheduler = self.pipeline.scheduler
-        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    @classmethod
+    def path_of(cls, scheduler: Any) -> VariancePreserving:
+        """The path of the scheduler's own noise schedule; errors as of the base class."""
+        table = getattr(scheduler, "alphas_cumprod", None)
+        predicted = scheduler.config.get("prediction_type", "epsilon")
+        if table is None:
+            problem = "has no noise schedule of Stable Diffusion (alphas_cumprod)"
+        elif predicted not in ("epsilon", "v_prediction"):
+            problem = f"has prediction_type {predicted!r}, and only epsilon and v_prediction are supported"
+        else:
+            return VariancePreserving(table, predicted)
+        raise UsageError(
+            f"scheduler {type(scheduler).__name__} {problem}; put another into the pipeline's folder, such as "
+            "EulerDiscreteScheduler or DDIMScheduler with the settings that the model was trained with"
+        )
 
     @property
     def denoiser(self) -> ModelMixin:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ class SDXLModel(SDModel):
 
     family = "sdxl"
     takes_time_ids = True
+    latents_affine = "statistics"
+    upcasts_vae = True
+
+    @classmethod
+    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+        """Tell by SDXL Turbo's scheduler."""
+        name, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
+        return (name, spacing) == ("EulerAncestralDiscreteScheduler", "trailing")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -48,17 +57,6 @@ class SDXLModel(SDModel):
             added_cond_kwargs=condition,
             return_dict=False,
         )[0]
-
-    @torch.no_grad()
-    def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.pipeline.vae
-        if vae.dtype == torch.float16 and vae.config.force_upcast:  # it overflows in half precision
-            vae.to(torch.float32)
-            try:
-                return super().decode_checked(latents.float())
-            finally:
-                vae.to(torch.float16)
-        return super().decode_checked(latents)
 
     def prompt_shape(self) -> tuple[int, int, int]:
         tokens, width, _ = super().prompt_shape()

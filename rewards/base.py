@@ -1,4 +1,4 @@
-"""What a reward is: a score of images for prompts, and an account of where the score comes from."""
+"""The interface of rewards: a score of images for prompts, and its provenance."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class RewardCard:
     revision: str | None = None
     """Commit of that repository. Where only a loaded model knows it, `prepare` writes it here."""
     auxiliary: Mapping[str, str | None] = field(default_factory=dict)
-    """Hub ids of what else is loaded (a tokenizer, a head, a second network) and their commits."""
+    """Hub ids and commits of further parts, such as a tokenizer or a head."""
     input_size: int | None = None
     """Pixels per side that the model sees; None for the image's own size."""
     raw_range: tuple[float, float] | None = (0.0, 1.0)
     """Least and largest raw score; None where nobody knows."""
     scale: float = 1.0
     offset: float = 0.0
-    """Normalised reward = (raw - offset) * scale, of the order of 1 for ordinary images."""
+    """Normalised reward = (raw - offset) * scale, about 1 for ordinary images."""
     license: str = "Apache-2.0"
 
 
@@ -54,7 +54,7 @@ class Reward(ABC):
     """The prompt's text decides: without one a score means nothing."""
 
     def prepare(self) -> None:  # noqa: B027 - most rewards have nothing to load
-        """Load what the reward needs, before the first image; RewardError where it is not to be had."""
+        """Load what the reward needs, before the first image. RewardError where it is not to be had."""
 
     @abstractmethod
     def score(
@@ -67,9 +67,9 @@ class Reward(ABC):
             prompts, metadata: B each.
         """
 
-    def declare(self, **found: Any) -> None:
+    def declare(self, **fields: Any) -> None:
         """Write on this instance's card what is not known before weights are loaded."""
-        self.card = replace(self.card, **found)  # type: ignore[misc]
+        self.card = replace(self.card, **fields)  # type: ignore[misc]
 
     def normalize(self, raw: Any) -> Any:
         """Raw scale to the common one."""

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class CompositeReward:
     """Weighted sum of normalised rewards.
 
-    `details` of its output holds every part's normalised values under the part's name, the raw ones under "name/raw"
+    The `details` of its output hold every part's normalised values under the part's name, the raw ones under "name/raw"
     where they differ, and its further details under "name/detail". An image for which a part failed has NaN in that
     part and in the sum; so has an image without a prompt in a part that judges by the prompt. `failures` counts them.
     """
@@ -54,7 +54,9 @@ class CompositeReward:
     def leave_out_unusable(
         self, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> dict[str, str]:
-        """Prepare the rewards, drop those that can score none of these images, and return why, by name.
+        """Drop the rewards that can score none of these images, and return why, by name.
+
+        The others are prepared.
 
         Raises:
             RewardError: no reward can score an image.
@@ -148,8 +150,8 @@ def _at(rows: Sequence[int], n: int, part: RewardOutput) -> RewardOutput:
     """The output of `rows` as that of n images, NaN for the others."""
 
     def spread(values: np.ndarray) -> np.ndarray:
-        found = np.full(n, np.nan, np.float32)
-        found[rows] = values
-        return found
+        column = np.full(n, np.nan, np.float32)
+        column[rows] = values
+        return column
 
     return RewardOutput(spread(part.values), {k: spread(v) for k, v in part.details.items()})

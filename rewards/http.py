@@ -17,9 +17,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def session_for(url: str) -> requests.Session:
-    """Return a session; for an address of this machine it takes no proxy from the environment.
+    """Return a session, without a proxy for an address of this machine.
 
-    A proxy would get the images and the token, and could not reach the service.
+    A proxy of the environment would get the images and the token, and could not reach the service.
     """
     session = requests.Session()
     host = urlsplit(url).hostname or ""
@@ -29,7 +29,11 @@ def session_for(url: str) -> requests.Session:
 
 @dataclass
 class Patience:
-    """`retries` more attempts, the first after `first_wait` seconds, then twice as long each; `statuses` may pass."""
+    """Attempts to make.
+
+    There are `retries` that follow the first, after `first_wait` seconds and then twice as long each.
+    Answers of `statuses` are tried again.
+    """
 
     retries: int = 4
     first_wait: float = 0.5

@@ -28,7 +28,7 @@ class UnknownReward(UserError, ValueError):
 
 
 def is_own(name: str) -> bool:
-    """Return whether a name is that of a file or of a module, and not one of the registry."""
+    """Return whether a name is that of a file or a module."""
     return ":" in name or name.endswith(".py")
 
 
@@ -39,7 +39,7 @@ def attribute_of(name: str) -> str:
 
 
 def digest(name: str) -> str | None:
-    """Return the sha256 of the file that a reward comes from; None where the name names no file."""
+    """Return the sha256 of a reward's file. None where the name names no file."""
     match = _NAME.fullmatch(name)
     if match is None or not match["place"].endswith(".py"):
         return None
@@ -47,7 +47,7 @@ def digest(name: str) -> str | None:
 
 
 def check(name: str, *, setting: str = "rewards") -> None:
-    """Check that the file or module is there and, of a file, that it defines the name.
+    """Check that the file or module is there, and that a file defines the name.
 
     Raises:
         UnknownReward: it does not; the message has the nearest name that is there.
@@ -103,7 +103,7 @@ def load(name: str, *, setting: str = "rewards") -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text in one line, with the line of the code that raised it."""
+    """Return an error's text in one line, with the place that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

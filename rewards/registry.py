@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffalign.rewards.base import Reward
 
 REMOTE = "remote:"
-"""Of a service: "remote:http://HOST:PORT/NAME"."""
+"""Prefix of a service's reward: "remote:http://HOST:PORT/NAME"."""
 __all__ = ["UnknownReward", "available", "check_name", "create"]
 ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {
@@ -61,31 +61,31 @@ SUMMARIES = {
 
 def available() -> dict[str, str]:
     """Name -> "module:Class" of the built-in rewards and those of installed packages."""
-    found = dict(BUILT_IN)
+    targets = dict(BUILT_IN)
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        found.setdefault(point.name, point.value)
-    return found
+        targets.setdefault(point.name, point.value)
+    return targets
 
 
 def check_name(name: str, *, setting: str = "rewards") -> None:
     """UnknownReward with the nearest valid name; `setting` is where the name comes from."""
     if name.startswith(REMOTE):
         return
-    known = available()
-    if name not in known and own.is_own(name):
+    targets = available()
+    if name not in targets and own.is_own(name):
         own.check(name, setting=setting)
-    elif name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+    elif name not in targets:
+        close = difflib.get_close_matches(name, targets, n=1)
         hint = (
             f"did you mean {close[0]!r}?"
             if close
-            else f"known are {', '.join(sorted(known))}; a reward of your own is FILE.py:NAME"
+            else f"known are {', '.join(sorted(targets))}; a reward of your own is FILE.py:NAME"
         )
         raise UnknownReward(f"{setting}: unknown reward {name!r}; {hint}")
 
 
 def create(name: str) -> Reward:
-    """Return an instance of the named reward; its weights load now or at its first score.
+    """Return an instance of the named reward. Its weights load now or at its first score.
 
     The card of a reward in a file of one's own has the file's digest as its revision.
     """
@@ -94,13 +94,13 @@ def create(name: str) -> Reward:
         from diffalign.rewards.remote import RemoteReward
 
         return RemoteReward(name)
-    known = available()
-    if name not in known:
+    targets = available()
+    if name not in targets:
         from diffalign.rewards.function import as_reward
 
         reward = as_reward(own.load(name), name=name)
         if digest := own.digest(name):
             reward.declare(revision=digest[:12])
         return reward
-    module, _, attribute = known[name].partition(":")
+    module, _, attribute = targets[name].partition(":")
     return getattr(import_module(module), attribute)()

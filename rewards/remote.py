@@ -29,7 +29,7 @@ BATCH_IMAGES = 256
 
 
 class RemoteReward(Reward):
-    """What the service cannot score, or cannot be asked, is NaN: the run counts it and goes on."""
+    """A reward of a service; what it cannot score is NaN, and counted."""
 
     def __init__(self, url: str) -> None:
         """`url` with the reward's name as its last part."""
@@ -44,12 +44,12 @@ class RemoteReward(Reward):
         self.card = RewardCard(name=url, description=f"{name} at {base}")  # type: ignore[misc]
 
     def prepare(self) -> None:
-        """Is it there, and does an image arrive as it was sent? RewardError where not. Asks once."""
+        """Check once that the service is there and that images arrive as sent. RewardError where not."""
         if self._ready:
             return
         try:
             answer = self._ask("GET", "health")
-            known = dict(answer["rewards"])
+            served = dict(answer["rewards"])
             seconds = float(answer["timeout"])
         except (
             requests.RequestException,
@@ -61,19 +61,19 @@ class RemoteReward(Reward):
             raise RewardError(
                 f"the reward service at {self.base} does not answer: {error}"
             ) from error
-        if self.name not in known:
+        if self.name not in served:
             raise RewardError(
-                f"the reward service at {self.base} has no {self.name!r}; it has {', '.join(known)}"
+                f"the reward service at {self.base} has no {self.name!r}; it has {', '.join(served)}"
             )
         try:
-            there = known[self.name]
-            self.timeout = float(there.get("timeout", seconds)) + MARGIN
-            fields = {**there["card"], "name": self.card.name}
+            entry = served[self.name]
+            self.timeout = float(entry.get("timeout", seconds)) + MARGIN
+            fields = {**entry["card"], "name": self.card.name}
             fields["raw_range"] = fields["raw_range"] and tuple(fields["raw_range"])
             self.card = RewardCard(**fields)  # type: ignore[misc]
-            self.required_metadata = tuple(there["required_metadata"])  # type: ignore[misc]
-            self.needs_prompt = bool(there["needs_prompt"])  # type: ignore[misc]
-            golden = there["golden"]
+            self.required_metadata = tuple(entry["required_metadata"])  # type: ignore[misc]
+            self.needs_prompt = bool(entry["needs_prompt"])  # type: ignore[misc]
+            golden = entry["golden"]
             expected = None if golden is None else wire.decode_output(golden, n=1).values
         except (KeyError, TypeError, ValueError) as error:
             raise RewardError(
@@ -89,11 +89,11 @@ class RemoteReward(Reward):
                 self.card.name,
             )
             return
-        found = self.score(*wire.golden()).values
-        if not np.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        arrived = self.score(*wire.golden()).values
+        if not np.allclose(arrived, expected, rtol=1e-3, atol=1e-4):
             raise RewardError(
-                f"the golden image is worth {expected[0]} to {self.base}/{self.name} itself and {found[0]} when it is "
-                "sent there: something on the way changes images"
+                f"the golden image is worth {expected[0]} to {self.base}/{self.name} itself and {arrived[0]} when it "
+                "is sent there: something on the way changes images"
             )
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:

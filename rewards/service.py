@@ -60,7 +60,7 @@ class Served:
 class Limits:
     """Bounds of requests.
 
-    `max_bytes` of one request and `max_total` of all that are held; seconds of an upload; seconds of scoring
+    They are `max_bytes` of one request and `max_total` of all that are held; seconds of an upload; seconds of scoring
     (`timeout`, but for the rewards that `timeouts` names); how many requests may wait for one reward.
     """
 
@@ -72,7 +72,7 @@ class Limits:
     timeouts: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, name: str) -> float:
-        """For one reward."""
+        """Return the seconds of one reward."""
         return self.timeouts.get(name, self.timeout)
 
 
@@ -115,9 +115,9 @@ def build_app(
     def admit(request: Request) -> None:
         if token is None and _host_name(request.headers.get("host", "")) not in hosts:
             raise Refusal(421, f"without a token this service is called {' or '.join(hosts)} only")
-        given = request.headers.get("authorization", "")
+        header = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(
-            given.encode(errors="replace"), f"Bearer {token}".encode()
+            header.encode(errors="replace"), f"Bearer {token}".encode()
         ):
             raise Refusal(401, "a token is needed")
 
@@ -171,7 +171,7 @@ def build_app(
 
 
 def _describe(entry: Served) -> dict[str, Any]:
-    """What a client has to know of a reward."""
+    """Return what a client has to know of a reward."""
     reward = entry.reward
     return {
         "card": dataclasses.asdict(reward.card),

@@ -108,7 +108,7 @@ class Uploads:
 
 
 class Parsing:
-    """Threads that parse requests, so that a large one holds up neither the small ones nor a reward's thread."""
+    """Threads that parse requests, large ones apart from small ones and from rewards."""
 
     def __init__(self) -> None:
         self._small = ThreadPoolExecutor(2)

@@ -1,4 +1,4 @@
-"""A vision-language model as a judge, over any endpoint that speaks OpenAI's chat completions (vLLM, SGLang, ...).
+"""A vision-language model as a judge, over OpenAI's chat completions (vLLM, SGLang, ...).
 
 DIFFALIGN_JUDGE_URL (such as http://127.0.0.1:8000/v1), DIFFALIGN_JUDGE_MODEL, and DIFFALIGN_JUDGE_KEY where one is
 needed. An answer without a score is NaN, never 0.
@@ -52,7 +52,7 @@ class VlmJudgeReward(Reward):
         self.url = self.model = ""
 
     def prepare(self) -> None:
-        """RewardError where no endpoint or model is named, or the endpoint does not know the model."""
+        """Check that the endpoint answers and knows the model. RewardError where it does not."""
         if self.model:
             return
         url, model = os.environ.get(URL, "").rstrip("/"), os.environ.get(MODEL, "")
@@ -64,11 +64,11 @@ class VlmJudgeReward(Reward):
         try:
             answer = self.session.get(f"{url}/models", timeout=TIMEOUT)
             answer.raise_for_status()
-            known = [entry["id"] for entry in answer.json()["data"]]
+            models = [entry["id"] for entry in answer.json()["data"]]
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise RewardError(f"no judge answers at {url}: {error}") from error
-        if model not in known:
-            raise RewardError(f"{url} has no model {model!r}; it has {', '.join(known)}")
+        if model not in models:
+            raise RewardError(f"{url} has no model {model!r}; it has {', '.join(models)}")
         self.url, self.model = url, model
         self.declare(model_id=model)
 
@@ -119,7 +119,7 @@ class VlmJudgeReward(Reward):
 
 
 def read_score(text: str) -> float:
-    """The last score of an answer; NaN where there is none or it is out of range."""
-    found = _SCORE.findall(text)
-    value = float(found[-1]) if found else float("nan")
+    """Return the last score of an answer. NaN where there is none or it is out of range."""
+    scores = _SCORE.findall(text)
+    value = float(scores[-1]) if scores else float("nan")
     return value if 0 <= value <= HIGHEST else float("nan")

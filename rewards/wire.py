@@ -1,4 +1,4 @@
-"""What reward services and their clients say to each other: JSON, images as PNG, never pickle and never JPEG."""
+"""Messages of reward services and their clients: JSON, images as PNG, never pickle and never JPEG."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK = 4_000_000
 
 
 class WireError(ValueError):
-    """A message that is not one of ours; the text says what is wrong and repeats nothing of it."""
+    """A foreign message. The text says what is wrong and repeats nothing of it."""
 
 
 def encode_request(
@@ -44,7 +44,7 @@ def encode_request(
 
 
 def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """The other way.
+    """Read a request.
 
     Raises:
         WireError: anything is not as it should be.
@@ -104,7 +104,7 @@ def _content(text: Any) -> bytes:
 
 @contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
-    """A PNG whose header is read and nothing else; WireError for whatever goes wrong with it."""
+    """Yield a PNG of which only the header is read. WireError for whatever goes wrong with it."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -145,7 +145,7 @@ def encode_output(output: RewardOutput) -> dict[str, Any]:
 
 
 def decode_output(message: Any, *, n: int) -> RewardOutput:
-    """The other way, for n images.
+    """Read an answer for n images.
 
     Raises:
         WireError: the answer is not that of a reward service.
@@ -167,7 +167,7 @@ def decode_output(message: Any, *, n: int) -> RewardOutput:
 
 
 def golden() -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """An image that only a lossless way leaves as it is, with what every built-in reward asks for."""
+    """Return an image that only a lossless way keeps, with a prompt and metadata."""
     x = torch.arange(64)
     noise = (
         x[None, :, None] * 97 + x[None, None, :] * 57 + torch.arange(3)[:, None, None] * 131

@@ -8,6 +8,7 @@ import pytest
 
 from diffalign import config
 from diffalign.config import ConfigError, PreferenceRunConfig, RunConfig, load, loading
+from diffalign.config.methods import algorithm_class
 from diffalign.pipelines.registry import available
 
 
@@ -60,13 +61,13 @@ def test_an_algorithm_is_chosen_by_its_type():
     assert isinstance(chosen, config.DiffusionNFTConfig)
     assert (chosen.mix, chosen.lag_max, chosen.ema_kl_beta) == (0.1, 0.5, 0.0)
     assert isinstance(load(None).algorithm, config.AWMConfig)
-    assert {name: kind.type for name, kind in config.ALGORITHMS.items()} == {
-        name: name for name in config.ALGORITHMS
+    assert {name: algorithm_class(name).type for name in config.METHODS} == {
+        name: name for name in config.METHODS
     }
     other = load("demo", ["--algorithm.type=flow_grpo", "--algorithm.window_size=2"])
     assert other.algorithm == config.FlowGRPOConfig(window_size=2)  # nothing of the recipe's AWM
     assert other.rollout == load("demo").rollout
-    for name in config.ALGORITHMS:
+    for name in config.METHODS:
         loaded = load(None, [f"--algorithm.type={name}"])
         assert config.decode(config.to_dict(loaded)) == loaded
     with pytest.raises(ConfigError, match=r"algorithm.type: unknown value \['awm'\]"):

@@ -292,7 +292,7 @@ def test_a_resumed_run_in_which_prompts_return_is_bit_identical(method, tmp_path
         prompts = load_prompts("shapes:train")[:4]
         teacher = {"prompts_per_update": 3, "num_inference_steps": 4}
         algorithm = METHODS[method]
-        return trainer(tmp_path / name, texts=prompts, teacher=teacher, algorithm=algorithm)
+        return trainer(tmp_path / name, train=prompts, teacher=teacher, algorithm=algorithm)
 
     whole = build("whole")
     for _ in range(4):

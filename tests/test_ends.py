@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import trainer
 from whole_runs import train
 
 from diffalign.core import locks
 from diffalign.core.interruption import SIGNALS
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training import checkpoint
+from diffalign.training.trainer import TrainingError
 
 
 def during_updates(monkeypatch, do):
@@ -147,3 +149,17 @@ def test_a_second_start_in_the_folder_is_refused(base, prompts, tmp_path, capsys
             locks._held = held
     assert f"run is in use by process {os.getpid()}. Wait" in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_policy_that_draws_nothing_finite_is_not_saved(tmp_path):
+    run = trainer(tmp_path)
+    run.train_update()
+    run.save()
+    for parameter in run.parameters:
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(
+        TrainingError, match=r"no finite image any more.*last checkpoint is .*000001"
+    ):
+        run.train_update()
+    _, tensors, _ = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))
+    assert all(t.isfinite().all() for t in tensors["default"].values())

@@ -162,6 +162,7 @@ REFUSED = {
     "locon": ("{p}.lora_mid.weight", torch.ones(2, 2, 3, 3), "third matrix"),
     "difference": ("{p}.diff", torch.ones(8, 2), "difference of whole weights"),
     "nan": ("{p}.alpha", torch.tensor(float("nan")), "not finite"),
+    "two alphas": ("{p}.alpha", torch.ones(2), "alpha of .* is 2 numbers"),
     "one matrix": ("{root}elsewhere.lora_A.weight", torch.ones(2, 2), "has no lora_B"),
     "a stray tensor": ("something", torch.ones(2), "this is neither"),
 }
@@ -246,6 +247,22 @@ def test_layers_of_text_encoders_are_loaded_merged_and_converted(family, te, tmp
         torch.testing.assert_close(installed(model.pipeline.text_encoder)[name], product)
         model.pipeline.unload_lora_weights()
         assert not installed(model.pipeline.text_encoder)
+
+
+def test_t5_of_flux_is_kohya_s_third_encoder(tmp_path):
+    model = MODELS["flux"]()
+    encoder = model.pipeline.text_encoder_2
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    layer = encoder.get_submodule(name)
+    down, up = torch.randn(RANK, layer.in_features), torch.randn(layer.out_features, RANK)
+    stem = f"lora_te3_{name.replace('.', '_')}"
+    save_file(
+        {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up},
+        tmp_path / "a.safetensors",
+    )
+    before = layer.weight.clone()
+    files.merge_lora(model.pipeline, str(tmp_path / "a.safetensors"))
+    torch.testing.assert_close(layer.weight - before, up @ down)
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd"])

@@ -13,7 +13,8 @@ from processes import results_of
 from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
-from diffalign.config import ONLINE, ConfigError, OptimizerConfig, PromptsConfig
+from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig, RunConfig
+from diffalign.config.methods import sharing_run
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
@@ -21,6 +22,8 @@ from diffalign.training import checkpoint
 from diffalign.training.plan import Plan, check_prompts, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
+
+ONLINE = sharing_run(RunConfig)
 
 
 def weights(run):
@@ -67,7 +70,7 @@ def test_the_reward_rises(tmp_path, family):
 def test_resumed_run_is_bit_identical(tmp_path, groups, monkeypatch):
     """Prompts return: three of four are drawn at a time. The resumed run encodes them anew."""
     tiny.make_embeddings_depend_on_their_batch(monkeypatch)
-    groups = groups | {"texts": load_prompts("shapes:train")[:4]}
+    groups = groups | {"train": load_prompts("shapes:train")[:4]}
     whole = trainer(tmp_path / "a", **groups)
     for _ in range(4):
         whole.train_update()

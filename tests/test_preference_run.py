@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(more, message, bases, held_out, tmp_path, capsys)
 
 def test_precompute_is_for_pairs(capsys):
     assert cli.main(["precompute", "demo"]) == 2
-    assert "awm learns from no pairs" in capsys.readouterr().err
+    assert "type awm have no cache to fill" in capsys.readouterr().err
 
 
 class TestPairs:

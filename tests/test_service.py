@@ -26,6 +26,7 @@ from diffalign.rewards import connections, registry, remote, uploads, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.connections import make_server
+from diffalign.rewards.function import as_reward
 from diffalign.rewards.http import session_for
 from diffalign.rewards.jpeg import JpegReward
 from diffalign.rewards.remote import RemoteReward
@@ -102,6 +103,27 @@ def test_a_remote_reward_is_worth_what_it_is_worth_here(serve):
             np.testing.assert_allclose(found.details[key], value, rtol=1e-6)
         assert there.card.scale == here.card.scale
         assert there.normalize(3.0) == here.normalize(3.0)
+
+
+def test_a_reward_of_one_s_own_is_served(serve, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def red(images, prompts, metadata):\n    return images[:, 0].float().mean((1, 2))\n"
+    )
+    here = registry.create(f"{file}:red")
+    there = RemoteReward(f"remote:{serve({'red': here})}/red")
+    there.prepare()
+    expected = here.score(*scenes(2)).values
+    np.testing.assert_allclose(there.score(*scenes(2)).values, expected, rtol=1e-6)
+    assert there.card.raw_range is None
+
+
+def test_a_service_says_what_a_reward_returns_wrongly(serve):
+    url = serve({"mean": as_reward(lambda images, prompts, metadata: [0.5], name="mean")})
+    message = {"images": GOOD["images"] * 2, "prompts": ["x"] * 2}
+    answer = requests.post(f"{url}/mean", json=message, timeout=5)
+    assert answer.status_code == 422
+    assert "shape (1,) for 2 images" in answer.json()["error"]
 
 
 def test_images_arrive_bit_for_bit():

@@ -68,20 +68,24 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     ("backend", "note"), [("int8", "(both eager)"), ("torchao-int8", "torch.compile)")]
 )
 def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, monkeypatch):
-    """In milliseconds, with the other model in bfloat16 whatever the dtype of this."""
-    compared = []
+    """In milliseconds, with the other model in bfloat16 whatever the dtype of this, which is freed before."""
+    timed = []
 
-    def compare(model, plain, rows, **size):
-        compared.append((model.denoiser.dtype, plain.denoiser.dtype))
-        assert plain.denoiser is not model.denoiser
-        assert plain.pipeline.vae is model.pipeline.vae  # only the denoiser is read again
-        return stock(model, plain, rows, **size)
+    def forward_seconds(model, rows, **size):
+        if timed:
+            assert timed[0].pipeline.transformer is None
+            assert list(tmp_path.rglob("diffusion_pytorch_model*"))  # saved by then
+            assert model.pipeline.vae is timed[0].pipeline.vae  # only the denoiser is read again
+        timed.append(model)
+        dtypes.append(model.denoiser.dtype)
+        return stock(model, rows, **size)
 
-    stock = quantizing.compare
-    monkeypatch.setattr(quantizing, "compare", compare)
+    dtypes = []
+    stock = quantizing.forward_seconds
+    monkeypatch.setattr(quantizing, "forward_seconds", forward_seconds)
     flags = (f"--backend={backend}", "--latency=1", "--dtype=float32")
     assert quantize(tmp_path / "small", *flags) == 0
-    assert compared == [(torch.float32, torch.bfloat16)]
+    assert dtypes == [torch.float32, torch.bfloat16]
     lines = capsys.readouterr().out.splitlines()
     told = json.loads(lines[-1])
     assert told["latency_ms"] > 0

@@ -41,12 +41,12 @@ def redness(images, prompts, metadata):
     return RewardOutput(values.numpy().astype(np.float32))
 
 
-def trainer(folder, score=redness, family="sd3", *, texts=None, **groups):
+def trainer(folder, score=redness, family="sd3", *, train=None, **groups):
     return OnlineTrainer(
         settings(folder, **groups),
         tiny.MODELS[family](),
         Accelerator(cpu=True),
         RunFolder(folder),
         score,
-        texts or load_prompts("shapes:train"),
+        train or load_prompts("shapes:train"),
     )

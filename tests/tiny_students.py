@@ -29,12 +29,12 @@ def settings(folder, **groups):
     return decode(base)
 
 
-def trainer(folder, family="flux", *, texts=None, **groups):
+def trainer(folder, family="flux", *, train=None, **groups):
     config = settings(folder, **groups)
     return DistillationTrainer(
         config,
         MODELS[family](),
         Accelerator(cpu=True),
         RunFolder(folder),
-        texts or load_prompts("shapes:train"),
+        train or load_prompts("shapes:train"),
     )

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import BENCHES, PROGRAMS
 from diffalign.config import AnyRunConfig, decode, differences, nearest, to_dict
+from diffalign.core import locks
 from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 from diffalign.core.fingerprint import of_json
@@ -53,9 +54,9 @@ class BenchOptions:
             cell = json.loads(file.read_text(encoding="utf-8"))
             if cell.get("key") == digest:
                 return cell["found"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = make()
-        write_text(file, json.dumps({"key": digest, "found": found}, indent=1))
+        with locks.hold(file.parent, setting="work"):
+            found = make()
+            write_text(file, json.dumps({"key": digest, "found": found}, indent=1))
         return found
 
     def chosen(self, known: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measure how long good requests to a reward service take while another client misbehaves; loopback only.
+"""Measure good requests to a reward service while another client misbehaves; loopback only.
 
 The service is `diffalign serve-rewards --rewards jpeg` in a process of its own, the attacker another. 64 connections
 hold unfinished headers, 20 hold unfinished uploads, and bodies of 60 MB arrive one after the other: lists, which are
@@ -125,7 +125,7 @@ def head(length: int) -> bytes:
 
 
 def hold(count: int, content: bytes) -> Attack:
-    """Return an attack that holds `count` connections with this content, and opens them again when they are closed."""
+    """Return an attack that holds `count` connections with this content; closed ones are opened again."""
 
     def attack(port: int, stop: Any) -> None:
         connections: list[socket.socket] = []
@@ -150,7 +150,7 @@ def connect(port: int, content: bytes) -> socket.socket:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Return whether the service has neither answered nor closed; a closed one is closed here as well."""
+    """Return whether the service has neither answered nor closed; else close it here as well."""
     try:
         connection.recv(1000)
     except BlockingIOError:

@@ -8,6 +8,7 @@ distance of policy and reference, so that their gradient is zero where training 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,10 +19,9 @@ SIGNS = {"released": 1.0, "figure": -1.0}
 
 def trajectory_weight(path: Path, timesteps: Tensor) -> Tensor:
     """(B,) weight of a step's distance: 1 / (2 a^2) on a variance-preserving path, as in the release; 1 for flows."""
-    a, _ = path.scales(timesteps)
     if isinstance(path, RectifiedFlow):
-        return a.new_ones(a.shape)
-    return 1 / (2 * a.square())
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    return 1 / (2 * path.signal(timesteps).square())
 
 
 def trajectory_loss(

@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score a model on prompts; the last line of the output is JSON."""
-    from diffalign.cli.models import batching, drawing, evaluation, load
+    from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.cli.output import print_scores, write_result
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.run is not None:
         _evaluate_run(args)
         return
+    settle_drawing(args)
     folder = run_of(args.lora)
     if folder is not None:
         others = drawn_otherwise(read_config(folder), evaluation(args), args.prompts)

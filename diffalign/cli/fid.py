@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     # before a network is downloaded, a model loaded or an image drawn: are all files there?
     if args.save_statistics is not None:
         args.save_statistics = statistics_path(args.save_statistics)
-    batch = args.batch_size
+    batch = args.batch_size or options.BATCH_SIZE
     reference = args.reference and reference_side(
         args.reference, batch_size=batch, max_prompts=args.max_prompts
     )
@@ -110,10 +110,11 @@ def _read_generated(args: argparse.Namespace) -> None:
 
 
 def _generation(args):  # type: ignore[no-untyped-def]
-    from diffalign.cli.models import batching, drawing, evaluation, load
+    from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fid_sides import Generation
 
+    settle_drawing(args)
     about = {
         **drawing(args),
         "images_per_prompt": args.images_per_prompt,

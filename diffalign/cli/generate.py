@@ -20,11 +20,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write every image as PNG, and a grid."""
-    from diffalign.cli.models import batching, evaluation, load
+    from diffalign.cli.models import batching, evaluation, load, settle_drawing
     from diffalign.data.prompts import read_arguments
     from diffalign.evaluation.images import GRID, write_images
 
     prompts = read_arguments(args.prompts)
+    settle_drawing(args)
     folder = Path(args.output_dir)
     count = write_images(load(args), prompts, folder, evaluation(args), **batching(args))
     print(f"{count} images in {folder}, all of them in {folder / GRID}")

@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generate the missing images of a GenEval folder, or take a folder that exists, and score it."""
-    from diffalign.cli.models import batching, evaluation, load, made_with
+    from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.output import print_scores, write_result
     from diffalign.core import processes
     from diffalign.core.errors import UsageError
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.images is None:
         shapes = args.model.startswith("shapes-")
         args.prompts = args.prompts or ("shapes:held_out" if shapes else "geneval")
+        settle_drawing(args)
         prompts = load_prompts(args.prompts, limit=args.max_prompts)
         detector = choose_detector(args.detector, [p.metadata for p in prompts])
         made = made_with(args)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         folder,
         lambda metadata: detector or choose_detector(args.detector, metadata),
         made,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or options.BATCH_SIZE,
     )
     if not state.is_main_process:
         return

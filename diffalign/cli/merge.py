@@ -11,7 +11,7 @@ from diffalign.cli.verb import Verb
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `merge`."""
-    parser.add_argument("--model", default="shapes-sd3", help="name, folder or hub id")
+    parser.add_argument("--model", default="shapes-sd3", help="as of generate")
     parser.add_argument(
         "--lora", required=True, help="folder, file or hub id; behind a colon the file in it"
     )
@@ -37,15 +37,17 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.core.errors import UsageError
     from diffalign.core.files import folder_aside
     from diffalign.lora.files import read_lora
-    from diffalign.pipelines.merging import merge
+    from diffalign.pipelines.merging import merge, merged_card
+    from diffalign.pipelines.saving import save_pipeline
 
     if args.output_dir.exists():
         raise UsageError(f"--output_dir: {args.output_dir} exists already")
+    card = merged_card(args.model, scheduler=args.scheduler, guidance=args.fold_guidance)
     lora = read_lora(args.lora)
     pipeline = load(args, adapters=False).pipeline
     merge(pipeline, lora, scheduler=args.scheduler, guidance=args.fold_guidance)
     with folder_aside(args.output_dir) as folder:
-        pipeline.save_pretrained(folder)
+        save_pipeline(pipeline, folder, card=card)
     print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
 
 

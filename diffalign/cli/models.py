@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -13,7 +14,27 @@ from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
 from diffalign.lora.files import load_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.cards import DrawingCard, card_of
+from diffalign.pipelines.registry import check_steps, load_model
+
+
+def settle_drawing(args: argparse.Namespace) -> DrawingCard:
+    """Fill in what the flags leave open of how --model draws, from the model's card, and say how it draws.
+
+    Raises:
+        UsageError: the model's scheduler makes no such number of steps.
+    """
+    card = card_of(args.model).updated(vars(args))
+    try:
+        check_steps(args.model, card.num_inference_steps)
+    except UsageError as error:
+        raise UsageError(f"--{error}") from error
+    for name, value in vars(card).items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.model} draws in {card}", flush=True)
+    return card
 
 
 def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         images,
         reward,
         pick,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or options.BATCH_SIZE,
         state=state,
         group=by_caption if args.images else by_place,
     )
@@ -105,7 +105,7 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
 
 def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
     """Draw what is missing of the images in --output_dir, and return all of them with the rewards."""
-    from diffalign.cli.models import batching, evaluation, load, made_with
+    from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
     from diffalign.data.prompts import load_prompts
@@ -119,6 +119,7 @@ def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
         raise UsageError(
             "--record_states: states are of the model that is to be trained, without --lora"
         )
+    settle_drawing(args)
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
     fill_folder(

@@ -63,12 +63,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, default=None, help="a picture of the search (.png, .svg, .pdf)"
     )
     options.add_model(parser)
-    options.add_drawing(parser, steps=4, solver=False)
+    options.add_drawing(parser, solver=False)
 
 
 def run(args: argparse.Namespace) -> None:
     """Search, print the factors, and write them where the model is, or a copy of the model with them."""
-    from diffalign.cli.models import chosen_prompts, load, load_reference
+    from diffalign.cli.models import chosen_prompts, load, load_reference, settle_drawing
     from diffalign.core.errors import UsageError
     from diffalign.core.files import check_target
     from diffalign.rewards.composition import CompositeReward
@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     )
     reward = CompositeReward.from_config(settings.objective, setting="--objective")
     prompts = chosen_prompts(args)
+    card = settle_drawing(args)
     drawing = Drawing(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     file = args.work / "scores.jsonl"
     result = tune(model, prompts, reward.score, settings, drawing, reference=reference, file=file)
     result.apply(model.pipeline)
-    save(model.pipeline, result, folder, whole=whole)
+    save(model.pipeline, result, folder, whole=whole, card=card)
     if args.plot is not None:
         plot_history(result, args.plot)
     print(describe(result, folder, kept=keeps_earlier(result, model.pipeline)))

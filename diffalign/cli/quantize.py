@@ -52,14 +52,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="images of the forward that is timed beside bfloat16; 0: none; default: %(default)s",
     )
     options.add_model(parser)
-    options.add_drawing(parser, steps=4, solver=False)
+    options.add_drawing(parser, solver=False)
 
 
 def run(args: argparse.Namespace) -> None:
     """Quantise, save, and print how large and how fast the copy is; the last line is JSON."""
     import torch
 
-    from diffalign.cli.models import chosen_prompts, load
+    from diffalign.cli.models import chosen_prompts, load, settle_drawing
     from diffalign.core.errors import UsageError
     from diffalign.tuning.evaluator import Drawing
     from diffalign.tuning.smaller import SmallerSettings, make_smaller
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         args.backend, args.components, args.group_size, args.svd_rank, args.latency
     )
     settings.check(prompts)
+    settle_drawing(args)
     drawing = Drawing(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,

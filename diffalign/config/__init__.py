@@ -28,7 +28,6 @@ from diffalign.config.latents import (
     LatentsConfig,
 )
 from diffalign.config.loading import (
-    ALGORITHMS,
     decode,
     describe_recipes,
     differences,
@@ -37,8 +36,8 @@ from diffalign.config.loading import (
     recipes,
     to_dict,
 )
+from diffalign.config.methods import METHODS
 from diffalign.config.online import (
-    ONLINE,
     WEIGHTS,
     AlgorithmConfig,
     AWMConfig,
@@ -59,8 +58,7 @@ from diffalign.config.preference import (
 )
 
 __all__ = [
-    "ALGORITHMS",
-    "ONLINE",
+    "METHODS",
     "SOLVERS",
     "WEIGHTS",
     "AWMConfig",

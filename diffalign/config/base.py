@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from diffalign.config.checks import check, check_numbers, one_of, positive
 
@@ -219,7 +220,12 @@ class PromptsConfig(HeldOutPromptsConfig):
 
 @dataclass
 class AnyRunConfig:
-    """What every run has."""
+    """Settings that every run has."""
+
+    aliases: ClassVar[dict[str, Any]] = {}
+    """Flags of diffusers' training scripts that mean these settings in this kind of run."""
+    pairs_per_step: ClassVar[bool] = False
+    """An optimizer step is a number of pairs, which diffusers' scripts give as three factors."""
 
     output_dir: str = "runs/awm"
     model: ModelConfig = field(default_factory=ModelConfig)

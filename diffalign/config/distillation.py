@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from diffalign.config.base import (
     AnyRunConfig,
@@ -94,6 +95,14 @@ class TeacherConfig(DrawingConfig):
 class DistillationRunConfig(AnyRunConfig):
     """Everything that decides a distillation. `rewards` only score held-out prompts: of the teacher before, of the
     student after."""
+
+    aliases: ClassVar[dict[str, Any]] = {
+        "resolution": ("teacher.height", "teacher.width"),
+        "guidance_scale": "teacher.guidance_scale",
+        "num_inference_steps": "evaluation.num_inference_steps",
+        "num_ddim_timesteps": "teacher.num_inference_steps",
+        "huber_c": "algorithm.huber_c",
+    }
 
     output_dir: str = "runs/distill"
     algorithm: DistillationConfig = field(default_factory=ReflowConfig)

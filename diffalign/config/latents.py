@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from diffalign.config.base import (
     AnyRunConfig,
@@ -127,6 +128,19 @@ class LatentLoopConfig(LoopConfig):
 class LatentRunConfig(AnyRunConfig):
     """Everything that decides a move into another latent space. `rewards` only score held-out prompts: of the base in
     its own space before, of the moved model after."""
+
+    aliases: ClassVar[dict[str, Any]] = {
+        "resolution": ("images.height", "images.width"),
+        "guidance_scale": "evaluation.guidance_scale",
+        "num_inference_steps": "evaluation.num_inference_steps",
+        "train_data_dir": "latents.images",
+        "max_train_samples": "latents.limit",
+        "proportion_empty_prompts": "algorithm.prompt_dropout",
+        "logit_mean": "algorithm.sigma_mean",
+        "logit_std": "algorithm.sigma_std",
+        "random_flip": "latents.random_flip",
+        "center_crop": "latents.center_crop",
+    }
 
     output_dir: str = "runs/dcgen"
     algorithm: DCGenConfig = field(default_factory=DCGenConfig)

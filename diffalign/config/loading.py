@@ -12,40 +12,11 @@ from typing import Any
 
 from diffalign.config.base import AnyRunConfig, LoopConfig, LoraConfig, MethodConfig
 from diffalign.config.checks import ConfigError, nearest
-from diffalign.config.distillation import (
-    ConsistencyConfig,
-    DistillationConfig,
-    DistillationRunConfig,
-    ReflowConfig,
-)
 from diffalign.config.files import parse_yaml, read_recipe
-from diffalign.config.latents import DCGenConfig, LatentRunConfig
-from diffalign.config.online import ONLINE, AWMConfig, RunConfig
-from diffalign.config.preference import (
-    DiffusionDPOConfig,
-    InversionDPOConfig,
-    PreferenceAlgorithmConfig,
-    PreferenceRunConfig,
-)
+from diffalign.config.methods import DEFAULT, algorithm_class, available, run_class
 from diffalign.core.text import read_text, suffix_of
 
 logger = logging.getLogger(__name__)
-
-ALGORITHMS: dict[str, type[MethodConfig]] = {
-    **ONLINE,
-    "inversion_dpo": InversionDPOConfig,
-    "diffusion_dpo": DiffusionDPOConfig,
-    "reflow": ReflowConfig,
-    "consistency": ConsistencyConfig,
-    "dcgen": DCGenConfig,
-}
-RUNS: dict[type[MethodConfig], type[AnyRunConfig]] = {
-    PreferenceAlgorithmConfig: PreferenceRunConfig,
-    DistillationConfig: DistillationRunConfig,
-    DCGenConfig: LatentRunConfig,
-    MethodConfig: RunConfig,
-}
-"""Kinds of algorithms and the runs they ask for; the first that fits."""
 
 # Flags of diffusers' training scripts that mean the same here.
 ALIASES = {
@@ -69,45 +40,6 @@ ALIASES = {
     "adam_weight_decay": "optimizer.weight_decay",
     "adam_epsilon": "optimizer.epsilon",
     "max_grad_norm": "optimizer.max_grad_norm",
-}
-# And what means something in one kind of run only, or another thing.
-RUN_ALIASES: dict[type[AnyRunConfig], dict[str, Any]] = {
-    RunConfig: {
-        "resolution": ("rollout.height", "rollout.width"),
-        "guidance_scale": "rollout.guidance_scale",
-        "num_inference_steps": "rollout.num_inference_steps",
-    },
-    PreferenceRunConfig: {
-        "resolution": ("images.height", "images.width"),
-        "guidance_scale": "evaluation.guidance_scale",
-        "num_inference_steps": "pairs.inversion.steps",
-        "beta_dpo": "algorithm.beta",
-        "loss_type": "algorithm.loss_type",
-        "dataset_name": "pairs.source",
-        "train_data_dir": "pairs.source",
-        "max_train_samples": "pairs.limit",
-        "random_flip": "pairs.random_flip",
-        "center_crop": "pairs.center_crop",
-    },
-    DistillationRunConfig: {
-        "resolution": ("teacher.height", "teacher.width"),
-        "guidance_scale": "teacher.guidance_scale",
-        "num_inference_steps": "evaluation.num_inference_steps",
-        "num_ddim_timesteps": "teacher.num_inference_steps",
-        "huber_c": "algorithm.huber_c",
-    },
-    LatentRunConfig: {
-        "resolution": ("images.height", "images.width"),
-        "guidance_scale": "evaluation.guidance_scale",
-        "num_inference_steps": "evaluation.num_inference_steps",
-        "train_data_dir": "latents.images",
-        "max_train_samples": "latents.limit",
-        "proportion_empty_prompts": "algorithm.prompt_dropout",
-        "logit_mean": "algorithm.sigma_mean",
-        "logit_std": "algorithm.sigma_std",
-        "random_flip": "latents.random_flip",
-        "center_crop": "latents.center_crop",
-    },
 }
 
 
@@ -135,7 +67,7 @@ def describe_recipes() -> dict[str, str]:
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
     """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`: a `RunConfig`, or the one of
-    `RUNS` that its algorithm asks for."""
+    class that its algorithm asks for."""
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read_recipe(_find(str(recipe)))
@@ -200,10 +132,9 @@ def decode(raw: Mapping[str, Any]) -> Any:
 
 
 def _run_class(raw: Mapping[str, Any]) -> type[AnyRunConfig]:
-    """Online, from pairs, or a distillation."""
+    """Return the class of the run that the algorithm of a nested mapping asks for."""
     algorithm = raw.get("algorithm")
-    found = _algorithm_class(algorithm if isinstance(algorithm, Mapping) else {})
-    return next(run for kind, run in RUNS.items() if issubclass(found, kind))
+    return run_class(algorithm.get("type", DEFAULT) if isinstance(algorithm, Mapping) else DEFAULT)
 
 
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
@@ -218,12 +149,11 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
 
 
 def _algorithm_class(raw: Mapping[str, Any]) -> type[MethodConfig]:
-    name = raw.get("type", AWMConfig.type)
-    if not isinstance(name, str) or name not in ALGORITHMS:
-        raise ConfigError(
-            f"algorithm.type: unknown value {name!r}{nearest(str(name), list(ALGORITHMS))}"
-        )
-    return ALGORITHMS[name]
+    return algorithm_class(raw.get("type", DEFAULT))
+
+
+def _algorithm_classes() -> list[type[MethodConfig]]:
+    return [algorithm_class(name) for name in available()]
 
 
 def dump(config: AnyRunConfig) -> str:
@@ -291,7 +221,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _drop_other_algorithm(raw: dict[str, Any], chosen: str | None) -> None:
     """What a recipe says of one algorithm says nothing of another."""
     algorithm = raw.get("algorithm")
-    if chosen and isinstance(algorithm, dict) and algorithm.get("type", AWMConfig.type) != chosen:
+    if chosen and isinstance(algorithm, dict) and algorithm.get("type", DEFAULT) != chosen:
         raw["algorithm"] = {}
 
 
@@ -304,7 +234,7 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
     result: list[tuple[str, Any]] = []
     accumulation = None
     for key, text in given:
-        if key == ACCUMULATION and run is PreferenceRunConfig:
+        if key == ACCUMULATION and run.pairs_per_step:
             accumulation = text
             continue
         names = aliases.get(key, key)
@@ -346,14 +276,14 @@ def _global_batch(steps: str, given: Sequence[tuple[str, Any]], raw: Mapping[str
 
 def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:
     """Names of diffusers' scripts to settings of this kind of run."""
-    return ALIASES | RUN_ALIASES[run]
+    return ALIASES | run.aliases
 
 
 def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
     """Type hint of a setting, None for a path that does not exist."""
     head, _, rest = path.partition(".")
     if head == "algorithm" and rest:  # a name means the same in every algorithm that has it
-        hints = [typing.get_type_hints(kind) for kind in ALGORITHMS.values()]
+        hints = [typing.get_type_hints(kind) for kind in _algorithm_classes()]
         return next((h[rest] for h in hints if rest in h), None)
     kind: Any = run
     for key in path.split("."):
@@ -473,7 +403,7 @@ def _all_paths(kind: type, prefix: str = "") -> list[str]:
             base = typing.cast(type, hints[f.name])
             inner = [
                 p
-                for kind in ALGORITHMS.values()
+                for kind in _algorithm_classes()
                 if issubclass(kind, base)
                 for p in _all_paths(kind, "algorithm.")
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from diffalign.config.base import (
     SOLVERS,
@@ -173,13 +174,6 @@ class FlowGRPOConfig(AlgorithmConfig):
         check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
 
 
-ONLINE: dict[str, type[AlgorithmConfig]] = {
-    "awm": AWMConfig,
-    "diffusion_nft": DiffusionNFTConfig,
-    "flow_grpo": FlowGRPOConfig,
-}
-
-
 @dataclass
 class RolloutConfig(DrawingConfig):
     """How images are made for training: global numbers, whatever the number of processes."""
@@ -236,6 +230,12 @@ class TrainingConfig(LoopConfig):
 @dataclass
 class RunConfig(AnyRunConfig):
     """Everything that decides an online run."""
+
+    aliases: ClassVar[dict[str, Any]] = {
+        "resolution": ("rollout.height", "rollout.width"),
+        "guidance_scale": "rollout.guidance_scale",
+        "num_inference_steps": "rollout.num_inference_steps",
+    }
 
     algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from diffalign.config.base import AnyRunConfig, DrawingConfig, LoopConfig, MethodConfig
 from diffalign.config.checks import check, one_of, positive
@@ -156,6 +157,20 @@ class PreferenceLoopConfig(LoopConfig):
 @dataclass
 class PreferenceRunConfig(AnyRunConfig):
     """Everything that decides a run on preference pairs. `rewards` only score held-out prompts."""
+
+    pairs_per_step: ClassVar[bool] = True
+    aliases: ClassVar[dict[str, Any]] = {
+        "resolution": ("images.height", "images.width"),
+        "guidance_scale": "evaluation.guidance_scale",
+        "num_inference_steps": "pairs.inversion.steps",
+        "beta_dpo": "algorithm.beta",
+        "loss_type": "algorithm.loss_type",
+        "dataset_name": "pairs.source",
+        "train_data_dir": "pairs.source",
+        "max_train_samples": "pairs.limit",
+        "random_flip": "pairs.random_flip",
+        "center_crop": "pairs.center_crop",
+    }
 
     output_dir: str = "runs/inversion-dpo"
     algorithm: PreferenceAlgorithmConfig = field(default_factory=InversionDPOConfig)

@@ -45,10 +45,12 @@ def folder_aside(path: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, aside and renamed."""
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a text file in UTF-8, aside and renamed; `durable`: a power cut leaves it whole, too."""
     with aside(path) as file:
         file.write_text(text, encoding="utf-8")
+        if durable:
+            sync(file)
 
 
 def contents(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.core.errors import UserError
-from diffalign.diffusion.paths import Ode, Path, RectifiedFlow, expand
+from diffalign.diffusion.paths import Ode, Path, RectifiedFlow, VariancePreserving, expand
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents (B, ...), timesteps (B,)) to the model's prediction."""
@@ -43,6 +43,8 @@ def integrate(
         path: of the model.
         solver: "euler" (N evaluations), "midpoint" (2 N), "fireflow" (N + 1, flows only: a midpoint whose predictor is
             the last step's field), "fixed_point" (what Euler in the other direction undoes exactly; 1 + 4 an interval).
+            An interval that ends in pure noise (zero terminal signal-to-noise ratio) is one of Euler's: in the ODE's
+            own time it has no end.
 
     Raises:
         InversionError: a fixed point is not approached, or a state is not finite.
@@ -55,7 +57,9 @@ def integrate(
     x = latents.float()
     states, last = [x], None
     for now, following in zip(timesteps[:-1].tolist(), timesteps[1:].tolist(), strict=True):
-        if solver == "fixed_point":
+        if field.meets_noise(now, following):
+            x = field.euler(x, now, following)
+        elif solver == "fixed_point":
             x = _fixed_point(field, x, now, following)
         elif solver == "euler":
             x = field.step(field(x, now), following)
@@ -81,6 +85,19 @@ class _Field:
     def at(self, x: Tensor, t: float, slope: Tensor) -> Ode:
         """A known slope at another place."""
         return Ode(x, self.time(x, t), slope)
+
+    def meets_noise(self, *timesteps: float) -> bool:
+        """Tell whether nothing is left of the image at one of these times."""
+        if not isinstance(self.path, VariancePreserving):
+            return False
+        return bool(self.path.is_noise(torch.tensor(timesteps)).any())
+
+    def euler(self, x: Tensor, t: float, following: float) -> Tensor:
+        """Euler's step without the ODE's coordinates: the image and the noise that are predicted, mixed anew."""
+        times, after = (torch.full((len(x),), v, device=x.device) for v in (t, following))
+        model_pred = self.predict(x, times).float()
+        clean = self.path.predict_latents(model_pred, x, times)
+        return self.path.add_noise(clean, self.path.predict_noise(model_pred, x, times), after)
 
     def time(self, like: Tensor, t: float) -> Tensor:
         return self.path.ode_time(torch.full((len(like),), t, device=like.device))

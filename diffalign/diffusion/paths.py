@@ -13,6 +13,9 @@ from torch import Tensor
 
 MIN_NOISE = 0.05
 """Share below which there is next to no noise."""
+MIN_SIGNAL = 2.0**-12
+"""Least share of clean latents that anything is divided by: its square is what diffusers' samplers put in place of a
+zero terminal signal-to-noise ratio."""
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
@@ -93,7 +96,8 @@ class VariancePreserving:
     """x_t = a_t x_0 + s_t eps with a^2 + s^2 = 1; the model predicts eps ("epsilon") or a eps - s x_0 ("v_prediction").
 
     The path of SD1.5 and SDXL (Ho et al. 2020; Salimans & Ho 2022). `alphas_cumprod` (T,) are a^2 at the timesteps
-    0 .. T - 1 of a diffusers scheduler; between them a^2 is interpolated.
+    0 .. T - 1 of a diffusers scheduler; between them a^2 is interpolated. With a zero terminal signal-to-noise ratio
+    (Lin et al. 2024) a is 0 at the last of them; whatever is divided by a there is divided by MIN_SIGNAL.
     """
 
     alphas_cumprod: Tensor
@@ -116,6 +120,14 @@ class VariancePreserving:
         square = table[low] + (place - low) * (table[high] - table[low])
         return square.sqrt(), (1 - square).sqrt()
 
+    def signal(self, timesteps: Tensor) -> Tensor:
+        """a (B,) float32 as a divisor: MIN_SIGNAL at least."""
+        return self.scales(timesteps)[0].clamp_min(MIN_SIGNAL)
+
+    def is_noise(self, timesteps: Tensor) -> Tensor:
+        """(B,) whether nothing is left of the clean latents."""
+        return self.scales(timesteps)[0] <= MIN_SIGNAL
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents at `timesteps` (B,)."""
         a, s = (expand(x, latents) for x in self.scales(timesteps))
@@ -134,7 +146,7 @@ class VariancePreserving:
         """The clean latents that a prediction implies: (x_t - s eps) / a, or a x_t - s v."""
         a, s = (expand(x, noisy_latents) for x in self.scales(timesteps))
         if self.prediction_type == "epsilon":
-            return (noisy_latents - s * model_pred) / a
+            return (noisy_latents - s * model_pred) / a.clamp_min(MIN_SIGNAL)
         return a * noisy_latents - s * model_pred
 
     def predict_noise(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -151,16 +163,15 @@ class VariancePreserving:
 
     def ode_time(self, timesteps: Tensor) -> Tensor:
         """Time of `ode` (B,)."""
-        a, s = self.scales(timesteps)
-        return s / a
+        return self.scales(timesteps)[1] / self.signal(timesteps)
 
     def to_ode(self, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The state of `ode` that noisy latents are."""
-        return noisy_latents / expand(self.scales(timesteps)[0], noisy_latents)
+        return noisy_latents / expand(self.signal(timesteps), noisy_latents)
 
     def from_ode(self, state: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents of a state of `ode`."""
-        return state * expand(self.scales(timesteps)[0], state)
+        return state * expand(self.signal(timesteps), state)
 
 
 Path = RectifiedFlow | VariancePreserving

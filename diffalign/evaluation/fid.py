@@ -310,12 +310,24 @@ def compare(generated: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
     Raises:
         FeatureError: the sets were seen by different networks or have different dimensions.
     """
+    return measure(generated, reference)[0]
+
+
+def measure(
+    generated: FeatureSet, reference: FeatureSet
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the distances of `compare`, and for precision and recall which images are covered (N,).
+
+    Raises:
+        FeatureError: the sets were seen by different networks or have different dimensions.
+    """
     networks = {s.network for s in (generated, reference)} - {UNKNOWN}
     if len(networks) > 1:
         raise FeatureError(f"features of different networks cannot be compared: {networks}")
     shapes = [len(s.moments.mean) for s in (generated, reference)]
     if shapes[0] != shapes[1]:
         raise FeatureError(f"features of {shapes[0]} and {shapes[1]} dimensions cannot be compared")
+    inside: dict[str, Tensor] = {}
     values: dict[str, Any] = {
         "fid": distances.frechet_distance(generated.moments, reference.moments)
     }
@@ -326,14 +338,19 @@ def compare(generated: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
         values["kid"], values["kid_std"] = distances.kernel_distance(a, b)
         values["cmmd"] = distances.cmmd(a, b)
         if min(len(a), len(b)) > NEIGHBOURS:
-            values["precision"], values["recall"] = distances.precision_recall(a, b, k=NEIGHBOURS)
-    return {k: v if np.isfinite(v) else None for k, v in values.items()}
+            inside["precision"] = distances.covered(a, b, NEIGHBOURS)
+            inside["recall"] = distances.covered(b, a, NEIGHBOURS)
+            values |= {name: float(x.double().mean()) for name, x in inside.items()}
+    return {k: v if np.isfinite(v) else None for k, v in values.items()}, inside
 
 
 def distance_intervals(
-    generated: FeatureSet, reference: FeatureSet, values: Mapping[str, Any]
+    generated: FeatureSet,
+    reference: FeatureSet,
+    values: Mapping[str, Any],
+    inside: Mapping[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
-    """Return the 95 % intervals of the distances `values` that have one: KID, precision and recall."""
+    """Return the 95 % intervals of KID, precision and recall, from what `measure` returns."""
     result: dict[str, dict[str, Any]] = {}
     a, b = generated.features, reference.features
     if a is None or b is None or generated.group is None or reference.group is None:
@@ -343,13 +360,11 @@ def distance_intervals(
         if bounds is not None:
             estimate = Estimate(values["kid"], *bounds, len(a), len(generated.group.unique()))
             result["kid"] = estimate.to_dict()
-    sides = {"precision": (a, b, generated.group), "recall": (b, a, reference.group)}
-    for name, (points, manifold, group) in sides.items():
-        if values.get(name) is not None:
-            inside = distances.covered(points, manifold, NEIGHBOURS).double().numpy()
-            share = mean(inside, [str(int(g)) for g in group])
-            if share is not None:
-                result[name] = share.to_dict()
+    groups = {"precision": generated.group, "recall": reference.group}
+    for name, covered in inside.items():
+        share = mean(covered.double().numpy(), [str(int(g)) for g in groups[name]])
+        if share is not None:
+            result[name] = share.to_dict()
     return result
 
 

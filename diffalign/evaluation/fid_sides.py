@@ -18,11 +18,11 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.fid import (
     FeatureSet,
     Network,
-    compare,
     distance_intervals,
     drawn_batches,
     extract,
     folder_batches,
+    measure,
     model_batches,
     warnings,
 )
@@ -119,9 +119,9 @@ def compare_sides(
     distances: dict[str, Any] = {}
     certainty: dict[str, Any] = {}
     if reference is not None:
-        distances = compare(generated, reference)
+        distances, inside = measure(generated, reference)
         certainty = {
-            "intervals": distance_intervals(generated, reference, distances),
+            "intervals": distance_intervals(generated, reference, distances, inside),
             "warnings": warnings(generated, reference),
         }
     sides = {"generated": generated} | ({} if reference is None else {"reference": reference})

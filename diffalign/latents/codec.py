@@ -6,7 +6,8 @@ it lies and which autoencoder reads it back is one thing, and only here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,10 @@ from torch import Tensor
 
 from diffalign.core.errors import UserError
 from diffalign.core.fingerprint import fingerprint
+
+AFFINES = ("scale", "shift", "statistics")
+"""Readings of an autoencoder's configuration by stock pipelines: `scaling_factor` alone (Stable Diffusion, SANA), that
+and `shift_factor` (SD3, FLUX), or with it `latents_mean` and `latents_std` per channel where both are set (SDXL)."""
 
 
 def encoded(vae: Any, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:
@@ -80,22 +85,44 @@ class CodecError(UserError, ValueError):
     """Latents of another autoencoder than a denoiser was trained with."""
 
 
+@contextmanager
+def _in_float32(vae: Any, upcast: bool) -> Iterator[None]:
+    """The autoencoder's weights in float32 for a while, where that is wanted."""
+    before = vae.dtype
+    if not upcast or before == torch.float32:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(before)
+
+
 @dataclass(frozen=True)
 class LatentCodec:
     """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one).
 
-    `prefix`: only so many of the first channels, of an autoencoder that was trained to be read so (DC-AE 1.5).
+    Args:
+        prefix: only so many of the first channels, of an autoencoder that was trained to be read so (DC-AE 1.5).
+        affine: one of AFFINES, by the stock pipeline's class.
+        upcast: heed the autoencoder's `force_upcast`, as SDXL's pipelines do: float16 decodes in float32, and every
+            narrower dtype encodes in it.
     """
 
     vae: Any
     patch_size: int = 1
     prefix: int | None = None
+    affine: str = "shift"
+    upcast: bool = False
 
     def __post_init__(self) -> None:
         if self.prefix is not None and not 0 < self.prefix <= self.vae.config.latent_channels:
             raise CodecError(
                 f"latents.channels: {self.prefix} of an autoencoder with {self.vae.config.latent_channels}"
             )
+        if self.affine not in AFFINES:
+            raise ValueError(f"unknown affine {self.affine!r}; choices are {', '.join(AFFINES)}")
 
     @property
     def channels(self) -> int:
@@ -122,7 +149,40 @@ class LatentCodec:
 
     @property
     def shift(self) -> float:
+        """Zero where the stock pipeline reads none, whatever the configuration says."""
+        if self.affine != "shift":
+            return 0.0
         return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
+    @property
+    def statistics(self) -> dict[str, list[float]]:
+        """`mean` and `std` of each channel, or nothing."""
+        if self.affine != "statistics":
+            return {}
+        raw = {n: getattr(self.vae.config, f"latents_{n}", None) for n in ("mean", "std")}
+        if None in raw.values():
+            return {}
+        return {name: [float(v) for v in values] for name, values in raw.items()}
+
+    def normalized(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of the autoencoder as the denoiser reads them."""
+        if self.statistics:
+            mean, std = self._statistics(latents)
+            return (latents - mean) * self.scale / std
+        return (latents - self.shift) * self.scale
+
+    def denormalized(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalized`, in the stock pipelines' order of operations."""
+        if self.statistics:
+            mean, std = self._statistics(latents)
+            return latents * std / self.scale + mean
+        latents = latents / self.scale
+        return latents + self.shift if self.affine == "shift" else latents
+
+    def _statistics(self, like: Tensor) -> list[Tensor]:
+        """Mean and std, each (1, C, 1, 1) in the dtype of latents."""
+        values = self.statistics.values()
+        return [torch.tensor(v).view(1, -1, 1, 1).to(like.device, like.dtype) for v in values]
 
     def tokens(self, height: int, width: int) -> int:
         """Of an image of that size in pixels."""
@@ -134,10 +194,12 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 to latents (B, C, h, w): the mode of the posterior, scaled and shifted."""
-        pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
-        latents = encoded(self.vae, pixels)[0][:, : self.channels]
-        return (latents - self.shift) * self.scale
+        """Images (B, 3, H, W) uint8 to latents (B, C, h, w): the mode of the posterior, normalised."""
+        dtype = self.vae.dtype
+        with _in_float32(self.vae, self.upcast and self.vae.config.force_upcast):
+            pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
+            latents = encoded(self.vae, pixels)[0][:, : self.channels]
+        return self.normalized(latents.to(dtype) if latents.dtype == torch.float32 else latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) uint8, as the stock pipelines make them."""
@@ -146,10 +208,12 @@ class LatentCodec:
     @torch.no_grad()
     def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The images, and (B,) whether all of an image's numbers are finite: in 8 bits it can no longer be seen."""
-        latents = latents / self.vae.config.scaling_factor + self.shift
-        if self.prefix is not None:
-            latents = filled_up(latents, self.vae.config.latent_channels)
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        half = self.vae.dtype == torch.float16
+        with _in_float32(self.vae, self.upcast and half and self.vae.config.force_upcast):
+            latents = self.denormalized(latents.to(self.vae.dtype))
+            if self.prefix is not None:
+                latents = filled_up(latents, self.vae.config.latent_channels)
+            pixels = self.vae.decode(latents, return_dict=False)[0]
         finite = pixels.isfinite().flatten(1).all(1)
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
         return (pixels * 255).round().to(torch.uint8), finite
@@ -177,6 +241,7 @@ class LatentCodec:
             "patch_size": self.patch_size,
             "scale": self.scale,
             "shift": self.shift,
+            **self.statistics,
         }
 
     def check(self, told: Mapping[str, Any], *, where: str) -> None:
@@ -185,9 +250,10 @@ class LatentCodec:
         Raises:
             CodecError: of another one; the message says what differs.
         """
-        for name, here in self.to_dict().items():
-            if told.get(name) != here:
+        here = self.to_dict()
+        for name in dict.fromkeys((*here, "mean", "std")):
+            if told.get(name) != here.get(name):
                 raise CodecError(
-                    f"{where} was trained with another autoencoder: {name} was {told.get(name)}, and is {here} of the "
-                    "one that is there"
+                    f"{where} was trained with another autoencoder: {name} was {told.get(name)}, and is "
+                    f"{here.get(name)} of the one that is there"
                 )

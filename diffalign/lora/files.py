@@ -60,7 +60,7 @@ def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str 
 
 
 def read_lora(source: str) -> Lora:
-    """Read a LoRA by what a user calls it, before any model is loaded; see `source.locate` and `formats.read`."""
+    """Read a LoRA by path or hub id. No model is needed; see `source.locate` and `formats.read`."""
     place = locate(source)
     return formats.read(place.file, place.config)
 
@@ -117,10 +117,13 @@ def _merged(weight: Tensor, layer: Layer) -> Tensor:
 
 
 def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
-    """Return component -> module -> layer in the pipeline's own names and shapes; UsageError where one has no place."""
+    """Return component -> module -> layer in the pipeline's own names and shapes. UsageError where one has no place."""
     places: dict[str, dict[str, Layer]] = {}
     missing: list[str] = []
-    for part, layers in lora.parts.items():
+    for named, layers in lora.parts.items():
+        # kohya calls T5 the third encoder in FLUX's files as well
+        flux = named == "text_encoder_3" and not hasattr(pipeline, named)
+        part = "text_encoder_2" if flux else named
         component = getattr(pipeline, part, None)
         modules = dict(component.named_modules()) if component is not None else {}
         for name, layer in layers.items():
@@ -145,7 +148,7 @@ def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
 
 
 def _fitted(layer: Layer, module: Any, name: str, source: str) -> Layer:
-    """Return the layer with as many dimensions as the module's weight; UsageError where its sizes differ."""
+    """Return the layer with as many dimensions as the module's weight. UsageError where its sizes differ."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Conv2d):
         sizes = (base.in_channels // base.groups, *base.kernel_size), (base.out_channels, 1, 1)
@@ -159,10 +162,10 @@ def _fitted(layer: Layer, module: Any, name: str, source: str) -> Layer:
         if (layer.up[0].numel() == layer.rank)
         else layer.up
     )
-    for there, here in ((down.shape[1], inner[0]), (up.shape[0], outer[0])):
-        if there != here:
+    for features, expected in ((down.shape[1], inner[0]), (up.shape[0], outer[0])):
+        if features != expected:
             raise UsageError(
-                f"{source} is a LoRA of another model: {name} has {there} features there, {here} here"
+                f"{source} is a LoRA of another model: {name} has {features} features there, {expected} here"
             )
     if down.shape[1:] != inner or up.shape[2:] != outer[1:]:
         raise UsageError(

@@ -69,7 +69,7 @@ class Lora:
     source: str = "LoRA"
 
     def add(self, part: str, module: str, layer: Layer) -> None:
-        """Add one layer; UsageError where the module has one already, under another spelling of its name."""
+        """Add one layer. UsageError where the module has one already, under another spelling of its name."""
         layers = self.parts.setdefault(part, {})
         if module in layers:
             raise UsageError(
@@ -120,7 +120,7 @@ def read(path: Path, config: Mapping[str, Any] | None = None) -> Lora:
 
 
 def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return module -> kind -> tensor in float32; UsageError for whatever is left or cannot be one."""
+    """Return module -> kind -> tensor in float32. UsageError for whatever is left or cannot be one."""
     if not any(names.split_key(key) for key in tensors):
         example = (
             f", for instance {next(iter(tensors))} ({_kind_of(next(iter(tensors)))})"
@@ -132,13 +132,13 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
         )
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = names.split_key(key)
-        if found is None:
+        parsed = names.split_key(key)
+        if parsed is None:
             raise UsageError(
                 f"{path} holds {key}, and only plain LoRA and PEFT's DoRA are read: {_kind_of(key)}. Nothing was "
                 "loaded. Merge it with the program that made it, or export it as a plain LoRA."
             )
-        module, kind = found
+        module, kind = parsed
         if not tensor.is_floating_point() and kind != "alpha":
             raise UsageError(
                 f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats"
@@ -153,8 +153,14 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
     for module, own in grouped.items():
         for kind, other in (("down", "lora_A"), ("up", "lora_B")):
             if kind not in own:
-                wanted = f"lora_{kind}" if module.startswith("lora_") else other
-                raise UsageError(f"{path}: {module} has no {wanted}")
+                spelling = f"lora_{kind}" if module.startswith("lora_") else other
+                raise UsageError(f"{path}: {module} has no {spelling}")
+        if "alpha" in own and own["alpha"].numel() != 1:
+            raise UsageError(
+                f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one"
+            )
+        if own["down"].shape[:1] == (0,):
+            raise UsageError(f"{path}: {module} has rank 0")
         if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
             shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
             raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
@@ -293,7 +299,7 @@ def adapter_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def _adapter_metadata(lora: Lora) -> str:
-    """What peft needs to build the adapters, in the header of diffusers' files."""
+    """Return diffusers' header: the configuration with which peft builds the adapters."""
     config = {
         f"{part}.{key}": value
         for part, layers in lora.parts.items()

@@ -191,7 +191,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def find_place(module: str) -> Place | None:
-    """Return the place that a module's name of any spelling means; None where nothing is known by it."""
+    """Return the place that a module's name of any spelling means. None: it means nothing here."""
     for prefix, part in UNDERSCORED.items():
         if module.startswith(prefix):
             return _underscored(module.removeprefix(prefix), part)
@@ -246,7 +246,7 @@ def _dotted(name: str, part: str) -> Place | None:
 
 
 def _full_text_name(name: str) -> str:
-    """A CLIP encoder's module as files name it; since transformers 5 the model itself has no `text_model`."""
+    """Return a CLIP module's name in files. Since transformers 5 the model itself has no `text_model`."""
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
@@ -267,12 +267,12 @@ def _released(name: str, part: str) -> Place | None:
 
 def _split_words(name: str, words: re.Pattern[str]) -> str | None:
     """Return the name with dots between its words; None where something else stands in it."""
-    found = words.findall(name)
-    return ".".join(found) if "_".join(found) == name else None
+    parts = words.findall(name)
+    return ".".join(parts) if "_".join(parts) == name else None
 
 
 def _of_unet_release(name: str) -> str:
-    """Return diffusers' name of a module that is named as in a U-Net's release; every other name as it is.
+    """Return diffusers' name of a module of a U-Net's release. Every other name stays.
 
     Each block of the release is one layer of diffusers' blocks, which have three (two layers and a sampler, down).
     """
@@ -293,7 +293,7 @@ def _of_unet_release(name: str) -> str:
 
 
 def block_numbers(pattern: str, names: Iterable[str]) -> list[int]:
-    """Return the block numbers with which a pattern's name occurs; 0 for a pattern without a number."""
+    """Return the block numbers with which a pattern's name occurs. A pattern without a number has 0."""
     expression = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     matches = [m for name in names if (m := expression.fullmatch(name))]
     return sorted({int(m[1]) if m.re.groups else 0 for m in matches})

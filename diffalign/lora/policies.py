@@ -34,10 +34,10 @@ def attach(
     seed: int = 0,
     policies: Sequence[str] = (LAGGED, AVERAGED),
 ) -> list[nn.Parameter]:
-    """Freeze the base, add a fresh LoRA (Gaussian A, zero B, float32) and the named copies of it.
+    """Freeze the base and add a fresh LoRA (Gaussian A, zero B) and named copies.
 
-    Targets are suffixes of layers' names, or "=" and a whole name. Returns the trainable parameters. UsageError where a
-    target matches no layer.
+    The matrices are float32. Targets are suffixes of layers' names, or "=" and a whole name. Returns the trainable
+    parameters. UsageError where a target matches no layer.
     """
     missing = unresolved(denoiser, targets)
     if missing:
@@ -65,14 +65,17 @@ def attach(
 
 
 def keep_input_dtype(denoiser: nn.Module) -> None:
-    """For forwards under autocast, which casts the adapters' weights: peft would make each adapter a float32 copy of
-    its input, of which autograd then keeps a bfloat16 copy, where q, k and v can share one."""
+    """Keep peft from copying the adapters' input to float32.
+
+    Autocast casts the adapters' weights. With copies autograd would keep one input per adapter, where q, k and v can
+    share one.
+    """
     for layer in _layers(denoiser):
         layer.cast_input_dtype_enabled = False
 
 
 def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Those targets that are no suffix of the name of any linear layer or convolution."""
+    """Return the targets that no linear layer's or convolution's name ends with."""
     kinds = nn.Linear | nn.Conv2d
     names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
     return [t for t in targets if not any(re.fullmatch(_pattern([t]), n) for n in names)]
@@ -83,8 +86,10 @@ def _is_exact(target: str) -> bool:
 
 
 def _pattern(targets: Sequence[str]) -> str:
-    """A regular expression for the names of all layers that targets mean; peft takes one in place of suffixes, which
-    for FLUX's last layer would be those of all single blocks, too."""
+    """Return a regular expression for the names of all layers that targets mean.
+
+    It is for peft, whose suffixes would mean for FLUX's last layer those of all single blocks as well.
+    """
     parts = (re.escape(t[1:]) if _is_exact(t) else rf"(?:.*\.)?{re.escape(t)}" for t in targets)
     return "|".join(parts)
 
@@ -95,14 +100,14 @@ def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_parameters(denoiser: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of one adapter; names are the same for every adapter."""
-    found = []
+    """Return (name, parameter) of one adapter; names are the same for every adapter."""
+    named = []
     for layer_name, layer in denoiser.named_modules():
         if isinstance(layer, BaseTunerLayer):
             for part in ("lora_A", "lora_B"):
                 weight = getattr(layer, part)[name].weight
-                found.append((f"{layer_name}.{part}.weight", weight))
-    return found
+                named.append((f"{layer_name}.{part}.weight", weight))
+    return named
 
 
 @torch.no_grad()
@@ -115,8 +120,10 @@ def blend(denoiser: nn.Module, name: str, *, decay: float) -> None:
 
 @contextmanager
 def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """Forwards inside use this policy: CURRENT, LAGGED, AVERAGED or REFERENCE (the base without adapters); afterwards
-    the one that was active before, so that policies can be nested."""
+    """Use one policy inside: CURRENT, LAGGED, AVERAGED or REFERENCE, the base without adapters.
+
+    Afterwards the policy that was active before is back, so that policies can be nested.
+    """
     layers = _layers(denoiser)
     before = _active(layers)
     if before == name:
@@ -149,18 +156,18 @@ def check_mergeable(module: nn.Module, *, advice: str) -> None:
     weight = getattr(module, "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise UsageError(
-            f"adapters cannot be merged into {type(module).__name__} with a {type(weight).__name__}: the model is "
+            f"adapters cannot be merged into {type(module).__name__}, whose weights are no floats: the model is "
             f"quantised. {advice}"
         )
 
 
 @contextmanager
 def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """As `policy`, with the adapter added into the base's weights: forwards cost what the base's cost, and differ from
-    those of `policy` by the rounding of the sums. For inference; afterwards the base's own tensors are back.
+    """Use one policy inside, added into the base's weights, for inference.
 
-    Takes memory for a second copy of the weights that carry an adapter. UsageError for a quantised base, to whose
-    weights nothing can be added.
+    Forwards cost what the base's cost, and differ from those of `policy` by the rounding of the sums. Afterwards the
+    base's own tensors are back. It takes memory for a second copy of the weights that carry an adapter. UsageError
+    for a quantised base, to whose weights nothing can be added.
     """
     layers = _layers(denoiser)
     bases = [layer.get_base_layer() for layer in layers]
@@ -181,8 +188,10 @@ def merged(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def folded(denoiser: ModelMixin, name: str) -> ModelMixin:
-    """A model of the same class without adapters, with this one in its weights; the tensors that carry none are
-    shared."""
+    """Return a model of the same class without adapters, with this one in its weights.
+
+    The tensors that carry none are shared.
+    """
     with torch.device("meta"):
         plain = type(denoiser).from_config(denoiser.config)
     with merged(denoiser, name):

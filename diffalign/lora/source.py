@@ -102,7 +102,11 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 
 def _remote(repository: str, name: str) -> Source:
     """Download a file of a hub repository, its only LoRA where no name is given."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return _download(repository, name)
@@ -118,7 +122,12 @@ def _remote(repository: str, name: str) -> Source:
         ) from error
     except UsageError:
         raise
-    # no connection, no such file, a full disk: the client's own errors have no class in common
+    except LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"lora: {repository} is neither a path that exists nor in the hub's cache, and the hub cannot be asked "
+            "(HF_HUB_OFFLINE, or no connection). Check the name and the connection."
+        ) from error
+    # no such file, a full disk, a broken connection: the client's errors have no class in common
     except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Matrices of several modules in one, as the releases of FLUX and SD3 have queries, keys and values.
+"""Matrices of several modules in one: queries, keys and values in the releases of FLUX and SD3.
 
 Several LoRAs of rank r become one of rank n r, block-diagonal, with alpha n alpha: the same update.
 """
@@ -71,7 +71,9 @@ def split(place: Place, down: Tensor, up: Tensor, alpha: float) -> Iterator[tupl
 
 
 def swap(module: str, down: Tensor, up: Tensor) -> Tensor:
-    """Return `up` with its halves changed where a release has (shift, scale) and diffusers (scale, shift).
+    """Return `up` with its halves exchanged for modulations in another order.
+
+    A release has (shift, scale), diffusers (scale, shift).
 
     These are the last modulation, and the context's in SD3's last block, which has no gate.
     """
@@ -87,7 +89,7 @@ def _width(name: str, features: int) -> int:
 
 
 def _stack(layers: Mapping[str, Layer], modules: Sequence[str]) -> Matrices:
-    """One LoRA for stacked modules, zero for modules without one, all with the scale of the first."""
+    """Return one LoRA for stacked modules, zero for modules without one, in one scale."""
     present = [n for n in modules if n in layers]
     first = layers[present[0]]
     if len(modules) == 1:

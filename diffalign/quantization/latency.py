@@ -18,26 +18,31 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Comparison:
-    """Medians over forwards in milliseconds, and of the paired ratios."""
+    """Medians over forwards in milliseconds, and their ratio."""
 
     ms: float
     plain_ms: float
     ratio: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float], plain: Sequence[float]) -> Comparison:
+        """Compare the seconds of a model's forwards with those of the plain model."""
+        own, base = statistics.median(seconds), statistics.median(plain)
+        return cls(1000 * own, 1000 * base, own / base)
+
 
 @torch.no_grad()
-def compare(
-    model: Any, plain: Any, rows: int, *, height: int | None = None, width: int | None = None
-) -> Comparison:
-    """Forwards of the denoisers of two `TextToImageModel`s for so many images, turn and turn about, each in its own
-    dtype and eager (not compiled); sizes in pixels."""
+def forward_seconds(
+    model: Any, rows: int, *, height: int | None = None, width: int | None = None
+) -> list[float]:
+    """Time forwards of a `TextToImageModel`'s denoiser for so many images.
+
+    They are in its own dtype and eager (not compiled). Sizes are in pixels; None is the model's own.
+    """
     size = height or model.default_size[0], width or model.default_size[1]
-    inputs = [m.random_inputs(rows, *size) for m in (model, plain)]
-    calls = [lambda m=m, i=i: m.forward(*i) for m, i in zip((model, plain), inputs, strict=True)]
+    inputs = model.random_inputs(rows, *size)
     with attention(model.device):
-        times, base = interleaved(calls, model.device)
-    ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))
-    return Comparison(1000 * statistics.median(times), 1000 * statistics.median(base), ratio)
+        return interleaved([lambda: model.forward(*inputs)], model.device)[0]
 
 
 def interleaved(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig
+from diffalign.config import AnyRunConfig
+from diffalign.config.methods import cache_filler
 from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.data.shard_cache import ShardCache
-from diffalign.methods.dcgen.maker import precompute_latents
-from diffalign.methods.preference.precompute import precompute
 from diffalign.training.inputs import check_source
 from diffalign.training.run import prepare_model
 
@@ -18,13 +17,13 @@ def fill_cache(config: AnyRunConfig) -> ShardCache:
     Raises:
         UsageError: the algorithm learns from no images.
     """
-    if not isinstance(config, PreferenceRunConfig | LatentRunConfig):
+    filler = cache_filler(config.algorithm.type)
+    if filler is None:
         raise UsageError(
-            f"precompute: {config.algorithm.type} learns from no pairs and from no latents"
+            f"precompute: recipes of type {config.algorithm.type} have no cache to fill. "
+            "Use a recipe with pairs or latents."
         )
     check_source(config)
     accelerator = processes.make_accelerator()
     model = prepare_model(config, accelerator.device)
-    if isinstance(config, LatentRunConfig):
-        return precompute_latents(config, model, accelerator)
-    return precompute(config, model, accelerator)
+    return filler(config, model, accelerator)

@@ -20,12 +20,9 @@ from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
     ConfigError,
-    DistillationRunConfig,
-    LatentRunConfig,
-    PreferenceRunConfig,
-    RunConfig,
     to_dict,
 )
+from diffalign.config.methods import trainer_class
 from diffalign.core import processes
 from diffalign.core.errors import explain, full_disk, out_of_memory
 from diffalign.core.files import aside
@@ -39,10 +36,6 @@ from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import shown, write_report
 from diffalign.evaluation.score import Evaluation, as_dicts, evaluate_model, repeat_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
-from diffalign.methods.dcgen.trainer import LatentTrainer
-from diffalign.methods.distillation.trainer import DistillationTrainer
-from diffalign.methods.online.trainer import OnlineTrainer
-from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
 from diffalign.pipelines.registry import load_model
@@ -131,16 +124,8 @@ class Run:
         for part in (reward, watched):
             part.prepare()
         model = prepare_model(config, accelerator.device)
-        trainer: Trainer
-        if isinstance(config, PreferenceRunConfig):
-            trainer = PreferenceTrainer(config, model, accelerator, folder)
-        elif isinstance(config, LatentRunConfig):
-            trainer = LatentTrainer(config, model, accelerator, folder)
-        elif isinstance(config, DistillationRunConfig):
-            trainer = DistillationTrainer(config, model, accelerator, folder, inputs.train)
-        else:
-            assert isinstance(config, RunConfig)
-            trainer = OnlineTrainer(config, model, accelerator, folder, reward.score, inputs.train)
+        kind = trainer_class(config.algorithm.type)
+        trainer: Trainer = kind.of_run(config, model, accelerator, folder, inputs)
         if config.model.compile and compile_blocks(trainer.model.denoiser, trainer.full_batches()):
             trainer.say(
                 "compiling the denoiser's blocks, once for each size: the first images and the first update take longer"

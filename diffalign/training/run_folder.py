@@ -172,7 +172,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> Path:
         """Write a text file aside and rename it."""
         file = self.path / name
-        write_text(file, text)
+        write_text(file, text, durable=True)
         return file
 
     def append_log(self, row: dict[str, Any]) -> None:

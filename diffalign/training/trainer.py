@@ -25,6 +25,7 @@ from diffalign.training import checkpoint
 from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.denoise import image_size
+from diffalign.training.inputs import Inputs
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 
@@ -61,6 +62,18 @@ class Trainer(ABC):
     forwards: ForwardCounter = field(init=False)
     advice: ClassVar[str] = ""
     """What else helps against a gradient that is not finite."""
+
+    @classmethod
+    def of_run(
+        cls,
+        config: AnyRunConfig,
+        model: TextToImageModel,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        inputs: Inputs,
+    ) -> Trainer:
+        """Return the trainer of a run; a method that needs prompts or rewards takes them from `inputs`."""
+        return cls(config, model, accelerator, folder)
 
     def __post_init__(self) -> None:
         c = self.config

@@ -9,7 +9,9 @@ from typing import Any
 
 from diffalign.core.errors import UsageError
 from diffalign.core.files import folder_aside, write_text
+from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.registry import available
+from diffalign.pipelines.saving import save_pipeline
 from diffalign.tuning.tune import TuneResult
 
 RESULT = "qsched.json"
@@ -41,11 +43,21 @@ def target_folder(model: str, output_dir: Path | None) -> tuple[Path, bool]:
     return target, True
 
 
-def save(pipeline: Any, result: TuneResult, folder: Path, *, whole: bool) -> None:
-    """The pipeline, or where it lies there already its scheduler's configuration alone: whole or not at all."""
+def save(
+    pipeline: Any,
+    result: TuneResult,
+    folder: Path,
+    *,
+    whole: bool,
+    card: DrawingCard | None = None,
+) -> None:
+    """The pipeline, or where it lies there already its scheduler's configuration alone: whole or not at all.
+
+    `card`: how the factors were searched, which is how a new folder is drawn with by default.
+    """
     if whole:
         with folder_aside(folder) as hidden:
-            pipeline.save_pretrained(hidden)
+            save_pipeline(pipeline, hidden, card=card)
             result.save(hidden / RESULT)
         return
     text = pipeline.scheduler.to_json_string()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,17 @@ from diffalign.core.files import folder_aside
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.cards import card_of
 from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.saving import save_pipeline
 from diffalign.quantization.accounting import ModuleReport, folder_bytes, report
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
-from diffalign.quantization.latency import Comparison, compare
+from diffalign.quantization.latency import Comparison, forward_seconds
 from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.evaluator import Drawing
 
+logger = logging.getLogger(__name__)
 REPORT = "quantization.json"
 
 
@@ -87,7 +92,8 @@ def make_smaller(
     model, backends = _quantise(
         model, source, settings, drawing=drawing, dtype=dtype, prompts=prompts
     )
-    times = _latency(model, source, settings, drawing) if settings.latency else None
+    size = {"height": drawing.height, "width": drawing.width}
+    seconds = forward_seconds(model, settings.latency, **size) if settings.latency else None
     after = report(model.denoiser)  # with what layers keep once they have run
     result: dict[str, Any] = {
         "model": source,
@@ -99,16 +105,19 @@ def make_smaller(
         "bits_per_weight": round(after.bits_per_weight, 3),
         "quantised_fraction": round(after.quantised_fraction, 4),
     }
-    if times is not None:
-        result["latency_ms"] = round(times.ms, 2)
-        result["bf16_latency_ms"] = round(times.plain_ms, 2)
-        result["latency_ratio"] = round(times.ratio, 3)
     with folder_aside(output_dir) as folder:
-        model.pipeline.save_pretrained(folder)
+        save_pipeline(model.pipeline, folder, card=card_of(source))
         part = "unet" if (folder / "unet").is_dir() else "transformer"
         result["disk_bytes"] = folder_bytes(folder / part)
         result["disk_ratio_to_bf16"] = round(after.bf16_bytes / result["disk_bytes"], 4)
         result["pipeline_disk_bytes"] = folder_bytes(folder)
+        times = None
+        if seconds is not None:
+            times = _compare(model, seconds, source, settings.latency, size)
+        if times is not None:
+            result["latency_ms"] = round(times.ms, 2)
+            result["bf16_latency_ms"] = round(times.plain_ms, 2)
+            result["latency_ratio"] = round(times.ratio, 3)
         text = json.dumps({**result, "versions": versions()}, indent=2)
         (folder / REPORT).write_text(text, encoding="utf-8")
     speed = None if times is None else _told(times, settings, set(backends.values()))
@@ -157,14 +166,31 @@ def _quantise(
     return again, {part: name}
 
 
-def _latency(
-    model: TextToImageModel, source: str, settings: SmallerSettings, drawing: Drawing
-) -> Comparison:
-    """Time a forward beside the model as it was, in bfloat16; only that model's denoiser is read again."""
-    own = ("unet", "transformer", "scheduler")
+def _compare(
+    model: TextToImageModel,
+    seconds: list[float],
+    source: str,
+    rows: int,
+    size: dict[str, int | None],
+) -> Comparison | None:
+    """Time the model as it was, in bfloat16, with the quantised denoiser freed.
+
+    None, with a warning, where it does not fit: the quantised folder is saved by then.
+    """
+    device, own = model.device, ("unet", "transformer", "scheduler")
     others = {n: part for n, part in model.pipeline.components.items() if n not in own}
-    plain = load_model(source, dtype=torch.bfloat16, device=model.device, **others)
-    return compare(model, plain, settings.latency, height=drawing.height, width=drawing.width)
+    part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
+    model.pipeline.register_modules(**{part: None})
+    try:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        plain = load_model(source, dtype=torch.bfloat16, **others)
+        plain.denoiser.to(device)
+        return Comparison.of(seconds, forward_seconds(plain, rows, **size))
+    except torch.OutOfMemoryError:
+        logger.warning("--latency: no room for the model as it was, which is not timed")
+        return None
 
 
 def _told(times: Comparison, settings: SmallerSettings, backends: set[str]) -> str:

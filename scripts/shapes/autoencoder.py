@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from diffalign.shapes.world import (
@@ -27,6 +28,27 @@ def build_autoencoder() -> AutoencoderKL:
         scaling_factor=1.0,
         shift_factor=0.0,
     )
+
+
+@torch.no_grad()
+def fold_shift(vae: AutoencoderKL) -> AutoencoderKL:
+    """Move the `shift_factor` of an autoencoder into weights of Stable Diffusion's layout.
+
+    StableDiffusionPipeline reads no shift. The two 1x1 convolutions of that layout can hold it to the bit, since
+    neither pads: `quant_conv` subtracts it from the means, `post_quant_conv` adds it again.
+    """
+    if vae.quant_conv is not None or vae.post_quant_conv is not None:
+        raise ValueError("an autoencoder with convolutions of its own between its halves")
+    channels, shift = vae.config.latent_channels, vae.config.shift_factor or 0.0
+    folded = AutoencoderKL.from_config(
+        vae.config, use_quant_conv=True, use_post_quant_conv=True, shift_factor=None
+    )
+    folded.load_state_dict(vae.state_dict(), strict=False)
+    for layer, means in ((folded.quant_conv, -shift), (folded.post_quant_conv, shift)):
+        layer.weight.copy_(torch.eye(layer.in_channels)[:, :, None, None])
+        layer.bias.zero_()
+        layer.bias[:channels] = means
+    return folded.to(vae.dtype).eval()
 
 
 def build_deep_autoencoder() -> AutoencoderDC:

@@ -18,6 +18,9 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 
+from diffalign.pipelines import saving
+from diffalign.pipelines.cards import PUBLISHED
+from diffalign.scripts.shapes.autoencoder import fold_shift
 from diffalign.scripts.shapes.denoiser import (
     build_flux_transformer,
     build_sd3_transformer,
@@ -115,7 +118,7 @@ def build_flux_pipeline(
 def build_sd_pipeline(
     vae: AutoencoderKL, *, transformer: nn.Module | None = None, text_steps: int = 400
 ) -> StableDiffusionPipeline:
-    """`shapes-sd`: one CLIP encoder, SD1.5's noise schedule with DDIM's steps."""
+    """`shapes-sd`: one CLIP encoder, SD1.5's noise schedule with DDIM's steps, the shift in the autoencoder."""
     tokenizer = build_clip_tokenizer()
     return StableDiffusionPipeline(
         unet=transformer or build_sd_unet(),
@@ -127,7 +130,7 @@ def build_sd_pipeline(
             set_alpha_to_one=False,
             steps_offset=1,
         ),
-        vae=vae,
+        vae=fold_shift(vae),
         text_encoder=pretrained_clip(
             tokenizer, projection=False, steps=2 * text_steps, seed=0, last=True
         ),
@@ -143,6 +146,6 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.to(dtype=torch.bfloat16)
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside, safe_serialization=True)
+    saving.save_pipeline(pipeline, aside, card=PUBLISHED.get(folder.name))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

@@ -138,7 +138,7 @@ def precompute_latents(
     source = source_of(config, size)
     if codec is None:
         vae = new_autoencoder(config, accelerator.device)
-        codec = base.codec if vae is None else LatentCodec(vae, 1, config.latents.channels)
+        codec = base.codec if vae is None else base.codec_of(vae, prefix=config.latents.channels)
     if paired:
         tokens_ratio(base, codec, size)  # refuses sizes that do not fit
     return fill(

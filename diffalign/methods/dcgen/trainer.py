@@ -30,7 +30,9 @@ from diffalign.methods.dcgen.alignment import Alignment
 from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, source_of
 from diffalign.methods.dcgen.step import Step
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.moving import move_model, tokens_ratio
+from diffalign.pipelines.saving import save_pipeline
 from diffalign.training.denoise import image_size
 from diffalign.training.order import EpochOrder
 from diffalign.training.run_folder import ALIGNED, ALIGNMENT_FACTS
@@ -228,9 +230,19 @@ class LatentTrainer(Trainer):
             if target.exists():  # of fewer updates
                 shutil.rmtree(target)
             with folder_aside(target) as hidden:
-                pipeline.save_pretrained(hidden)
+                save_pipeline(pipeline, hidden, card=self._card())
         finally:
             pipeline.register_modules(transformer=own)
+
+    def _card(self) -> DrawingCard:
+        """How the run itself draws."""
+        drawn = self.config.evaluation
+        return DrawingCard(
+            drawn.num_inference_steps,
+            drawn.guidance_scale,
+            self.config.drawing.micro_batch_size,
+            dtype=self.config.model.dtype,
+        )
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

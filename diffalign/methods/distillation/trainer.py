@@ -14,11 +14,13 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import distillation as losses
 from diffalign.config import (
+    AnyRunConfig,
     ConsistencyConfig,
     DistillationRunConfig,
     EvaluationConfig,
@@ -31,9 +33,12 @@ from diffalign.data.prompts import Prompt
 from diffalign.diffusion.inversion import integrate, inversion_grid
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
+from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 from diffalign.training.trainer import Trainer
 from diffalign.types import PromptEmbeds
@@ -72,6 +77,18 @@ class DistillationTrainer(Trainer):
 
     config: DistillationRunConfig
     prompts: Sequence[Prompt]
+
+    @classmethod
+    def of_run(
+        cls,
+        config: AnyRunConfig,
+        model: TextToImageModel,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        inputs: Inputs,
+    ) -> DistillationTrainer:
+        assert isinstance(config, DistillationRunConfig)
+        return cls(config, model, accelerator, folder, inputs.train)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,9 +321,11 @@ class DistillationTrainer(Trainer):
         )
 
     def export(self, folder: Path) -> None:
-        """Besides the LoRA the student's scheduler, which it needs."""
+        """Besides the LoRA the student's scheduler, which it needs, and the steps that it was made for."""
         super().export(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
+        drawn = self.config.evaluation
+        DrawingCard(drawn.num_inference_steps, drawn.guidance_scale).save(folder / "scheduler")
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

@@ -10,15 +10,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import (
+    AnyRunConfig,
     FlowGRPOConfig,
     ForwardProcessConfig,
     RunConfig,
 )
+from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.paths import RectifiedFlow
@@ -35,7 +38,10 @@ from diffalign.methods.online.health import (
 from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.run_folder import RunFolder
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
@@ -54,6 +60,18 @@ class OnlineTrainer(Trainer):
 
     policies: ClassVar[tuple[str, ...]] = (lora.LAGGED, lora.AVERAGED)
     advice: ClassVar[str] = " or a higher algorithm.kl_beta"
+
+    @classmethod
+    def of_run(
+        cls,
+        config: AnyRunConfig,
+        model: TextToImageModel,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        inputs: Inputs,
+    ) -> OnlineTrainer:
+        assert isinstance(config, RunConfig)
+        return cls(config, model, accelerator, folder, inputs.reward.score, inputs.train)
 
     def __post_init__(self) -> None:
         c = self.config
@@ -145,6 +163,12 @@ class OnlineTrainer(Trainer):
         plan = self.plan(number)
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
+            if not processes.highest(int(rollout.latents.isfinite().any())):
+                raise TrainingError(
+                    f"update {number}: the policy draws no finite image any more, and its weights were not saved; the "
+                    f"last checkpoint is {self.folder.newest_checkpoint or 'none'}. Start again in another output_dir "
+                    f"with a lower optimizer.learning_rate{self.advice}"
+                )
             self.save()
             raise TrainingError(
                 f"update {number}: no image could be scored, see the warnings above; everything up to update "

@@ -41,6 +41,7 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
         "files": files,
         "pairs": pairs,
         "model": of_pipeline(model.pipeline),
+        **model.codec.statistics,
         "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
         "size": list(image_size(config, model)),
         "mixed_precision": config.training.mixed_precision,

@@ -1,0 +1,134 @@
+"""Registry of methods: where the settings, the run and the trainer of each algorithm stand.
+
+Entries are strings, so that listing methods imports neither torch nor a trainer. An installed package adds a method by
+an entry point of the group "diffalign.algorithms" that names a `Method`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from diffalign.config.checks import ConfigError, nearest
+
+ENTRY_POINT_GROUP = "diffalign.algorithms"
+DEFAULT = "awm"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training. All places are "module:Class" or "module:function"."""
+
+    config: str
+    """Settings of the algorithm; their `type` is the method's name."""
+    run: str
+    """Settings of the whole run."""
+    trainer: str
+    """A `training.trainer.Trainer`."""
+    summary: str
+    cache: str | None = None
+    """A function (config, model, accelerator) that fills the cache of images; None for methods without one."""
+
+
+def _online(config: str, summary: str) -> Method:
+    return Method(
+        f"diffalign.config.online:{config}",
+        "diffalign.config.online:RunConfig",
+        "diffalign.methods.online.trainer:OnlineTrainer",
+        summary,
+    )
+
+
+def _preference(config: str, summary: str) -> Method:
+    return Method(
+        f"diffalign.config.preference:{config}",
+        "diffalign.config.preference:PreferenceRunConfig",
+        "diffalign.methods.preference.trainer:PreferenceTrainer",
+        summary,
+        cache="diffalign.methods.preference.precompute:precompute",
+    )
+
+
+def _distillation(config: str, summary: str) -> Method:
+    return Method(
+        f"diffalign.config.distillation:{config}",
+        "diffalign.config.distillation:DistillationRunConfig",
+        "diffalign.methods.distillation.trainer:DistillationTrainer",
+        summary,
+    )
+
+
+METHODS = {
+    "awm": _online("AWMConfig", "online RL with the pretraining loss"),
+    "diffusion_nft": _online("DiffusionNFTConfig", "online RL by contrast of policies"),
+    "flow_grpo": _online("FlowGRPOConfig", "online RL with the likelihood of stochastic steps"),
+    "inversion_dpo": _preference("InversionDPOConfig", "preference pairs on inverted trajectories"),
+    "diffusion_dpo": _preference("DiffusionDPOConfig", "preference pairs on noised images"),
+    "reflow": _distillation("ReflowConfig", "few-step student by piecewise rectified flow"),
+    "consistency": _distillation("ConsistencyConfig", "few-step student by consistency"),
+    "dcgen": Method(
+        "diffalign.config.latents:DCGenConfig",
+        "diffalign.config.latents:LatentRunConfig",
+        "diffalign.methods.dcgen.trainer:LatentTrainer",
+        "move a model into a deeply compressed latent space",
+        cache="diffalign.methods.dcgen.maker:precompute_latents",
+    ),
+}
+
+
+@cache
+def available() -> dict[str, Method]:
+    """Return the methods by name: built-in ones, and those of installed packages."""
+    methods = dict(METHODS)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name not in methods:
+            methods[point.name] = point.load()
+    return methods
+
+
+def method(name: Any) -> Method:
+    """Return the method of this name.
+
+    Raises:
+        ConfigError: there is none; the message names the nearest.
+    """
+    methods = available()
+    if not isinstance(name, str) or name not in methods:
+        hint = nearest(str(name), list(methods))
+        raise ConfigError(f"algorithm.type: unknown value {name!r}{hint}")
+    return methods[name]
+
+
+def imported(place: str) -> Any:
+    """Return the class or function at "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def algorithm_class(name: Any) -> Any:
+    """Return the dataclass of an algorithm's settings."""
+    return imported(method(name).config)
+
+
+def run_class(name: Any) -> Any:
+    """Return the dataclass of the settings of a method's run."""
+    return imported(method(name).run)
+
+
+def trainer_class(name: Any) -> Any:
+    """Return the trainer of a method. Import torch."""
+    return imported(method(name).trainer)
+
+
+def cache_filler(name: Any) -> Any:
+    """Return the function that fills a method's cache, or None. Import torch."""
+    place = method(name).cache
+    return None if place is None else imported(place)
+
+
+def sharing_run(run: type) -> list[str]:
+    """Return the names of the methods whose run has settings of this class."""
+    return [name for name in available() if run_class(name) is run]

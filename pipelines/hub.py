@@ -1,0 +1,165 @@
+"""The hub: asked once whether a model is there, and what its refusals mean to a user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from diffalign.pipelines.places import INDEX, UnknownModel
+
+TIMEOUT = 10.0
+"""Seconds until a hub that does not answer counts as unreachable."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model on the hub: `files` by their paths, those of the cache where the hub cannot be reached."""
+
+    files: tuple[str, ...]
+    reachable: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`: nothing is asked again of a hub that did not answer."""
+        return {} if self.reachable else {"local_files_only": True}
+
+
+@lru_cache(maxsize=32)
+def repository(
+    source: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> Repository:
+    """Ask the hub once; where it does not answer, look into the cache.
+
+    Raises:
+        UnknownModel: the hub has no such model, or does not show it; the message says what to do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        info = HfApi().model_info(source, revision=revision, timeout=TIMEOUT, token=token)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise UnknownModel(refusal(error, source, revision)) from error
+    except OfflineModeIsEnabled:
+        return Repository(cached_files(source, revision, cache_dir), reachable=False)
+    except HfHubHTTPError as error:
+        if status(error) in (401, 403):
+            raise UnknownModel(refusal(error, source, revision)) from error
+        return Repository(cached_files(source, revision, cache_dir), reachable=False)
+    except Exception as error:
+        # which HTTP library raises depends on the version of the hub's client
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
+        return Repository(cached_files(source, revision, cache_dir), reachable=False)
+    return Repository(tuple(s.rfilename for s in info.siblings or ()), reachable=True)
+
+
+def cached_files(
+    source: str, revision: str | None = None, cache_dir: str | None = None
+) -> tuple[str, ...]:
+    """List the files of a model in the cache of this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    indices = [
+        try_to_load_from_cache(source, name, revision=revision, cache_dir=cache_dir)
+        for name in (INDEX, "config.json")
+    ]
+    index = next((file for file in indices if isinstance(file, str)), None)
+    if index is None:
+        return ()
+    root = Path(index).parent
+    return tuple(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+
+
+def fetch_index(
+    source: str,
+    revision: str | None = None,
+    *,
+    repo: Repository,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> Path:
+    """The `model_index.json` of a model on the hub, in the cache of this machine.
+
+    Raises:
+        UnknownModel: there is none, or it is not shown; the message says what to do.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
+
+    try:
+        return Path(
+            hf_hub_download(
+                source,
+                INDEX,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=not repo.reachable,
+            )
+        )
+    except RemoteEntryNotFoundError as error:
+        single = [f for f in repo.files if f.endswith(".safetensors") and "/" not in f]
+        advice = (
+            f"; download a file of it, such as {single[0]}, and give its path" if single else ""
+        )
+        raise UnknownModel(
+            f"{source} has no {INDEX}: it is no pipeline in diffusers' layout{advice}"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UnknownModel(refusal(error, source, revision)) from error
+
+
+def status(error: BaseException) -> int | None:
+    """The HTTP status of a refusal."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def refusal(error: BaseException, source: str, revision: str | None = None) -> str:
+    """One line: why the hub gives nothing, and what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    url = f"https://huggingface.co/{source}"
+    if isinstance(error, GatedRepoError) or status(error) == 403:
+        return f"{source} is gated: accept its licence at {url}, then `hf auth login` with a token of that account"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{source} has no revision {revision!r}; {url}/commits lists what there is"
+    if isinstance(error, RepositoryNotFoundError) or status(error) in (401, 404):
+        return (
+            f"{source} is no folder or file here and no model that the hub shows you: check the spelling at {url}; a "
+            "private model needs `hf auth login`"
+        )
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return unreachable(source)
+    return f"{source} could not be fetched: {' '.join(str(error).split())}"
+
+
+def unreachable(source: str) -> str:
+    """One line for a model that is neither here nor to be had."""
+    return (
+        f"{source} is no folder or file here, is not in the hub's cache, and the hub cannot be reached: check the "
+        f"spelling and the network (HF_HUB_OFFLINE, proxies), or `hf download {source}` on a machine that reaches it "
+        "and give the folder"
+    )
