@@ -304,14 +304,25 @@ def load_meta_model(
     revision: str | None = None,
     max_sequence_length: int | None = None,
 ) -> TextToImageModel:
-    """The same model with all modules on the meta device: its configurations are read, its weights are not."""
+    """Build the same model with all modules on the meta device: configurations are read, weights are not.
+
+    Models that are known by name have their published configurations, without a look at the hub.
+    """
     import diffusers
     import torch
     import transformers
 
+    from diffalign.pipelines import published
     from diffalign.pipelines.loading import as_student, open_folder, pipeline_class
 
     spec = resolve(name)
+    if revision is None and published.is_published(name):
+        pipeline = published.pipeline(name)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(part, dtype or torch.bfloat16)
+        as_student(pipeline, scheduler=spec.scheduler)
+        return _wrap(pipeline, spec, max_sequence_length)
     place = look(_source(spec))
     assert place is not None
     if place.kind == "file":

@@ -1,5 +1,6 @@
 """Configurations: recipes, overrides, and errors that name the field and the nearest valid name."""
 
+import re
 import subprocess
 import sys
 
@@ -293,3 +294,53 @@ def test_forwards_an_image_of_recipes_for_real_models(recipe, expected):
         + c.algorithm.kl_timesteps * distances
     )
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "path"),
+    [
+        ("--seed=18446744073709551616", "training.seed"),
+        ("--seed=-1", "training.seed"),
+        ("--evaluation.seed=9223372036854775808", "evaluation.seed"),
+        ("--guidance_scale=nan", "rollout.guidance_scale"),
+        ("--evaluation.guidance_scale=-1", "evaluation.guidance_scale"),
+        ("--rollout.height=0", "rollout.height"),
+        ("--rollout.width=-64", "rollout.width"),
+        ("--train_batch_size=0", "training.micro_batch_size"),
+        ("--rollout.micro_batch_size=-3", "rollout.micro_batch_size"),
+        ("--learning_rate=nan", "optimizer.learning_rate"),
+        ("--learning_rate=.inf", "optimizer.learning_rate"),
+        ("--lora.alpha=.inf", "lora.alpha"),
+        ("--algorithm.kl_beta=nan", "algorithm.kl_beta"),
+        ("--algorithm.clip_range=.nan", "algorithm.clip_range"),
+        ("--training.max_minutes=0", "training.max_minutes"),
+        ("--training.total_minutes=-2", "training.total_minutes"),
+        ("--model.max_sequence_length=0", "model.max_sequence_length"),
+    ],
+)
+def test_numbers_have_ranges(flag, path):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(path)}: "):
+        load("awm-shapes-sd3", [flag])
+
+
+@pytest.mark.parametrize(
+    ("flags", "alpha"),
+    [
+        (["--rank=8"], 16.0),
+        (["--lora.rank=64"], 128.0),
+        (["--rank=8", "--lora_alpha=8"], 8.0),
+        (["--lora.alpha=5"], 5.0),
+        ([], 64.0),
+    ],
+)
+def test_a_rank_alone_keeps_the_ratio_of_the_recipe(flags, alpha, caplog):
+    """diffusers' scripts let alpha follow the rank, too; theirs is the rank itself."""
+    assert load("awm-shapes-sd3", flags).lora.alpha == alpha
+    assert ("lora.alpha is" in caplog.text) == (flags in (["--rank=8"], ["--lora.rank=64"]))
+
+
+def test_a_rank_alone_in_a_recipe_that_extends_keeps_the_ratio(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: inversion-dpo\nlora:\n  rank: 4\n")
+    assert load(recipe).lora.alpha == 4.0
+    assert load(recipe, ["--rank=8"]).lora.alpha == 8.0

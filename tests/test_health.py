@@ -176,7 +176,9 @@ def test_rolling_back_restores_the_good_policy_and_halves_the_rate(tmp_path):
         rates.append(run.optimizer.param_groups[0]["lr"])
     assert rates == [0.01] * 4
     good = {name: state.clone() for name, state in kept[2].items()}
+    spent = run.progress.seconds
     run.roll_back(3)
+    assert run.progress.seconds == spent, "time that was spent stays spent"
     found = lora.adapter_state(run.model.denoiser, lora.CURRENT)
     assert all(torch.equal(found[name], good[name]) for name in good)
     assert (run.progress.update, run.progress.rollbacks) == (3, 1)

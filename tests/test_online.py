@@ -1,6 +1,8 @@
 """The loop on tiny models: it learns, resumes bit for bit, and does not depend on micro-batches or processes."""
 
 import os
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from diffalign import lora
 from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig, RunConfig
 from diffalign.config.methods import sharing_run
 from diffalign.core.errors import UsageError
-from diffalign.data.prompts import load_prompts
+from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.training import checkpoint
-from diffalign.training.plan import Plan, make_plan
+from diffalign.training.plan import Plan, check_prompts, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
 
@@ -119,6 +121,34 @@ def test_diffusion_nft_learns_and_draws_with_the_lagged_policy(tmp_path):
     assert rows[0]["optimality"] == pytest.approx(0.5, abs=0.05)
     # before the first update the three predictions are one: mean e t^2 / w on both sides
     assert rows[0]["positive"] == pytest.approx(rows[0]["negative"], rel=1e-5)
+
+
+def test_the_clock_counts_rollouts_and_updates(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    ticks = iter([0.0, 5.0, 7.0, 100.0, 103.0, 104.0])
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr("diffalign.methods.online.trainer.time", clock)
+    rows = [run.train_update() for _ in range(2)]
+    assert [(r["rollout_seconds"], r["update_seconds"], r["seconds"]) for r in rows] == [
+        (5.0, 2.0, 7.0),
+        (3.0, 1.0, 11.0),
+    ]
+
+
+def test_averaged_weights_follow_faster_at_first(tmp_path):
+    """The decay after step s is (1 + s) / (10 + s), and ema_max at most."""
+    run = trainer(tmp_path, training={"ema_max": 0.25})
+    expected = None
+    for step, decay in ((1, 2 / 11), (2, 0.25)):
+        run.train_update()
+        states = [lora.adapter_state(run.model.denoiser, n) for n in (lora.CURRENT, lora.AVERAGED)]
+        current, averaged = ({k: v.clone() for k, v in s.items()} for s in states)
+        start = expected or {k: v * 0 for k, v in current.items()}
+        if step == 2:
+            for name, value in averaged.items():
+                wanted = decay * start[name] + (1 - decay) * current[name]
+                torch.testing.assert_close(value, wanted)
+        expected = averaged
 
 
 def test_nothing_to_resume(tmp_path):
@@ -328,17 +358,57 @@ class TestPlan:
         with pytest.raises(ConfigError, match=r"task_weights\.counting: .*-1"):
             PromptsConfig(task_weights={"counting": -1.0})
 
-    def test_fewer_prompts_than_an_update_needs_are_refused(self, tmp_path):
-        """Otherwise an update would quietly be smaller than its recipe says."""
-        with pytest.raises(UsageError, match=r"rollout\.prompts_per_update is 700.*652 prompts: "):
-            trainer(tmp_path, rollout={"prompts_per_update": 700})
-        weights = {"color_attr": 0.0, "position": 0.0}
-        with pytest.raises(UsageError, match="52 prompts of tasks that have a weight"):
-            trainer(
-                tmp_path,
-                rollout={"prompts_per_update": 60},
-                prompts={"task_weights": weights},
-            )
+    def test_too_few_prompts_are_all_drawn_before_one_returns(self):
+        prompts = [Prompt(text) for text in "abc"]
+        for wanted in (2, 3, 7):
+            config = settings("x", rollout={"prompts_per_update": wanted}).rollout
+            plans = [
+                make_plan(prompts, config, seed=0, update=u, tasks=PromptsConfig())
+                for u in (1, 1, 2)
+            ]
+            counts = Counter(p.text for p in plans[0].prompts)
+            assert sum(counts.values()) == wanted
+            assert max(counts.values()) - min(counts[p.text] for p in prompts) <= 1
+            assert [p.text for p in plans[0].prompts] == [p.text for p in plans[1].prompts]
+            assert len(set(plans[0].seeds)) == wanted * 4, "each has noise of its own"
+        assert [p.text for p in plans[0].prompts] != [p.text for p in plans[2].prompts]
+
+    def test_a_task_without_weight_is_not_drawn_however_few_are_left(self):
+        prompts = [Prompt(str(i), {"tag": "a" if i < 2 else "b"}) for i in range(9)]
+        config = settings("x", rollout={"prompts_per_update": 5}).rollout
+        tasks = PromptsConfig(task_weights={"b": 0.0})
+        plan = make_plan(prompts, config, seed=0, update=1, tasks=tasks)
+        assert sorted(Counter(p.text for p in plan.prompts).values()) == [2, 3]
+
+    def test_repeated_prompts_are_told(self, tmp_path):
+        wanted = {"prompts_per_update": 700}
+        (notice,) = check_prompts(load_prompts("shapes:train"), settings(tmp_path, rollout=wanted))
+        assert "is 700, and prompts.train=shapes:train has 652 to draw" in notice
+        assert "rollout.prompts_per_update=652 draws each once" in notice
+        weights = {"task_weights": {"color_attr": 0.0, "position": 0.0}}
+        config = settings(tmp_path, rollout={"prompts_per_update": 60}, prompts=weights)
+        (notice,) = check_prompts(load_prompts("shapes:train"), config)
+        assert "has 52 to draw" in notice
+
+    def test_weights_of_a_recipe_are_dropped_for_prompts_without_its_tasks(self, tmp_path):
+        """A file has its own tasks, or none; a misspelt one is an error all the same."""
+        weights = {"counting": 2.0, "position": 0.5}
+
+        def told(prompts, **more):
+            tasks = {"train": "mine.txt", "task_weights": weights | more}
+            config = settings(tmp_path, prompts=tasks, rollout={"prompts_per_update": 2})
+            return check_prompts(prompts, config)
+
+        (notice,) = told([Prompt("a"), Prompt("b")])
+        assert notice.startswith(
+            "prompts.task_weights: no prompt of mine.txt has the task counting, position;"
+        )
+        some = [Prompt("a", {"tag": "counting"}), Prompt("b", {"tag": "style"})]
+        (notice,) = told(some)
+        assert "has the task position;" in notice
+        assert told([*some, Prompt("c", {"tag": "position"})]) == []
+        with pytest.raises(UsageError, match="'styles'; did you mean 'style'"):
+            told(some, styles=1.0)
 
     def test_unbalanced_plans_follow_the_file(self):
         tasks = [p.task for u in range(100) for p in self.plan(u, balance_tasks=False).prompts]

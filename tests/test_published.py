@@ -13,11 +13,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from benchmarks.common import layouts
 from diffalign import lora
 from diffalign.config import load
 from diffalign.core.errors import UsageError
 from diffalign.latents.move import moved
+from diffalign.pipelines import published as layouts
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sana import SanaModel
 from diffalign.pipelines.sd import SDModel

@@ -246,12 +246,9 @@ def test_the_checkpoint_before_a_cut_one_is_used(base, prompts, tmp_path, capsys
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--rollout.prompts_per_update=99"],
-            "rollout.prompts_per_update is 99, and prompts.train",
-        ),
-        (["--prompts.task_weights={rings: 2}"], "no prompt has the task 'rings'"),
+        (["--prompts.train=shapes:train", "--prompts.task_weights={rings: 2}"], "the task 'rings'"),
         (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
+        (["--rewards={verifier: 1}"], "rewards` that need no metadata"),
         (["--rewards={verifer: 1}"], "did you mean 'verifier'"),
         (["--model.name=shapes-sd2"], "no model 'shapes-sd2'"),
         (["--prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
@@ -269,6 +266,17 @@ def test_mistakes_are_one_line(base, prompts, tmp_path, capsys, more, message):
     error = capsys.readouterr().err.strip()
     assert message in error[error.rindex("diffalign: error:") :]
     assert not (tmp_path / "run").exists()  # the corrected command may have the folder
+
+
+def test_own_prompts_run_on_a_recipe_for_others(base, prompts, tmp_path, capsys):
+    """Its task weights fit none of them, and an update draws more than there are: both are said."""
+    more = ["--rollout.prompts_per_update=5", "--prompts.task_weights={rings: 2}"]
+    assert train(base, prompts, tmp_path / "run", *more, "--training.num_updates=1") == 0
+    told = "".join(capsys.readouterr())
+    assert "note: prompts.task_weights: no prompt of" in told
+    assert "note: rollout.prompts_per_update is 5" in told
+    (row,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(row)["update"] == 1
 
 
 def test_a_merged_pipeline_draws_what_the_lora_draws(base, prompts, tmp_path, capsys):

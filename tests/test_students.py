@@ -13,9 +13,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from benchmarks.common import layouts
 from diffalign import cli, lora
 from diffalign.core.errors import UsageError
+from diffalign.pipelines import published as layouts
 from diffalign.pipelines import registry
 from diffalign.pipelines.registry import MODELS, load_meta_model, load_model
 from diffalign.pipelines.sampling import sample

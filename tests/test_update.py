@@ -1,5 +1,7 @@
 """The policy update: closed forms on real denoisers, any micro-batch, distances that start at zero."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -263,6 +265,44 @@ def test_two_shares_sum_to_the_whole(policy):
         )
         total = total + gradient(policy, share, kl_beta=0.1)[0]
     torch.testing.assert_close(total, whole, rtol=2e-4, atol=1e-6)
+
+
+def test_the_reward_is_averaged_over_scored_images_and_distances_over_those_trained_on(policy):
+    model, parameters = policy
+    perturb(parameters)
+    fewer = replace(make_batch(model), total=2 * N)
+
+    def found(batch, beta):
+        return gradient(policy, batch, kl_beta=beta, ema_kl_beta=0.0)[0]
+
+    plain, distance = found(None, 0.0), found(None, 0.3) - found(None, 0.0)
+    torch.testing.assert_close(found(fewer, 0.0), plain / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found(fewer, 0.3), plain / 2 + distance, rtol=1e-4, atol=1e-5)
+
+
+def test_each_distance_is_that_to_its_own_policy(policy):
+    """To the base, and to a lagged policy half the way to the base."""
+    model, parameters = policy
+    perturb(parameters)
+    lora.blend(model.denoiser, lora.LAGGED, decay=0.5)
+    _, metrics = gradient(policy, kl_beta=1.0, ema_kl_beta=1.0)
+    batch, update = make_batch(model), make_update(model)
+    draws = draw(batch, range(N), update.parts, kl_timesteps=3, key=(0, 1, 0))
+    expected = {"kl": [], "kl_lagged": []}
+    for i in range(N):
+        for j in range(3):
+            t = update.grid[draws.grid_index[i, j]].view(1)
+            noisy = model.noise.add_noise(batch.latents[i : i + 1], draws.noise[i, j][None], t)
+            embeds = batch.embeds[batch.prompt_index[i : i + 1]]
+            with torch.no_grad():
+                v = model.predict(noisy, t, embeds)
+                for name, other in (("kl", lora.REFERENCE), ("kl_lagged", lora.LAGGED)):
+                    with lora.policy(model.denoiser, other):
+                        distance = (v - model.predict(noisy, t, embeds)).square().mean()
+                    expected[name].append(distance.item())
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(sum(values) / len(values), rel=1e-3)
+    assert metrics["kl"] > 1.5 * metrics["kl_lagged"] > 0
 
 
 def test_the_largest_advantage_scales_the_gradient_and_no_distance(policy):

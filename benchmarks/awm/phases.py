@@ -19,7 +19,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
-from benchmarks.common.layouts import denoiser
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.common.record import BenchOptions, spread
 from benchmarks.dcgen.latency import kl_autoencoder, tensors_of
@@ -33,6 +32,7 @@ from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.methods.online.update import TrainingBatch
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks
+from diffalign.pipelines.published import denoiser
 from diffalign.pipelines.registry import wrap_pipeline
 from diffalign.pipelines.sampling import sample
 from diffalign.quantization.latency import interleaved

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common.layouts import denoiser
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.common.record import spread
 from benchmarks.qsched.weights import flux_inputs
 from diffalign.core.precision import attention, compute
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.published import denoiser
 from diffalign.pipelines.sampling import sample
 from diffalign.quantization.latency import interleaved
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.layouts import LAYOUTS, denoiser
 from benchmarks.common.record import spread
 from diffalign.core.precision import attention
+from diffalign.pipelines.published import LAYOUTS, denoiser
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantize_model
 from diffalign.quantization.backends import BACKENDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +43,27 @@ def run(args: argparse.Namespace) -> None:
         rewards.check_name(name, setting="evaluation.rewards")
     models.resolve(config.model.name)
     check_target(config.output_dir)
-
-    from diffalign.training.inputs import read_inputs
-
-    read_inputs(config)
     if args.dry_run:
+        for line in dry_run(config):
+            print(f"# {line}")
         print(configuration.dump(config), end="")
     else:
+        from diffalign.training.inputs import read_inputs
+
+        read_inputs(config)
         train_config(config)
+
+
+def dry_run(config: AnyRunConfig) -> Iterator[str]:
+    """Yield what a run needs and what is to be noticed, without loading weights."""
+    from diffalign.training.forecast import forecast_of
+    from diffalign.training.inputs import read_inputs
+    from diffalign.training.memory_fit import describe, free_memory
+
+    # before the inputs: a forecast is wanted while the prompts are still to be written
+    yield from describe(config, free_memory(), lambda c: forecast_of(c, processes=1))
+    for notice in read_inputs(config).notices:
+        yield f"note: {notice}"
 
 
 def train_config(config: AnyRunConfig) -> None:
@@ -57,12 +71,17 @@ def train_config(config: AnyRunConfig) -> None:
     from diffalign.cli.output import emit, print_summary
     from diffalign.core import console, processes
     from diffalign.training.forecast import forecast_of
+    from diffalign.training.memory_fit import free_memory
+    from diffalign.training.memory_fit import summary as memory_line
     from diffalign.training.run import run as train
 
     main = processes.current().is_main_process
-    forecast = forecast_of(config, processes=processes.current().num_processes) if main else None
-    if forecast is not None:
-        print(forecast)
+    count = processes.current().num_processes
+    if main:
+        rooms = free_memory(processes=count)
+        line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
+        if line is not None:
+            print(line)
     try:
         summary = train(config)
     finally:

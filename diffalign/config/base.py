@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from diffalign.config.checks import check, one_of, positive
+from diffalign.config.checks import check, check_numbers, one_of, positive
 
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -39,6 +39,7 @@ class LoraConfig:
 
     rank: int = 32
     alpha: float = 64.0
+    """The adapter is scaled by alpha / rank. A rank that is set alone keeps the ratio of its recipe."""
     targets: list[str] | None = None
     """Suffixes of linear layers and convolutions; None is the family's default, its attention projections."""
 
@@ -131,6 +132,10 @@ class LoopConfig:
     """Trackers of accelerate that also get the log and the sample grids: tensorboard, wandb, trackio, ..."""
     max_minutes: float | None = None
     """Stop after this much time, counting updates (and rollouts) only."""
+    total_minutes: float | None = None
+    """Time for the whole run: start, evaluations, compilation, training, report. Once the first updates are measured,
+    so many of `num_updates` are planned as fit, and the learning rate's schedule ends with them; likewise images of
+    evaluations."""
 
     def __post_init__(self) -> None:
         one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
@@ -140,6 +145,13 @@ class LoopConfig:
             check(getattr(self, name) >= 0, f"training.{name}", "must not be negative; 0 for none")
         check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
         check(self.seed >= 0, "training.seed", "must not be negative")
+        for name in ("max_minutes", "total_minutes"):
+            minutes = getattr(self, name)
+            check(
+                minutes is None or minutes > 0,
+                f"training.{name}",
+                f"must be positive, got {minutes}",
+            )
 
 
 @dataclass
@@ -228,6 +240,7 @@ class AnyRunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.rewards), "rewards", "name at least one reward")
         for name, weight in self.rewards.items():
             check(math.isfinite(weight), f"rewards.{name}", f"needs a finite weight, got {weight}")

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from diffalign.core.errors import UserError
 from diffalign.core.nearest import nearest
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "height": (1, math.inf),
+    "width": (1, math.inf),
+    "guidance_scale": (0, math.inf),
+    "max_sequence_length": (1, math.inf),
+}
+"""Smallest and largest value of fields, whatever dataclass has them."""
 
 
 class ConfigError(UserError, ValueError):
@@ -28,3 +40,20 @@ def positive(config: object, names: Sequence[str], group: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
+
+
+def check_numbers(config: Any, group: str = "") -> None:
+    """Refuse numbers that no field of such a name can hold, in a dataclass and in all below it.
+
+    Raises:
+        ConfigError: a number that is not finite, a seed outside 0..2**63-1, sizes below 1 or negative guidance.
+    """
+    for field in fields(config):
+        path, value = f"{group}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            check_numbers(value, f"{path}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            check(math.isfinite(value), path, f"must be a finite number, got {value}")
+            least, most = RANGES.get(field.name, (-math.inf, math.inf))
+            bounds = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            check(least <= value <= most, path, f"must be {bounds}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,13 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.base import AnyRunConfig, LoopConfig, MethodConfig
+from diffalign.config.base import AnyRunConfig, LoopConfig, LoraConfig, MethodConfig
 from diffalign.config.checks import ConfigError, nearest
 from diffalign.config.files import parse_yaml, read_recipe
 from diffalign.config.methods import DEFAULT, algorithm_class, available, run_class
 from diffalign.core.text import read_text, suffix_of
+
+logger = logging.getLogger(__name__)
 
 # Flags of diffusers' training scripts that mean the same here.
 ALIASES = {
@@ -72,6 +75,12 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
     _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
     chosen = dict(parsed).get("algorithm.type")
     run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
+    lora = {k.removeprefix("lora."): v for k, v in parsed if k.startswith("lora.")}
+    if (alpha := _alpha_of(lora, raw.get("lora"))) is not None:
+        parsed.append(("lora.alpha", alpha))
+        logger.warning(
+            "note: lora.alpha is %g: the ratio to lora.rank stays; set it for another", alpha
+        )
     for key, value in parsed:
         steps = _steps(key, run)
         if steps[0] == "rewards" and len(steps) > 1 and "rewards" not in raw:
@@ -79,6 +88,20 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
             raw["rewards"] = dict(_default(run, "rewards"))
         _assign(raw, steps, value)
     return decode(raw)
+
+
+def _alpha_of(given: Mapping[str, Any], base: Any) -> float | None:
+    """Return the alpha that keeps the ratio of `base` where `given` changes the rank alone; None elsewhere.
+
+    diffusers' training scripts do the same: their alpha is the rank.
+    """
+    known = {"rank": LoraConfig.rank, "alpha": LoraConfig.alpha}
+    known |= base if isinstance(base, Mapping) else {}
+    numbers = given.get("rank"), known["rank"], known["alpha"]
+    if "alpha" in given or not all(type(n) in (int, float) and n > 0 for n in numbers):
+        return None
+    rank, base_rank, base_alpha = numbers
+    return rank * base_alpha / base_rank
 
 
 def decode(raw: Mapping[str, Any]) -> Any:
@@ -186,6 +209,9 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if isinstance(algorithm, dict):
         _drop_other_algorithm(found, algorithm.get("type"))
     hints = typing.get_type_hints(_run_class(found | raw))
+    if isinstance(own := raw.get("lora"), dict):
+        alpha = _alpha_of(own, found.get("lora"))
+        raw["lora"] = own if alpha is None else {**own, "alpha": alpha}
     for key, value in raw.items():
         group = is_dataclass(hints.get(key)) and isinstance(value, dict)
         found[key] = {**(found.get(key) or {}), **value} if group else value

@@ -62,6 +62,11 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
     return items if limit is None else spread(items, limit)
 
 
+def is_file(source: str) -> bool:
+    """Return True where prompts come from a user's file, not from a set that ships with the suite."""
+    return not source.startswith(("shapes:", "geneval"))
+
+
 def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
     """Texts and metadata in their order: what digests are of."""
     return [[p.text, p.metadata] for p in prompts]

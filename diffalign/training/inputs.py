@@ -21,6 +21,7 @@ from diffalign.data.images import read_folder, require_captions
 from diffalign.data.pairs.records import check_pairs
 from diffalign.data.prompts import Prompt, load_prompts, told
 from diffalign.rewards import own
+from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training.plan import check_prompts
 from diffalign.types import RewardOutput
@@ -36,6 +37,8 @@ class Inputs:
     reward: CompositeReward
     watched: CompositeReward
     """Rewards that are only looked at."""
+    notices: tuple[str, ...] = ()
+    """What the user should know before the run begins."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -106,12 +109,23 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     check_source(config)
     held_out = held_out_prompts(config)
     reward, watched = held_out_rewards(config)
-    train = []
+    train, notices = [], []
     if isinstance(config, RunConfig | DistillationRunConfig):
         train = load_prompts(config.prompts.train)
-        check_prompts(train, config)
+        notices = check_prompts(train, config)
     if isinstance(config, RunConfig):
-        reward.check_metadata([p.metadata for p in train])
+        _check_metadata(reward, train, setting=f"prompts.train={config.prompts.train}")
     for part in (reward, watched):
-        part.check_metadata([p.metadata for p in held_out])
-    return Inputs(train, held_out, reward, watched)
+        _check_metadata(part, held_out, setting=f"prompts.evaluation={config.prompts.evaluation}")
+    return Inputs(train, held_out, reward, watched, tuple(notices))
+
+
+def _check_metadata(reward: CompositeReward, prompts: Sequence[Prompt], *, setting: str) -> None:
+    """Raise RewardError where the prompts of a setting lack what a reward needs."""
+    try:
+        reward.check_metadata([p.metadata for p in prompts])
+    except RewardError as error:
+        raise RewardError(
+            f"{setting}: {error}, or choose `rewards` that need no metadata (`diffalign list rewards`), "
+            "for instance {jpeg: 1}"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,10 @@ from diffalign.config import (
 )
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import IMAGES, PROMPTS, stream
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, is_file
+
+MISSPELT = 0.5
+"""Likeness of two names, from which on one may be the other misspelt."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +42,48 @@ class Plan:
         return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)
 
 
-def check_prompts(prompts: Sequence[Prompt], config: RunConfig | DistillationRunConfig) -> None:
-    """UsageError where weights name tasks that no prompt has, or leave none, or where an update cannot have as many
-    distinct prompts as it wants."""
+def check_prompts(
+    prompts: Sequence[Prompt], config: RunConfig | DistillationRunConfig
+) -> list[str]:
+    """Check that an update can be drawn from the prompts; return what the user should know of it.
+
+    Task weights that fit no prompt of a user's file are dropped: a recipe has them for its own prompts.
+
+    Raises:
+        UsageError: a weight names a task that looks misspelt, or no task is left.
+    """
     part = "rollout" if isinstance(config, RunConfig) else "teacher"
     wanted: int = getattr(config, part).prompts_per_update
-    tasks = config.prompts
-    weights = tasks.task_weights or {}
-    names = {p.task for p in prompts}
-    for name in weights:
-        if name not in names:
+    source, weights = config.prompts.train, config.prompts.task_weights or {}
+    names = sorted({p.task for p in prompts})
+    absent = [name for name in weights if name not in names]
+    for name in absent:
+        others = [n for n in names if n not in weights]
+        if not is_file(source) or difflib.get_close_matches(name, others, cutoff=MISSPELT):
             raise UsageError(
-                f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, sorted(names))}"
+                f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, names)}"
             )
     if all(weights.get(name, 1.0) == 0 for name in names):
         raise UsageError("prompts.task_weights: every task of the prompts has weight 0")
-    drawn = [p for p in prompts if not tasks.balance_tasks or weights.get(p.task, 1.0) > 0]
-    if len(drawn) < wanted:
-        of_tasks = "" if len(drawn) == len(prompts) else " of tasks that have a weight"
-        raise UsageError(
-            f"{part}.prompts_per_update is {wanted}, and prompts.train has {len(drawn)} prompts{of_tasks}: give more "
-            "prompts, or draw fewer at a time and more images of each (group_size)"
+    notices = []
+    if absent:
+        notices.append(
+            f"prompts.task_weights: no prompt of {source} has the task {', '.join(absent)}; their weights are dropped"
         )
+    count = len(_drawable(prompts, config.prompts))
+    if count < wanted:
+        notices.append(
+            f"{part}.prompts_per_update is {wanted}, and prompts.train={source} has {count} to draw: each is repeated, "
+            f"with other noise. {part}.prompts_per_update={count} draws each once"
+        )
+    return notices
+
+
+def _drawable(prompts: Sequence[Prompt], tasks: PromptsConfig) -> list[int]:
+    """Return the indices of prompts whose task has a weight."""
+    weights = tasks.task_weights or {}
+    every = not tasks.balance_tasks
+    return [i for i, p in enumerate(prompts) if every or weights.get(p.task, 1.0) > 0]
 
 
 def make_plan(
@@ -70,13 +94,21 @@ def make_plan(
     update: int,
     tasks: PromptsConfig,
 ) -> Plan:
-    """Draw distinct prompts and `group_size` images for each; `tasks` says how often which task is drawn."""
+    """Draw prompts and `group_size` images for each; `tasks` says how often each task is drawn.
+
+    Prompts are distinct; where there are too few, all are drawn before one returns.
+    """
     rng = np.random.default_rng(stream(PROMPTS, seed, update))
     wanted = config.prompts_per_update
-    chosen = [int(i) for i in rng.permutation(len(prompts))]
+    order = [int(i) for i in rng.permutation(len(prompts))]
+    drawable = set(_drawable(prompts, tasks))
+    order = [i for i in order if i in drawable]
+    rounds = (wanted - 1) // len(order)
+    left = wanted - rounds * len(order)
+    last = order
     if tasks.balance_tasks:
-        chosen = _by_task(prompts, chosen, wanted, tasks.task_weights or {}, rng)
-    chosen = chosen[:wanted]
+        last = _by_task(prompts, order, left, tasks.task_weights or {}, rng)
+    chosen = order * rounds + last[:left]
     index = torch.arange(len(chosen)).repeat_interleave(config.group_size)
     seeds = [stream(IMAGES, seed, update, i) for i in range(len(index))]
     return Plan([prompts[i] for i in chosen], index, seeds)
@@ -92,8 +124,7 @@ def _by_task(
     """`wanted` of the indices in `order`: systematic sampling over tasks, each has its share within one prompt."""
     pools: dict[str, list[int]] = {}
     for i in order:
-        if weights.get(prompts[i].task, 1.0) > 0:
-            pools.setdefault(prompts[i].task, []).append(i)
+        pools.setdefault(prompts[i].task, []).append(i)
     names = [str(n) for n in rng.permutation(sorted(pools))]
     shares = np.cumsum([weights.get(n, 1.0) for n in names])
     points = (np.arange(wanted) + rng.random()) / wanted * shares[-1]

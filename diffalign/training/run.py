@@ -43,6 +43,7 @@ from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.inputs import read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
+from diffalign.training.pace import Pace, budget_of
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
 from diffalign.training.trainer import Trainer
 from diffalign.types import RewardOutput, no_reward
@@ -96,6 +97,8 @@ class Run:
     held_out_reward: CompositeReward
     eval_prompts: Sequence[Prompt]
     trainer: Trainer
+    pace: Pace
+    """What of the run fits into its time."""
     resumed_after: int = 0
     """The update that an earlier sitting ended with."""
     compiled: bool = False
@@ -106,10 +109,14 @@ class Run:
     @classmethod
     def prepare(cls, config: AnyRunConfig) -> Run:
         """Everything that can fail for a user's reason fails here, before the first image."""
+        budget = budget_of(config)
         accelerator = trackers.make_accelerator(
             config
         )  # first: it decides on which device rewards are made
         inputs = read_inputs(config)
+        if accelerator.is_main_process:
+            for notice in inputs.notices:
+                console.say(f"note: {notice}")
         reward, watched = inputs.reward, inputs.watched
         folder = RunFolder(config.output_dir)
         folder.check(config, inputs.digests)
@@ -125,7 +132,8 @@ class Run:
         accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
         if accelerator.is_main_process:
             folder.claim(config, inputs.digests)
-        return cls(config, accelerator, model, reward, watched, inputs.held_out, trainer)
+        pace = Pace(trainer, accelerator, budget)
+        return cls(config, accelerator, model, reward, watched, inputs.held_out, trainer, pace)
 
     def execute(self) -> dict[str, Any]:
         """Train to the end and return what `summary.json` holds."""
@@ -134,6 +142,7 @@ class Run:
         if self.trainer.resume():
             self.resumed_after = self.trainer.progress.update
             self._say(f"resumed after update {self.resumed_after}")
+        self.pace.plan_evaluations(self.eval_prompts, self._draw_some)
         self.before = self._reference()
         self._train()
         after = self._scored(self.trainer.policy)
@@ -158,7 +167,7 @@ class Run:
         """How the reference does: measured when a run begins, and kept for when it is resumed. Of its images those that
         a report shows."""
         file = self.trainer.folder.path / BEFORE
-        how = self.trainer.evaluation(lora.REFERENCE)
+        how = self.pace.evaluation(lora.REFERENCE)
         c = self.config  # what else matters the folder has checked: it belongs to one configuration
         pipeline = self.trainer.drawn_model(lora.REFERENCE).pipeline
         weights = of_pipeline(pipeline)
@@ -177,7 +186,8 @@ class Run:
             return found
         self._say(f"scoring {c.model.name} before training")
         failures = self.failures
-        found = self._scored(lora.REFERENCE).thinned(rows)
+        with self.pace.evaluating():
+            found = self._scored(lora.REFERENCE).thinned(rows)
         # what a reward could not score now it may be able to when the run is resumed
         if main and self.failures == failures:
             keep(found, file, key=key)
@@ -198,7 +208,7 @@ class Run:
         log = trainer.folder.read_log()
         bar = console.progress(
             self.config.algorithm.type,
-            self.config.training.num_updates,
+            self.pace.updates,
             unit="update",
             initial=trainer.progress.update,
         )
@@ -207,6 +217,8 @@ class Run:
             while not last and not number:
                 row = trainer.train_update()
                 self._announce_compilation()
+                self.pace.finish_update(row["update"])
+                bar.total = self.pace.updates
                 last = self._ended([*log, row])
                 if not interruption.number:
                     with interruption.breaks_off():
@@ -220,6 +232,7 @@ class Run:
                 every = self.config.training.checkpoint_every
                 if trainer.progress.update % every == 0 or last or number:
                     trainer.save()
+                    self.pace.save()
                 bar.set_postfix(trainer.headline(row))
                 bar.update()
                 if finding is not None:
@@ -245,7 +258,7 @@ class Run:
 
     def _ended(self, log: Sequence[dict[str, Any]]) -> bool:
         """Return whether no further update is to be made."""
-        planned = self.trainer.progress.update >= self.config.training.num_updates
+        planned = self.trainer.progress.update >= self.pace.updates
         return planned or self._out_of_time() or self.trainer.ended(log) is not None
 
     def _look(self, row: dict[str, Any], *, last: bool) -> None:
@@ -265,17 +278,27 @@ class Run:
             return False
         return broadcast_object_list([self.trainer.progress.seconds > 60 * limit])[0]
 
-    def _evaluate(self, policy: str) -> Evaluation:
-        """Every process evaluates a whole copy: simple, and the images do not depend on their number."""
+    def _draw_some(self, prompts: Sequence[Prompt]) -> None:
+        """Draw and score one image of the reference for each of some prompts."""
+        self._evaluate(lora.REFERENCE, prompts)
+
+    def _evaluate(self, policy: str, prompts: Sequence[Prompt] | None = None) -> Evaluation:
+        """Evaluate a policy on the held-out prompts, or on one image for each of some.
+
+        Every process evaluates a whole copy: simple, and the images do not depend on their number.
+        """
+        how = self.pace.evaluation(policy)
+        if prompts is not None:
+            how = replace(how, images_per_prompt=1, images_per_task=None)
         score = BackgroundScorer(
             self._score, timeout=self.config.drawing.reward_timeout, overlap=False
         )
         with self.trainer.drawing(policy):
             return evaluate_model(
                 self.trainer.drawn_model(policy),
-                self.eval_prompts,
+                self.eval_prompts if prompts is None else prompts,
                 score,
-                self.trainer.evaluation(policy),
+                how,
                 height=self.trainer.size[0],
                 width=self.trainer.size[1],
                 micro_batch_size=self.config.drawing.micro_batch_size,

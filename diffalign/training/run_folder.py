@@ -16,6 +16,7 @@ from diffalign.core import locks
 from diffalign.core.errors import UserError
 from diffalign.core.files import contents, write_text
 from diffalign.training import checkpoint
+from diffalign.training.budget import BUDGET
 
 # Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
 FREE = {
@@ -53,7 +54,7 @@ BEFORE = "before.safetensors"
 ALIGNED, ALIGNMENT_FACTS = "aligned.safetensors", "aligned.json"
 """Both ends of a model that was moved into another latent space, made before the first update."""
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
-PREPARED = (CONFIG, PROMPTS, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES)
+PREPARED = (CONFIG, PROMPTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES)
 """What a run leaves that ended before its first update. `before.safetensors` knows what it belongs to."""
 
 

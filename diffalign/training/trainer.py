@@ -21,6 +21,7 @@ from diffalign.core import console, processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training import checkpoint
+from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.denoise import image_size
 from diffalign.training.inputs import Inputs
@@ -52,6 +53,8 @@ class Trainer(ABC):
     accelerator: Accelerator
     folder: RunFolder
     progress: Progress = field(default_factory=Progress, kw_only=True)
+    time_plan: TimePlan = field(default=TimePlan(), kw_only=True)
+    """Number of updates that fit into `training.total_minutes`, once that is known."""
 
     policies: ClassVar[tuple[str, ...]] = (lora.AVERAGED,)
     """Adapters besides the current one; all are in a checkpoint."""
@@ -187,7 +190,10 @@ class Trainer(ABC):
                 f"start{' in another output_dir' if self.folder.begun else ''} with a lower "
                 f"optimizer.learning_rate{self.advice}"
             )
-        factor = lr_factor(index, self.config.optimizer, total=self.planned_steps)
+        most = self.config.training.num_updates
+        per_update = self.planned_steps // most
+        scheduled = self.time_plan.scheduled(index, per_update=per_update, most=most)
+        factor = lr_factor(scheduled, self.config.optimizer, total=self.planned_steps)
         factor *= 0.5**self.progress.rollbacks
         self.optimizer.param_groups[0]["lr"] = self.config.optimizer.learning_rate * factor
         self.optimizer.step()
@@ -301,7 +307,7 @@ class Trainer(ABC):
         return nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm).item()
 
 
-def lr_factor(step: int, config: OptimizerConfig, *, total: int) -> float:
+def lr_factor(step: float, config: OptimizerConfig, *, total: int) -> float:
     """Share of the learning rate at optimizer step `step` (from 0) of `total`: a function of nothing else, so that a
     resumed run needs no state of a scheduler."""
     warmup = config.warmup_updates
