@@ -55,7 +55,7 @@ def test_free_memory_is_shared_by_processes():
 @pytest.mark.parametrize(
     ("recipe", "denoiser", "encoders"),
     [
-        ("awm-sd3.5-medium", 2.2e9, 5.6e9),
+        ("awm-sd3.5-medium", 2.47e9, 5.6e9),
         ("awm-flux.1-dev", 11.9e9, 4.9e9),
         ("inversion-dpo-sdxl", 2.6e9, 0.8e9),
         ("inversion-dpo-sd1.5", 0.86e9, 0.12e9),
@@ -63,7 +63,7 @@ def test_free_memory_is_shared_by_processes():
     ],
 )
 def test_published_models_are_forecast_without_the_hub(recipe, denoiser, encoders):
-    """Parameters as published, two bytes each."""
+    """Parameters and buffers as published, two bytes each; SD3.5 has a table of positions."""
     found = count(load(recipe))
     assert found.denoiser / 2 == pytest.approx(denoiser, rel=0.1)
     assert found.text_encoders / 2 == pytest.approx(encoders, rel=0.1)
