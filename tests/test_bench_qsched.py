@@ -85,7 +85,7 @@ def test_a_form_with_a_branch_stands_in_for_the_one_without():
 
 def keep(student, arm, seed, found, key):
     """A finished cell in the work folder."""
-    assert student.options.kept(arm, seed, lambda: found, key=key) == found
+    assert student.options.cached(arm, seed, lambda: found, key=key) == found
 
 
 def test_a_larger_search_has_cells_of_its_own(tmp_path):
