@@ -10,7 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("diffalign", "pipelines", "rewards", "scripts", "benchmarks")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-PLAIN: tuple[str, ...] = ("benchmarks", "diffalign/quantization")
+PLAIN: tuple[str, ...] = (
+    "benchmarks",
+    "diffalign/algorithms",
+    "diffalign/quantization",
+    "diffalign/schedulers",
+    "diffalign/tuning",
+)
 """Rooms whose texts hold; the others follow."""
 MAX_WORDS = 15
 FIRST_WORDS = re.compile(

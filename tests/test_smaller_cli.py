@@ -99,8 +99,8 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--backend=int5",), "no quantisation backend 'int5'; did you mean int"),
-        (("--backend=int8-static",), "int8-static is calibrated on images; give --prompts"),
+        (("--backend=int5",), "--backend=int5: no such quantisation backend. Did you mean int"),
+        (("--backend=int8-static",), "int8-static is calibrated on images: give --prompts"),
         (("--backend=int4", "--prompts=shapes:train"), "give --svd_rank, too"),
         (("--backend=torchao-fp8",), "compute capability 8.9"),
         (("--backend=bnb-nf4",), "bnb-nf4 needs"),
@@ -211,7 +211,7 @@ def test_a_models_name_is_no_folder_of_that_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "shapes-flux").mkdir()
     monkeypatch.chdir(tmp_path)
     assert qsched("shapes-flux", tmp_path, "--prompts=shapes:train") == 2
-    assert "--output_dir: shapes-flux is no folder of yours" in capsys.readouterr().err
+    assert "--output_dir is required because shapes-flux" in capsys.readouterr().err
 
 
 def test_the_picture_of_a_search_is_written(own, tmp_path, capsys):
@@ -235,26 +235,30 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
     words.write_text("a photo of a red circle\na photo of a blue ring\n")
     asked = "--prompts=shapes:train"
     cases = [
-        ("shapes-flux", (asked,), "--output_dir: shapes-flux is no folder of yours"),
+        ("shapes-flux", (asked,), "--output_dir is required because shapes-flux"),
         (own, (f"--prompts={empty}",), "holds no prompt"),
         (own, (f"--prompts={tmp_path / 'none.txt'}",), "none.txt"),
         (own, (f"--prompts={words}",), "verifier"),
         (own, (asked, "--engine=annealing"), "annealing"),
         (own, (asked, "--objective=nonsense"), "nonsense"),
-        (own, (asked, "--objective=verifier=many"), "no reward=weight"),
-        (own, (asked, "--box", "1.1", "1.2"), "--box: must hold 1"),
-        (own, (asked, "--box", "0.8", "inf"), "--box: must hold 1"),
-        (own, (asked, "--box", "1", "1"), "--box: must hold 1"),
-        (own, (asked, f"--plot={tmp_path / 'a.docx'}"), "a.docx must end in"),
+        (own, (asked, "--objective=verifier=many"), "is not reward=weight"),
+        (own, (asked, "--box", "1.1", "1.2"), "--box=1.1,1.2: the bounds must differ"),
+        (own, (asked, "--box", "0.8", "inf"), "--box=0.8,inf: the bounds must differ"),
+        (own, (asked, "--box", "1", "1"), "--box=1,1: the bounds must differ"),
+        (
+            own,
+            (asked, f"--plot={tmp_path / 'a.docx'}"),
+            "a.docx: this kind of file is not supported",
+        ),
         (own, (asked, "--lora=somewhere"), "`diffalign merge`"),
         (own, (asked, f"--output_dir={tmp_path}"), "exists already"),
         (own, (asked, "--max_prompts=1"), "cannot be split"),
         (own, (asked, "--max_prompts=0"), "--max_prompts must be at least 1, got 0"),
         (own, (asked, "--batch_size=0"), "--batch_size must be at least 1, got 0"),
         (own, (asked, "--images_per_prompt=0"), "--images_per_prompt must be at least 1, got 0"),
-        (own, (asked, "--num_inference_steps=0"), "--num_inference_steps must be at least 1"),
-        (own, (asked, "--seed=-1"), "--seed must be at least 0, got -1"),
-        (own, (asked, "--penalty=nan"), "--penalty must be at least 0, got nan"),
+        (own, (asked, "--num_inference_steps=0"), "--num_inference_steps=0 is too small"),
+        (own, (asked, "--seed=-1"), "--seed=-1 is too small"),
+        (own, (asked, "--penalty=nan"), "--penalty=nan must be finite"),
         (own, (asked, "--engine=none"), "needs a --reference"),
         (own, (asked, f"--work={words}"), "words.txt is a file"),
         (own, (asked, f"--plot={words / 'a.png'}"), "a.png cannot be made below it"),
