@@ -45,7 +45,7 @@ def layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 
 
 def matrix(end: nn.Linear | nn.Conv2d) -> Tensor:
-    """Return the matrix (D, C p p) of an end; columns are ordered as in `codec.pack`."""
+    """Return the matrix (D, C p p) of an end, with columns as in `codec.pack`."""
     return end.weight.flatten(1)
 
 
