@@ -99,14 +99,23 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--backend=int5",), "--backend=int5: no such quantisation backend. Did you mean int"),
+        (
+            ("--backend=int5",),
+            "--backend: no quantisation backend is named 'int5'. Did you mean int",
+        ),
         (("--backend=int8-static",), "--backend=int8-static needs calibration images"),
-        (("--backend=int4", "--prompts=shapes:train"), "--prompts: only int8-static and the low-rank branch are calibrated"),
+        (
+            ("--backend=int4", "--prompts=shapes:train"),
+            "--prompts: only int8-static and the low-rank branch are calibrated",
+        ),
         (("--backend=torchao-fp8",), "compute capability 8.9"),
         (("--backend=bnb-nf4",), "bnb-nf4 needs"),
         (("--backend=torchao-int8", "--svd_rank=4"), "neither group_size nor svd_rank"),
         (("--backend=torchao-fp8wo", "--svd_rank=4", "--group_size=32"), "has no group_size"),
-        (("--components", "text_encoder_9"), "--components=text_encoder_9: the pipeline has no such component"),
+        (
+            ("--components", "text_encoder_9"),
+            "--components=text_encoder_9: the pipeline has no such component",
+        ),
         (("--lora=somewhere",), "`diffalign merge` first"),
         (("--backend=int4", "--group_size=0"), "--group_size must be at least 1, got 0"),
         (("--backend=int4", "--latency=-1"), "--latency must be at least 0, got -1"),
@@ -211,7 +220,7 @@ def test_a_models_name_is_no_folder_of_that_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "shapes-flux").mkdir()
     monkeypatch.chdir(tmp_path)
     assert qsched("shapes-flux", tmp_path, "--prompts=shapes:train") == 2
-    assert "--output_dir is required because shapes-flux" in capsys.readouterr().err
+    assert "--output_dir must be given, because shapes-flux" in capsys.readouterr().err
 
 
 def test_the_picture_of_a_search_is_written(own, tmp_path, capsys):
@@ -235,7 +244,7 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
     words.write_text("a photo of a red circle\na photo of a blue ring\n")
     asked = "--prompts=shapes:train"
     cases = [
-        ("shapes-flux", (asked,), "--output_dir is required because shapes-flux"),
+        ("shapes-flux", (asked,), "--output_dir must be given, because shapes-flux"),
         (own, (f"--prompts={empty}",), "holds no prompt"),
         (own, (f"--prompts={tmp_path / 'none.txt'}",), "none.txt"),
         (own, (f"--prompts={words}",), "verifier"),
@@ -254,11 +263,11 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
         (own, (asked, f"--output_dir={tmp_path}"), "exists already"),
         (own, (asked, "--max_prompts=1"), "cannot be split"),
         (own, (asked, "--max_prompts=0"), "--max_prompts must be at least 1, got 0"),
-        (own, (asked, "--batch_size=0"), "--batch_size=0 is too small"),
-        (own, (asked, "--images_per_prompt=0"), "--images_per_prompt=0 is too small"),
-        (own, (asked, "--num_inference_steps=0"), "--num_inference_steps=0 is too small"),
-        (own, (asked, "--seed=-1"), "--seed=-1 is too small"),
-        (own, (asked, "--penalty=nan"), "--penalty=nan must be finite"),
+        (own, (asked, "--batch_size=0"), "--batch_size must be at least 1, got 0"),
+        (own, (asked, "--images_per_prompt=0"), "--images_per_prompt must be at least 1, got 0"),
+        (own, (asked, "--num_inference_steps=0"), "--num_inference_steps must be at least 1"),
+        (own, (asked, "--seed=-1"), "--seed must be at least 0, got -1"),
+        (own, (asked, "--penalty=nan"), "--penalty must be at least 0, got nan"),
         (own, (asked, "--engine=none"), "needs a --reference"),
         (own, (asked, f"--work={words}"), "words.txt is a file"),
         (own, (asked, f"--plot={words / 'a.png'}"), "a.png cannot be made below it"),

@@ -98,11 +98,12 @@ BACKENDS = {
 
 
 def check_name(backend: str) -> None:
-    """Raise UsageError with the nearest name where no backend has this one."""
+    """Raise UsageError with the nearest name if there is no backend of this name."""
     if backend != "auto" and backend not in BACKENDS:
         close = closest(backend, BACKENDS)
-        hint = f"did you mean {close}?" if close else f"known are auto, {', '.join(BACKENDS)}"
-        raise UsageError(f"no quantisation backend {backend!r}; {hint}")
+        choices = f"Choose from auto, {', '.join(BACKENDS)}."
+        hint = f"Did you mean {close}?" if close else choices
+        raise UsageError(f"no quantisation backend is named {backend!r}. {hint}")
 
 
 def resolve(

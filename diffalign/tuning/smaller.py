@@ -63,7 +63,7 @@ class SmallerSettings:
             )
         if prompts and not (self.svd_rank or static):
             raise UsageError(
-                "prompts: only int8-static and the low-rank branch are calibrated. Set `svd_rank`, or give no `prompts`."
+                "prompts: only int8-static and the low-rank branch are calibrated. Set `svd_rank`, or omit `prompts`."
             )
 
 
