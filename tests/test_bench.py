@@ -219,7 +219,7 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):
     assert record.run_once(config) == summary
     assert len(calls) == 1
     longer = replace(config, training=replace(config.training, max_minutes=99.0))
-    with pytest.raises(UsageError, match=r"another run.*\n  training\.max_minutes"):
+    with pytest.raises(UsageError, match=r"another configuration.*\n  training\.max_minutes"):
         record.run_once(longer)
 
 
