@@ -1,13 +1,16 @@
-"""Benchmarks of the suite's claims: `diffalign bench NAME [--quick]`. Modules are imported on use."""
+"""Benchmarks of the suite's claims, run by `diffalign bench NAME [--quick]`.
+
+A benchmark's module is imported when it runs.
+"""
 
 BENCHES = {
-    "demo": "the demo over seeds, and where its gain comes from",
-    "rewards": "images a second of rewards with random weights, and the share of preprocessing",
-    "service": "how long good requests to a reward service take while another client misbehaves",
-    "solvers": "GenEval by number of steps of the rollout's solvers",
-    "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and what each of its levers gives",
-    "qsched": "smaller weights, and factors of the schedule that repair them, on few-step students",
-    "dcgen": "a model before and after it moved into deeply compressed latents, and where its time goes",
+    "demo": "the demo over several seeds, and the sources of its gain",
+    "rewards": "images per second of rewards with random weights, and the share of preprocessing",
+    "service": "latency of a reward service while another client misbehaves",
+    "solvers": "GenEval by rollout solver and number of steps",
+    "awm": "AWM against Flow-GRPO and DiffusionNFT on one loop, and the effect of each of its levers",
+    "qsched": "quantized few-step students, with and without Q-Sched's factors",
+    "dcgen": "a model before and after its move into deeply compressed latents: quality and time",
     "inversion-dpo": "Inversion-DPO against Diffusion-DPO, its released form and training on winners",
 }
 PROGRAMS = {

@@ -1,7 +1,7 @@
-"""The demo over seeds, and its ablation: with a plain reference, and with the guided reference alone.
+"""Run the demo over seeds, with and without its guided reference and its reward.
 
-Images of the evaluation and everything random in training change with the seed; each arm sees the same seeds. Arms stop
-where the demo stops: at its number of updates or after its minutes, whichever comes first.
+A seed sets the evaluation images and all randomness of training; every arm uses the same seeds. An arm stops like the
+demo: after its number of updates or after its minutes, whichever comes first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from diffalign.config import RunConfig, load
 ARMS = {
     "demo": [],
     "plain reference": ["--algorithm.reference_guidance_scale=null"],
-    # advantages so small that only the distance to the guided reference is left, on all images: distillation
+    # The advantages are so small that only the distance to the guided reference remains, on all images:
+    # distillation.
     "no reward": [
         "--algorithm.advantage_max=1e-9",
         "--training.drop_uninformative=false",
@@ -33,7 +34,7 @@ QUICK = [
 
 
 def configuration(arm: str, seed: int, options: BenchOptions) -> RunConfig:
-    """The run of one arm and seed; its folder is resumed when it is there."""
+    """Return the configuration of one arm and seed. A run folder that exists is resumed."""
     overrides = [
         f"--output_dir={options.folder(arm, seed)}",
         f"--training.seed={seed}",
@@ -45,9 +46,9 @@ def configuration(arm: str, seed: int, options: BenchOptions) -> RunConfig:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """The chosen arms, all seeds of each."""
+    """Run the selected arms with all seeds."""
     arms: dict[str, dict[str, Any]] = {}
-    for arm in options.chosen(ARMS):
+    for arm in options.select(ARMS):
         summaries = [run_once(configuration(arm, seed, options)) for seed in range(options.seeds)]
         tasks = [s["after"]["tasks"] for s in summaries]
         arms[arm] = {
@@ -61,5 +62,5 @@ def run(options: BenchOptions) -> dict[str, Any]:
             "versions": [s["versions"] for s in summaries],
             "tasks_after": {k: spread(t[k] for t in tasks) for k in tasks[0]},
         }
-    gains = {HEADLINES[arm]: found["gain"]["median"] for arm, found in arms.items()}
+    gains = {HEADLINES[arm]: figures["gain"]["median"] for arm, figures in arms.items()}
     return {"headline": {**gains, "seeds": options.seeds}, "arms": arms}

@@ -1,4 +1,4 @@
-"""What a solver's steps are worth on `shapes-sd3`: GenEval by number of steps, the base without an adapter."""
+"""Measure GenEval by solver and number of steps on the base model `shapes-sd3`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STEPS = (4, 5, 6, 8, 10, 20)
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Both solvers at every number of steps; a seed draws the same noise for all of them."""
+    """Evaluate every solver at every number of steps. A seed gives all of them one noise."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(MODEL, device=device)
     prompts = load_prompts("shapes:held_out")
     reward = CompositeReward.from_config({"verifier": 1.0})
     arms: dict[str, dict[str, Any]] = {}
-    for solver in options.chosen(SOLVERS):
+    for solver in options.select(SOLVERS):
         arms[solver] = {}
         for steps in STEPS[:3] if options.quick else STEPS:
             configs = [
@@ -36,10 +36,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
                 )
                 for seed in range(options.seeds)
             ]
-            found = [evaluate_model(model, prompts, reward.score, c) for c in configs]
+            evaluations = [evaluate_model(model, prompts, reward.score, c) for c in configs]
             arms[solver][str(steps)] = {
-                "geneval": spread(e.tasks["overall"] for e in found),
-                "reward": spread(e.means["reward"] for e in found),
+                "geneval": spread(e.tasks["overall"] for e in evaluations),
+                "reward": spread(e.means["reward"] for e in evaluations),
             }
     headline = {
         f"geneval_{solver}_{steps}": scores[str(steps)]["geneval"]["median"]

@@ -1,4 +1,7 @@
-"""Launcher for several processes: `accelerate launch scripts/train_awm.py --config RECIPE [--key=value ...]`."""
+"""Launch online RL on several processes.
+
+Usage: accelerate launch scripts/train_awm.py --config RECIPE [--key=value ...]
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Launcher for several processes: `accelerate launch scripts/train_dcgen.py --config RECIPE [--key=value ...]`."""
+"""Launch DC-Gen on several processes.
+
+Usage: accelerate launch scripts/train_dcgen.py --config RECIPE [--key=value ...]
+"""
 
 from __future__ import annotations
 

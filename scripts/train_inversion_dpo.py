@@ -1,4 +1,6 @@
-"""Launcher for several processes, with the flags of diffusers' training scripts:
+"""Launch preference training on several processes.
+
+The flags of diffusers' training scripts are accepted:
 
 accelerate launch scripts/train_inversion_dpo.py --pretrained_model_name_or_path=sd1.5 --train_data_dir=pickapic
     --resolution=512 --train_batch_size=4 --gradient_accumulation_steps=16 --beta_dpo=2000 --max_train_steps=2000

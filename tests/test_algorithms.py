@@ -39,7 +39,7 @@ def test_every_configured_weight_has_a_form():
     for weight in WEIGHTS:
         value = awm.log_likelihood(torch.zeros(1), torch.full((1,), 0.5), weight=weight)
         assert value.item() == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="unknown weight 'cubic'"):
+    with pytest.raises(ValueError, match="Unknown weight 'cubic'"):
         awm.log_likelihood(torch.zeros(1), torch.zeros(1), weight="cubic")
 
 

@@ -49,14 +49,14 @@ def test_auto_chooses_by_device_model_and_purpose(machine, capability, model, tr
 @pytest.mark.parametrize(
     ("name", "capability", "versions", "message"),
     [
-        ("torchao-int8", (9, 0), {"torchao": ()}, r"pip install 'torchao>=0\.16'; int8 runs any"),
+        ("torchao-int8", (9, 0), {"torchao": ()}, r"pip install 'torchao>=0\.16'. `int8` works"),
         ("torchao-int8", (9, 0), {"torchao": (0, 15)}, r"torchao-int8 needs torchao>=0\.16"),
         ("torchao-fp8", (8, 6), {}, r"capability 8\.9, this is one of 8\.6"),
         ("torchao-fp8", (-1, -1), {}, r"this is no CUDA device \(cpu\)"),
-        ("bnb-nf4", (9, 0), {}, r"bitsandbytes>=0\.43\.3'; int4 runs anywhere"),
+        ("bnb-nf4", (9, 0), {}, r"bitsandbytes>=0\.43\.3'. `int4` works"),
         ("bnb-nf4", (-1, -1), {"bitsandbytes": (0, 49)}, r"bnb-nf4 needs CUDA"),
-        ("int3", (9, 0), {}, "did you mean int"),
-        ("nonsense", (9, 0), {}, "known are auto, int8, int4"),
+        ("int3", (9, 0), {}, "Did you mean int"),
+        ("nonsense", (9, 0), {}, "Choose from auto, int8, int4"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_way_out(machine, name, capability, versions, message):

@@ -52,7 +52,7 @@ def test_names_and_seeds_are_checked(capsys):
         "service",
     }
     assert cli.main(["bench", "demo", "--arms=dema"]) == 2
-    assert "--arms: no arm 'dema'; did you mean 'demo'" in capsys.readouterr().err
+    assert "arms=dema: no such arm; did you mean 'demo'" in capsys.readouterr().err
 
 
 def test_what_was_found_is_kept(tmp_path):
@@ -63,13 +63,13 @@ def test_what_was_found_is_kept(tmp_path):
         asked.append(True)
         return {"x": len(asked)}
 
-    assert options.kept("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
-    assert options.kept("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
-    assert options.kept("int4 rows, 2", 2, make, key=[1, "a"]) == {"x": 2}
+    assert options.cached("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
+    assert options.cached("int4 rows, 2", 1, make, key=[1, "a"]) == {"x": 1}
+    assert options.cached("int4 rows, 2", 2, make, key=[1, "a"]) == {"x": 2}
     assert (tmp_path / "int4-rows-2-1" / "cell.json").is_file()
     # with other settings it is another, whatever lies there
-    assert options.kept("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
-    assert options.kept("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
+    assert options.cached("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
+    assert options.cached("int4 rows, 2", 1, make, key=[2, "a"]) == {"x": 3}
 
 
 def test_arms_differ_only_in_what_they_are_named_for(tmp_path):
@@ -115,7 +115,7 @@ def test_every_arm_can_be_chosen(tmp_path):
     for names in (("awm", *itertools.chain(*groups)), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
-        assert options.chosen(names) == list(names)
+        assert options.select(names) == list(names)
         assert len({options.folder(name, 0) for name in names}) == len(names)
 
 
@@ -219,7 +219,7 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path, monkeypatch):
     assert record.run_once(config) == summary
     assert len(calls) == 1
     longer = replace(config, training=replace(config.training, max_minutes=99.0))
-    with pytest.raises(UsageError, match=r"another run.*\n  training\.max_minutes"):
+    with pytest.raises(UsageError, match=r"another configuration.*\n  training\.max_minutes"):
         record.run_once(longer)
 
 

@@ -85,7 +85,7 @@ def test_a_form_with_a_branch_stands_in_for_the_one_without():
 
 def keep(student, arm, seed, found, key):
     """A finished cell in the work folder."""
-    assert student.options.kept(arm, seed, lambda: found, key=key) == found
+    assert student.options.cached(arm, seed, lambda: found, key=key) == found
 
 
 def test_a_larger_search_has_cells_of_its_own(tmp_path):
@@ -170,7 +170,7 @@ def test_cells_are_taken_from_the_work_folder(tmp_path):
 
 
 def test_arms_are_checked_and_only_those_are_run(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="no arm 'sises'; did you mean 'sizes'"):
+    with pytest.raises(UsageError, match="arms=sises: no such arm; did you mean 'sizes'"):
         qsched.run(BenchOptions(quick=True, work=tmp_path, arms=("sises",)))
     monkeypatch.setattr(qsched, "published_sizes", lambda: {"a": {"int4": {"ratio": 3.7}}})
     found = qsched.run(BenchOptions(quick=True, work=tmp_path, arms=("sizes",)))

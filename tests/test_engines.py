@@ -156,6 +156,6 @@ def test_the_grid_is_the_published_one():
 )
 def test_boxes_that_cannot_be(low, high):
     with pytest.raises(
-        UsageError, match=r"--box: must hold 1 and something else, within 0\.1\.\.10"
+        UsageError, match=r"the bounds must differ, contain 1 and lie in 0\.1\.\.10"
     ):
         Space(3, low, high)

@@ -166,7 +166,7 @@ def test_an_observer_keeps_timesteps_apart_and_rows_that_count():
     found = observer.scales()
     assert found.timesteps == (7.0, 2.0)
     assert (found.scales["layer"] * 127 <= torch.tensor([8.0, 0.5]) * 1.01).all()
-    with pytest.raises(ValueError, match="nothing was drawn"):
+    with pytest.raises(ValueError, match="nothing was sampled"):
         InputObserver(model, ["layer"], by_timestep=False).scales()
 
 
@@ -274,16 +274,16 @@ def test_a_scale_for_each_step_errs_less_than_one_for_all():
 
 def test_what_is_missing_or_too_much_is_said():
     model = tiny.flux_model()
-    with pytest.raises(UsageError, match="int8-static needs scales of activations"):
+    with pytest.raises(UsageError, match="int8-static: this backend needs calibrated scales"):
         quantize_model(model.denoiser, "int8-static")
     scales = ActivationScales((1.0,), {})
-    with pytest.raises(UsageError, match="int4 leaves activations in 16 bits"):
+    with pytest.raises(UsageError, match="int4: this backend leaves activations in 16 bits"):
         quantize_model(model.denoiser, "int4", activations=scales)
-    with pytest.raises(UsageError, match="needs scales of activations"):
+    with pytest.raises(UsageError, match="needs calibrated scales of activations"):
         quantization_config("int8-static", device="cpu")
     with pytest.raises(UsageError, match="8 bits and one scale for each row"):
         PackSpec(4, 64, activation_steps=2)
     with pytest.raises(UsageError, match="no prompt to calibrate with"):
         Calibration(model, [], Drawing())
-    with pytest.raises(UsageError, match="no gradient passes through int8-static"):
+    with pytest.raises(UsageError, match="int8-static: no gradient passes through"):
         quantize_model(model.denoiser, "int8-static", training=True, activations=scales)

@@ -277,7 +277,7 @@ def test_a_prefix_of_the_channels(family, tmp_path):
     model.pipeline.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), dtype=torch.float32)
     np.testing.assert_array_equal(wanted, draw(again.pipeline, **options))
-    with pytest.raises(CodecError, match="latents.channels: 9 of an autoencoder with 8"):
+    with pytest.raises(CodecError, match="latents.channels=9: the autoencoder has 8 channels"):
         move_model(base, deep_autoencoder(), size=base.default_size, channels=9)
 
 

@@ -104,7 +104,7 @@ def test_bounded_losses_by_hand():
     q = 1 / (1 + math.exp(-0.5))
     kl = q * math.log(q / 0.99) + (1 - q) * math.log((1 - q) / 0.01)
     assert pair_loss(e, ONE[:1], beta=BETA, loss_type="dmpo").item() == pytest.approx(kl)
-    with pytest.raises(ValueError, match="known are sigmoid"):
+    with pytest.raises(ValueError, match="Choose from sigmoid"):
         pair_loss(e, ONE[:1], beta=BETA, loss_type="orpo")
 
 

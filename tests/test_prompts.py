@@ -73,7 +73,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, text, message):
 def test_missing_files_and_splits():
     with pytest.raises(PromptError, match="does not exist"):
         load_prompts("nowhere.txt")
-    with pytest.raises(PromptError, match="unknown split 'test'"):
+    with pytest.raises(PromptError, match="Unknown split 'test'"):
         load_prompts("shapes:test")
 
 

@@ -375,7 +375,10 @@ def test_candidates_share_a_batch():
 
 
 def test_what_is_not_linear_is_refused():
-    with pytest.raises(UsageError, match="DPMSolverMultistepScheduler is none that is known"):
+    with pytest.raises(
+        UsageError,
+        match="DPMSolverMultistepScheduler: Q-Sched needs a scheduler with a linear step",
+    ):
         QSched.wrap(DPMSolverMultistepScheduler())
     with pytest.raises(UsageError, match="clip_sample=True"):
         QSched.wrap(DDIMScheduler())

@@ -156,7 +156,7 @@ def test_prompts_have_genevals_form():
 
 
 def test_unknown_split_is_named():
-    with pytest.raises(ValueError, match="unknown split 'test'; known are train, held_out"):
+    with pytest.raises(ValueError, match="Unknown split 'test'. Choose from train, held_out"):
         prompts("test")
 
 

@@ -99,14 +99,23 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--backend=int5",), "no quantisation backend 'int5'; did you mean int"),
-        (("--backend=int8-static",), "int8-static is calibrated on images; give --prompts"),
-        (("--backend=int4", "--prompts=shapes:train"), "give --svd_rank, too"),
+        (
+            ("--backend=int5",),
+            "--backend: no quantisation backend is named 'int5'. Did you mean int",
+        ),
+        (("--backend=int8-static",), "--backend=int8-static needs calibration images"),
+        (
+            ("--backend=int4", "--prompts=shapes:train"),
+            "--prompts: only int8-static and the low-rank branch are calibrated",
+        ),
         (("--backend=torchao-fp8",), "compute capability 8.9"),
         (("--backend=bnb-nf4",), "bnb-nf4 needs"),
         (("--backend=torchao-int8", "--svd_rank=4"), "neither group_size nor svd_rank"),
         (("--backend=torchao-fp8wo", "--svd_rank=4", "--group_size=32"), "has no group_size"),
-        (("--components", "text_encoder_9"), "no component 'text_encoder_9' to quantise"),
+        (
+            ("--components", "text_encoder_9"),
+            "--components=text_encoder_9: the pipeline has no such component",
+        ),
         (("--lora=somewhere",), "`diffalign merge` first"),
         (("--backend=int4", "--group_size=0"), "--group_size must be at least 1, got 0"),
         (("--backend=int4", "--latency=-1"), "--latency must be at least 0, got -1"),
@@ -211,7 +220,7 @@ def test_a_models_name_is_no_folder_of_that_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "shapes-flux").mkdir()
     monkeypatch.chdir(tmp_path)
     assert qsched("shapes-flux", tmp_path, "--prompts=shapes:train") == 2
-    assert "--output_dir: shapes-flux is no folder of yours" in capsys.readouterr().err
+    assert "--output_dir must be given, because shapes-flux" in capsys.readouterr().err
 
 
 def test_the_picture_of_a_search_is_written(own, tmp_path, capsys):
@@ -235,17 +244,21 @@ def test_qsched_says_what_it_cannot_do(own, tmp_path, capsys):
     words.write_text("a photo of a red circle\na photo of a blue ring\n")
     asked = "--prompts=shapes:train"
     cases = [
-        ("shapes-flux", (asked,), "--output_dir: shapes-flux is no folder of yours"),
+        ("shapes-flux", (asked,), "--output_dir must be given, because shapes-flux"),
         (own, (f"--prompts={empty}",), "holds no prompt"),
         (own, (f"--prompts={tmp_path / 'none.txt'}",), "none.txt"),
         (own, (f"--prompts={words}",), "verifier"),
         (own, (asked, "--engine=annealing"), "annealing"),
         (own, (asked, "--objective=nonsense"), "nonsense"),
-        (own, (asked, "--objective=verifier=many"), "no reward=weight"),
-        (own, (asked, "--box", "1.1", "1.2"), "--box: must hold 1"),
-        (own, (asked, "--box", "0.8", "inf"), "--box: must hold 1"),
-        (own, (asked, "--box", "1", "1"), "--box: must hold 1"),
-        (own, (asked, f"--plot={tmp_path / 'a.docx'}"), "a.docx must end in"),
+        (own, (asked, "--objective=verifier=many"), "is not reward=weight"),
+        (own, (asked, "--box", "1.1", "1.2"), "--box=1.1,1.2: the bounds must differ"),
+        (own, (asked, "--box", "0.8", "inf"), "--box=0.8,inf: the bounds must differ"),
+        (own, (asked, "--box", "1", "1"), "--box=1,1: the bounds must differ"),
+        (
+            own,
+            (asked, f"--plot={tmp_path / 'a.docx'}"),
+            "a.docx: this kind of file is not supported",
+        ),
         (own, (asked, "--lora=somewhere"), "`diffalign merge`"),
         (own, (asked, f"--output_dir={tmp_path}"), "exists already"),
         (own, (asked, "--max_prompts=1"), "cannot be split"),

@@ -220,14 +220,17 @@ def test_the_picture_of_a_search(suffix, tmp_path):
 
 
 def test_a_picture_that_cannot_be_is_refused_before_the_search(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"search\.docx must end in \.png, \.svg"):
+    with pytest.raises(
+        UsageError, match=r"search\.docx: this kind of file is not supported. Use \.png, \.svg"
+    ):
         check_plot(tmp_path / "search.docx")
     (tmp_path / "a.png").mkdir()
     with pytest.raises(UsageError, match="is a folder"):
         check_plot(tmp_path / "a.png")
     monkeypatch.setattr("diffalign.tuning.plot.find_spec", lambda name: None)
     with pytest.raises(
-        UsageError, match=r"--plot needs matplotlib: pip install 'diffalign\[plots\]'"
+        UsageError,
+        match=r"plot: matplotlib is missing. Install it: pip install 'diffalign\[plots\]'",
     ):
         check_plot(tmp_path / "search.png")
 
@@ -263,7 +266,7 @@ def test_scores_that_are_nan_stop_the_search_and_change_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"engine": "annealing"}, "unknown engine"),
+        ({"engine": "annealing"}, "engine=annealing: no such engine"),
         ({"budget": 0}, "budget"),
         ({"held_out": 1}, "held_out"),
     ],

@@ -191,14 +191,14 @@ def test_a_search_goes_on_where_it_was(tmp_path):
     with file.open("a") as f:
         f.write('{"key": "cut')  # by a crash
     again = evaluator(model, file=file)
-    assert again.known == 2
+    assert again.scored == 2
     again([Coefficients.ramp(1.1, 1, 3)])  # and the cut line does not swallow what follows
-    assert evaluator(model, file=file).known == 3
+    assert evaluator(model, file=file).scored == 3
     again = evaluator(model, file=file)
     assert again([Coefficients.ones(3)])[0]["light"].tolist() == known[0]["light"].tolist()
     assert again.network_rows == 0
-    assert evaluator(model, file=file, key="another model").known == 0
-    assert evaluator(model, file=file, seed=1).known == 0
+    assert evaluator(model, file=file, key="another model").scored == 0
+    assert evaluator(model, file=file, seed=1).scored == 0
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_damaged_lines_are_left_out(line, tmp_path):
     first([Coefficients.ones(3)])
     with file.open("a") as f:
         f.write(line.replace("KEY", first.key) + "\n")
-    assert evaluator(model, file=file).known == 1
+    assert evaluator(model, file=file).scored == 1
 
 
 def test_what_could_not_be_scored_is_tried_again_by_the_next_search(tmp_path):
@@ -242,9 +242,9 @@ def test_what_could_not_be_scored_is_tried_again_by_the_next_search(tmp_path):
     assert first.network_rows == spent  # not within one search
     away = False
     second = search()
-    assert second.known == 0
+    assert second.scored == 0
     assert np.isfinite(second(ones)[0]["light"]).all()
-    assert search().known == 1
+    assert search().scored == 1
 
 
 @pytest.mark.parametrize("other", [None, 3.0])

@@ -1,4 +1,4 @@
-"""What is compared with AWM: recipes, each with what is changed in it."""
+"""Arms that are compared with AWM: recipes with their overrides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffalign.config import RunConfig, load
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe and what is changed in it."""
+    """Recipe with the overrides of one arm."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -23,7 +23,10 @@ EARLY = Arm(
     AWM,
     (f"--training.num_updates={EVERY}", "--training.eval_every=4", "--training.max_minutes=null"),
 )
-"""AWM until its first evaluation, scored more often: what others reach in all of their time lies there."""
+"""AWM until its first evaluation, scored more often.
+
+The other arms end at scores that AWM passes in this range.
+"""
 RIVALS = {
     "flow_grpo": Arm("flow-grpo-shapes-sd3"),
     "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
@@ -74,8 +77,11 @@ RELEASED = {
         ),
     ),
 }
-"""Hyper-parameters of the releases for GenEval. What this loop does not do stays out: Flow-GRPO's guidance in training,
-the noise of AWM's rollouts, DPM-Solver in DiffusionNFT's."""
+"""Hyper-parameters of the releases for GenEval.
+
+Parts that this loop does not implement are left out: Flow-GRPO's guidance in training, the noise of AWM's rollouts,
+and DPM-Solver in DiffusionNFT's.
+"""
 LEVERS = {
     "no guidance in the reference": Arm(
         AWM, ("--algorithm.reference_guidance_scale=null", "--algorithm.kl_beta=0.01")
@@ -88,7 +94,10 @@ LEVERS = {
         AWM, ("--algorithm.timesteps_per_image=4", "--algorithm.noise=group")
     ),
 }
-"""What is learned with one thing changed; without guidance, with the distance's best weight of those tried."""
+"""AWM's recipe with one setting changed.
+
+The arm without guidance uses the best distance weight of those that were tried.
+"""
 HOUR = "an hour"
 LONG = {
     HOUR: Arm(
@@ -96,7 +105,7 @@ LONG = {
         ("--training.max_minutes=65", "--training.num_updates=20000", "--training.eval_every=50"),
     )
 }
-"""AWM with settings that hold for longer than minutes: where it ends."""
+"""AWM with settings for runs that are longer than minutes."""
 COSTS = {
     "released timesteps and distances": Arm(
         AWM,
@@ -118,7 +127,7 @@ COSTS = {
     "groups without a signal kept": Arm(AWM, (KEEP_ALL,)),
     "groups without a signal kept, no compilation": Arm(AWM, (KEEP_ALL, "--model.compile=false")),
 }
-"""What an update costs with one thing changed."""
+"""Arms whose cost per update is measured: one setting changed in each."""
 NOISES = {
     "1 timestep": Arm(AWM, ("--algorithm.timesteps_per_image=1",)),
     "2 independent timesteps": Arm(AWM, ("--algorithm.timestep_sampling=independent",)),
@@ -126,7 +135,7 @@ NOISES = {
     "one noise a group": LEVERS["one noise a group"],
     "4 timesteps, one noise a group": LEVERS["four timesteps and one noise a group"],
 }
-"""Timesteps and noise of which AWM's gradient has the same expectation."""
+"""Timestep and noise settings under which AWM's expected gradient is the same."""
 MINUTES = 6
 QUICK = (
     "--model.compile=false",
@@ -138,7 +147,7 @@ QUICK = (
 
 
 def configuration(name: str, arm: Arm, seed: int, options: BenchOptions) -> RunConfig:
-    """The run of one arm and seed; its folder is resumed when it is there."""
+    """Return the configuration of one arm and seed. A run folder that exists is resumed."""
     overrides = [
         f"--output_dir={options.folder(name, seed)}",
         f"--training.seed={seed}",

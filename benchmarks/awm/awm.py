@@ -1,10 +1,12 @@
-"""AWM against Flow-GRPO and DiffusionNFT on the same loop, model, prompts and machine; and AWM's levers.
+"""Compare AWM with Flow-GRPO and DiffusionNFT on one training loop.
 
-Every arm is a recipe with overrides, and all train for the same time. The first comparison gives all three the same
-adapter, the guided reference, fewer timesteps and distances; the second is with the hyper-parameters of the releases,
-but for the rate, which is ours: without guidance, rewards alone move the policy. A lever's arm changes one thing in
-AWM's recipe. Causes are what an update costs, how much of its gradient is signal, and what the policies know of
-relations. Phases are where its time and memory go at published sizes, on CUDA alone.
+Model, prompts, machine and training time are the same for all arms; an arm is a recipe with overrides. The first
+comparison gives all three methods the same adapter, the guided reference, few timesteps and few distances. The second
+comparison uses the hyper-parameters of the releases except for the learning rate, which is this suite's. It has no
+guidance, so that rewards alone move the policy. The arm of a lever changes one setting of AWM's recipe.
+
+The causes measure the cost of an update, the share of its gradient that is signal, and whether policies render spatial
+relations. The phases measure time and memory at published sizes, on CUDA only.
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ def measure(
     *,
     early: Arm | None = None,
 ) -> dict[str, Any]:
-    """All seeds of an arm: curves, and the figures that make a table. `early` is its beginning, scored more often; with
-    it `alike` are the curves without, scored as the other arms are."""
+    """Train every seed of an arm and return its learning curves and table figures.
+
+    If `early` is given, its run repeats the first updates and is scored more often; its scores are added to `curves`.
+    In that case `alike` holds the curves without these scores, comparable with the other arms.
+    """
     curves, summaries, logs, opinions = [], [], [], []
     alike: dict[str, list[Curve]] = {} if early is None else {"alike": []}
     if not options.quick:
@@ -56,8 +61,9 @@ def measure(
             alike["alike"].append(curves[-1])
             more = train(configuration(f"{name} early", early, seed, options))[1]
             curves[-1] = read_curve(log, summary, group, early=more)
-        told = partial(opinion, config)
-        opinions.append(options.kept(f"second opinion {name}", seed, told, key=opinion.key(config)))
+        evaluate = partial(opinion, config)
+        key = opinion.key(config)
+        opinions.append(options.cached(f"second opinion {name}", seed, evaluate, key=key))
     rows = [row for log in logs for row in log]
     return {
         "curves": curves,
@@ -84,13 +90,15 @@ def measure(
 
 
 def train(config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary and log of a run."""
+    """Run a configuration once and return its summary and its log."""
     return run_once(config), RunFolder(config.output_dir).read_log()
 
 
 def warm_up(config: RunConfig) -> None:
-    """Compile what an arm needs, where it will be: one update in a folder of its own, then cached. Otherwise the first
-    arm would pay for those after it."""
+    """Train one update in a separate folder, which fills the cache of compiled kernels.
+
+    Without it the first arm would pay the compilation of the arms after it.
+    """
     folder = f"{config.output_dir}-warm-up"
     run_once(
         replace(
@@ -103,51 +111,56 @@ def warm_up(config: RunConfig) -> None:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """AWM over all seeds and its rivals, each lever with one, AWM's hour, the causes and the phases; `options.arms`
-    chooses among them, AWM always runs but for the phases alone. A quick bench leaves all but the rivals and the causes
-    out."""
-    known = {**RIVALS, **RELEASED, **LEVERS, **LONG}
-    chosen = options.chosen(("awm", *known, *awm_causes.CAUSES, awm_phases.NAME))
-    if chosen == [awm_phases.NAME]:
+    """Run AWM, its rivals, its levers, the causes and the phases.
+
+    AWM and its rivals use all seeds; a lever and the hour-long run use one. `options.arms` selects among them, and AWM
+    always runs unless only the phases are selected. A quick bench runs AWM, the rivals and the causes.
+    """
+    available = {**RIVALS, **RELEASED, **LEVERS, **LONG}
+    selected = options.select(("awm", *available, *awm_causes.CAUSES, awm_phases.NAME))
+    if selected == [awm_phases.NAME]:
         return {"headline": {}, **awm_phases.measure(options)}
     if options.quick and options.arms is None:
-        chosen = ["awm", *RIVALS, *awm_causes.CAUSES]
+        selected = ["awm", *RIVALS, *awm_causes.CAUSES]
     opinion = SecondOpinion()
     early = None if options.quick else EARLY
     arms = {"awm": measure("awm", Arm(AWM), options, options.seeds, opinion, early=early)}
-    for name in (n for n in chosen if n in known):
+    for name in (n for n in selected if n in available):
         seeds = 1 if name in LEVERS or name in LONG else options.seeds
-        arms[name] = measure(name, known[name], options, seeds, opinion)
+        arms[name] = measure(name, available[name], options, seeds, opinion)
     headline = {
         "geneval_final": arms["awm"]["geneval_final"]["median"],
         "forwards_per_image": arms["awm"]["forwards_per_image"],
     }
     if HOUR in arms:
         headline["geneval_after_an_hour"] = arms[HOUR]["geneval_final"]["median"]
-    speedups = compare({name: found for name, found in arms.items() if name not in LONG})
+    speedups = compare({name: arm for name, arm in arms.items() if name not in LONG})
     for name, title in HEADLINES.items():
         if name in arms:
-            decided = [v for v in speedups[f"awm over {name}"]["seconds"] if not math.isnan(v)]
-            headline[title] = finite(median(decided)) if decided else None
-    ratios = {
-        pair: {unit: [finite(v) for v in values] for unit, values in found.items()}
-        for pair, found in speedups.items()
+            ratios = [v for v in speedups[f"awm over {name}"]["seconds"] if not math.isnan(v)]
+            headline[title] = finite(median(ratios)) if ratios else None
+    json_speedups = {
+        pair: {unit: [finite(v) for v in values] for unit, values in by_unit.items()}
+        for pair, by_unit in speedups.items()
     }
-    for found in arms.values():
-        found.pop("alike", None)
-        found["curves"] = [vars(c) for c in found["curves"]]
+    for arm in arms.values():
+        arm.pop("alike", None)
+        arm["curves"] = [vars(c) for c in arm["curves"]]
     causes = {
-        name: options.kept(name, 0, partial(cause, options), key=awm_causes.key(name, options))
+        name: options.cached(name, 0, partial(cause, options), key=awm_causes.key(name, options))
         for name, cause in awm_causes.CAUSES.items()
-        if name in chosen
+        if name in selected
     }
-    phases = awm_phases.measure(options) if awm_phases.NAME in chosen else {}
-    return {"headline": headline, "speedups": ratios, "arms": arms, **causes, **phases}
+    phases = awm_phases.measure(options) if awm_phases.NAME in selected else {}
+    return {"headline": headline, "speedups": json_speedups, "arms": arms, **causes, **phases}
 
 
 def compare(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Speedups of AWM over every other arm, with all of its scores and with as few as the others have; of the released
-    AWM over the other released ones. Seed by seed, as many as both have."""
+    """Return the speedups of AWM over every other arm, by pair, unit and seed.
+
+    Each pair uses all of AWM's scores; the pairs named "scored alike" use only as many as the other arm has. The
+    released AWM is compared with the other released methods. Seeds that only one arm of a pair has are left out.
+    """
     pairs = {f"awm over {n}": (arms["awm"]["curves"], n) for n in arms if n != "awm"}
     if "alike" in arms["awm"]:
         pairs |= {
@@ -155,8 +168,8 @@ def compare(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]
         }
     if RELEASED_AWM in arms:
         others = [n for n in RELEASED if n in arms and n != RELEASED_AWM]
-        ours = arms[RELEASED_AWM]["curves"]
-        pairs |= {f"{RELEASED_AWM} over {n}": (ours, n) for n in others}
+        released_curves = arms[RELEASED_AWM]["curves"]
+        pairs |= {f"{RELEASED_AWM} over {n}": (released_curves, n) for n in others}
     return {
         pair: {
             unit: [speedup(f, s, unit) for f, s in zip(fast, arms[n]["curves"], strict=False)]

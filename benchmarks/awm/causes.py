@@ -1,5 +1,7 @@
-"""Where AWM's speed comes from, what an update costs and how much of its gradient is signal; and where its score ends:
-what policies know of relations."""
+"""Measure the causes of AWM's speed, and the relations that its policies learn.
+
+Costs are seconds and forwards per update; signals are the share of a gradient that is not noise.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,21 @@ from diffalign.training.run import Run
 from diffalign.types import no_reward
 
 UPDATES = 5
-"""Of each arm, timed."""
+"""Updates of each arm that are timed."""
 ARMS = {
     "costs": {"awm": Arm(AWM), **RIVALS, **COSTS},
     "signals": {"awm": Arm(AWM), **RIVALS, **NOISES},
 }
-ASKED = 512
-"""Images of each task that are looked at for relations."""
+IMAGES_PER_TASK = 512
+"""Images per task whose relations are examined."""
 BASE = "base"
-TOLD = {"position": positions, "color_attr": colours}
+MEASURES = {"position": positions, "color_attr": colours}
 BATCHES = {"signal": 24, "noise": 6}
-"""Rollouts: of what two gradients have in common little is seen in few; of their lengths much."""
+"""Rollouts per arm: the common part of two gradients needs many, the gradients' lengths need few."""
 
 
 def costs(options: BenchOptions) -> dict[str, Any]:
-    """Seconds of an update over AWM's, turn and turn about, and forwards of the denoiser for an image."""
+    """Time one update of every arm, interleaved, relative to AWM's, and count forwards per image."""
     arms = ARMS["costs"]
     trainers = [_trainer(configuration(f"cost {n}", arm, 0, options)) for n, arm in arms.items()]
     rows: list[list[dict[str, Any]]] = [[] for _ in trainers]
@@ -59,51 +61,59 @@ def costs(options: BenchOptions) -> dict[str, Any]:
 
 
 def signals(options: BenchOptions) -> dict[str, Any]:
-    """Gradients of the reward alone, without distances, at the policy that AWM's first run ended with: of the rivals,
-    and of ways to draw timesteps and noise."""
-    found: dict[str, Tensor] = {}
+    """Compare gradients of the reward alone at the policy of AWM's first finished run.
+
+    Distances are switched off. The arms are the rivals, and other ways to sample timesteps and noise.
+    """
+    grads_by_arm: dict[str, Tensor] = {}
     table: dict[str, Any] = {}
     for name, arm in ARMS["signals"].items():
         config = _reward_alone(configuration(f"signal {name}", arm, 0, options))
         trainer = _trainer(config)
         load_policy(trainer, options.folder("awm", 0) / "checkpoints")
         batches = 3 if options.quick else BATCHES["noise" if name in NOISES else "signal"]
-        found[name] = gradients(trainer, batches=batches)
-        ours = found["awm"][:batches]
-        seen = signal(found[name], images=config.rollout.images_per_update)
+        grads_by_arm[name] = gradients(trainer, batches=batches)
+        awm_gradients = grads_by_arm["awm"][:batches]
+        estimate = signal(grads_by_arm[name], images=config.rollout.images_per_update)
         table[name] = {
             "batches": batches,
-            "square_over_awm": _rounded(seen.square / float(ours.square().sum(1).mean())),
-            "cosine": _rounded(seen.cosine),
-            "cosine_error": _rounded(seen.error),
-            "images_to_signal": _rounded(seen.images),
-            "direction": _rounded(direction(ours, found[name])),
+            "square_over_awm": _rounded(
+                estimate.square / float(awm_gradients.square().sum(1).mean())
+            ),
+            "cosine": _rounded(estimate.cosine),
+            "cosine_error": _rounded(estimate.error),
+            "images_to_signal": _rounded(estimate.images),
+            "direction": _rounded(direction(awm_gradients, grads_by_arm[name])),
             "overrides": list(arm.overrides),
         }
     return table
 
 
 def relations(options: BenchOptions) -> dict[str, Any]:
-    """Of the base, of AWM's first run and of the hour's, where that was made: whether a relation or a colour's owner is
-    right, in images that have both objects."""
+    """Return how often images that show both objects have the right relation or colour owner.
+
+    The policies are the base model's, AWM's first run's and the hour-long run's, if that run is finished.
+    """
     table: dict[str, Any] = {}
     for name, config in _policies(options).items():
-        each = replace(config.evaluation, images_per_task=6 if options.quick else ASKED)
+        setting = replace(
+            config.evaluation, images_per_task=6 if options.quick else IMAGES_PER_TASK
+        )
         lora = None if name == BASE else lora_left(config)
         prompts = load_prompts(config.prompts.evaluation)
         table[name] = {}
-        for task, tell in TOLD.items():
-            asked = [p for p in prompts if p.task == task]
-            found = evaluate_lora(config.model.name, lora, asked, no_reward, each)
-            images = found.images.permute(0, 2, 3, 1).contiguous().numpy()
-            table[name][task] = tell(list(images), found.prompts, detect)
+        for task, measure in MEASURES.items():
+            task_prompts = [p for p in prompts if p.task == task]
+            evaluation = evaluate_lora(config.model.name, lora, task_prompts, no_reward, setting)
+            images = evaluation.images.permute(0, 2, 3, 1).contiguous().numpy()
+            table[name][task] = measure(list(images), evaluation.prompts, detect)
     return table
 
 
 def _policies(options: BenchOptions) -> dict[str, RunConfig]:
-    """Runs whose policies are looked at: the base's, and those that were made."""
-    known = {BASE: Arm(AWM), "awm": Arm(AWM), **LONG}
-    configs = {name: configuration(name, arm, 0, options) for name, arm in known.items()}
+    """Return the runs whose policies are examined: the base model's and the finished ones."""
+    arms = {BASE: Arm(AWM), "awm": Arm(AWM), **LONG}
+    configs = {name: configuration(name, arm, 0, options) for name, arm in arms.items()}
     return {name: c for name, c in configs.items() if name == BASE or lora_left(c).is_dir()}
 
 
@@ -111,14 +121,14 @@ CAUSES = {"costs": costs, "signals": signals, "relations": relations}
 
 
 def key(name: str, options: BenchOptions) -> Any:
-    """What a cause depends on: every arm's configuration, and the policies that gradients or images are of."""
+    """Return everything that the result of a cause depends on: configurations, counts and weights."""
     if name == "relations":
         policies = _policies(options).items()
-        drawn = {
+        evaluations = {
             n: [c.model.name, c.prompts.evaluation, to_dict(c.evaluation), weights_left(c)]
             for n, c in policies
         }
-        return [drawn, ASKED]
+        return [evaluations, IMAGES_PER_TASK]
     runs = {n: to_dict(configuration(n, arm, 0, options)) for n, arm in ARMS[name].items()}
     for run in runs.values():
         del run["output_dir"]
@@ -128,7 +138,7 @@ def key(name: str, options: BenchOptions) -> Any:
 
 
 def _reward_alone(config: RunConfig) -> RunConfig:
-    """Without distances and, as no time is measured, without compilation."""
+    """Return the run without distances and without compilation, since no time is measured."""
     algorithm = replace(config.algorithm, kl_beta=0.0)
     if isinstance(algorithm, ForwardProcessConfig):
         algorithm = replace(algorithm, ema_kl_beta=0.0)
@@ -143,5 +153,5 @@ def _trainer(config: RunConfig) -> OnlineTrainer:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four digits that say something."""
+    """Round to four significant digits."""
     return None if value is None else float(f"{value:.4g}")

@@ -1,9 +1,9 @@
-"""How much of a policy gradient is signal: gradients of independent rollouts at one and the same policy.
+"""Estimate the share of a policy gradient that is signal.
 
-Of B updates' gradients g_b, each over n images, the mean product of two different ones is an unbiased estimate of the
-squared length of the expected gradient, and the mean square of one is that and the noise. From these follow the number
-of images after which the signal is as large as the noise and, where expectations are known to be equal, how much less
-noise one way of drawing has than another.
+The estimate uses independent rollouts at one policy. Let g_b be the gradients of B updates, each over n images. The
+mean product of two different gradients is an unbiased estimate of the squared length of the expected gradient; the
+mean square of one gradient also contains the noise. The two give the number of images at which signal and noise are
+equal. Where two ways of sampling have the same expected gradient, they also give the ratio of their noise.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ from diffalign.training import checkpoint
 
 @dataclass(frozen=True)
 class Signal:
-    """Of B gradients over n images each. `square`: mean squared length; `cosine`: expected of two of them, with the
-    jackknife's standard error; `images`: so many until signal and noise are equal, None where none was seen."""
+    """Signal and noise of B gradients over n images each.
+
+    Attributes:
+        square: mean squared length of a gradient.
+        cosine: expected cosine of two independent gradients.
+        error: jackknife standard error of the cosine.
+        images: images at which signal and noise are equal; None if no signal was measured.
+    """
 
     square: float
     cosine: float
@@ -31,7 +37,7 @@ class Signal:
 
 
 def load_policy(trainer: OnlineTrainer, folder: Path) -> None:
-    """Make the newest checkpoint of a run's folder the policy, and the lagged and the averaged one."""
+    """Load the newest checkpoint of a run folder as the current, lagged and averaged policy."""
     newest = checkpoint.latest(folder)
     assert newest is not None
     state = checkpoint.load(newest)[1][lora.CURRENT]
@@ -40,7 +46,7 @@ def load_policy(trainer: OnlineTrainer, folder: Path) -> None:
 
 
 def gradients(trainer: OnlineTrainer, *, batches: int) -> Tensor:
-    """(B, P) gradients of so many updates, each with prompts and images of its own; none is applied."""
+    """Return the gradients (B, P) of `batches` updates with new prompts and images; apply none."""
     rows = []
     for number in range(1, batches + 1):
         plan = trainer.plan(number)
@@ -54,24 +60,27 @@ def gradients(trainer: OnlineTrainer, *, batches: int) -> Tensor:
     return torch.stack(rows)
 
 
-def signal(found: Tensor, *, images: int) -> Signal:
-    """What gradients (B, P) over `images` images each have in common."""
-    products = found.double() @ found.double().T
+def signal(grads: Tensor, *, images: int) -> Signal:
+    """Estimate the signal that gradients (B, P), over `images` images each, have in common."""
+    products = grads.double() @ grads.double().T
     count = len(products)
     every = torch.arange(count)
-    apart = torch.stack([_cosine(products[every != i][:, every != i]) for i in range(count)])
+    jackknife = torch.stack([_cosine(products[every != i][:, every != i]) for i in range(count)])
     cosine = float(_cosine(products))
     return Signal(
         square=float(products.diagonal().mean()),
         cosine=cosine,
-        error=float(((count - 1) / count * (apart - apart.mean()).square().sum()).sqrt()),
+        error=float(((count - 1) / count * (jackknife - jackknife.mean()).square().sum()).sqrt()),
         images=images * (1 - cosine) / cosine if cosine > 0 else None,
     )
 
 
 def direction(a: Tensor, b: Tensor) -> float | None:
-    """Cosine of the gradients that (B, P) and (B, P) are of in expectation, free of their noise: from products of
-    different rollouts. None where one of them has no signal."""
+    """Return the cosine of two expected gradients, from samples (B, P) of each.
+
+    Only products of different rollouts enter, so the noise cancels in expectation. Return None if one of the two has
+    no measurable signal.
+    """
     across = _between(a.double() @ b.double().T)
     sizes = [_between(x.double() @ x.double().T) for x in (a, b)]
     return float(across / (sizes[0] * sizes[1]).sqrt()) if min(sizes) > 0 else None
@@ -82,6 +91,6 @@ def _cosine(products: Tensor) -> Tensor:
 
 
 def _between(products: Tensor) -> Tensor:
-    """Mean over different rollouts."""
+    """Return the mean product of different rollouts."""
     count = len(products)
     return (products.sum() - products.diagonal().sum()) / (count * (count - 1))

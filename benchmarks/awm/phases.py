@@ -1,8 +1,8 @@
-"""Where time and memory of AWM's updates go, phase by phase, at published sizes with random weights, on CUDA; with the
-denoiser's blocks compiled and as they are.
+"""Measure time and memory of AWM's updates by phase, at published sizes.
 
-The phases are the trainer's own calls on random latents and embeddings. Text encoders are not there: they read a prompt
-once and can be elsewhere. Rewards have a bench of their own.
+Weights are random and the device is CUDA; the denoiser's blocks run both compiled and eager. A phase is one of the
+trainer's own calls on random latents and embeddings. Text encoders are left out: they encode each prompt once and may
+run elsewhere. Rewards have their own benchmark.
 """
 
 from __future__ import annotations
@@ -49,8 +49,14 @@ CLIP_TOKENS = 77
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an update: `call`, on `inputs`. `rows`: images, or rows of the denoiser's forward; `calls`: so many in
-    an update of one process."""
+    """One part of an update.
+
+    Attributes:
+        call: runs the phase once.
+        rows: images of a call, or rows of the denoiser's forward.
+        calls: number of calls per update in one process.
+        inputs: tensors that the call reads.
+    """
 
     call: Callable[[], Any]
     rows: int
@@ -59,13 +65,13 @@ class Phase:
 
 
 def measure(options: BenchOptions) -> dict[str, Any]:
-    """Of every model; nothing without CUDA. What was found is kept for the device that it was found on."""
+    """Measure every model on CUDA, cached by device. Return {} without CUDA."""
     if not torch.cuda.is_available():
         return {}
     device = torch.cuda.get_device_name()
     configs = {name: load(recipe) for name, recipe in RECIPES.items()}
-    found = {
-        name: options.kept(
+    models = {
+        name: options.cached(
             f"{NAME} {name}",
             0,
             partial(_real_size, name, config),
@@ -73,22 +79,25 @@ def measure(options: BenchOptions) -> dict[str, Any]:
         )
         for name, config in configs.items()
     }
-    return {NAME: found}
+    return {NAME: models}
 
 
 def _real_size(name: str, config: RunConfig) -> dict[str, Any]:
-    """On CUDA; no figure at all where not even the weights fit, in float32 while they are made."""
-    found: dict[str, Any] = {"eager": None}
+    """Measure one model on CUDA. Return no figures if its float32 weights do not fit."""
+    figures: dict[str, Any] = {"eager": None}
     with suppress(torch.OutOfMemoryError):
-        found = by_phase(published(name, device="cuda"), config)
-    gc.collect()  # hooks hold the model in a circle, and the next one is larger
+        figures = by_phase(published(name, device="cuda"), config)
+    # Hooks keep the model in a reference cycle, and the next model is larger.
+    gc.collect()
     torch.cuda.empty_cache()
-    return found
+    return figures
 
 
 def published(name: str, *, device: str = "meta", **changes: Any) -> TextToImageModel:
-    """A model of published size with random weights, where the device has any; without text encoders. `changes` are of
-    its denoiser's configuration."""
+    """Build a model of published size with random weights and without text encoders.
+
+    On the meta device there are no weights. `changes` override settings of the denoiser's configuration.
+    """
     parts: dict[str, Any] = {"transformer": denoiser(name, device=device, **changes).eval()}
     parts["vae"] = kl_autoencoder()[0].eval()
     if device != "meta":
@@ -104,7 +113,8 @@ def published(name: str, *, device: str = "meta", **changes: Any) -> TextToImage
         parts["tokenizer_2"] = clip
     for i in range(encoders):
         parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = None
-    parts[f"tokenizer_{encoders}"] = None  # T5's: the models then know their own lengths
+    # T5's tokenizer is missing, so the model uses its default prompt length.
+    parts[f"tokenizer_{encoders}"] = None
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **shift)
     pipeline = kind(tokenizer=clip, scheduler=scheduler, **parts)
     return wrap_pipeline(pipeline, default_size=(1024, 1024))
@@ -113,20 +123,20 @@ def published(name: str, *, device: str = "meta", **changes: Any) -> TextToImage
 def by_phase(
     model: TextToImageModel, config: RunConfig, *, repeats: int = REPEATS
 ) -> dict[str, Any]:
-    """Seconds and bytes of every phase, with the denoiser as it is and, where that works, with its blocks compiled.
+    """Measure seconds and bytes of every phase, eager and, if possible, with compiled blocks.
 
-    The recipe's adapter is attached and trained. Of `config.model` only gradient checkpointing is heeded.
+    The recipe's adapter is attached and trained. From `config.model` only gradient checkpointing is used.
     """
     trainer = make_trainer(model, config)
     parts = phases(trainer)
-    found = {"eager": _measured(trainer, parts, repeats=repeats)}
+    figures = {"eager": _measured(trainer, parts, repeats=repeats)}
     if compile_blocks(model.denoiser, trainer.full_batches()):
-        found["compiled"] = _measured(trainer, parts, repeats=repeats)
-    return {"images": config.rollout.images_per_update, **found}
+        figures["compiled"] = _measured(trainer, parts, repeats=repeats)
+    return {"images": config.rollout.images_per_update, **figures}
 
 
 def make_trainer(model: TextToImageModel, config: RunConfig) -> OnlineTrainer:
-    """The recipe's own trainer around a model that is there already; its prompts are never read, nothing is written."""
+    """Return the recipe's trainer around a loaded model. It reads no prompts and writes no files."""
     for part in (model.denoiser, model.pipeline.vae):
         part.requires_grad_(False)
     if config.model.gradient_checkpointing:
@@ -142,12 +152,12 @@ def make_trainer(model: TextToImageModel, config: RunConfig) -> OnlineTrainer:
 
 
 def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
-    """Of an update of one process, in the order in which they can run."""
+    """Return the phases of one process's update, in an order in which they can run."""
     c, update = trainer.config, trainer.policy_update
     assert isinstance(update, ForwardProcessUpdate)
     images, micro = c.rollout.images_per_update, c.training.micro_batch_size
     batches = math.ceil(images / micro)
-    found = _drawing(trainer, calls=math.ceil(images / c.rollout.micro_batch_size))
+    phases_by_name = _rollout_phases(trainer, calls=math.ceil(images / c.rollout.micro_batch_size))
     latents, _, embeds = trainer.model.random_inputs(micro, *trainer.size)
     batch = TrainingBatch(
         latents=latents,
@@ -158,7 +168,7 @@ def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
         total=images,
         kept=images,
     )
-    # the same update without its distances, which are phases of their own
+    # The distances are phases of their own, so the policy phase is an update without them.
     config = replace(update.config, kl_beta=0.0, ema_kl_beta=0.0)
     alone = ForwardProcessUpdate(trainer.model, config, update.settings)
 
@@ -170,22 +180,23 @@ def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
 
     inner = c.training.updates_per_rollout
     rows = micro * update.config.timesteps_per_image
-    found["policy"] = Phase(policy, rows, batches * inner, (latents, embeds))
+    phases_by_name["policy"] = Phase(policy, rows, batches * inner, (latents, embeds))
     for _, weight, other in update.distances:
-        known = other == lora.LAGGED and update.off_policy  # the policy's loss needs it as well
-        if weight and not known:
-            found[other] = _distance(trainer, other, calls=batches * inner)
-    found["optimizer"] = Phase(lambda: trainer.step(1, index=0), 0, inner)
-    return found
+        # An off-policy loss computes the lagged policy's prediction in any case.
+        is_computed = other == lora.LAGGED and update.off_policy
+        if weight and not is_computed:
+            phases_by_name[other] = _distance(trainer, other, calls=batches * inner)
+    phases_by_name["optimizer"] = Phase(lambda: trainer.step(1, index=0), 0, inner)
+    return phases_by_name
 
 
-def _drawing(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
-    """A rollout's micro-batch, as `generate` makes it: all steps of the denoiser, then the autoencoder."""
+def _rollout_phases(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
+    """Return the phases of one rollout micro-batch: all denoising steps, then decoding."""
     c, model = trainer.config, trainer.model
-    drawn = c.rollout
-    rows = min(drawn.micro_batch_size, drawn.images_per_update)
+    settings = c.rollout
+    rows = min(settings.micro_batch_size, settings.images_per_update)
     noise, _, embeds = model.random_inputs(rows, *trainer.size)
-    guided = model.costs_a_forward(drawn.guidance_scale)
+    guided = model.costs_a_forward(settings.guidance_scale)
 
     def rollout() -> Tensor:
         policy = trainer.policy_update.rollout_policy
@@ -193,8 +204,8 @@ def _drawing(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
             return sample(
                 model,
                 embeds,
-                num_inference_steps=drawn.num_inference_steps,
-                guidance_scale=drawn.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
                 negative_embeds=embeds if guided else None,
                 height=trainer.size[0],
                 width=trainer.size[1],
@@ -212,7 +223,7 @@ def _drawing(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
 
 
 def _distance(trainer: OnlineTrainer, policy: str, *, calls: int) -> Phase:
-    """The forward of another policy, at the picked timesteps of a micro-batch."""
+    """Return the phase of another policy's forward at the distance timesteps of a micro-batch."""
     update, model = trainer.policy_update, trainer.model
     assert isinstance(update, ForwardProcessUpdate)
     rows = trainer.config.training.micro_batch_size * update.config.kl_timesteps
@@ -227,7 +238,7 @@ def _distance(trainer: OnlineTrainer, policy: str, *, calls: int) -> Phase:
 
 
 def _measured(trainer: OnlineTrainer, parts: dict[str, Phase], *, repeats: int) -> dict[str, Any]:
-    """The phases, and what they make of an update of one process: no figure where one of them does not fit."""
+    """Time all phases and sum them to one update. The sum is None if a phase ran out of memory."""
     rows = {name: _timed(trainer, part, repeats=repeats) for name, part in parts.items()}
     update = None
     if all(row["seconds"] is not None for row in rows.values()):
@@ -236,18 +247,20 @@ def _measured(trainer: OnlineTrainer, parts: dict[str, Phase], *, repeats: int) 
 
 
 def _timed(trainer: OnlineTrainer, part: Phase, *, repeats: int) -> dict[str, Any]:
-    """Seconds after some calls to warm up, then bytes of one more; nothing where that does not fit."""
-    found: dict[str, Any] = {"rows": part.rows, "calls": part.calls, "seconds": None}
+    """Time a phase after warm-up calls, then count its bytes. Return no figures if memory runs out."""
+    row: dict[str, Any] = {"rows": part.rows, "calls": part.calls, "seconds": None}
     try:
         seconds = interleaved([part.call], trainer.model.device, repeats=repeats)[0]
-        return {**found, "seconds": spread(seconds), **_bytes(trainer, part)}
+        return {**row, "seconds": spread(seconds), **_bytes(trainer, part)}
     except torch.OutOfMemoryError:
-        return found
+        return row
 
 
 def _bytes(trainer: OnlineTrainer, part: Phase) -> dict[str, int]:
-    """`added_bytes`: what a phase needs at its peak besides what lay there before it. On CUDA also `peak_bytes`: with
-    weights and adapters, their gradients and moments, and the inputs of all phases."""
+    """Return the memory that a phase adds at its peak (`added_bytes`).
+
+    On CUDA, return also `peak_bytes`: the peak with weights, adapters, gradients, optimizer moments and all inputs.
+    """
     if trainer.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -255,10 +268,10 @@ def _bytes(trainer: OnlineTrainer, part: Phase) -> dict[str, int]:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
         return {"peak_bytes": peak, "added_bytes": peak - before}
-    known = [trainer.model.denoiser, trainer.model.pipeline.vae]
-    known += [p.grad for p in trainer.parameters if p.grad is not None]
-    known += tensors_of(list(s.values()) for s in trainer.optimizer.state.values())
-    known += tensors_of(
+    allocated = [trainer.model.denoiser, trainer.model.pipeline.vae]
+    allocated += [p.grad for p in trainer.parameters if p.grad is not None]
+    allocated += tensors_of(list(s.values()) for s in trainer.optimizer.state.values())
+    allocated += tensors_of(
         list(vars(i).values()) if isinstance(i, PromptEmbeds) else i for i in part.inputs
     )
-    return {"added_bytes": peak_bytes(part.call, known, backward=True)}
+    return {"added_bytes": peak_bytes(part.call, allocated, backward=True)}

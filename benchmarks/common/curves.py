@@ -1,4 +1,4 @@
-"""Learning curves of runs, and how much sooner one reaches what another reaches."""
+"""Learning curves of runs, and the speedup of one run over another."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Curve:
-    """One run. `score` (N,) of held-out evaluations, the first before training; `cost` maps each unit (seconds, images,
-    forwards) to what had been spent by then (N,); evaluations cost nothing."""
+    """Held-out scores of one run with their cumulative cost.
+
+    Attributes:
+        score: scores of the evaluations (N,); the first is before training.
+        cost: cost until each evaluation (N,) by unit (seconds, images, forwards). Evaluations cost nothing.
+    """
 
     score: list[float]
     cost: dict[str, list[float]]
 
     def to_reach(self, target: float, unit: str) -> float | None:
-        """Cost at which the score first reaches `target`, linear between evaluations; None where it never does."""
+        """Return the cost at which the score first reaches `target`.
+
+        Return None if it never does. The score is interpolated linearly between evaluations.
+        """
         cost = self.cost[unit]
         for i, score in enumerate(self.score):
             if score >= target:
@@ -37,20 +44,22 @@ def read_curve(
     *,
     early: Sequence[dict[str, Any]] = (),
 ) -> Curve:
-    """From a run's log and summary.
+    """Read the learning curve from a run's log and summary.
 
     Args:
-        group: images of an update.
-        early: log of a shorter run of the same updates, scored more often. Its evaluations before this run's first are
-            taken for this run's, whose cost they have.
+        log: rows of the log, one per update.
+        summary: the run's summary.
+        group: images per update.
+        early: log of a shorter run with the same updates that is scored more often. Its evaluations before this run's
+            first evaluation are added; their costs are this run's.
     """
     score = [summary["before"]["tasks"]["overall"]]
     cost: dict[str, list[float]] = {"seconds": [0.0], "images": [0.0], "forwards": [0.0]}
     forwards = list(accumulate(group * row["forwards_per_image"] for row in log))
     own = evaluations(log, summary["after"])
     more = [(i, row["evaluation"]) for i, row in enumerate(early) if "evaluation" in row]
-    for i, found in [e for e in more if e[0] < own[0][0]] + own:
-        score.append(found["tasks"]["overall"])
+    for i, evaluation in [e for e in more if e[0] < own[0][0]] + own:
+        score.append(evaluation["tasks"]["overall"])
         spent = log[i]["seconds"], float(group * (i + 1)), forwards[i]
         for unit, value in zip(cost, spent, strict=True):
             cost[unit].append(value)
@@ -60,26 +69,31 @@ def read_curve(
 def evaluations(
     log: Sequence[dict[str, Any]], after: dict[str, Any]
 ) -> list[tuple[int, dict[str, Any]]]:
-    """(row of the log, evaluation) of all that were made while training; `after` is that of the last row."""
-    found = [(i, row["evaluation"]) for i, row in enumerate(log[:-1]) if "evaluation" in row]
-    return [*found, (len(log) - 1, after)]
+    """Return (row of the log, evaluation) of every evaluation in training.
+
+    The last evaluation is `after`, which belongs to the last row.
+    """
+    rows = [(i, row["evaluation"]) for i, row in enumerate(log[:-1]) if "evaluation" in row]
+    return [*rows, (len(log) - 1, after)]
 
 
 def speedup(fast: Curve, slow: Curve, unit: str) -> float:
-    """Cost of `slow` over the cost of `fast` at the highest score that both reach.
+    """Return how many times less `fast` costs than `slow`.
 
-    Infinite where only `fast` gains anything, 0 where only `slow` does, NaN where neither does.
+    The costs are compared at the highest score that both reach. Return infinity if only `fast` improves, 0 if only
+    `slow` does, and NaN if neither does.
     """
     gains = [max(c.score) > c.score[0] for c in (fast, slow)]
     if not all(gains):
         return {(True, False): math.inf, (False, True): 0.0}.get((gains[0], gains[1]), math.nan)
     target = min(max(fast.score), max(slow.score))
-    ours, theirs = fast.to_reach(target, unit), slow.to_reach(target, unit)
-    assert ours is not None  # both reach it
-    assert theirs is not None
-    return theirs / ours if ours else math.inf
+    fast_cost, slow_cost = fast.to_reach(target, unit), slow.to_reach(target, unit)
+    # Both curves reach the smaller of their maxima.
+    assert fast_cost is not None
+    assert slow_cost is not None
+    return slow_cost / fast_cost if fast_cost else math.inf
 
 
 def finite(value: float | None, *, digits: int = 3) -> float | None:
-    """For JSON, which knows no infinity: None."""
+    """Return the rounded value, or None if it is not finite: JSON has no infinity."""
     return round(value, digits) if value is not None and math.isfinite(value) else None

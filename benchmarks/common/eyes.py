@@ -1,4 +1,4 @@
-"""FID on Shapes, as benchmarks take it: shapes-clip's features, against right images of the held-out prompts."""
+"""FID on Shapes with features of shapes-clip, against correct images of the held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffalign.shapes.world import render, sample_scene
 
 
 class Eyes:
-    """Loads its network once."""
+    """FID of images against correct renderings. The feature network is loaded once."""
 
     @cached_property
     def network(self) -> Any:
@@ -23,7 +23,7 @@ class Eyes:
 
     @cached_property
     def reference(self) -> FeatureSet:
-        """Right images of the held-out prompts."""
+        """Return the features of correct images of the held-out prompts."""
         batches = drawn_batches(
             lambda p, seed: render(sample_scene(p.metadata, np.random.default_rng(seed))),
             load_prompts("shapes:held_out"),
@@ -33,6 +33,6 @@ class Eyes:
         return extract(self.network, batches, {})
 
     def fid(self, images: Tensor) -> float:
-        """Of images (N, 3, H, W) uint8."""
+        """Return the FID of images (N, 3, H, W) uint8."""
         features = collect(self.network, [self.network(images)], list(range(len(images))), {})
         return float(compare(features, self.reference)["fid"])

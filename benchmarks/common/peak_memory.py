@@ -1,5 +1,7 @@
-"""How much memory a forward or a step needs at its peak, counted on any device, the meta device too: the bytes of all
-storages that are alive at once, beside those that were there before. Allocators round up, kernels have scratch space.
+"""Count the peak memory of a forward or a training step.
+
+It works on any device, the meta device included. The count is the bytes of all storages that are alive at once,
+without those that existed before the call. Real peaks are higher: allocators round up, and kernels use scratch space.
 """
 
 from __future__ import annotations
@@ -18,12 +20,17 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(
-    call: Callable[[], Any], known: Iterable[nn.Module | Tensor], *, backward: bool = False
+    call: Callable[[], Any], allocated: Iterable[nn.Module | Tensor], *, backward: bool = False
 ) -> int:
-    """Of what a call allocates; `known`: modules and tensors that it gets. `backward`: the call makes gradients, which
-    count; on a device where kernels run."""
+    """Return the bytes that a call allocates at its peak.
+
+    Args:
+        call: the forward or step to measure.
+        allocated: modules and tensors that exist before the call and are not counted.
+        backward: whether the call computes gradients, which are counted. It needs a device with kernels.
+    """
     tensors: list[Tensor] = []
-    for item in known:
+    for item in allocated:
         tensors += [*item.parameters(), *item.buffers()] if isinstance(item, nn.Module) else [item]
     fused = nullcontext() if backward else _Fused()
     with torch.set_grad_enabled(backward), fused, _Storages(tensors) as storages:
@@ -32,13 +39,13 @@ def peak_bytes(
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the storages that operations make."""
+    """Tracker of the bytes of all storages that operations allocate."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, allocated: Iterable[Tensor]) -> None:
         super().__init__()
         self.alive, self.peak = 0, 0
         self.seen: dict[int, weakref.ref[Any]] = {}
-        for tensor in known:
+        for tensor in allocated:
             self._note(tensor, size=0)
 
     def __torch_dispatch__(
@@ -48,11 +55,11 @@ class _Storages(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf, size=leaf.untyped_storage().nbytes())
-        return found
+        return result
 
     def _note(self, tensor: Tensor, *, size: int) -> None:
         storage = tensor.untyped_storage()
@@ -70,7 +77,10 @@ class _Storages(TorchDispatchMode):
 
 
 class _Fused(TorchFunctionMode):
-    """On the meta device attention is taken apart, and its matrix would count; fused kernels never write it."""
+    """Replacement of attention by its output shape.
+
+    On the meta device attention is decomposed, and its matrix would be counted; fused kernels never allocate it.
+    """
 
     def __torch_function__(
         self,

@@ -1,6 +1,6 @@
-"""Plots of benchmark results for the docs; needs matplotlib (`pip install diffalign[plots]`).
+"""Plot benchmark results for the docs with matplotlib (`pip install diffalign[plots]`).
 
-python -m benchmarks.common.plot benchmarks/results/awm.json docs/images/awm.svg
+Usage: python -m benchmarks.common.plot benchmarks/results/awm.json docs/images/awm.svg
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SCORES = {"win_rate": "win rate over the base", "geneval": "held-out GenEval"}
 
 
 def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
-    """Held-out score over time and over images."""
+    """Plot the held-out score over training time and over images."""
     figure, axes = plt.subplots(1, len(UNITS), figsize=(9, 3.4), sharey=True, layout="constrained")
     for axis, (unit, (label, per)) in zip(axes, UNITS.items(), strict=True):
         curves = {name: result["arms"][name]["curves"] for name in names}
-        draw(axis, curves, unit=unit, per=per, known=names)
+        draw(axis, curves, unit=unit, per=per, order=names)
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out GenEval")
     axes[-1].legend(frameon=False, fontsize="small")
@@ -33,12 +33,12 @@ def learning_curves(result: Mapping[str, Any], names: Sequence[str], file: Path)
 
 
 def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, file: Path) -> None:
-    """Win rate and score over time, precomputing among it; a row a model."""
+    """Plot win rate and score over time including precomputation; one row per model."""
     models = result["models"]
-    known = list(dict.fromkeys(arm for found in models.values() for arm in found["arms"]))
-    unknown = set(names or ()) - set(known)
+    order = list(dict.fromkeys(arm for model in models.values() for arm in model["arms"]))
+    unknown = set(names or ()) - set(order)
     if unknown:
-        raise SystemExit(f"no arm {sorted(unknown)}; there are {known}")
+        raise SystemExit(f"--arms={','.join(sorted(unknown))}: no such arm. Choose from {order}.")
     figure, rows = plt.subplots(
         len(models),
         len(SCORES),
@@ -46,21 +46,24 @@ def preference_curves(result: Mapping[str, Any], names: Sequence[str] | None, fi
         squeeze=False,
         layout="constrained",
     )
-    for axes, (model, found) in zip(rows, models.items(), strict=True):
-        chosen = [n for n in found["arms"] if names is None or n in names]
+    for axes, (title, model) in zip(rows, models.items(), strict=True):
+        selected = [n for n in model["arms"] if names is None or n in names]
         for axis, (score, label) in zip(axes, SCORES.items(), strict=True):
-            curves = {name: found["arms"][name]["curves"][score] for name in chosen}
-            draw(axis, curves, unit="seconds", per=60, known=known)
+            curves = {name: model["arms"][name]["curves"][score] for name in selected}
+            draw(axis, curves, unit="seconds", per=60, order=order)
             axis.set_xlabel("minutes of precomputing and training")
-            axis.set_ylabel(f"{model}: {label}")
+            axis.set_ylabel(f"{title}: {label}")
         axes[-1].legend(frameon=False, fontsize="small")
     figure.savefig(file)
     plt.close(figure)
 
 
 def quality_of_forms(result: Mapping[str, Any], file: Path) -> None:
-    """Score and distance by number of steps, a row a student: forms of weights in colours, dashed with their schedules
-    as they are, full with the factors found."""
+    """Plot score and distance by number of steps; one row per student.
+
+    A colour is a weight format. Dashed lines are the original schedules, solid lines the schedules with Q-Sched's
+    factors.
+    """
     students = result["students"]
     figure, rows = plt.subplots(
         len(students),
@@ -69,15 +72,15 @@ def quality_of_forms(result: Mapping[str, Any], file: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for axes, (student, found) in zip(rows, students.items(), strict=True):
+    for axes, (student, figures) in zip(rows, students.items(), strict=True):
         for axis, score in zip(axes, ("geneval", "fid"), strict=True):
-            for i, (form, cells) in enumerate(found["forms"].items()):
+            for i, (form, cells) in enumerate(figures["forms"].items()):
                 steps = list(cells["steps"])
                 for how, line in (("plain", "--"), ("qsched", "-")):
                     values = [cells["steps"][s][how][score]["median"] for s in steps]
                     label = form if how == "qsched" else None
                     axis.plot(steps, values, line, color=f"C{i}", marker="o", label=label)
-            axis.set_xlabel("steps; dashed: the schedule as it is")
+            axis.set_xlabel("steps; dashed: original schedule")
             axis.set_ylabel(f"{student}: {score}")
         axes[-1].legend(frameon=False, fontsize="small")
     figure.savefig(file)
@@ -85,7 +88,7 @@ def quality_of_forms(result: Mapping[str, Any], file: Path) -> None:
 
 
 def moved_model(result: Mapping[str, Any], file: Path) -> None:
-    """Score over training time beside the base's, and where the time of a batch goes before and after."""
+    """Plot the moved model's score over training time, and a batch's time by part."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     base = result["quality"]["base"]["geneval"]["median"]
     for seed, run in enumerate(result["runs"]):
@@ -94,7 +97,7 @@ def moved_model(result: Mapping[str, Any], file: Path) -> None:
         left.axhline(
             result["quality"]["base"]["geneval"]["values"][seed], color="C1", lw=0.7, alpha=0.5
         )
-    left.plot([], [], color="C0", label="moved, a line a seed")
+    left.plot([], [], color="C0", label="moved, one line per seed")
     left.axhline(base, color="C1", label="base")
     left.set_xlabel("minutes of training")
     left.set_ylabel("held-out GenEval")
@@ -117,15 +120,18 @@ def draw(
     *,
     unit: str,
     per: float,
-    known: Sequence[str],
+    order: Sequence[str],
 ) -> None:
-    """A thin line a seed, a thick one their median where all have been scored; a colour for each of the known arms."""
+    """Draw one thin line per seed and a thick median line.
+
+    Arms are coloured by their position in `order`. The median ends where one of the seeds has no further evaluation.
+    """
     for name, curves in arms.items():
-        color = f"C{known.index(name)}"
+        color = f"C{order.index(name)}"
         for curve in curves:
             cost = [c / per for c in curve["cost"][unit]]
             axis.plot(cost, curve["score"], color=color, lw=0.7, alpha=0.5)
-        # seeds are scored after the same updates, but for the last time, where each one's time ended
+        # Seeds are scored after the same updates except for the last score, which comes when the seed's time ends.
         together = min(len(c["score"]) for c in curves)
         if len(curves) > 1:
             cost = _medians([c["cost"][unit][:together] for c in curves])
@@ -145,10 +151,13 @@ def main() -> None:
     parser.add_argument(
         "result", type=Path, help="JSON of `diffalign bench` awm, inversion-dpo, qsched or dcgen"
     )
-    parser.add_argument("output", type=Path, help=".svg or .png")
-    parser.add_argument("--arms", default=None, help="between commas; default: all of the result")
+    parser.add_argument("output", type=Path, help="plot to write, .svg or .png")
+    parser.add_argument(
+        "--arms", default=None, help="comma-separated arms; default: all arms of the result"
+    )
     args = parser.parse_args()
-    mpl.rcParams["svg.hashsalt"] = "diffalign"  # the same result, the same file
+    # The same result gives the same file.
+    mpl.rcParams["svg.hashsalt"] = "diffalign"
     result = json.loads(args.result.read_text(encoding="utf-8"))
     names = [n.strip() for n in args.arms.split(",")] if args.arms else None
     if "quality" in result:

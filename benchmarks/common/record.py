@@ -1,4 +1,4 @@
-"""One form for every benchmark's result: what was run, with what, on what, and the figures."""
+"""Common form of benchmark results: figures with command, machine and versions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ CELL = "cell.json"
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """`quick`: minutes instead of hours, to see that it works; `work`: where runs are kept and resumed; `arms`: only
-    these, where not all are wanted."""
+    """Options of one benchmark run.
+
+    Attributes:
+        quick: run minutes instead of hours, to check that the benchmark works.
+        work: folder of runs, which are resumed.
+        seeds: number of seeds.
+        arms: arms to run; None runs all.
+    """
 
     quick: bool
     work: Path
@@ -40,14 +46,16 @@ class BenchOptions:
     arms: tuple[str, ...] | None = None
 
     def folder(self, arm: str, seed: int) -> Path:
-        """Where the run of an arm is kept."""
+        """Return the folder of one run of an arm."""
         return self.work / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
 
-    def kept(
+    def cached(
         self, arm: str, seed: int, make: Callable[[], dict[str, Any]], *, key: Any
     ) -> dict[str, Any]:
-        """What `make` found for an arm; from the arm's folder, where it was found before with the same `key` (JSON),
-        which is what the caller names of what it depends on."""
+        """Return the result of `make` for an arm, cached in the arm's folder.
+
+        The cache is valid for one `key` (JSON): the caller lists in it everything that the result depends on.
+        """
         file = self.folder(arm, seed) / CELL
         digest = of_json(key)[:16]
         if file.is_file():
@@ -55,45 +63,53 @@ class BenchOptions:
             if cell.get("key") == digest:
                 return cell["found"]
         with locks.hold(file.parent, setting="work"):
-            found = make()
-            write_text(file, json.dumps({"key": digest, "found": found}, indent=1))
-        return found
+            result = make()
+            write_text(file, json.dumps({"key": digest, "found": result}, indent=1))
+        return result
 
-    def chosen(self, known: Iterable[str]) -> list[str]:
-        """The arms to run, of those that the benchmark knows."""
-        names = list(known)
+    def select(self, available: Iterable[str]) -> list[str]:
+        """Return the arms to run, in the order of `available`.
+
+        Raises:
+            UsageError: `arms` names an arm that the benchmark does not have.
+        """
+        names = list(available)
         for arm in self.arms or ():
             if arm not in names:
-                raise UsageError(f"--arms: no arm {arm!r}{nearest(arm, names)}")
+                raise UsageError(f"arms={arm}: no such arm{nearest(arm, names)}")
         return [n for n in names if self.arms is None or n in self.arms]
 
 
 def run_bench(name: str, options: BenchOptions, *, output: Path | None = None) -> dict[str, Any]:
-    """Run a benchmark, write its JSON, and return the headline figures."""
+    """Run a benchmark, write its result as JSON, and return the headline figures."""
     if name not in BENCHES:
-        raise UsageError(f"no benchmark {name!r}{nearest(name, list(BENCHES))}")
-    found = importlib.import_module(PROGRAMS[name]).run(options)
+        raise UsageError(f"bench {name}: no such benchmark{nearest(name, list(BENCHES))}")
+    result = importlib.import_module(PROGRAMS[name]).run(options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(name, found, quick=options.quick), indent=1)
+        text = json.dumps(record(name, result, quick=options.quick), indent=1)
         output.write_text(text + "\n", encoding="utf-8")
-    return found["headline"]
+    return result["headline"]
 
 
-def record(name: str, found: dict[str, Any], *, quick: bool) -> dict[str, Any]:
-    """The figures with their provenance."""
+def record(name: str, result: dict[str, Any], *, quick: bool) -> dict[str, Any]:
+    """Return a benchmark's result with its command, machine and versions."""
     return {
         "bench": name,
         "quick": quick,
         "command": shlex.join(["diffalign", *sys.argv[1:]]),
-        **found,
+        **result,
         "machine": machine(),
         "versions": versions(),
     }
 
 
 def run_once(config: AnyRunConfig) -> dict[str, Any]:
-    """The summary of a run: of the folder, where it is finished there, else of training to its end."""
+    """Return the summary of a run: from its folder if it is finished, else after training it.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration.
+    """
     file = Path(config.output_dir) / SUMMARY
     if file.is_file():
         summary = json.loads(file.read_text(encoding="utf-8"))
@@ -105,27 +121,27 @@ def run_once(config: AnyRunConfig) -> dict[str, Any]:
         if not other:
             return summary
         raise UsageError(
-            f"{file.parent} holds another run (there, here):\n  "
+            f"{file.parent} holds a run with another configuration (its value, this value):\n  "
             + "\n  ".join(other)
-            + "\nchoose another --work, or delete that folder"
+            + "\nChoose another work folder, or delete this one."
         )
     return train(config)
 
 
 def machine() -> dict[str, Any]:
-    """Processor and accelerator."""
-    found: dict[str, Any] = {"system": platform.system(), "cpu_cores": os.cpu_count()}
+    """Describe the operating system, the processor and the accelerator."""
+    description: dict[str, Any] = {"system": platform.system(), "cpu_cores": os.cpu_count()}
     if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    return found
+        description["device"] = torch.cuda.get_device_name()
+    return description
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
-    """Median, extremes and the values themselves."""
-    found = [round(float(v), 4) for v in values]
+    """Return the median, the extremes and the values."""
+    rounded = [round(float(v), 4) for v in values]
     return {
-        "median": round(statistics.median(found), 4),
-        "low": min(found),
-        "high": max(found),
-        "values": found,
+        "median": round(statistics.median(rounded), 4),
+        "low": min(rounded),
+        "high": max(rounded),
+        "values": rounded,
     }

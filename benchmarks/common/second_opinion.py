@@ -1,4 +1,7 @@
-"""What other eyes say of policies that were trained on the verifier: a learned reward that shares no code with it."""
+"""Score policies that were trained on the verifier with an independent learned reward.
+
+The reward shares no code with the verifier.
+"""
 
 from __future__ import annotations
 
@@ -25,45 +28,52 @@ IMAGES_PER_TASK = 48
 
 
 def lora_left(config: RunConfig) -> Path:
-    """The folder with what a finished run has trained."""
+    """Return the folder of the LoRA that a finished run has trained."""
     return Path(config.output_dir) / "lora"
 
 
 def weights_left(config: RunConfig) -> dict[str, str]:
-    """Digests of its files of weights."""
+    """Return the digests of a finished run's weight files, by file name."""
     files = sorted(lora_left(config).glob("*.safetensors"))
     return {f.name: of_file(f)[:16] for f in files}
 
 
 class SecondOpinion:
-    """By `REWARD`, on held-out prompts; a base is drawn once."""
+    """Evaluation of finished runs by `REWARD` on held-out prompts.
+
+    Each base model is sampled once.
+    """
 
     def __init__(self) -> None:
         self.reward = CompositeReward.from_config({REWARD: 1.0})
         self.bases: dict[str, Evaluation] = {}
 
     def key(self, config: RunConfig) -> Any:
-        """What it depends on."""
+        """Return everything that the evaluation of a run depends on."""
         return [self.setting(config), weights_left(config)]
 
     def setting(self, config: RunConfig) -> Any:
-        """Of the base as well."""
+        """Return everything that the evaluation of the run's base model depends on."""
         return [REWARD, config.model.name, config.prompts.evaluation, to_dict(self.how(config))]
 
     def how(self, config: RunConfig) -> EvaluationConfig:
-        """The run's own evaluation, of fewer images."""
+        """Return the run's evaluation settings with fewer images."""
         few = min(config.evaluation.images_per_task or IMAGES_PER_TASK, IMAGES_PER_TASK)
         return replace(config.evaluation, images_per_task=few)
 
     def __call__(self, config: RunConfig) -> dict[str, Any]:
-        """Of a finished run: means over images of the base and of the LoRA that it left, and how often the latter's are
-        better, with the 95 % interval over prompts."""
+        """Score a finished run's base model and LoRA.
+
+        Return the mean scores of both and the LoRA's win rate over the base model. The win rate has a 95 % interval
+        over prompts.
+        """
         setting = json.dumps(self.setting(config))
         if setting not in self.bases:
             self.bases[setting] = self.evaluate(config, None)
         before, after = self.bases[setting], self.evaluate(config, lora_left(config))
         wins = win_rate(after.rewards, before.rewards, [p.text for p in after.prompts])
-        assert wins is not None  # it scores every image
+        # The reward scores every image, so pairs exist.
+        assert wins is not None
         return {
             "before": round(float(np.mean(before.rewards)), 4),
             "after": round(float(np.mean(after.rewards)), 4),
@@ -72,7 +82,7 @@ class SecondOpinion:
         }
 
     def evaluate(self, config: RunConfig, lora: Path | None) -> Evaluation:
-        """The run's model, with a LoRA or without."""
+        """Evaluate the run's base model, with or without a LoRA."""
         prompts = load_prompts(config.prompts.evaluation)
         return evaluate_lora(config.model.name, lora, prompts, self.reward.score, self.how(config))
 
@@ -84,7 +94,7 @@ def evaluate_lora(
     score: Score,
     how: EvaluationConfig,
 ) -> Evaluation:
-    """A model by its name, with a LoRA or without, on the GPU where there is one."""
+    """Evaluate a model by name, with or without a LoRA. Use the GPU if there is one."""
     model = load_model(name, device=device())
     if lora is not None:
         load_lora(model.pipeline, str(lora))

@@ -1,7 +1,7 @@
-"""DC-Gen on Shapes: a model before and after it moved to a quarter of its tokens, what closed-form alignment saves, and
-where the time of an image goes.
+"""Benchmark DC-Gen on Shapes: quality, closed-form alignment and latency of a moved model.
 
-A seed is one run of the recipe; its folder is kept in the work folder, and all seeds share a cache of latents.
+The moved model has a quarter of the base model's tokens. One seed is one run of the recipe, resumed from its work
+folder; all seeds share a cache of latents.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ QUICK = [
     *("--training.micro_batch_size=32", "--training.eval_every=0", "--training.sample_every=0"),
 ]
 IMAGES_PER_TASK = 128
-"""Twice those of the run's own evaluations, so that seeds differ by their models."""
+"""Images per task: twice the run's own number, so that seeds differ by their models."""
 FEWER = (6, 4)
-"""Steps at which base and moved model are drawn as well."""
+"""Numbers of steps at which base and moved model are also sampled."""
 RATES = (1e-4, 1e-3, 1e-2)
-"""Of the gradient form: the released one, and two that are tuned for it."""
+"""Learning rates of the gradient form: the released one, and two that are tuned for it."""
 BATCH = 64
 MOST_STEPS, CHECK = 20_000, 50
 NEAR = 1.01
-"""The gradient form has arrived at a loss so near to the optimum."""
+"""Ratio to the optimal loss at which gradient steps stop."""
 
 
 def configuration(seed: int, options: BenchOptions) -> LatentRunConfig:
-    """The run of a seed."""
+    """Return the configuration of one seed."""
     overrides = [
         f"--output_dir={options.folder('dcgen', seed)}",
         f"--training.seed={seed}",
@@ -66,42 +66,42 @@ def configuration(seed: int, options: BenchOptions) -> LatentRunConfig:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """The chosen parts."""
-    chosen = options.chosen(ARMS)
-    found: dict[str, Any] = {}
+    """Run the selected parts."""
+    selected = options.select(ARMS)
+    result: dict[str, Any] = {}
     headline: dict[str, Any] = {}
-    if "quality" in chosen:
+    if "quality" in selected:
         eyes = Eyes()
         seeds = [quality(seed, options, eyes) for seed in range(options.seeds)]
-        found["quality"] = {
-            how: {name: spread(s[how][name] for s in seeds) for name in seeds[0][how]}
-            for how in ("base", "aligned", "moved")
+        result["quality"] = {
+            variant: {name: spread(s[variant][name] for s in seeds) for name in seeds[0][variant]}
+            for variant in ("base", "aligned", "moved")
         }
-        found["fewer_steps"] = {
-            steps: {how: spread(s["fewer"][steps][how] for s in seeds) for how in rows}
+        result["fewer_steps"] = {
+            steps: {variant: spread(s["fewer"][steps][variant] for s in seeds) for variant in rows}
             for steps, rows in seeds[0]["fewer"].items()
         }
-        found["runs"] = [s["run"] for s in seeds]
+        result["runs"] = [s["run"] for s in seeds]
         headline["token_ratio"] = seeds[0]["run"]["token_ratio"]
-        headline["geneval_base"] = found["quality"]["base"]["geneval"]["median"]
-        headline["geneval_dc"] = found["quality"]["moved"]["geneval"]["median"]
-    if "alignment" in chosen:
-        found["alignment"] = alignment(options)
-        headline["alignment_speedup"] = found["alignment"]["speedup"]["median"]
-    if "latency" in chosen:
+        headline["geneval_base"] = result["quality"]["base"]["geneval"]["median"]
+        headline["geneval_dc"] = result["quality"]["moved"]["geneval"]["median"]
+    if "alignment" in selected:
+        result["alignment"] = alignment(options)
+        headline["alignment_speedup"] = result["alignment"]["speedup"]["median"]
+    if "latency" in selected:
         config = configuration(0, options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         base, moved = load_model(config.model.name, device=device), start(config).to(device)
-        found["latency"] = parts_of({"base": base, "moved": moved}, quick=options.quick)
-        found["latency"]["flops"] = flops({"base": base, "moved": moved})
-        headline["latency_ratio"] = found["latency"]["ratio"]["all"]["median"]
-    if "sizes" in chosen:
-        found["sizes"] = real_sizes(quick=options.quick)
-    return {"headline": headline, **found}
+        result["latency"] = parts_of({"base": base, "moved": moved}, quick=options.quick)
+        result["latency"]["flops"] = flops({"base": base, "moved": moved})
+        headline["latency_ratio"] = result["latency"]["ratio"]["all"]["median"]
+    if "sizes" in selected:
+        result["sizes"] = real_sizes(quick=options.quick)
+    return {"headline": headline, **result}
 
 
 def start(config: LatentRunConfig, *, ends: Path | None = None) -> TextToImageModel:
-    """The base of a run moved, with zeros for ends or those of a file."""
+    """Move a run's base model, with zero ends or the ends of a file."""
     assert config.latents.autoencoder is not None
     base = load_model(config.model.name)
     vae = load_autoencoder(config.latents.autoencoder)
@@ -113,7 +113,7 @@ def start(config: LatentRunConfig, *, ends: Path | None = None) -> TextToImageMo
 
 
 def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
-    """Scores of the base, of the moved model when its ends had been aligned, and of it at the end."""
+    """Score the base model, the moved model after alignment, and the moved model after training."""
     config = configuration(seed, options)
     summary = run_once(config)
     folder = Path(config.output_dir)
@@ -123,31 +123,28 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         "aligned": lambda: start(config, ends=folder / ALIGNED),
         "moved": lambda: load_model(str(folder / "pipeline")),
     }
-    each = config.evaluation.images_per_task if options.quick else IMAGES_PER_TASK
-    scored = replace(config.evaluation, images_per_task=each)
-    drawn = {how: draw(make(), scored, reward) for how, make in models.items()}
-    found: dict[str, Any] = {}
-    for how, images in drawn.items():
-        scores = {"geneval": images.tasks["overall"], "fid": eyes.fid(images.images)}
-        scores |= {f"task/{k}": v for k, v in images.tasks.items() if k != "overall"}
-        wins = win_rate(
-            images.rewards, drawn["base"].rewards, [p.text for p in drawn["base"].prompts]
-        )
+    images_per_task = config.evaluation.images_per_task if options.quick else IMAGES_PER_TASK
+    setting = replace(config.evaluation, images_per_task=images_per_task)
+    evaluations = {name: evaluate(make(), setting, reward) for name, make in models.items()}
+    base = evaluations["base"]
+    result: dict[str, Any] = {}
+    for name, evaluation in evaluations.items():
+        scores = {"geneval": evaluation.tasks["overall"], "fid": eyes.fid(evaluation.images)}
+        scores |= {f"task/{k}": v for k, v in evaluation.tasks.items() if k != "overall"}
+        wins = win_rate(evaluation.rewards, base.rewards, [p.text for p in base.prompts])
         scores["win_rate"] = 0.5 if wins is None else wins.rate
-        found[how] = scores
-    found["fewer"] = {
-        str(steps): {
-            how: draw(models[how](), replace(scored, num_inference_steps=steps), reward).tasks[
-                "overall"
-            ]
-            for how in ("base", "moved")
+        result[name] = scores
+    result["fewer"] = {}
+    for steps in FEWER:
+        fewer = replace(setting, num_inference_steps=steps)
+        result["fewer"][str(steps)] = {
+            name: evaluate(models[name](), fewer, reward).tasks["overall"]
+            for name in ("base", "moved")
         }
-        for steps in FEWER
-    }
     tokens = summary["tokens"]
     log = RunFolder(folder).read_log()
     curve = read_curve(log, summary, config.training.images_per_update)
-    found["run"] = {
+    result["run"] = {
         "curve": {"score": curve.score[1:], "seconds": curve.cost["seconds"][1:]},
         "token_ratio": tokens["base"] / tokens["moved"],
         "updates": summary["updates"],
@@ -157,16 +154,21 @@ def quality(seed: int, options: BenchOptions, eyes: Eyes) -> dict[str, Any]:
         "validation": {k: v for k, v in summary["after"].items() if k.startswith("validation")},
         "images": summary["images"],
     }
-    return found
+    return result
 
 
-def draw(model: TextToImageModel, config: EvaluationConfig, reward: CompositeReward) -> Evaluation:
-    """Held-out prompts as the run's evaluations draw them."""
+def evaluate(
+    model: TextToImageModel, config: EvaluationConfig, reward: CompositeReward
+) -> Evaluation:
+    """Evaluate a model on the held-out prompts, as the run does."""
     return evaluate_model(model, load_prompts("shapes:held_out"), reward.score, config)
 
 
 def alignment(options: BenchOptions) -> dict[str, Any]:
-    """Seconds of the closed form, and of gradient steps until they are as near to it as `NEAR`, on the same rows."""
+    """Time the closed form and gradient steps on the same rows.
+
+    Gradient steps stop when their loss is at most `NEAR` times the optimum.
+    """
     config = configuration(0, options)
     base = load_model(config.model.name)
     assert config.latents.autoencoder is not None
@@ -214,8 +216,10 @@ def alignment(options: BenchOptions) -> dict[str, Any]:
 def descend(
     rows: Sequence[tuple[Tensor, Tensor]], *, rate: float, seed: int, goal: float, most: int
 ) -> dict[str, Any]:
-    """Gradient steps, a batch of images each, until the loss over all rows is below `goal`; looking at it costs no
-    time."""
+    """Take gradient steps until the loss over all rows is at most `goal`.
+
+    A step uses one batch of images. The time of checking the loss is not counted.
+    """
     generator = torch.Generator().manual_seed(seed)
     x_all, y_all = (torch.cat([r[i] for r in rows]) for i in (0, 1))
     layer = GradientAlignment(x_all.shape[1], y_all.shape[1], learning_rate=rate, seed=seed)

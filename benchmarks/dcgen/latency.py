@@ -1,4 +1,7 @@
-"""Where the time of an image goes: text, denoising, decoding, host; and what tokens cost at published sizes."""
+"""Measure the time of an image by part, and the cost of published token counts.
+
+The parts are text encoding, denoising, decoding and the transfer to the host.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,22 @@ STEPS, IMAGES, GUIDANCE = 10, 16, 3.5
 REPEATS = 5
 SIDES = (1024, 2048, 4096)
 PIXELS = {"f8 patch 2": (16, 64), "f32": (32, 32), "f64": (64, 128)}
-"""Pixels a token along a side, and numbers in it, of FLUX.1 with its own autoencoder and with DC-AE's."""
+"""Pixels per side of a token, and its channels: FLUX.1 with its own autoencoder and with DC-AE."""
 TEXT = {"base": 512, "moved": 256}
 
 
 def parts_of(models: Mapping[str, TextToImageModel], *, quick: bool) -> dict[str, Any]:
-    """Seconds of each part for a batch, turn and turn about; ratios of the first model's to the second's."""
+    """Time each part of a batch, interleaved, and the first model's time over the second's."""
     names = list(models)
     calls = {name: _parts(model, 2 if quick else IMAGES) for name, model in models.items()}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for part in next(iter(calls.values())):
         with torch.no_grad():
             device = models[names[0]].device
-            found = interleaved(
+            durations = interleaved(
                 [calls[name][part] for name in names], device, repeats=2 if quick else REPEATS
             )
-        for name, seconds in zip(names, found, strict=True):
+        for name, seconds in zip(names, durations, strict=True):
             times[name][part] = seconds
     for rows in times.values():
         rows["all"] = [sum(parts) for parts in zip(*rows.values(), strict=True)]
@@ -57,7 +60,7 @@ def parts_of(models: Mapping[str, TextToImageModel], *, quick: bool) -> dict[str
 
 
 def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
-    """The parts of drawing n images, each ready to be called."""
+    """Return the parts of sampling n images, each ready to be called."""
     prompts = ["a photo of a red circle and a blue square"] * n
     guidance = GUIDANCE if model.guidance_is_embedded else None
     with torch.no_grad(), compute(model.device):
@@ -84,8 +87,10 @@ def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
 
 
 def flops(models: Mapping[str, TextToImageModel]) -> dict[str, Any]:
-    """Of one forward of the denoiser and of one decoding, for one image, by torch's counter; and bytes at their peaks,
-    without weights."""
+    """Count the FLOPs and peak bytes of one denoiser forward and one decoding per model.
+
+    The counts are for one image, by torch's counter; the bytes exclude the weights.
+    """
     return {name: _costs(model) for name, model in models.items()}
 
 
@@ -93,10 +98,10 @@ def _costs(model: TextToImageModel) -> dict[str, int]:
     size = model.default_size
     inputs = model.random_inputs(1, *size)
     latents = torch.randn(1, *model.latent_shape(*size)).to(model.device)
-    known = [model.denoiser, model.pipeline.vae, latents, *tensors_of(inputs)]
+    allocated = [model.denoiser, model.pipeline.vae, latents, *tensors_of(inputs)]
     with attention(model.device):
-        forward = counted(partial(model.forward, *inputs), known)
-    decode = counted(partial(model.decode, latents), known)
+        forward = counted(partial(model.forward, *inputs), allocated)
+    decode = counted(partial(model.decode, latents), allocated)
     return {
         "tokens": model.image_seq_len(*size),
         "forward": forward[0],
@@ -107,11 +112,14 @@ def _costs(model: TextToImageModel) -> dict[str, int]:
 
 
 def real_sizes(*, quick: bool) -> dict[str, Any]:
-    """FLUX.1 with random weights: TFLOP and GiB at the peak, without weights, of a step and of decoding at three
-    resolutions, counted on the meta device; on CUDA also seconds of both, of a step compiled, too, and peak memory.
-    `tokens` are of the image; text as the base (512) and the moved model (256) read it."""
+    """Count a step and a decoding of FLUX.1 with random weights at three resolutions.
+
+    The result holds TFLOPs and GiB at the peak without weights, counted on the meta device. On CUDA it also holds
+    seconds and peak memory of both, and of a compiled step. Here `tokens` counts image tokens; the text has 512 tokens
+    for the base and 256 for the moved model.
+    """
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for side in SIDES[:1] if quick else SIDES:
         row: dict[str, Any] = {}
         for name, (pixels, channels) in PIXELS.items():
@@ -137,16 +145,16 @@ def real_sizes(*, quick: bool) -> dict[str, Any]:
             row[name]["ratio"] = round(base["tflop_step"] / row[name]["tflop_step"], 2)
             if cuda and base["seconds"] and row[name]["seconds"]:
                 row[name]["latency_ratio"] = round(base["seconds"] / row[name]["seconds"], 2)
-        found[str(side)] = row
-    return found
+        result[str(side)] = row
+    return result
 
 
 def _step(channels: int, tokens: int, text: int) -> dict[str, float]:
     model = denoiser("flux.1-dev", in_channels=channels)
     inputs = flux_inputs(model, tokens=tokens, text=text)
     guidance = torch.empty(1, device="meta")
-    known = [model, guidance, *tensors_of(inputs.values())]
-    return _rounded("tflop_step", *counted(partial(model, **inputs, guidance=guidance), known))
+    allocated = [model, guidance, *tensors_of(inputs.values())]
+    return _rounded("tflop_step", *counted(partial(model, **inputs, guidance=guidance), allocated))
 
 
 def _rounded(name: str, flop: int, peak: int) -> dict[str, float]:
@@ -154,19 +162,19 @@ def _rounded(name: str, flop: int, peak: int) -> dict[str, float]:
 
 
 def tensors_of(values: Iterable[Any]) -> list[Tensor]:
-    """Among inputs of a forward."""
+    """Return the tensors among the inputs of a forward."""
     return [leaf for leaf in tree_leaves(list(values)) if isinstance(leaf, Tensor)]
 
 
-def counted(call: Callable[[], Any], known: Sequence[nn.Module | Tensor]) -> tuple[int, int]:
-    """FLOP of a call, and bytes that it allocates at its peak."""
+def counted(call: Callable[[], Any], allocated: Sequence[nn.Module | Tensor]) -> tuple[int, int]:
+    """Return the FLOPs of a call and the bytes that it allocates at its peak."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops(), peak_bytes(call, known)
+    return counter.get_total_flops(), peak_bytes(call, allocated)
 
 
 def _measured(channels: int, tokens: int, text: int, *, quick: bool) -> dict[str, Any]:
-    """On CUDA: a forward, as it is and with its blocks compiled."""
+    """Time a forward on CUDA, eager and with compiled blocks."""
     model = denoiser("flux.1-dev", device="cuda", in_channels=channels).eval()
     inputs = flux_inputs(model, tokens=tokens, text=text)
     guidance = torch.full((1,), GUIDANCE, device="cuda")
@@ -174,15 +182,18 @@ def _measured(channels: int, tokens: int, text: int, *, quick: bool) -> dict[str
     def step() -> Any:
         return model(**inputs, guidance=guidance)
 
-    found = timed(step, model.device, quick=quick)
+    eager = timed(step, model.device, quick=quick)
     model.compile_repeated_blocks(fullgraph=True)
-    return found | {"compiled": timed(step, model.device, quick=quick)}
+    return eager | {"compiled": timed(step, model.device, quick=quick)}
 
 
 def decoding(
     vae: Any, shape: Sequence[int], *, device: str = "cuda", quick: bool
 ) -> dict[str, Any]:
-    """Of latents of that shape, by an autoencoder of the meta device with random weights: such noise takes as long."""
+    """Time the decoding of latents of a shape with random weights.
+
+    The autoencoder comes from the meta device. Random latents take as long as real ones.
+    """
     real = vae.to_empty(device=device).eval()
     for weight in real.parameters():
         torch.nn.init.normal_(weight, std=0.02)
@@ -192,7 +203,7 @@ def decoding(
 
 @torch.no_grad()
 def timed(call: Callable[[], Any], device: torch.device, *, quick: bool) -> dict[str, Any]:
-    """Median seconds, and on CUDA GiB at the peak; nothing where that does not fit."""
+    """Return the median seconds and, on CUDA, the peak GiB. Seconds are None if memory runs out."""
     cuda = device.type == "cuda"
     try:
         if cuda:
@@ -200,14 +211,14 @@ def timed(call: Callable[[], Any], device: torch.device, *, quick: bool) -> dict
         seconds = interleaved([call], device, repeats=2 if quick else 3)[0]
     except torch.OutOfMemoryError:
         return {"seconds": None}
-    found = {"seconds": spread(seconds)["median"]}
+    figures = {"seconds": spread(seconds)["median"]}
     if cuda:
-        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return figures
 
 
 def kl_autoencoder() -> tuple[Any, int, int]:
-    """FLUX.1's autoencoder on the meta device, its compression and channels."""
+    """Return FLUX.1's autoencoder on the meta device, its compression and its channels."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -222,7 +233,10 @@ def kl_autoencoder() -> tuple[Any, int, int]:
 
 
 def _dc(stages: int, channels: int) -> tuple[Any, int, int]:
-    """DC-AE f32c32 or f64c128 ("in"), as published."""
+    """Return the published DC-AE f32c32 or f64c128 on the meta device.
+
+    Like `kl_autoencoder`, it also returns compression and channels.
+    """
     widths = (128, 256, 512, 512, 1024, 1024, 2048)[:stages]
     layers = (0, 4, 8, 2, 2, 2, 2)[:stages]
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * (stages - 3)

@@ -1,9 +1,9 @@
-"""Inversion-DPO against Diffusion-DPO, its own released form, and training on winners alone.
+"""Compare Inversion-DPO with Diffusion-DPO, its released form, and training on winners.
 
-All arms have the same pairs, model, adapter and machine, and the same seconds: what encoding and inverting took an arm
-is taken from its training. Pairs are the model's own images, whose states were kept while they were drawn; one arm
-inverts them nonetheless, as images of others must be. Win rates are those of held-out prompts against the base, image
-by image from the same noise.
+All arms have the same pairs, model, adapter, machine and seconds; the time that an arm spends on encoding and
+inverting is subtracted from its training. The pairs are the model's own images, whose sampler states were recorded;
+one arm inverts them nevertheless, as images of other origin require. Win rates compare images of held-out prompts with
+the base model's images from the same noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from diffalign.training.sums import Sums
 from diffalign.types import PreferenceBatch
 
 SECONDS = 180.0
-"""Of precomputing and training together."""
+"""Seconds of precomputing and training together."""
 RECIPES = {"shapes-sd3": "inversion-dpo-shapes", "shapes-sd": "inversion-dpo-shapes-sd"}
 DIFFUSION_DPO = ("--algorithm.type=diffusion_dpo", "--pairs.inversion.states=0")
 ARMS: dict[str, tuple[str, ...]] = {
@@ -51,22 +51,27 @@ ARMS: dict[str, tuple[str, ...]] = {
     "inverted": ("--pairs.inversion.solver=euler", "--pairs.inversion.steps=8"),
     "released": (
         "--algorithm.variant=released",
-        "--training.num_updates=20",  # enough: its gradient is exactly zero
+        # Few updates are enough: the gradient of the released form is exactly zero.
+        "--training.num_updates=20",
     ),
     "sft": (
         *DIFFUSION_DPO,
         "--algorithm.loss_type=sft",
         "--algorithm.timesteps_per_pair=2",
         "--optimizer.learning_rate=2e-5",
-        "--training.eval_every=200",  # its updates are short
+        # Updates of this arm are short.
+        "--training.eval_every=200",
     ),
 }
-"""What each changes in the recipe of its model. Rates and betas are the best of those tried with one seed
-(benchmarks/results/inversion-dpo-tuning.json), the same for Diffusion-DPO; `released` takes ours."""
+"""Overrides of each arm in the recipe of its model.
+
+Learning rates and betas are the best of those tried with one seed (benchmarks/results/inversion-dpo-tuning.json), also
+for Diffusion-DPO. The arm `released` uses this suite's values.
+"""
 NOISE_OF = {"inversion_dpo": "recorded states", "diffusion_dpo": "fresh noise"}
-"""The two that are compared most closely, and what each trains on."""
+"""The two arms that are compared most closely, with the noise that each trains on."""
 UNITS = ("seconds", "training")
-"""With what was precomputed, and without: a cache serves many runs."""
+"""Time with precomputation and time without it, since one cache serves many runs."""
 IMAGES_PER_PROMPT, STATES = 8, 4
 STEP_REPEATS = 8
 QUICK = (
@@ -91,13 +96,13 @@ class Subject:
 
     @property
     def beta(self) -> float:
-        """Of the model's recipe; another `algorithm.type` does not inherit it."""
+        """Return beta of the model's recipe, which another `algorithm.type` does not inherit."""
         config = load(RECIPES[self.name])
         assert isinstance(config, PreferenceRunConfig)
         return config.algorithm.beta
 
     def make_pairs(self) -> list[str]:
-        """`diffalign pairs`, as a user would; returns its arguments. Images that are there are kept."""
+        """Run `diffalign pairs` as a user would and return its arguments. Existing images are reused."""
         arguments = [
             "pairs",
             f"--model={self.name}",
@@ -114,13 +119,16 @@ class Subject:
     def configuration(
         self, arm: str, seed: int, *, seconds: float = SECONDS
     ) -> PreferenceRunConfig:
-        """The run of one arm and seed, training for `seconds`; its folder is resumed when it is there."""
-        kept = "plain" if DIFFUSION_DPO[0] in ARMS[arm] else "recorded"
-        kept = arm if arm == "inverted" else kept
+        """Return the configuration of one arm and seed, which trains for `seconds`.
+
+        A run folder that exists is resumed.
+        """
+        cache_name = "plain" if DIFFUSION_DPO[0] in ARMS[arm] else "recorded"
+        cache_name = arm if arm == "inverted" else cache_name
         overrides = [
             f"--output_dir={self.options.folder(f'{self.name} {arm}', seed)}",
             f"--pairs.source={self.pairs}",
-            f"--pairs.cache={self.options.work / f'cache-{self.name}-{kept}'}",
+            f"--pairs.cache={self.options.work / f'cache-{self.name}-{cache_name}'}",
             f"--training.seed={seed}",
             f"--evaluation.seed={1000 + seed}",
             f"--training.max_minutes={round(seconds / 60, 3)}",
@@ -137,10 +145,11 @@ class Subject:
         return config
 
     def precomputed(self, arms: list[str]) -> dict[str, float]:
-        """Seconds that each arm's cache took; caches that are not there are made."""
+        """Fill missing caches and return the seconds that each arm's cache took."""
         configs = {arm: self.configuration(arm, 0) for arm in arms}
         accelerator = trackers.make_accelerator(configs[arms[0]])
-        model = prepare_model(configs[arms[0]], accelerator.device)  # all arms have the same
+        # All arms have the same model.
+        model = prepare_model(configs[arms[0]], accelerator.device)
         return {
             arm: float(precompute(config, model, accelerator).manifest["seconds"])
             for arm, config in configs.items()
@@ -148,25 +157,28 @@ class Subject:
 
 
 def preference_curve(log: list[dict[str, Any]], summary: dict[str, Any], name: str) -> Curve:
-    """Of one run: what was reached after how many seconds, those of precomputing among them, and after how many of
-    training."""
+    """Return the score of one run over seconds with and without precomputing."""
 
-    def read(found: dict[str, Any]) -> float:
-        return found["win_rate"]["rate"] if name == "win_rate" else found["tasks"]["overall"]
+    def read(evaluation: dict[str, Any]) -> float:
+        if name == "win_rate":
+            return evaluation["win_rate"]["rate"]
+        return evaluation["tasks"]["overall"]
 
     spent = summary["precompute_seconds"]
     start = 0.5 if name == "win_rate" else read(summary["before"])
-    found = evaluations(log, {**summary["after"], "win_rate": summary["win_rate"]})
-    trained = [0.0, *(log[i]["seconds"] for i, _ in found)]
+    rows = evaluations(log, {**summary["after"], "win_rate": summary["win_rate"]})
+    trained = [0.0, *(log[i]["seconds"] for i, _ in rows)]
     return Curve(
-        [start, start, *(read(evaluation) for _, evaluation in found)],
+        [start, start, *(read(evaluation) for _, evaluation in rows)],
         {"seconds": [0.0, *(spent + t for t in trained)], "training": [0.0, *trained]},
     )
 
 
 def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
-    """All arms, turn and turn about: a machine that slows down slows all of them; and what each learned of the other's
-    question."""
+    """Run all arms seed by seed and return their figures and implicit accuracies.
+
+    The arms are interleaved, so that a machine that slows down affects all of them.
+    """
     left = {arm: max(SECONDS - spent, 1.0) for arm, spent in subject.precomputed(arms).items()}
     configs = {
         arm: [subject.configuration(arm, seed, seconds=left[arm]) for seed in range(seeds)]
@@ -175,23 +187,25 @@ def measure(subject: Subject, arms: list[str], seeds: int) -> dict[str, Any]:
     for seed in range(seeds):
         for arm in arms:
             run_once(configs[arm][seed])
-    found: dict[str, Any] = {"arms": {arm: figures(subject, arm, configs[arm]) for arm in arms}}
+    result: dict[str, Any] = {"arms": {arm: figures(subject, arm, configs[arm]) for arm in arms}}
     if set(NOISE_OF) <= set(arms):
-        found["implicit_accuracy"] = crossed(
+        result["implicit_accuracy"] = crossed(
             [{a: configs[a][i] for a in NOISE_OF} for i in range(seeds)]
         )
-    return found
+    return result
 
 
 def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
-    """Implicit accuracy on held-out pairs of what each rival trained, on inverted states and with fresh noise: where
-    the two agree, the source of the noise does not show in this rate."""
+    """Measure every rival's implicit accuracy on held-out pairs, with both kinds of noise.
+
+    If inverted states and fresh noise give the same rate, the rate does not depend on the source of the noise.
+    """
     rates: dict[str, dict[str, list[float]]] = {
         a: {b: [] for b in NOISE_OF.values()} for a in NOISE_OF
     }
-    for of_seed in configs:
-        inverted = of_seed["inversion_dpo"]
-        for arm, config in of_seed.items():
+    for rivals in configs:
+        inverted = rivals["inversion_dpo"]
+        for arm, config in rivals.items():
             trainer = Run.prepare(config).trainer
             assert isinstance(trainer, PreferenceTrainer)
             trainer.prepare()
@@ -199,10 +213,10 @@ def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
             cache = PairCache(str(inverted.pairs.cache))
             batch = cache.batch(cache.split(config.pairs.validation)[1], trainer.accelerator.device)
             for other, noise in NOISE_OF.items():
-                asked = replace(of_seed[other].algorithm, timesteps_per_pair=inverted.states)
+                algorithm = replace(rivals[other].algorithm, timesteps_per_pair=inverted.states)
                 update = PreferenceUpdate(
                     trainer.model,
-                    asked,
+                    algorithm,
                     grid=trainer.update.grid,
                     micro_batch_size=config.training.micro_batch_size,
                     mixed_precision=config.training.mixed_precision,
@@ -211,11 +225,13 @@ def crossed(configs: list[dict[str, PreferenceRunConfig]]) -> dict[str, Any]:
                 with lora.policy(trainer.model.denoiser, trainer.policy):
                     means = update.measure(batch, key=(VALIDATION,)).means()
                 rates[arm][noise].append(means["accuracy"])
-    return {arm: {noise: spread(v) for noise, v in found.items()} for arm, found in rates.items()}
+    return {
+        arm: {noise: spread(v) for noise, v in by_noise.items()} for arm, by_noise in rates.items()
+    }
 
 
 def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> dict[str, Any]:
-    """Of all seeds of an arm, whose runs are finished."""
+    """Return the figures of an arm over all seeds, whose runs are finished."""
     summaries = [run_once(config) for config in configs]
     logs = [RunFolder(config.output_dir).read_log() for config in configs]
     rows = [row for log in logs for row in log]
@@ -240,8 +256,11 @@ def figures(subject: Subject, arm: str, configs: list[PreferenceRunConfig]) -> d
 
 
 def before_training(subject: Subject) -> dict[str, Any]:
-    """Seconds of a gradient with the reference's error from the cache over those with a forward of the reference, on
-    the same pairs, bytes at the peak of either beside the weights; and where gradients point."""
+    """Measure the cost of a step and the directions of gradients before training.
+
+    The step's loss and its peak memory beside the weights are measured twice: with the reference's error from the
+    cache, and with a forward of the reference, on the same pairs.
+    """
     config = subject.configuration("inversion_dpo", 0)
     folder = str(subject.options.work / f"step-{subject.name}")
     trainer = Run.prepare(replace(config, output_dir=folder)).trainer
@@ -251,28 +270,33 @@ def before_training(subject: Subject) -> dict[str, Any]:
 
 
 def _gradients(subject: Subject, trainer: PreferenceTrainer) -> dict[str, float]:
-    """Whether states point where fresh noise does (`pair_gradients.cosines`)."""
+    """Compare gradients on states with gradients on fresh noise (`gradients.cosines`)."""
     fresh = subject.configuration("diffusion_dpo", 0).algorithm
     return cosines(trainer, fresh, pairs=32 if subject.options.quick else PAIRS)
 
 
 def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
-    """Of a gradient from the cache over one with the reference in it, and bytes at the peak of both."""
+    """Compare a cached gradient with one that has a reference: time ratio and peak bytes."""
     pairs = trainer.chosen(1)[: trainer.config.training.micro_batch_size]
     batch = trainer.cache.batch(pairs, trainer.accelerator.device)
     calls = [partial(_gradient, trainer, batch, cached=cached) for cached in (True, False)]
-    ours, plain = interleaved(calls, trainer.accelerator.device, repeats=STEP_REPEATS)
-    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    known = [trainer.model.denoiser, *(p for p in vars(batch).values() if isinstance(p, Tensor))]
+    cached_seconds, full_seconds = interleaved(
+        calls, trainer.accelerator.device, repeats=STEP_REPEATS
+    )
+    ratios = [a / b for a, b in zip(cached_seconds, full_seconds, strict=True)]
+    allocated = [
+        trainer.model.denoiser,
+        *(p for p in vars(batch).values() if isinstance(p, Tensor)),
+    ]
     peaks = {
-        name: peak_bytes(call, known, backward=True)
+        name: peak_bytes(call, allocated, backward=True)
         for name, call in zip(("cached", "with a reference"), calls, strict=True)
     }
     return {"pairs": len(pairs), "ratio": spread(ratios), "peak_bytes": peaks}
 
 
 def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool) -> None:
-    """One, and it is forgotten."""
+    """Compute one gradient and discard it."""
     question = trainer.update.ask(batch, (TIMESTEPS, 0))
     if not cached:
         question = replace(question, reference_error=None)
@@ -283,65 +307,74 @@ def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: boo
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """All arms of all models over all seeds; `options.arms` chooses among "MODEL ARM"."""
-    chosen = options.chosen(f"{model} {arm}" for model in RECIPES for arm in ARMS)
+    """Run all arms of all models over all seeds.
+
+    The option `arms` selects among names of the form "MODEL ARM".
+    """
+    selected = options.select(f"{model} {arm}" for model in RECIPES for arm in ARMS)
     models: dict[str, Any] = {}
     for name in RECIPES:
-        arms = [arm for arm in ARMS if f"{name} {arm}" in chosen]
+        arms = [arm for arm in ARMS if f"{name} {arm}" in selected]
         if not arms:
             continue
         subject = Subject(name, options)
-        found: dict[str, Any] = {"pairs": subject.make_pairs()}
-        found |= measure(subject, arms, options.seeds)
+        result: dict[str, Any] = {"pairs": subject.make_pairs()}
+        result |= measure(subject, arms, options.seeds)
         if "inversion_dpo" in arms:
-            found |= before_training(subject)
-        found["times"] = times(found["arms"])
-        models[name] = found
+            result |= before_training(subject)
+        result["times"] = times(result["arms"])
+        models[name] = result
     headline = {
         "win_rate": {
-            name: {arm: a["win_rate"]["median"] for arm, a in found["arms"].items()}
-            for name, found in models.items()
+            name: {arm: a["win_rate"]["median"] for arm, a in model["arms"].items()}
+            for name, model in models.items()
         },
         "time_ratio_to_match_diffusion_dpo": {
-            name: found["times"]["seconds"]["median to match"]
-            for name, found in models.items()
-            if found["times"]
+            name: model["times"]["seconds"]["median to match"]
+            for name, model in models.items()
+            if model["times"]
         },
         "step_time_ratio_cached": {
-            name: found["step"]["ratio"]["median"]
-            for name, found in models.items()
-            if "step" in found
+            name: model["step"]["ratio"]["median"]
+            for name, model in models.items()
+            if "step" in model
         },
     }
-    for found in models.values():
-        for arm in found["arms"].values():
+    for model in models.values():
+        for arm in model["arms"].values():
             arm["curves"] = {k: [vars(c) for c in curves] for k, curves in arm["curves"].items()}
     return {"headline": headline, "seconds": SECONDS, "models": models}
 
 
 def times(arms: dict[str, Any]) -> dict[str, Any]:
-    """Of Inversion-DPO and Diffusion-DPO, seed by seed, by unit: the time to match the other's best win rate, and how
-    much sooner the highest rate is reached that both reach. Win rates are noisy: a best one is partly luck."""
+    """Compare the training times of Inversion-DPO and Diffusion-DPO by unit and seed.
+
+    The result has the time ratio to match the other's best win rate, and the speedup at the highest rate that both
+    reach. Win rates are noisy: a best one is partly chance.
+    """
     if not set(NOISE_OF) <= set(arms):
         return {}
-    ours, theirs = (arms[arm]["curves"]["win_rate"] for arm in NOISE_OF)
-    found = {}
+    fast, slow = (arms[arm]["curves"]["win_rate"] for arm in NOISE_OF)
+    result = {}
     for unit in UNITS:
-        ratios = [ratio_to_match(a, b, unit) for a, b in zip(ours, theirs, strict=True)]
-        decided = [r for r in ratios if not math.isnan(r)]
-        found[unit] = {
+        ratios = [ratio_to_match(a, b, unit) for a, b in zip(fast, slow, strict=True)]
+        defined = [r for r in ratios if not math.isnan(r)]
+        result[unit] = {
             "to match": [finite(r) for r in ratios],
-            "median to match": finite(median(decided)) if decided else None,
-            "speedup": [finite(speedup(a, b, unit)) for a, b in zip(ours, theirs, strict=True)],
+            "median to match": finite(median(defined)) if defined else None,
+            "speedup": [finite(speedup(a, b, unit)) for a, b in zip(fast, slow, strict=True)],
         }
-    return found
+    return result
 
 
-def ratio_to_match(ours: Curve, theirs: Curve, unit: str) -> float:
-    """What the first takes until the best score of the second, over what the second took. Infinite where it does not
-    get there, NaN where there was nothing to match."""
-    best = max(theirs.score)
-    here, there = ours.to_reach(best, unit), theirs.to_reach(best, unit)
-    if not there:
+def ratio_to_match(fast: Curve, slow: Curve, unit: str) -> float:
+    """Return the cost ratio of two runs at the best score of `slow`.
+
+    The ratio is the cost of `fast` over the cost of `slow`. Return infinity if `fast` never reaches it, and NaN if
+    `slow` gains nothing.
+    """
+    best = max(slow.score)
+    fast_cost, slow_cost = fast.to_reach(best, unit), slow.to_reach(best, unit)
+    if not slow_cost:
         return math.nan
-    return math.inf if here is None else here / there
+    return math.inf if fast_cost is None else fast_cost / slow_cost

@@ -1,7 +1,7 @@
-"""Q-Sched's published grid of 50 x 50 candidates against searches with a tenth of them.
+"""Compare Q-Sched's published grid of 50 x 50 candidates with searches of a tenth.
 
-The best of 2,500 candidates on a few images is partly luck, so that as good a value on these images is half of the
-answer: what both searches chose is drawn for other images, too, both with the same noise.
+The best of 2,500 candidates on a few images is partly chance, so an equally good value on these images is half of the
+answer. The results of all searches are therefore also scored on held-out images, from the same noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffalign.tuning.tune import Search, Settings, score_unseen, search
 
 GRID = "grid"
 RIVALS = ("cma", "ramp")
-"""On all factors, and on the grid's two numbers."""
+"""Engines that are compared with the grid: one on all factors, one on the grid's two numbers."""
 
 
 def against_grid(
@@ -36,17 +36,19 @@ def against_grid(
     *,
     side: int,
 ) -> dict[str, Any]:
-    """One seed: the best of `side` x `side` candidates, and of a tenth as many that each rival tries.
+    """Compare a grid search with each rival's search.
+
+    The grid has `side` x `side` candidates; a rival tries a tenth as many.
 
     Args:
-        prompts: to search with.
-        held_out: what no search sees.
+        prompts: prompts of the searches.
+        held_out: prompts that no search sees.
 
     Returns:
-        For each search the rows of the network's forwards, the best `value` on the images it saw, and the mean gain on
-        held-out images with its 95 % interval over prompts. For a rival also the rows after which its best so far was
-        as good as the grid's best, how many times fewer these are, and how much more its choice gains on held-out
-        images.
+        For each search: the denoiser rows (`rows`), the best `value` on the search images, and the mean gain on
+            held-out images with its 95 % interval over prompts. For a rival also: the rows until its best value
+            matches the grid's, the ratio of the grid's rows to these, and its gain over the grid's result on held-out
+            images.
     """
     budgets = {GRID: side**2, **dict.fromkeys(RIVALS, side**2 // 10)}
     results = {
@@ -55,55 +57,59 @@ def against_grid(
         )
         for engine, budget in budgets.items()
     }
-    chosen = [r.best for r in results.values()]
-    base, *scores = score_unseen(model, held_out, score, settings, drawing, chosen)
+    candidates = [r.best for r in results.values()]
+    base, *scores = score_unseen(model, held_out, score, settings, drawing, candidates)
     objective = Objective(settings.objective, base)
     gains = [objective.per_image(s) for s in scores]
     texts = [p.text for p in held_out]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "steps": drawing.num_inference_steps,
         "images": len(prompts),
         "held_out": len(held_out),
     }
-    for (engine, result), gain in zip(results.items(), gains, strict=True):
+    for (engine, run), gain in zip(results.items(), gains, strict=True):
         row = {
-            "rows": result.network_rows,
-            "value": round(result.value, 4),
-            "best": [round(v, 6) for v in result.best.vector],
+            "rows": run.network_rows,
+            "value": round(run.value, 4),
+            "best": [round(v, 6) for v in run.best.vector],
             "held_out_value": _mean(gain, texts),
         }
         if engine != GRID:
-            row |= matched(result, results[GRID])
+            row |= matched(run, results[GRID])
             row["held_out_more"] = _mean(gain - gains[0], texts)
-        found[engine] = row
-    return found
+        result[engine] = row
+    return result
 
 
 def matched(result: Search, grid: Search) -> dict[str, Any]:
-    """After how many rows of the network a search had found as good a value as the grid's best."""
+    """Return the denoiser rows after which a search matches the grid's best value."""
     rows = next((h["rows"] for h in result.history if h["value"] >= grid.value), None)
     return {"rows_to_match": rows, "ratio": round(grid.network_rows / rows, 2) if rows else None}
 
 
 def _mean(gains: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """With its 95 % bootstrap interval over prompts."""
+    """Return the mean gain with its 95 % bootstrap interval over prompts."""
     valid = np.isfinite(gains)
-    low, high = bootstrap(gains[valid], [p for p, kept in zip(prompts, valid, strict=True) if kept])
+    valid_prompts = [p for p, is_valid in zip(prompts, valid, strict=True) if is_valid]
+    low, high = bootstrap(gains[valid], valid_prompts)
     return {
         name: round(float(v), 4)
         for name, v in (("mean", gains[valid].mean()), ("low", low), ("high", high))
     }
 
 
-def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each rival over students and seeds: how many matched the grid, the median ratio of those, and how many chose
-    what is worse on held-out images, so that the interval says so."""
+def summary(grids: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Summarize each rival over students and seeds.
+
+    The result has the number of searches that matched the grid, their median ratio, and the number of searches whose
+    result is worse than the grid's on held-out images by the interval.
+    """
     table: dict[str, Any] = {}
     for rival in RIVALS:
-        ratios = [f[rival]["ratio"] for f in found if f[rival]["ratio"] is not None]
+        ratios = [grid[rival]["ratio"] for grid in grids if grid[rival]["ratio"] is not None]
         table[rival] = {
             "ratio": median(ratios) if ratios else None,
-            "matched": f"{len(ratios)} of {len(found)}",
-            "worse_on_held_out": sum(f[rival]["held_out_more"]["high"] < 0 for f in found),
+            "matched": f"{len(ratios)} of {len(grids)}",
+            "worse_on_held_out": sum(grid[rival]["held_out_more"]["high"] < 0 for grid in grids),
         }
     return table

@@ -1,8 +1,8 @@
-"""Q-Sched on Shapes: what smaller weights cost a few-step model, and what factors of its schedule give back.
+"""Benchmark Q-Sched on Shapes: the loss from quantization and the gain from schedule factors.
 
-A cell is a student, a form of its weights, a number of steps and a seed. Each is drawn twice, with the schedule as it
-is and with the factors that a search found for it on training prompts; so is the student in full precision, the
-control that tells repair from improvement. Finished cells are kept in the work folder.
+A cell is a student, a weight format, a number of steps and a seed. Each cell is sampled with the original schedule and
+with the factors that a search on training prompts selected. The student in full precision is the control that
+separates repair from improvement. Finished cells are cached in the work folder.
 """
 
 from __future__ import annotations
@@ -41,28 +41,31 @@ STUDENTS = ("shapes-flux-schnell", "shapes-sd-lcm")
 STEPS = (2, 4, 8)
 OBJECTIVE = "jaq-shapes"
 SCORES = ("geneval", "verifier")
-"""Of which it is counted what quantising takes and what the factors give back."""
+"""Scores for which the loss from quantization and the gain from the factors are reported."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Of a denoiser's weights: a backend, none for bfloat16, and options of `quantize_model`."""
+    """Weight format of a denoiser: a backend and options of `quantize_model`.
+
+    Without a backend the weights are bfloat16.
+    """
 
     backend: str | None = None
     svd_rank: int = 0
     group_size: int | None = 64
     everywhere: bool = False
-    """Ends, time and small layers, too."""
+    """True if first, last, time embedding and small layers are quantized, too."""
 
     @property
     def calibrated(self) -> bool:
-        """On what the model draws."""
+        """Return whether the format is calibrated on the model's own samples."""
         return self.svd_rank > 0 or self.backend == "int8-static"
 
     @property
     def options(self) -> dict[str, Any]:
-        found = {"svd_rank": self.svd_rank, "group_size": self.group_size}
-        return found | ({"skip": (), "min_weights": 0} if self.everywhere else {})
+        options = {"svd_rank": self.svd_rank, "group_size": self.group_size}
+        return options | ({"skip": (), "min_weights": 0} if self.everywhere else {})
 
 
 FORMS = {
@@ -75,13 +78,16 @@ FORMS = {
     "int4 rows svd 32": Form("int4", svd_rank=32, group_size=None, everywhere=True),
 }
 COARSE, BRANCHED = "int4 rows", ("int4 rows svd", "int4 rows svd 32")
-"""The first is what a careful quantiser avoids, one scale for each output and no layer spared: there something is lost
-that can be given back, by factors alone or, with the others, by a branch in full precision and factors."""
+"""Coarse format, and the same format with full-precision branches.
+
+The coarse format has one scale per output and spares no layer. A careful quantizer avoids it; it loses enough quality
+for factors, or factors with a branch, to repair.
+"""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn."""
+    """Amounts of prompts, candidates and images."""
 
     budget: int = 24
     prompts: int = 96
@@ -92,8 +98,10 @@ class Size:
     grid_seeds: int = 2
     rows: int = 16
     by_task: bool = False
-    """As many prompts of each task, as GenEval counts them; otherwise as training prompts are: five of six ask for
-    colours of two objects."""
+    """True if every task has the same number of prompts, as in GenEval.
+
+    Otherwise prompts follow the training distribution, where five of six ask for the colours of two objects.
+    """
     steps: tuple[int, ...] = STEPS
 
 
@@ -102,7 +110,10 @@ LARGER = {
     "more": Size(budget=48, prompts=384, steps=(2, 4)),
     "more by task": Size(budget=48, prompts=384, by_task=True, steps=(2, 4)),
 }
-"""Of searches where much is lost: four times the prompts, twice the candidates; `COARSE` of the second student."""
+"""Larger searches where much is lost: `COARSE` of the second student.
+
+They have four times the prompts and twice the candidates.
+"""
 QUICK = Size(
     budget=4,
     prompts=24,
@@ -115,7 +126,7 @@ QUICK = Size(
 
 
 class Student:
-    """A few-step model in all its forms."""
+    """Few-step model in all weight formats."""
 
     def __init__(self, name: str, options: BenchOptions, size: Size | None = None) -> None:
         self.name, self.options = name, options
@@ -125,35 +136,41 @@ class Student:
         self.objective = parse(OBJECTIVE)
         self.reward = CompositeReward.from_config(self.objective)
         self.models: dict[tuple[str, int], TextToImageModel] = {}
-        self.drawn: dict[tuple[int, int], Tensor] = {}
+        self.images: dict[tuple[int, int], Tensor] = {}
         self.eyes = Eyes()
 
     def model(self, form: str, steps: int) -> TextToImageModel:
-        """With its denoiser in that form; made once. Calibrated forms are made for a number of steps."""
-        wanted = FORMS[form]
-        key = form, steps if wanted.calibrated else 0
+        """Return the student with its denoiser in one format, built once.
+
+        A calibrated format is built per number of steps.
+        """
+        spec = FORMS[form]
+        key = form, steps if spec.calibrated else 0
         if key not in self.models:
-            found = load_model(self.name)
-            if wanted.backend is not None:
-                watched = Calibration(found, self.training[::2], Drawing(steps))
-                static = BACKENDS[wanted.backend].activations
+            model = load_model(self.name)
+            if spec.backend is not None:
+                calibration = Calibration(model, self.training[::2], Drawing(steps))
+                static = BACKENDS[spec.backend].activations
                 quantize_model(
-                    found.denoiser,
-                    wanted.backend,
-                    **wanted.options,
-                    input_scales=watched.input_scales() if wanted.svd_rank else None,
-                    activations=watched.activation_scales() if static else None,
+                    model.denoiser,
+                    spec.backend,
+                    **spec.options,
+                    input_scales=calibration.input_scales() if spec.svd_rank else None,
+                    activations=calibration.activation_scales() if static else None,
                 )
-            self.models[key] = found
+            self.models[key] = model
         return self.models[key]
 
     def cell(self, form: str, steps: int, seed: int) -> dict[str, Any]:
-        """Scores with the schedule as it is and with the factors found for it; from the work folder, where it is."""
-        searched = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
-        searched += " by task" if self.size.by_task else ""
-        arm = f"{self.name} {form} {steps}{searched}"
+        """Return the scores of one cell, from the work folder if they are cached.
+
+        The scores are with the original schedule and with the factors of a search.
+        """
+        suffix = "" if self.size in (FULL, QUICK) else f" {self.size.budget}x{self.size.prompts}"
+        suffix += " by task" if self.size.by_task else ""
+        arm = f"{self.name} {form} {steps}{suffix}"
         file = self.options.folder(arm, seed) / "scores.jsonl"
-        return self.options.kept(
+        return self.options.cached(
             arm,
             seed,
             lambda: self.search(form, steps, seed, file),
@@ -161,11 +178,11 @@ class Student:
         )
 
     def key(self, form: str, *sizes: str) -> Any:
-        """What a cell depends on: the objective, the form and these sizes."""
+        """Return everything that a cell depends on: the objective, the format and these sizes."""
         return [OBJECTIVE, asdict(FORMS[form]), [[s, getattr(self.size, s)] for s in sizes]]
 
     def search(self, form: str, steps: int, seed: int, file: Path) -> dict[str, Any]:
-        """The cell."""
+        """Compute one cell: search, then score the original schedule and the factors."""
         model = self.model(form, steps)
         model.pipeline.scheduler = QSched.wrap(model.pipeline.scheduler)
         result = tune(
@@ -182,8 +199,8 @@ class Student:
         best = self.scores(form, steps, seed)
         model.pipeline.scheduler.clear_coefficients()
         accepted = best if result.accepted else plain
-        found: dict[str, Any] = {"plain": plain, "best": best, "qsched": accepted}
-        found["search"] = {
+        cell: dict[str, Any] = {"plain": plain, "best": best, "qsched": accepted}
+        cell["search"] = {
             "accepted": result.accepted,
             "gain": round(result.gain, 4),
             "interval": [round(v, 4) for v in result.interval],
@@ -192,18 +209,18 @@ class Student:
             "network_rows": result.network_rows,
             "seconds": round(result.seconds, 1),
         }
-        return found
+        return cell
 
     def scores(self, form: str, steps: int, seed: int) -> dict[str, float]:
-        """Of held-out prompts, with the schedule that the model has now."""
-        drawn = self.evaluate(form, steps, seed)
-        found = {
-            "geneval": drawn.tasks["overall"],
-            "fid": self.eyes.fid(drawn.images),
-            **{term: drawn.means[term] for term in self.objective},
+        """Score held-out prompts with the model's current schedule."""
+        evaluation = self.evaluate(form, steps, seed)
+        scores = {
+            "geneval": evaluation.tasks["overall"],
+            "fid": self.eyes.fid(evaluation.images),
+            **{term: evaluation.means[term] for term in self.objective},
         }
-        found["psnr"] = psnr(drawn.images, self.full_precision(steps, seed))
-        return {name: round(float(value), 4) for name, value in found.items()}
+        scores["psnr"] = psnr(evaluation.images, self.full_precision(steps, seed))
+        return {name: round(float(value), 4) for name, value in scores.items()}
 
     def evaluate(self, form: str, steps: int, seed: int) -> Evaluation:
         return evaluate_model(
@@ -218,18 +235,18 @@ class Student:
         )
 
     def full_precision(self, steps: int, seed: int) -> Tensor:
-        """Images of the student in bfloat16, with the schedule as it is."""
+        """Return images of the student in bfloat16 with the original schedule."""
         key = steps, seed
-        if key not in self.drawn:
+        if key not in self.images:
             model = self.model("bf16", steps)
             if isinstance(model.pipeline.scheduler, QSched):
                 model.pipeline.scheduler.clear_coefficients()
-            self.drawn[key] = self.evaluate("bf16", steps, seed).images
-        return self.drawn[key]
+            self.images[key] = self.evaluate("bf16", steps, seed).images
+        return self.images[key]
 
     @torch.no_grad()
     def latency(self, form: str) -> dict[str, Any]:
-        """Of a forward for a few images, over that in bfloat16: eager, turn and turn about."""
+        """Time a forward for a few images relative to bfloat16, eager and interleaved."""
         models = [self.model(f, self.size.steps[0]) for f in ("bf16", form)]
         inputs = models[0].random_inputs(self.size.rows, *models[0].default_size)
         device = models[0].device
@@ -239,11 +256,13 @@ class Student:
         return spread(t / b for t, b in zip(times, base, strict=True))
 
     def grid(self, seed: int) -> dict[str, Any]:
-        """`against_grid`, of weights with which something is lost, in the fewest steps: cheapest there, and there is
-        something to find."""
+        """Run `against_grid` with coarse weights and the fewest steps.
+
+        There a search is cheapest, and there is a loss to repair.
+        """
         size = self.size
         prompts, held_out = by_task(size.grid_images, size.grid_held_out)
-        return self.options.kept(
+        return self.options.cached(
             f"{self.name} published grid",
             seed,
             lambda: against_grid(
@@ -260,87 +279,91 @@ class Student:
 
 
 def training_prompts(size: Size) -> list[Prompt]:
-    """To search and to accept with."""
+    """Load the prompts for searching and for accepting its result."""
     if not size.by_task:
         return load_prompts("shapes:train", limit=size.prompts)
     return by_task(size.prompts)[0]
 
 
 def by_task(*counts: int) -> list[list[Prompt]]:
-    """Lists of so many training prompts each, in every one as many of each task. No two share a text; of tasks with few
-    texts these repeat."""
+    """Return one list of training prompts per count, balanced over tasks.
+
+    No two lists share a text. A task with few texts repeats them.
+    """
     pools: dict[str, list[Prompt]] = {}
     for prompt in load_prompts("shapes:train"):
         pools.setdefault(prompt.task, []).append(prompt)
-    found: list[list[Prompt]] = [[] for _ in counts]
+    lists: list[list[Prompt]] = [[] for _ in counts]
     for pool in pools.values():
         random.Random(0).shuffle(pool)
-        wanted = [count // len(pools) for count in counts]
-        for prompts, dealt, images in zip(found, _deal(pool, wanted), wanted, strict=True):
+        per_task = [count // len(pools) for count in counts]
+        for prompts, dealt, images in zip(lists, _deal(pool, per_task), per_task, strict=True):
             prompts.extend(dealt[i % len(dealt)] for i in range(images))
-    return found
+    return lists
 
 
-def _deal(pool: Sequence[Prompt], wanted: Sequence[int]) -> list[list[Prompt]]:
-    """In turn to each list that has not enough yet."""
-    found: list[list[Prompt]] = [[] for _ in wanted]
+def _deal(pool: Sequence[Prompt], counts: Sequence[int]) -> list[list[Prompt]]:
+    """Deal prompts in turn to the lists that are still shorter than their count."""
+    hands: list[list[Prompt]] = [[] for _ in counts]
     waiting = iter(pool)
-    while short := [hand for hand, n in zip(found, wanted, strict=True) if len(hand) < n]:
+    while short := [hand for hand, n in zip(hands, counts, strict=True) if len(hand) < n]:
         for hand in short:
             card = next(waiting, None)
             if card is None:
-                return found
+                return hands
             hand.append(card)
-    return found
+    return hands
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over images (N, 3, H, W) uint8, dB; of equal images 78."""
+    """Return the mean PSNR in dB of images (N, 3, H, W) uint8. Equal images give 78."""
     error = (images.float() - reference.float()).square().flatten(1).mean(1).clamp_min(1e-3)
     return float((10 * torch.log10(255**2 / error)).mean())
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """All students, forms and steps over all seeds; `options.arms` chooses among students, "larger", "sizes" and
-    "speeds"."""
-    chosen = options.chosen((*STUDENTS, "larger", "sizes", "speeds"))
-    found: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
+    """Run all students, weight formats and steps over all seeds.
+
+    The option `arms` selects among the students, "larger", "sizes" and "speeds".
+    """
+    selected = options.select((*STUDENTS, "larger", "sizes", "speeds"))
+    result: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
     headline: dict[str, Any] = {}
-    students = {n: Student(n, options) for n in STUDENTS if n in chosen}
-    found["students"] = {n: measure(s, options.seeds) for n, s in students.items()}
+    students = {n: Student(n, options) for n in STUDENTS if n in selected}
+    result["students"] = {n: measure(s, options.seeds) for n, s in students.items()}
     if students:
-        found["recovered"] = {
-            form: {score: recovered(found["students"].values(), score, form) for score in SCORES}
+        result["recovered"] = {
+            form: {score: recovered(result["students"].values(), score, form) for score in SCORES}
             for form in FORMS
             if FORMS[form].backend is not None
         }
         for form in BRANCHED:
             name = f"{COARSE}, with a branch of rank {FORMS[form].svd_rank}"
-            found["recovered"][name] = {
-                score: recovered(found["students"].values(), score, COARSE, repaired=form)
+            result["recovered"][name] = {
+                score: recovered(result["students"].values(), score, COARSE, repaired=form)
                 for score in SCORES
             }
         headline["quality_recovered"] = {
             form: {"share": g["share"], "lost": g["means"]["lost"]}
-            for form, g in ((f, rows["geneval"]) for f, rows in found["recovered"].items())
+            for form, g in ((f, rows["geneval"]) for f, rows in result["recovered"].items())
         }
-        grids = [g for s in found["students"].values() for g in s["grid"]]
+        grids = [g for s in result["students"].values() for g in s["grid"]]
         headline["network_calls_vs_grid"] = summary(grids)
-    if "larger" in chosen and not options.quick:
-        found["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
-    if "sizes" in chosen:
-        found["sizes"] = published_sizes()
+    if "larger" in selected and not options.quick:
+        result["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
+    if "sizes" in selected:
+        result["sizes"] = published_sizes()
         headline["bytes_ratio"] = {
-            name: sizes["int4"]["ratio"] for name, sizes in found["sizes"].items()
+            name: sizes["int4"]["ratio"] for name, sizes in result["sizes"].items()
         }
-    if "speeds" in chosen:
-        found["speeds"] = speeds(quick=options.quick)
-        headline["int8_latency_vs_bf16"] = found["speeds"]["int8_latency_vs_bf16"]
-    return {"headline": headline, **found}
+    if "speeds" in selected:
+        result["speeds"] = speeds(quick=options.quick)
+        headline["int8_latency_vs_bf16"] = result["speeds"]["int8_latency_vs_bf16"]
+    return {"headline": headline, **result}
 
 
 def measure(student: Student, seeds: int) -> dict[str, Any]:
-    """Cells of all forms, their bytes, and the grid."""
+    """Measure the cells of all formats, their bytes, and the searches against the grid."""
     forms: dict[str, Any] = {}
     for form in FORMS:
         weight = report(student.model(form, student.size.steps[0]).denoiser)
@@ -353,7 +376,7 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
             "ratio_to_bf16": round(weight.ratio, 3),
             "quantised_fraction": round(weight.quantised_fraction, 4),
             "latency_ratio": student.latency(form),
-            "steps": {steps: table(found) for steps, found in cells.items()},
+            "steps": {steps: table(rows) for steps, rows in cells.items()},
         }
     return {
         "forms": forms,
@@ -362,16 +385,16 @@ def measure(student: Student, seeds: int) -> dict[str, Any]:
 
 
 def larger(options: BenchOptions, size: Size) -> dict[str, Any]:
-    """Searches of more prompts and candidates, and what they give back."""
+    """Run the larger searches and return their scores and recovered quality."""
     usual, student = Student(STUDENTS[1], options), Student(STUDENTS[1], options, size)
     forms = {
         form: {
             "steps": {
-                str(steps): table([of.cell(form, steps, s) for s in range(options.seeds)])
+                str(steps): table([owner.cell(form, steps, s) for s in range(options.seeds)])
                 for steps in size.steps
             }
         }
-        for form, of in (("bf16", usual), (COARSE, student))
+        for form, owner in (("bf16", usual), (COARSE, student))
     }
     return {
         "size": asdict(size),
@@ -387,12 +410,17 @@ def larger(options: BenchOptions, size: Size) -> dict[str, Any]:
 
 
 def table(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of one form and number of steps: with the schedule as it is, with the best candidate, and with that where it was
-    accepted; and what the searches found."""
+    """Collect the cells of one format and number of steps.
+
+    The table has the scores with the original schedule (`plain`), with the best candidate (`best`), and with the
+    candidate if it was accepted (`qsched`), as well as the searches' results.
+    """
     return {
         **{
-            how: {name: spread(c[how][name] for c in cells) for name in cells[0][how]}
-            for how in ("plain", "best", "qsched")
+            schedule: {
+                name: spread(c[schedule][name] for c in cells) for name in cells[0][schedule]
+            }
+            for schedule in ("plain", "best", "qsched")
         },
         "searches": [c["search"] for c in cells],
     }
@@ -406,9 +434,21 @@ def recovered(
     repaired: str | None = None,
     steps: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """What the factors give back of a score that quantising took, over all students, seeds and steps (or these);
-    `means`, over cells, tell how much there was to give back; `control` is what they give to the student in full
-    precision. `repaired` is the form that stands in for `form` with them."""
+    """Return the share of a quantization loss that the factors recover.
+
+    Sums run over all students and seeds, and over all steps or `steps`.
+
+    Args:
+        students: results of `measure`.
+        score: name of the score.
+        form: quantized weight format.
+        repaired: format that is used together with factors; `form` if None.
+        steps: numbers of steps; all if None.
+
+    Returns:
+        The `share`, None if nothing was lost, and means over cells: `lost`, `gained`, and `control`, the gain of the
+            factors in full precision.
+    """
     lost = gained = control = 0.0
     cells = 0
     for student in students:

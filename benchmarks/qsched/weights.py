@@ -1,4 +1,7 @@
-"""What forms of weights cost in bytes and in time, at the sizes of published models: shapes alone, random weights."""
+"""Measure bytes and time of weight formats at the sizes of published models.
+
+Only shapes matter, so the weights are random.
+"""
 
 from __future__ import annotations
 
@@ -23,30 +26,33 @@ FORMS = ("int8", "int4", "int8-static", "torchao-int8")
 ON_CUDA = ("torchao-fp8",)
 COMPILED = ("torchao-int8", "torchao-fp8")
 INTEGERS = ("int8-static", "torchao-int8")
-HOW = ("eager", "compiled")
+MODES = ("eager", "compiled")
 
 
 def published_sizes() -> dict[str, Any]:
-    """Bytes of published denoisers in all packed forms, on the meta device."""
-    found: dict[str, Any] = {}
+    """Return the bytes of published denoisers in all packed formats, counted on the meta device."""
+    result: dict[str, Any] = {}
     for name in LAYOUTS:
         whole = report(denoiser(name))
-        found[name] = {"weights": whole.weights, "bf16_bytes": whole.bytes}
+        result[name] = {"weights": whole.weights, "bf16_bytes": whole.bytes}
         for form, spec in SPECS.items():
             model = denoiser(name)
             pack_model(model, spec=spec)
             small = report(model)
-            found[name][form] = {
+            result[name][form] = {
                 "bytes": small.bytes,
                 "ratio": round(small.ratio, 3),
                 "quantised_fraction": round(small.quantised_fraction, 4),
             }
-    return found
+    return result
 
 
 def speeds(*, quick: bool) -> dict[str, Any]:
-    """Seconds of forwards over those in bfloat16, eager and compiled, of FLUX.1-schnell at 512 x 512: a part of its
-    blocks on a CPU, all of them on CUDA; paired ratios. The headline is the fastest form in 8-bit integers."""
+    """Time forwards of FLUX.1-schnell at 512 x 512 relative to bfloat16.
+
+    A CPU runs a part of the blocks, CUDA all of them; ratios are paired, eager and compiled. The headline is the
+    fastest 8-bit integer format.
+    """
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     blocks = (19, 38) if cuda and not quick else (1, 2)
@@ -59,23 +65,23 @@ def speeds(*, quick: bool) -> dict[str, Any]:
         **width,
     ).eval()
     inputs = flux_inputs(model, tokens=64 if quick else 1024, text=256)
-    found: dict[str, Any] = {"blocks": blocks, "image_tokens": inputs["hidden_states"].shape[1]}
+    result: dict[str, Any] = {"blocks": blocks, "image_tokens": inputs["hidden_states"].shape[1]}
     ratios: dict[str, Any] = {}
     for form in FORMS + (ON_CUDA if cuda else ()):
         small = in_form(copy.deepcopy(model), form, inputs)
         ratios[form] = {"bytes_ratio": round(report(small).ratio, 3)}
-        for how in HOW[: 2 if form in COMPILED else 1]:
-            ratios[form][how] = spread(_ratios(model, small, inputs, compiled=how == "compiled"))
+        for mode in MODES[: 2 if form in COMPILED else 1]:
+            ratios[form][mode] = spread(_ratios(model, small, inputs, compiled=mode == "compiled"))
         del small
-    found["forms"] = ratios
+    result["forms"] = ratios
     integers = [
-        ratios[form][how]["median"] for form in INTEGERS for how in HOW if how in ratios[form]
+        ratios[form][mode]["median"] for form in INTEGERS for mode in MODES if mode in ratios[form]
     ]
-    return {"int8_latency_vs_bf16": min(integers), **found}
+    return {"int8_latency_vs_bf16": min(integers), **result}
 
 
 def in_form(model: Any, form: str, inputs: dict[str, Any]) -> Any:
-    """Quantised in place, calibrated on the inputs where that is needed."""
+    """Quantize a model in place. Calibrate it on the inputs if the format needs that."""
     activations = None
     if BACKENDS[form].activations:
         names = [n for n, layer in packable(model).items() if isinstance(layer, torch.nn.Linear)]
@@ -89,7 +95,7 @@ def in_form(model: Any, form: str, inputs: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _ratios(model: Any, small: Any, inputs: dict[str, Any], *, compiled: bool) -> list[float]:
-    """Of forwards turn and turn about; both compiled, or neither."""
+    """Time interleaved forwards of both models, both compiled or neither, and return ratios."""
     if compiled:
         for each in (model, small):
             each.compile_repeated_blocks()
@@ -100,12 +106,14 @@ def _ratios(model: Any, small: Any, inputs: dict[str, Any], *, compiled: bool) -
 
 
 def flux_inputs(model: Any, *, tokens: int, text: int) -> dict[str, Any]:
-    """Of one image in random latents and a random prompt."""
+    """Return the inputs for one image of random latents and a random prompt."""
     config = model.config
     options = {"device": model.device, "dtype": model.dtype}
     side = int(tokens**0.5)
-    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
-    ids = torch.cat([torch.zeros(side * side, 1), places.flatten(0, 1)], 1)
+    positions = torch.stack(
+        torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1
+    )
+    ids = torch.cat([torch.zeros(side * side, 1), positions.flatten(0, 1)], 1)
     return {
         "hidden_states": torch.randn(1, side * side, config.in_channels, **options),
         "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, **options),

@@ -1,4 +1,4 @@
-"""Reward models with random weights of their own kind, for measuring: tiny ones, or of the published sizes."""
+"""Reward models with random weights for measurements: tiny, or of the published sizes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ from diffalign.shapes.text import build_clip_tokenizer
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths, layers and heads of the towers; `patch` pixels."""
+    """Sizes of a reward model's towers.
+
+    Attributes:
+        vision: width, layers and heads of the image tower.
+        text: width, layers and heads of the text tower.
+        patch: pixels per side of a patch.
+        projection: width of the common embedding.
+    """
 
     vision: tuple[int, int, int]
     text: tuple[int, int, int]
@@ -90,7 +97,7 @@ QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|
 
 
 def clip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
-    """A CLIP of these sizes for 224 pixels, random."""
+    """Build a random CLIP of these sizes for 224 pixels."""
 
     def tower(numbers: tuple[int, int, int]) -> dict[str, int]:
         width, layers, heads = numbers
@@ -111,7 +118,7 @@ def clip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 
 def blip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> ImageRewardModel:
-    """ImageReward's BLIP of these sizes, random."""
+    """Build a random BLIP of ImageReward with these sizes."""
     (width, layers, heads), (text_width, text_layers, text_heads) = sizes.vision, sizes.text
     vision = BlipVisionConfig(
         hidden_size=width,
@@ -135,7 +142,7 @@ def blip_model(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> ImageRewardM
 
 
 def detector(*, real: bool) -> Mask2FormerForUniversalSegmentation:
-    """GenEval's detector, random."""
+    """Build GenEval's detector with random weights."""
     backbone = SwinConfig(
         **(SWIN if real else TINY_SWIN),
         window_size=7,
@@ -149,18 +156,21 @@ def detector(*, real: bool) -> Mask2FormerForUniversalSegmentation:
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """Words of HPSv3's questionnaire and Qwen's special tokens: about as many tokens as Qwen's own would make."""
+    """Build a tokenizer from the words of HPSv3's questionnaire and Qwen's special tokens.
+
+    It makes about as many tokens as Qwen's own tokenizer.
+    """
     words = dict.fromkeys(re.findall(r"\w+|[^\w\s]+", hpsv3.QUESTIONNAIRE))
     vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    found = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>")
-    found.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
-    return hpsv3.with_reward_token(found)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+    return hpsv3.with_reward_token(tokenizer)
 
 
 def qwen_model(tokenizer: PreTrainedTokenizerBase, *, real: bool) -> hpsv3.RewardModel:
-    """HPSv3's Qwen2-VL, random."""
+    """Build HPSv3's Qwen2-VL with random weights."""
     sizes = QWEN if real else TINY_QWEN
     text = sizes["text_config"]
     half = text["hidden_size"] // text["num_attention_heads"] // 2
@@ -184,7 +194,7 @@ def qwen_model(tokenizer: PreTrainedTokenizerBase, *, real: bool) -> hpsv3.Rewar
 
 
 class Judge(BaseHTTPRequestHandler):
-    """A vision-language model that likes everything at once: what is measured is the way to it."""
+    """Stub of a vision-language model that answers at once, to time only the request path."""
 
     def do_GET(self) -> None:
         self._answer({"data": [{"id": "judge"}]})
@@ -201,11 +211,11 @@ class Judge(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
-        """Nothing."""
+        """Suppress the log line of a request."""
 
 
 def judged() -> Reward:
-    """`vlm_judge` with a judge on loopback that lives as long as this process."""
+    """Start a judge on loopback for this process and return `vlm_judge` for it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     Thread(target=server.serve_forever, daemon=True).start()
     os.environ[vlm_judge.URL] = f"http://127.0.0.1:{server.server_port}/v1"
@@ -217,7 +227,10 @@ PUBLISHED_SIZE = "pickscore of the published size"
 
 
 def builders(*, real: bool) -> dict[str, Callable[[], Reward]]:
-    """What makes each reward of the registry, with random weights of its own kind in the precision of this device."""
+    """Return the builders of all registered rewards, by name.
+
+    The weights are random and in this device's precision.
+    """
     tokenizer = build_clip_tokenizer()
     sizes = PUBLISHED if real else TINY
 

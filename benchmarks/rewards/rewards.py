@@ -1,6 +1,8 @@
-"""How fast images are scored, in how much memory, and how much of it is preprocessing: ours on tensors, and the
-original processors on Pillow images; and the two ways to a Frechet distance. Random weights: tiny on a CPU, of the
-published sizes on a GPU."""
+"""Measure the speed and memory of rewards, and the share of preprocessing.
+
+Preprocessing on tensors is compared with the original processors on Pillow images, and two ways of computing a Frechet
+distance with each other. Weights are random: tiny on a CPU, of the published sizes on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,14 @@ from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
 
 SIZE = 512
-"""Pixels per side of the images; Shapes has its own."""
+"""Pixels per side of the images. Shapes uses its own size."""
 FID = "fid"
 DIMENSIONS, FEW_DIMENSIONS = 2048, 256
-"""Of the features whose distance is timed: Inception's, and with --quick."""
+"""Dimensions of the features of the Frechet distance: Inception's, and for quick runs."""
 ON_SHAPES = ("verifier", "flatness", "shapes_clip")
-"""Arms that are shown scenes of Shapes."""
+"""Arms that score scenes of Shapes."""
 SLOW = {"geneval": 4, "geneval_compat": 4, "hpsv3": 4, "ocr": 4, PUBLISHED_SIZE: 8}
-"""Arms that get so many times fewer images."""
+"""Divisors of the number of images for slow arms."""
 PROMPT: dict[str, Any] = {
     "prompt": 'a photo of a red car with "HELLO"',
     "tag": "colors",
@@ -58,13 +60,17 @@ PROMPT: dict[str, Any] = {
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Every reward of the registry, each alone in a process; preprocessing by the original's processor, too."""
+    """Measure every registered reward in a process of its own.
+
+    Where the original has a processor, its preprocessing is measured, too.
+    """
     n, repeats = (8, 3) if options.quick else (32, 5)
-    known = [*builders(real=False), FID]
+    names = [*builders(real=False), FID]
     if options.quick and options.arms is None:
-        known.remove(PUBLISHED_SIZE)  # minutes on a CPU
+        # This reward takes minutes on a CPU.
+        names.remove(PUBLISHED_SIZE)
     arms = {}
-    for name in options.chosen(known):
+    for name in options.select(names):
         size = FEW_DIMENSIONS if options.quick else DIMENSIONS
         count = size if name == FID else max(2, n // SLOW.get(name, 1))
         arms[name] = _alone(name, count, repeats)
@@ -86,14 +92,17 @@ def run(options: BenchOptions) -> dict[str, Any]:
 
 
 def _alone(arm: str, count: int, repeats: int) -> dict[str, Any]:
-    """An arm in a process of its own, whose peak of memory is the arm's."""
+    """Measure an arm in a process of its own, to get its own peak memory."""
     command = [sys.executable, "-m", __name__, arm, str(count), str(repeats)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def measure(arm: str, count: int, repeats: int) -> dict[str, Any]:
-    """Of one arm: `count` images, or dimensions of `fid`. `memory_mib`: the process's peak beyond what imports take."""
+    """Measure one arm on `count` images; for `fid`, `count` is the number of dimensions.
+
+    The figure `memory_mib` is the process's peak without the memory of imports.
+    """
     imported = peak_mib()
     torch.manual_seed(0)
     if arm == FID:
@@ -104,75 +113,86 @@ def measure(arm: str, count: int, repeats: int) -> dict[str, Any]:
     work = partial(reward.score, images, [e["prompt"] for e in entries], entries)
     assert work().mask.all(), f"{arm} failed"
     seconds = timed(work, repeats)
-    found = {
+    figures = {
         "images": count,
         "images_per_second": round(count / seconds, 2),
         "memory_mib": round(peak_mib() - imported),
     }
     if torch.cuda.is_available():
-        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found | preprocessing(reward, images, seconds, repeats)
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return figures | preprocessing(reward, images, seconds, repeats)
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had. (On Linux `ru_maxrss` begins at what the parent had.)"""
+    """Return the peak memory of this process in MiB.
+
+    On Linux `ru_maxrss` starts at the parent's value, so /proc is read there.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    # The unit is bytes on macOS and KiB elsewhere.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def pictures_of(arm: str, count: int) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Images (count, 3, H, W) uint8 on this device and a prompt's metadata for each that the arm can judge."""
+    """Return images (count, 3, H, W) uint8 on this device and their prompt metadata."""
     rng = np.random.default_rng(0)
     if arm in ON_SHAPES:
         entries = prompts("held_out")[:count]
-        drawn = np.stack([render(sample_scene(e, rng)) for e in entries])
-        return torch.from_numpy(drawn).permute(0, 3, 1, 2).to(device()), entries
+        scenes = np.stack([render(sample_scene(e, rng)) for e in entries])
+        return torch.from_numpy(scenes).permute(0, 3, 1, 2).to(device()), entries
     values = rng.integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
     return torch.from_numpy(values).to(device()), [PROMPT] * count
 
 
 def frechet(dimensions: int, repeats: int) -> dict[str, Any]:
-    """Seconds of the Frechet distance of two Gaussians by torchmetrics (eigenvalues of a general matrix) and by ours
-    (of symmetric ones), and how far the results differ as a share."""
+    """Time the Frechet distance of two Gaussians by torchmetrics and by this suite.
+
+    The first takes eigenvalues of a general matrix, the second of symmetric ones. The result also has the relative
+    difference of the two distances.
+    """
     mix = torch.randn(dimensions, dimensions) / dimensions**0.5
     a = moments(torch.randn(2 * dimensions, dimensions))
     b = moments(torch.randn(2 * dimensions, dimensions) @ mix + 0.1)
-    theirs = partial(_compute_fid, a.mean, a.covariance, b.mean, b.covariance)
-    ours = partial(frechet_distance, a, b)
-    before, after = timed(theirs, min(repeats, 3)), timed(ours, repeats)
+    general = partial(_compute_fid, a.mean, a.covariance, b.mean, b.covariance)
+    symmetric = partial(frechet_distance, a, b)
+    before, after = timed(general, min(repeats, 3)), timed(symmetric, repeats)
     return {
         "dimensions": dimensions,
         "torchmetrics_seconds": round(before, 3),
         "seconds": round(after, 3),
         "torchmetrics_over_ours": round(before / after, 2),
-        "relative_difference": abs(float(theirs()) / ours() - 1),
+        "relative_difference": abs(float(general()) / symmetric() - 1),
     }
 
 
 def preprocessing(reward: Reward, images: Tensor, total: float, repeats: int) -> dict[str, float]:
-    """Seconds of preprocessing and its share of the whole; where the original has a processor, how much longer that
-    takes from the same tensors, and what its share would be. Nothing for rewards without preprocessing."""
-    ours, original = steps(reward)
-    if ours is None:
+    """Time a reward's preprocessing and return its share of `total` seconds.
+
+    If the original has a processor, return also its time on the same tensors relative to this suite's, and the share
+    that it would have. Return {} for rewards without preprocessing.
+    """
+    on_tensors, original = steps(reward)
+    if on_tensors is None:
         return {}
-    seconds = timed(lambda: ours(images), repeats)
-    total = max(total, seconds)  # with tiny weights there is little else
-    found = {"preprocessing_seconds": round(seconds, 4), "share": round(seconds / total, 3)}
+    seconds = timed(lambda: on_tensors(images), repeats)
+    # With tiny weights preprocessing is nearly everything, and its time can exceed the total by noise.
+    total = max(total, seconds)
+    figures = {"preprocessing_seconds": round(seconds, 4), "share": round(seconds / total, 3)}
     if original is None:
-        return found
+        return figures
     before = timed(lambda: original(images=pictures(images), return_tensors="np"), repeats)
-    return found | {
+    return figures | {
         "share_before": round(before / (total - seconds + before), 3),
         "original_over_ours": round(before / seconds, 2),
     }
 
 
 def steps(reward: Reward) -> tuple[Callable[[Tensor], Any] | None, Any]:
-    """The preprocessing of a reward, and the processor of its original; None for what there is not."""
+    """Return a reward's preprocessing and its original's processor; None for a missing one."""
     if isinstance(reward, GenEvalReward):
         assert reward._detector is not None
         size = {"shortest_edge": 800, "longest_edge": 1333}
@@ -184,26 +204,28 @@ def steps(reward: Reward) -> tuple[Callable[[Tensor], Any] | None, Any]:
         original = Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
         return lambda images: picture(images, vision), original
     if isinstance(reward, HPSv21Reward):
-        return reward.scorer.preprocessing, None  # the release's own is not in transformers
+        # The processor of the release is not in transformers.
+        return reward.scorer.preprocessing, None
     if isinstance(reward, ClipReward):
-        ours: Preprocessing = reward.scorer.preprocessing
+        on_tensors: Preprocessing = reward.scorer.preprocessing
     elif isinstance(reward, ImageReward):
         assert reward._model is not None
-        ours = Preprocessing(reward._model.vision.config.image_size)
+        on_tensors = Preprocessing(reward._model.vision.config.image_size)
     else:
         return None, None
-    crop = {"height": ours.size, "width": ours.size}
-    return ours, CLIPImageProcessorPil(size={"shortest_edge": ours.size}, crop_size=crop)
+    size = on_tensors.size
+    crop = {"height": size, "width": size}
+    return on_tensors, CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop)
 
 
 def pictures(images: Tensor) -> Sequence[Image.Image]:
-    """What a processor on Pillow has to be given."""
+    """Convert images to the Pillow images that the original processors take."""
     return [Image.fromarray(x) for x in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float:
-    """Median seconds after one round that is not counted."""
-    found = []
+    """Return the median seconds of `repeats` calls after one warm-up call."""
+    seconds = []
     for _ in range(repeats + 1):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -211,8 +233,8 @@ def timed(work: Callable[[], Any], repeats: int) -> float:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return median(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Measure good requests to a reward service while another client misbehaves; loopback only.
+"""Measure the latency of a reward service while another client misbehaves.
 
-The service is `diffalign serve-rewards --rewards jpeg` in a process of its own, the attacker another. 64 connections
+Service (`diffalign serve-rewards --rewards jpeg`) and attacker are processes of their own on loopback. 64 connections
 hold unfinished headers, 20 hold unfinished uploads, and bodies of 60 MB arrive one after the other: lists, which are
-slow to parse, and base64 of no image.
+slow to parse, and base64 that is no image.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from PIL import Image
 from benchmarks.common.record import BenchOptions
 
 Attack = Callable[[int, Any], None]
-"""Takes the port and an event that ends it."""
+"""Function that attacks a port until an event is set."""
 HALF_OPEN, UPLOADS, BODY = 64, 20, 60_000_000
 PART = 2_000_000
-"""Bytes of an upload that arrive."""
+"""Bytes that arrive of an unfinished upload."""
 SECONDS, QUICK_SECONDS = 8.0, 1.0
-"""Time of one measurement."""
+"""Seconds of one measurement."""
 START = 60.0
 HOST = "127.0.0.1"
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Measure good requests beside every attack, and without one."""
+    """Measure valid requests without an attack and beside every attack."""
     seconds = QUICK_SECONDS if options.quick else SECONDS
     attacks: dict[str, Attack] = {
         "none": lambda port, stop: None,
@@ -66,7 +66,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def service() -> Iterator[tuple[int, int]]:
-    """Yield the port and the process id of a service that has started."""
+    """Start a service and yield its port and process id."""
     command = [sys.executable, "-m", "diffalign.cli", "serve-rewards", "--rewards=jpeg", "--port=0"]
     environment = {k: v for k, v in os.environ.items() if k != "DIFFALIGN_REWARD_TOKEN"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -85,8 +85,8 @@ def service() -> Iterator[tuple[int, int]]:
 
 
 def measure(port: int, attack: Attack, seconds: float) -> dict[str, float]:
-    """Return latencies of good requests, one after the other, while the attack goes on."""
-    # a process of its own: sending would hold up the measuring thread
+    """Return latencies of valid requests, sent one after the other during an attack."""
+    # The attacker is a process of its own, because sending would delay the measuring thread.
     forked = multiprocessing.get_context("fork")
     stop = forked.Event()
     attacker = forked.Process(target=attack, args=(port, stop), daemon=True)
@@ -120,12 +120,15 @@ def measure(port: int, attack: Attack, seconds: float) -> dict[str, float]:
 
 
 def head(length: int) -> bytes:
-    """Return the headers of a request with a body of this many bytes."""
+    """Return the headers of a request with a body of `length` bytes."""
     return f"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def hold(count: int, content: bytes) -> Attack:
-    """Return an attack that holds `count` connections with this content; closed ones are opened again."""
+    """Return an attack that holds `count` open connections with this content.
+
+    A connection that the service closes is opened again.
+    """
 
     def attack(port: int, stop: Any) -> None:
         connections: list[socket.socket] = []
@@ -141,7 +144,7 @@ def hold(count: int, content: bytes) -> Attack:
 
 
 def connect(port: int, content: bytes) -> socket.socket:
-    """Open a connection and send what it takes."""
+    """Open a connection and send as much of the content as the service takes."""
     connection = socket.create_connection((HOST, port), timeout=5)
     with contextlib.suppress(OSError):
         connection.sendall(content)
@@ -150,7 +153,7 @@ def connect(port: int, content: bytes) -> socket.socket:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Return whether the service has neither answered nor closed; else close it here as well."""
+    """Return whether a connection is still open and unanswered; close it otherwise."""
     try:
         connection.recv(1000)
     except BlockingIOError:
@@ -162,7 +165,7 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def send(body: bytes) -> Attack:
-    """Return an attack that sends this body again and again."""
+    """Return an attack that sends `body` repeatedly."""
 
     def attack(port: int, stop: Any) -> None:
         while not stop.is_set():
@@ -175,7 +178,7 @@ def send(body: bytes) -> Attack:
 def together(
     attacks: list[Attack],
 ) -> Attack:
-    """Return an attack of several at a time."""
+    """Return an attack that runs several attacks at the same time."""
 
     def attack(port: int, stop: Any) -> None:
         threads = [threading.Thread(target=a, args=(port, stop), daemon=True) for a in attacks]
@@ -188,7 +191,7 @@ def together(
 
 
 def resident(pid: int) -> int | None:
-    """Return the resident memory of a process in MB; None where /proc has none."""
+    """Return the resident memory of a process in MB, or None without /proc."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:

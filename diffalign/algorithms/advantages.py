@@ -1,7 +1,7 @@
 """Group-relative advantages: images of one prompt compete with each other.
 
-All statistics are sums over group numbers, so they do not depend on the order of the samples or on how they are spread
-over processes. A reward that could not be computed (NaN) has advantage 0 and takes no part in any statistic.
+All statistics are sums over group numbers, so they depend neither on the order of the samples nor on their
+distribution over processes. A missing reward (NaN) has advantage 0 and enters no statistic.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ from torch import Tensor
 
 EPSILON = 1e-4
 TOLERANCE = 1e-6
-"""Largest difference of advantages that counts as none."""
+"""Largest difference of rewards that counts as equal."""
 STD_SCOPES = ("global", "group")
 
 
 def group_advantages(
     rewards: Tensor, group: Tensor, *, std_scope: str = "global", epsilon: float = EPSILON
 ) -> Tensor:
-    """A_i = (r_i - mean of its group) / (std + epsilon), float32 (B,).
+    """Return A_i = (r_i - mean of its group) / (std + epsilon), float32 (B,).
 
     Args:
-        rewards: (B,), NaN for images without a reward.
-        group: (B,) integers; equal numbers compete.
-        std_scope: "global", one population standard deviation of all rewards (AWM, Flow-GRPO with global std), or
-            "group", each group's own (GRPO).
+        rewards: rewards (B,), NaN for images without a reward.
+        group: group numbers (B,), integers; images with equal numbers compete.
+        std_scope: "global" for one population standard deviation of all rewards (AWM, Flow-GRPO with global std), or
+            "group" for each group's own (GRPO).
+        epsilon: constant that is added to the standard deviation.
+
+    Raises:
+        ValueError: unknown `std_scope`, or shapes that do not fit.
     """
     if std_scope not in STD_SCOPES:
-        raise ValueError(f"std_scope must be one of {STD_SCOPES}, got {std_scope!r}")
+        raise ValueError(f"std_scope must be one of {STD_SCOPES}, got {std_scope!r}.")
     if rewards.shape != group.shape or rewards.ndim != 1:
         raise ValueError(
-            f"rewards and group must be (B,), got {tuple(rewards.shape)} and {tuple(group.shape)}"
+            f"rewards and group must be (B,), got {tuple(rewards.shape)} and {tuple(group.shape)}."
         )
     valid = rewards.isfinite()
     values = torch.where(valid, rewards, 0).double()
@@ -51,7 +55,10 @@ def group_advantages(
 def combined_advantages(
     parts: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor, *, std_scope: str
 ) -> Tensor:
-    """Weighted sum of each reward's own advantages (GDPO): no reward drowns another by its scale."""
+    """Return the weighted sum (B,) of each reward's own advantages (GDPO).
+
+    No reward dominates another by its scale.
+    """
     total = torch.zeros(group.shape, dtype=torch.float32)
     for name, rewards in parts.items():
         total += weights[name] * group_advantages(rewards, group, std_scope=std_scope)
@@ -59,14 +66,14 @@ def combined_advantages(
 
 
 def clip_advantages(advantages: Tensor, *, clip: float, maximum: float) -> Tensor:
-    """Clip to +-clip, then scale so that the largest possible magnitude is `maximum` (AWM: 5 and 1)."""
+    """Clip advantages to +-clip and scale their largest magnitude to `maximum` (AWM: 5 and 1)."""
     return advantages.clamp(-clip, clip) / clip * maximum
 
 
 def informative(rewards: Tensor, group: Tensor, *, tolerance: float = TOLERANCE) -> Tensor:
-    """(B,) bool: the image has a reward, and the rewards of its group are not all the same.
+    """Return whether each image has a reward and its group's rewards differ, bool (B,).
 
-    The others have advantage 0 and would cost forwards for nothing but their share of the proximal terms.
+    Other images have advantage 0; their forwards would only serve the proximal terms.
     """
     valid = rewards.isfinite()
     _, index = group.unique(return_inverse=True)
@@ -79,28 +86,33 @@ def informative(rewards: Tensor, group: Tensor, *, tolerance: float = TOLERANCE)
 
 
 def group_moments(latents: Tensor, group: Tensor, *, groups: int) -> Tensor:
-    """(G, 1 + 2 D) float64: images of each group, and the sums of their D values and of the values' squares. Those of
-    parts of a batch add up to those of the batch.
+    """Return sums (G, 1 + 2 D) of each group's images, float64.
+
+    A row has the number of images, the sums of their D values, and the sums of the squares. Sums of parts of a batch
+    add up to those of the batch.
 
     Args:
-        latents: (B, ...); group: (B,) integers below `groups`.
+        latents: latents (B, ...).
+        group: group numbers (B,), integers below `groups`.
+        groups: number of groups G.
     """
     values = latents.flatten(1)
-    found = values.new_zeros(groups, 1 + 2 * values.shape[1], dtype=torch.float64)
-    for row, g in zip(values, group.tolist(), strict=True):  # one by one: float64 is large
+    sums = values.new_zeros(groups, 1 + 2 * values.shape[1], dtype=torch.float64)
+    # Rows are converted one by one, since float64 is large.
+    for row, g in zip(values, group.tolist(), strict=True):
         plain = row.double()
-        found[g] += torch.cat([plain.new_ones(1), plain, plain.square()])
-    return found
+        sums[g] += torch.cat([plain.new_ones(1), plain, plain.square()])
+    return sums
 
 
 def group_diversity(moments: Tensor) -> float:
-    """Standard deviation of an image's values within its group: mean over values, then over groups of at least two
-    images; NaN without any.
+    """Return the standard deviation of images within their group.
 
-    A policy that has learnt to draw one image for a prompt has 0; rewards alone do not show it.
+    It is a mean over values and then over groups of at least two images; NaN without such a group. A policy that has
+    learnt to generate one image for each prompt has 0, which rewards do not show.
 
     Args:
-        moments: of `group_moments`.
+        moments: result of `group_moments`.
     """
     moments = moments[moments[:, 0] > 1]
     count, (total, squares) = moments[:, :1], moments[:, 1:].chunk(2, 1)

@@ -1,9 +1,9 @@
-"""Advantage Weighted Matching: policy gradient on the pretraining loss. (Xue et al. 2025)
+"""Advantage Weighted Matching: policy gradient on the pretraining loss (Xue et al. 2025).
 
 With x_t = (1 - t) x_0 + t eps and e(v) = mean over dimensions of (v - (eps - x_0))^2, the surrogate log-likelihood of
-an image at t is l = -w(e, t). The policy-gradient loss is PPO's on rho = exp(l - l_old): on policy rho = 1 and its
-gradient is A times the (weighted) flow-matching gradient. Two proximal terms hold the policy: the squared distance of
-its prediction to the reference (adapters off) and to a lagged copy of itself.
+an image at t is l = -w(e, t). The policy-gradient loss is PPO's on rho = exp(l - l_old): on policy rho = 1, and its
+gradient is A times the (weighted) flow-matching gradient. Two proximal terms bound the policy: the squared distances
+of its prediction to the reference (adapters off) and to a lagged copy of itself.
 
 The paper's form is weight "uniform"; the released code's is "ghuber" with power 0.25.
 """
@@ -23,14 +23,17 @@ NEEDS_OLD = False
 
 
 def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float = 0.25) -> Tensor:
-    """Surrogate log-likelihood l (B,) of each sample at its noise level.
+    """Return the surrogate log-likelihood l (B,) of each sample at its noise level.
 
     Args:
-        error: (B,) e of `matching_error`.
-        sigmas: (B,) t in 0..1.
-        weight: "uniform" -e; "t" -t e; "t2" -t^2 e; "huber" -t (sqrt(e + d) - sqrt(d)); "ghuber"
-            -(t / p) ((e + d)^p - d^p), with d = 1e-10.
-        power: p of "ghuber".
+        error: errors e (B,) of `matching_error`.
+        sigmas: noise levels t (B,) in 0..1.
+        weight: "uniform" -e; "t" -t e; "t2" -t^2 e; "huber" -t (sqrt(e + d) - sqrt(d)); "ghuber" -(t / p) ((e + d)^p -
+            d^p), with d = 1e-10.
+        power: exponent p of "ghuber".
+
+    Raises:
+        ValueError: unknown `weight`.
     """
     d = HUBER_EPSILON
     if weight == "uniform":
@@ -43,7 +46,7 @@ def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float =
         return -sigmas * ((error + d).sqrt() - d**0.5)
     if weight == "ghuber":
         return -sigmas / power * ((error + d).pow(power) - d**power)
-    raise ValueError(f"unknown weight {weight!r}")
+    raise ValueError(f"Unknown weight {weight!r}.")
 
 
 def awm_loss(
@@ -55,17 +58,19 @@ def awm_loss(
     config: AWMConfig,
     old_log_likelihood: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped policy-gradient loss, one value a sample.
+    """Return the clipped policy-gradient loss, one value per sample.
 
     Args:
-        model_pred, target: (B, ...), the prediction and eps - x_0 for the same noise.
-        sigmas: (B,) in 0..1.
-        advantages: (B,), already clipped and scaled.
-        old_log_likelihood: (B,) l under the policy that made the images, for the same noise; None when that is the
-            current policy, and then no second forward is needed.
+        model_pred: predictions (B, ...).
+        target: eps - x_0 (B, ...) for the same noise.
+        sigmas: noise levels (B,) in 0..1.
+        advantages: advantages (B,), already clipped and scaled.
+        config: settings of the loss.
+        old_log_likelihood: l (B,) under the policy that generated the images, for the same noise; None if that is the
+            current policy, which needs no second forward.
 
     Returns:
-        (B,) loss max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio`, `clipped`, `error`, each (B,).
+        Loss (B,) max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio`, `clipped`, `error`, each (B,).
     """
     error = matching_error(model_pred, target)
     likelihood = log_likelihood(
@@ -80,7 +85,7 @@ def awm_loss(
 
 
 def loss(sample: ForwardSample, config: AWMConfig) -> tuple[Tensor, Metrics]:
-    """`awm_loss` of a forward sample; with the old policy's predictions where that is not the current one."""
+    """Return `awm_loss` of a forward sample, with the old policy's predictions if it has any."""
     old = None
     if sample.old_pred is not None:
         old = log_likelihood(

@@ -1,9 +1,9 @@
-"""DiffusionNFT: negative-aware fine-tuning on the forward process. (Zheng et al. 2025)
+"""DiffusionNFT: negative-aware fine-tuning on the forward process (Zheng et al. 2025).
 
-An image's advantage becomes its optimality r in 0..1. The policy is trained through two implicit ones, one on each side
-of the old policy: v+ = (1 - beta) v_old + beta v is drawn to the image with weight r, v- = (1 + beta) v_old - beta v
-with weight 1 - r. Convex in v for every r; at v = v_old its gradient is A t / mean|v - v*| times that of the matching
-error, so it is AWM's with another weight over time, and with a proximal term of its own.
+An image's advantage becomes its optimality r in 0..1. The policy is trained through two implicit policies, one on each
+side of the old policy: v+ = (1 - beta) v_old + beta v is fitted to the image with weight r, v- = (1 + beta) v_old -
+beta v with weight 1 - r. The loss is convex in v for every r. At v = v_old its gradient is A t / mean|v - v*| times
+that of the matching error, so it is AWM's with another weight over time and an additional proximal term.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ def nft_loss(
     *,
     mix: float,
 ) -> tuple[Tensor, Metrics]:
-    """Loss of each sample, before the factor that makes advantages of optimality.
+    """Return the loss of each sample before multiplication with the advantage clip.
 
     Args:
-        model_pred, old_pred, noisy_latents, latents: (B, ...).
-        sigmas: (B,) in 0..1.
-        optimality: (B,) r in 0..1.
+        model_pred: predictions of the policy (B, ...).
+        old_pred: predictions of the old policy (B, ...).
+        noisy_latents: noisy latents (B, ...).
+        latents: clean latents x_0 (B, ...).
+        sigmas: noise levels (B,) in 0..1.
+        optimality: r (B,) in 0..1.
         mix: beta.
 
     Returns:
-        (B,) [r |x+ - x_0|^2 / w+ + (1 - r) |x- - x_0|^2 / w-] / beta with w = mean |x - x_0|, held fixed, and the
-        metrics `positive` and `negative`, the two terms without their weights, each (B,).
+        Loss (B,) [r |x+ - x_0|^2 / w+ + (1 - r) |x- - x_0|^2 / w-] / beta with w = mean |x - x_0|, without gradient,
+            and the metrics `positive` and `negative`, the two terms without their weights, each (B,).
     """
     old = old_pred.detach().float()
     current = model_pred.float()
@@ -58,9 +61,13 @@ def nft_loss(
 
 
 def loss(sample: ForwardSample, config: DiffusionNFTConfig) -> tuple[Tensor, Metrics]:
-    """`nft_loss` times the advantage clip, as in the release; the old policy is required."""
+    """Return `nft_loss` times the advantage clip, as in the release.
+
+    Raises:
+        ValueError: the sample has no prediction of the old policy.
+    """
     if sample.old_pred is None:
-        raise ValueError("DiffusionNFT needs the prediction of the old policy")
+        raise ValueError("DiffusionNFT needs the prediction of the old policy.")
     clip = config.advantage_clip
     optimality = (sample.advantages / clip).clamp(-1, 1) / 2 + 0.5
     value, metrics = nft_loss(

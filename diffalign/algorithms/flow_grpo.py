@@ -1,14 +1,14 @@
-"""Flow-GRPO: policy gradient on the steps of a stochastic sampler. (Liu et al. 2025)
+"""Flow-GRPO: policy gradient on the steps of a stochastic sampler (Liu et al. 2025).
 
-An ODE has no likelihoods, so some steps of the rollout are made stochastic: x' ~ N(mu, std^2) with the marginals of the
-ODE kept. Two ways to do so:
+An ODE has no likelihoods, so some steps of the rollout are made stochastic: x' ~ N(mu, std^2) with the marginals of
+the ODE. There are two dynamics:
 
-- "sde" (Flow-GRPO, eq. 9): mu = x (1 - s^2 D / 2t) - v (1 + s^2 (1 - t) / 2t) D, std = s sqrt(D), with
-  s = a sqrt(t / (1 - t)), where t = 1 in the denominator is replaced by t';
+- "sde" (Flow-GRPO, eq. 9): mu = x (1 - s^2 D / 2t) - v (1 + s^2 (1 - t) / 2t) D, std = s sqrt(D), with s = a sqrt(t /
+  (1 - t)), where t = 1 in the denominator is replaced by t';
 - "cps", coefficients-preserving: mu = (1 - t') x0 + sqrt(t'^2 - n^2) eps, std = n = t' sin(a pi / 2), with x0 and eps
-  as the prediction implies them. The sigma after the step is t' exactly, whatever a.
+  as the prediction implies them. The sigma after the step is exactly t' for every a.
 
-t and t' = t - D are the sigmas before and after the step. All log-probabilities are means over dimensions.
+Here t and t' = t - D are the sigmas before and after the step. All log-probabilities are means over dimensions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ PATH = RectifiedFlow()
 
 @dataclass(frozen=True)
 class StochasticStep:
-    """`mean` (B, ...) and `std` (B,) of x' given x; `diffusion` (B,) is s of the SDE, std for "cps"."""
+    """Distribution of the latents x' after one step, given x.
+
+    Attributes:
+        mean: means (B, ...).
+        std: standard deviations (B,).
+        diffusion: s (B,) of the SDE; std for "cps".
+    """
 
     mean: Tensor
     std: Tensor
@@ -43,13 +49,18 @@ def stochastic_step(
     noise_level: float,
     dynamics: str = "sde",
 ) -> StochasticStep:
-    """Distribution of the latents after one step, in float32.
+    """Return the distribution of the latents after one step, in float32.
 
     Args:
-        model_pred, latents: (B, ...), velocity and x.
-        sigmas, next_sigmas: (B,) t and t' in 0..1, t' < t.
+        model_pred: velocities v (B, ...).
+        latents: latents x (B, ...).
+        sigmas: t (B,) in 0..1.
+        next_sigmas: t' (B,) in 0..1, below t.
         noise_level: a.
         dynamics: "sde" or "cps".
+
+    Raises:
+        ValueError: unknown dynamics.
     """
     x, v = latents.float(), model_pred.float()
     t, after = sigmas.float(), next_sigmas.float()
@@ -58,10 +69,12 @@ def stochastic_step(
         times = PATH.timesteps(t)
         x0 = PATH.predict_latents(v, x, times)
         noise = PATH.predict_noise(v, x, times)
-        kept = (after.square() - std.square()).clamp(min=0).sqrt()
-        return StochasticStep((1 - expand(after, x)) * x0 + expand(kept, x) * noise, std, std)
+        noise_share = (after.square() - std.square()).clamp(min=0).sqrt()
+        return StochasticStep(
+            (1 - expand(after, x)) * x0 + expand(noise_share, x) * noise, std, std
+        )
     if dynamics != "sde":
-        raise ValueError(f"unknown dynamics {dynamics!r}")
+        raise ValueError(f"Unknown dynamics {dynamics!r}.")
     delta = t - after
     s = noise_level * (t / (1 - torch.where(t < 1, t, after))).sqrt()
     drift = s.square() / (2 * t)
@@ -70,7 +83,10 @@ def stochastic_step(
 
 
 def log_prob(sample: Tensor, step: StochasticStep, *, dynamics: str = "sde") -> Tensor:
-    """(B,) log-probability of x', a mean over dimensions; without its constants for "cps", as in that release."""
+    """Return the log-probability (B,) of x', a mean over dimensions.
+
+    For "cps" constants are left out, as in that release.
+    """
     square = matching_error(step.mean, sample.detach())
     if dynamics == "cps":
         return -square
@@ -81,8 +97,11 @@ def log_prob(sample: Tensor, step: StochasticStep, *, dynamics: str = "sde") -> 
 def log_ratio(
     log_probs: Tensor, old_log_probs: Tensor, *, step: StochasticStep, old_mean: Tensor | None
 ) -> Tensor:
-    """(B,) logarithm of the ratio; with `old_mean` that of GRPO-Guard for the SDE, whose expectation under the old
-    policy is 0 whatever the distance, and which is not divided by the step's std."""
+    """Return the logarithm (B,) of the policy ratio.
+
+    With `old_mean` it is GRPO-Guard's for the SDE: its expectation under the old policy is 0 at any distance, and it
+    is not divided by the step's std.
+    """
     difference = log_probs - old_log_probs
     if old_mean is None:
         return difference
@@ -90,5 +109,8 @@ def log_ratio(
 
 
 def reference_distance(step: StochasticStep, reference: StochasticStep) -> Tensor:
-    """(B,) |mu - mu_ref|^2 / 2 s^2, mean over dimensions: KL of the steps times D, as in the release."""
+    """Return |mu - mu_ref|^2 / 2 s^2 (B,), a mean over dimensions.
+
+    It is the KL divergence of the steps times D, as in the release.
+    """
     return proximal_loss(step.mean, reference.mean) / (2 * step.diffusion.square())

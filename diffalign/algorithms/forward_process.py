@@ -1,7 +1,8 @@
-"""What losses on the forward process share: clean latents are noised, and policies predict for the same noise.
+"""Common parts of losses on the forward process.
 
-A module of such a loss has `loss(sample, config) -> (per-sample loss, metrics)`, the names of its `METRICS`, and
-`NEEDS_OLD`: whether it is about an old policy even when that has just made one update.
+Clean latents are noised, and policies predict for the same noise. A module of such a loss has `loss(sample, config) ->
+(per-sample loss, metrics)`, the names `METRICS` of its metrics, and `NEEDS_OLD`: whether it needs the old policy's
+prediction even when that is the current policy.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ForwardSample:
-    """B noisy latents and what is known of them.
+    """B noisy latents with their targets and predictions.
 
-    `latents`, `noisy_latents`, `target`, `model_pred` (B, C, H, W); `sigmas` (B,) in 0..1; `advantages` (B,), neither
-    clipped nor scaled; `old_pred` (B, C, H, W), prediction of the policy that made the images, None where that is the
-    current one.
+    Attributes:
+        latents: clean latents (B, C, H, W).
+        noisy_latents: noisy latents (B, C, H, W).
+        target: targets (B, C, H, W) of the predictions.
+        sigmas: noise levels (B,) in 0..1.
+        advantages: advantages (B,), neither clipped nor scaled.
+        model_pred: predictions of the policy (B, C, H, W).
+        old_pred: predictions (B, C, H, W) of the policy that generated the images; None if it is the current one.
     """
 
     latents: Tensor
@@ -32,18 +38,19 @@ class ForwardSample:
 
 
 def matching_error(model_pred: Tensor, target: Tensor) -> Tensor:
-    """e, (B,): mean squared error over all dimensions but the first, in float32."""
+    """Return e (B,), the mean squared error over all dimensions but the first, in float32."""
     return (model_pred.float() - target.float()).square().flatten(1).mean(1)
 
 
 def proximal_loss(model_pred: Tensor, other_pred: Tensor) -> Tensor:
-    """(B,) mean squared distance of two predictions for the same input; the other one is held fixed.
+    """Return the mean squared distance (B,) of two predictions for the same input.
 
-    Up to a weight, the KL divergence of the two policies' path measures.
+    No gradient passes through `other_pred`. Up to a weight, the distance is the KL divergence of the two policies'
+    path measures.
     """
     return matching_error(model_pred, other_pred.detach())
 
 
 def lag_decay(update: int, *, ramp: float, maximum: float) -> float:
-    """Decay of the lagged policy after update number `update` (from 1): min(maximum, ramp * update)."""
+    """Return the lagged policy's decay min(maximum, ramp * update); `update` counts from 1."""
     return min(maximum, ramp * update)

@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate, which AWM and Flow-GRPO share. (Schulman et al. 2017, eq. 7)"""
+"""PPO's clipped surrogate, which AWM and Flow-GRPO share (Schulman et al. 2017, eq. 7)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ METRICS = ("ratio", "clipped")
 def clipped_surrogate(
     log_ratios: Tensor, advantages: Tensor, *, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B,) loss max(-A rho, -A clip(rho, 1 - c, 1 + c)) and the metrics `ratio` and `clipped`, each (B,)."""
+    """Return the clipped loss (B,) and its metrics.
+
+    The loss is max(-A rho, -A clip(rho, 1 - c, 1 + c)). The metrics `ratio` and `clipped` are (B,).
+    """
     ratio = log_ratios.exp()
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = (-advantages * ratio).maximum(-advantages * bounded)

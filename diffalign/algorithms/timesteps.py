@@ -1,7 +1,7 @@
-"""Which timesteps a forward-process loss is trained on: strata of the rollout's own grid, drawn for every sample.
+"""Training timesteps of forward-process losses: strata of the rollout's own grid.
 
-The released AWM draws one set of strata for a whole micro-batch; drawing it for every sample costs nothing and has a
-lower variance.
+Timesteps are drawn for every sample. The released AWM draws one set of strata per micro-batch; drawing per sample
+costs nothing and has a lower variance.
 """
 
 from __future__ import annotations
@@ -23,30 +23,38 @@ def strata(
     stop: float = 1.0,
     independent: bool = False,
 ) -> list[range]:
-    """Cut the indices of a grid into contiguous strata of (nearly) equal size, one for each timestep of a sample.
+    """Cut the indices of a grid into contiguous strata of nearly equal size.
+
+    Each stratum gives one timestep of a sample.
 
     Args:
         num_grid: points of the rollout's grid; index 0 is pure noise.
-        start, stop: the share of the grid that is used, counted from the noise (0) to the clean end (1).
-        independent: do not cut it; every stratum is the whole of that share.
+        num_strata: number of strata.
+        start: start of the used share of the grid; 0 is the noise.
+        stop: end of the used share of the grid; 1 is the clean end.
+        independent: whether every stratum is the whole share, without cutting it.
+
+    Raises:
+        UsageError: the share is empty, or has fewer points than strata.
     """
     first, last = round(start * num_grid), round(stop * num_grid)
     if not 0 <= first < last <= num_grid:
         raise UsageError(
-            f"timestep range {start}..{stop} leaves nothing of a grid of {num_grid} points"
+            f"timestep_start={start}, timestep_stop={stop}: this range has no point of a grid of {num_grid}. "
+            "Widen it."
         )
     if independent and num_strata >= 1:
         return [range(first, last)] * num_strata
     if not 1 <= num_strata <= last - first:
         raise UsageError(
-            f"{num_strata} timesteps per image do not fit into {last - first} points of the rollout's grid; "
-            "use fewer, or more rollout steps"
+            f"{num_strata} timesteps per image do not fit into {last - first} points of the rollout's grid. "
+            "Use fewer timesteps or more rollout steps."
         )
     cuts = [first + round(i * (last - first) / num_strata) for i in range(num_strata + 1)]
     return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def draw(parts: Sequence[range], *, generator: torch.Generator | None = None) -> Tensor:
-    """(T,) grid indices for one sample, one from each stratum."""
+    """Draw one grid index from each stratum, (T,), for one sample."""
     uniform = torch.rand(len(parts), generator=generator, dtype=torch.float64)
     return torch.tensor([p.start + int(u * len(p)) for p, u in zip(parts, uniform, strict=True)])

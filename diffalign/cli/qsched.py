@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         plot_history(result, args.plot)
         print(f"plot: {args.plot}")
-    print(describe(result, folder, kept=keeps_earlier(result, model.pipeline)))
+    print(describe(result, folder, keeps_earlier=keeps_earlier(result, model.pipeline)))
     suggest("generate", "a photo of a red circle", "--model", folder)
     plain = result.to_dict()
     emit({k: v for k, v in plain.items() if k != "history"})

@@ -1,8 +1,8 @@
-"""Probability-flow ODEs from image to noise and back, on the grid of a scheduler; states in float32.
+"""Probability-flow ODEs from image to noise and back, on a scheduler's grid.
 
-One integrator serves both paths: `noise.Path.ode` gives coordinates in which the model's field is the slope. Against
-the grid of sampling it inverts: DDIM inversion is Euler on a variance-preserving path (Song et al. 2021), for flows
-midpoint is RF-Solver (Wang et al. 2024, the same to 3e-15), `fireflow` Deng et al. 2024.
+States are float32. One integrator serves both paths: `paths.Path.ode` gives coordinates in which the model's field is
+the slope. On the reversed sampling grid it inverts: DDIM inversion is Euler on a variance-preserving path (Song et al.
+2021); for flows midpoint is RF-Solver (Wang et al. 2024, the same to 3e-15), and `fireflow` is Deng et al. 2024.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from diffalign.core.errors import UserError
 from diffalign.diffusion.paths import Ode, Path, RectifiedFlow, VariancePreserving, expand
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents (B, ...), timesteps (B,)) to the model's prediction."""
+"""Function from noisy latents (B, ...) and timesteps (B,) to the model's prediction."""
 SOLVERS = ("euler", "midpoint", "fireflow", "fixed_point")
 FIXED_POINT_ITERATIONS = 4
 
 
 class InversionError(UserError, RuntimeError):
-    """An inversion that does not converge, or latents that are not finite."""
+    """Error for an inversion that does not converge, or for latents that are not finite."""
 
 
 @torch.no_grad()
@@ -34,25 +34,26 @@ def integrate(
     *,
     solver: str = "euler",
 ) -> list[Tensor]:
-    """States (B, ...) at each of the `timesteps` (N + 1,), the first of them `latents`.
+    """Return the states (B, ...) at each of the `timesteps` (N + 1,).
 
     Args:
         predict: the model, without gradient.
-        latents: (B, ...) at timesteps[0].
-        timesteps: on the scheduler's scale, rising to invert or falling to sample.
-        path: of the model.
+        latents: first state (B, ...), at timesteps[0].
+        timesteps: timesteps on the scheduler's scale, rising to invert or falling to sample.
+        path: probability path of the model.
         solver: "euler" (N evaluations), "midpoint" (2 N), "fireflow" (N + 1, flows only: a midpoint whose predictor is
-            the last step's field), "fixed_point" (what Euler in the other direction undoes exactly; 1 + 4 an interval).
-            An interval that ends in pure noise (zero terminal signal-to-noise ratio) is one of Euler's: in the ODE's
-            own time it has no end.
+            the last step's field), "fixed_point" (exactly undone by Euler in the other direction; 1 + 4 per interval).
+            An interval that ends in pure noise (zero terminal signal-to-noise ratio) is integrated by Euler, since it
+            is infinite in the ODE's own time.
 
     Raises:
-        InversionError: a fixed point is not approached, or a state is not finite.
+        ValueError: unknown solver, or a solver that does not fit the path.
+        InversionError: a fixed point does not converge, or a state is not finite.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(SOLVERS)}")
+        raise ValueError(f"Unknown solver {solver!r}. Choose from {', '.join(SOLVERS)}.")
     if solver == "fireflow" and not isinstance(path, RectifiedFlow):
-        raise ValueError("fireflow is for rectified flows")
+        raise ValueError("The solver fireflow needs a rectified flow.")
     field = _Field(predict, path)
     x = latents.float()
     states, last = [x], None
@@ -64,16 +65,20 @@ def integrate(
         elif solver == "euler":
             x = field.step(field(x, now), following)
         else:
-            here = field(x, now) if last is None or solver == "midpoint" else field.at(x, now, last)
-            x, last = _midpoint(field, here, now, following)
+            start = (
+                field(x, now) if last is None or solver == "midpoint" else field.at(x, now, last)
+            )
+            x, last = _midpoint(field, start, now, following)
         if not x.isfinite().all():
-            raise InversionError(f"the inversion is not finite at timestep {following:g}")
+            raise InversionError(
+                f"the inversion is not finite at timestep {following:g}. Use more steps or another solver."
+            )
         states.append(x)
     return states
 
 
 class _Field:
-    """The model's slope, and where it leads."""
+    """The model's slope at a state, and steps along it."""
 
     def __init__(self, predict: Predict, path: Path) -> None:
         self.predict, self.path = predict, path
@@ -83,17 +88,20 @@ class _Field:
         return self.path.ode(self.predict(x, times).float(), x, times)
 
     def at(self, x: Tensor, t: float, slope: Tensor) -> Ode:
-        """A known slope at another place."""
+        """Return a given slope at another state."""
         return Ode(x, self.time(x, t), slope)
 
     def meets_noise(self, *timesteps: float) -> bool:
-        """Tell whether nothing is left of the image at one of these times."""
+        """Return whether nothing is left of the image at one of the timesteps."""
         if not isinstance(self.path, VariancePreserving):
             return False
         return bool(self.path.is_noise(torch.tensor(timesteps)).any())
 
     def euler(self, x: Tensor, t: float, following: float) -> Tensor:
-        """Euler's step without the ODE's coordinates: the image and the noise that are predicted, mixed anew."""
+        """Take Euler's step without the ODE's coordinates.
+
+        The predicted image and noise are mixed for the next timestep.
+        """
         times, after = (torch.full((len(x),), v, device=x.device) for v in (t, following))
         model_pred = self.predict(x, times).float()
         clean = self.path.predict_latents(model_pred, x, times)
@@ -102,39 +110,41 @@ class _Field:
     def time(self, like: Tensor, t: float) -> Tensor:
         return self.path.ode_time(torch.full((len(like),), t, device=like.device))
 
-    def step(self, here: Ode, t: float) -> Tensor:
-        """Noisy latents at `t`, along the slope."""
-        length = self.time(here.state, t) - here.time
-        times = torch.full((len(here.state),), t, device=here.state.device)
-        return self.path.from_ode(here.state + expand(length, here.state) * here.field, times)
+    def step(self, start: Ode, t: float) -> Tensor:
+        """Return the noisy latents at `t`, along the slope."""
+        length = self.time(start.state, t) - start.time
+        times = torch.full((len(start.state),), t, device=start.state.device)
+        return self.path.from_ode(start.state + expand(length, start.state) * start.field, times)
 
 
-def _midpoint(field: _Field, here: Ode, now: float, following: float) -> tuple[Tensor, Tensor]:
-    """Second order with a stage in the middle of the timesteps, wherever that lies in the ODE's own time; also the
-    slope there."""
+def _midpoint(field: _Field, start: Ode, now: float, following: float) -> tuple[Tensor, Tensor]:
+    """Take a second-order step with a stage at the middle timestep.
+
+    Return the new state and the stage's slope. The stage may lie anywhere in the ODE's own time.
+    """
     middle = (now + following) / 2
-    there = field(field.step(here, middle), middle)
-    length = field.time(here.state, following) - here.time
-    share = (there.time - here.time) / length
-    weight = expand(1 / (2 * share), here.state)
-    slope = (1 - weight) * here.field + weight * there.field
-    return field.step(Ode(here.state, here.time, slope), following), there.field
+    stage = field(field.step(start, middle), middle)
+    length = field.time(start.state, following) - start.time
+    share = (stage.time - start.time) / length
+    weight = expand(1 / (2 * share), start.state)
+    slope = (1 - weight) * start.field + weight * stage.field
+    return field.step(Ode(start.state, start.time, slope), following), stage.field
 
 
 def _fixed_point(field: _Field, x: Tensor, now: float, following: float) -> Tensor:
-    """y = x + h f(y, t'), by iteration."""
-    here = field(x, now)
-    y = field.step(here, following)
+    """Solve y = x + h f(y, t') by iteration."""
+    start = field(x, now)
+    y = field.step(start, following)
     residuals = []
     for _ in range(FIXED_POINT_ITERATIONS):
         slope = field(y, following).field
-        new = field.step(Ode(here.state, here.time, slope), following)
+        new = field.step(Ode(start.state, start.time, slope), following)
         residuals.append(float((new - y).norm() / x.norm().clamp_min(1e-12)))
         y = new
     if residuals[-1] > max(residuals[0], 1e-6):
         raise InversionError(
             f"the fixed point at timestep {following:g} is not approached (residuals {residuals[0]:.2g} to "
-            f"{residuals[-1]:.2g}): use more steps or another solver"
+            f"{residuals[-1]:.2g}). Use more steps or another solver."
         )
     return y
 
@@ -142,8 +152,10 @@ def _fixed_point(field: _Field, x: Tensor, now: float, following: float) -> Tens
 def round_trip_error(
     predict: Predict, latents: Tensor, timesteps: Tensor, path: Path, *, solver: str, sampler: str
 ) -> Tensor:
-    """(B,) relative distance of latents from what inverting (`solver`, rising timesteps) and sampling (`sampler`) makes
-    of them."""
+    """Return the relative error (B,) of latents after inverting and sampling.
+
+    Inverting uses `solver` on the rising `timesteps`, sampling uses `sampler`.
+    """
     noise = integrate(predict, latents, timesteps, path, solver=solver)[-1]
     back = integrate(predict, noise, timesteps.flip(0), path, solver=sampler)[-1]
     x = latents.float().flatten(1)
@@ -151,9 +163,13 @@ def round_trip_error(
 
 
 def inversion_grid(timesteps: Sequence[float] | Tensor, *, clean: float = 0.0) -> Tensor:
-    """The rising grid of a scheduler's falling `timesteps` (N,), from the clean end: (N + 1,) float32."""
+    """Return the rising grid (N + 1,) float32 of a scheduler's falling `timesteps` (N,).
+
+    It starts at the clean end.
+    """
     falling = torch.as_tensor(timesteps, dtype=torch.float32).cpu()
     rising = falling.flip(0)
-    if rising[0] <= clean:  # the scheduler's own last timestep is the clean end
+    # The scheduler's own last timestep may be the clean end.
+    if rising[0] <= clean:
         return rising
     return torch.cat([torch.tensor([clean]), rising])

@@ -14,7 +14,7 @@ from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_pipeline
 from diffalign.core.seeds import STATES, stream
 from diffalign.data.pairs.states import RecordedStates, write_states
-from diffalign.diffusion.paths import chord_target, way_to_go
+from diffalign.diffusion.paths import chord_target, has_noise_after_step
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder, Recording
 
@@ -23,7 +23,7 @@ from diffalign.pipelines.recording import Recorder, Recording
 class StateKeeper:
     """Writer of `count` states of each image, at the same timesteps for a prompt's images.
 
-    Any timestep can be chosen that has noise even one step later (`way_to_go`).
+    Any timestep can be chosen that has noise even one step later (`has_noise_after_step`).
     """
 
     model: TextToImageModel
@@ -42,7 +42,7 @@ class StateKeeper:
         )
         self.timesteps = scheduler.timesteps.float().cpu()
         noise = self.model.noise.scales(self.timesteps)[1]
-        self.allowed = way_to_go(noise).nonzero().flatten()
+        self.allowed = has_noise_after_step(noise).nonzero().flatten()
         if not 1 <= self.count <= len(self.allowed):
             raise UsageError(
                 f"record_states: must lie in 1..{len(self.allowed)}, the steps after which there is noise left"

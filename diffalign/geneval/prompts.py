@@ -1,7 +1,8 @@
-"""GenEval's 553 prompts, drawn anew: 80 + 5 x 100 with one generator, in the order of the tasks, duplicates left out.
+"""GenEval's 553 prompts, generated with the published seed.
 
-Equal to the published `evaluation_metadata.jsonl` byte for byte (Ghosh et al. 2023, MIT), under any NumPy whose
-`Generator.choice` and `Generator.integers` draw as those of version 1.17 on do.
+One generator draws 80 + 5 x 100 prompts in the order of the tasks; duplicates are left out. They equal the published
+`evaluation_metadata.jsonl` byte for byte (Ghosh et al. 2023, MIT), with any NumPy whose `Generator.choice` and
+`Generator.integers` draw like version 1.17's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from diffalign.geneval.rules import (
 
 SEED = 43
 DRAWS = 100
-"""Of every task but the first, which has each class once."""
+"""Draws per task, except for the first task, which has each class once."""
 TRAINING_SEED, TRAINING_DRAWS = 44, 2000
 
 
@@ -37,7 +38,7 @@ def _prompts() -> tuple[str, ...]:
 
 
 def prompts() -> list[Metadata]:
-    """All prompts as metadata: `tag`, `include`, perhaps `exclude`, and `prompt`."""
+    """Return all prompts as metadata: `tag`, `include`, perhaps `exclude`, and `prompt`."""
     return [json.loads(line) for line in _prompts()]
 
 
@@ -50,12 +51,15 @@ def _training_prompts() -> tuple[str, ...]:
 
 
 def training_prompts() -> list[Metadata]:
-    """Others of the same kind, to train on: none of the published ones is among them, so no single objects."""
+    """Return training prompts of the same form.
+
+    None of the published prompts is among them, so there are no single objects.
+    """
     return [json.loads(line) for line in _training_prompts()]
 
 
 def jsonl() -> str:
-    """The published file."""
+    """Return the published file."""
     return "".join(line + "\n" for line in _prompts())
 
 
@@ -108,7 +112,7 @@ def _color_attr(rng: np.random.Generator) -> Metadata:
 
 
 def _coloured(index: int) -> str:
-    """Any class but the first: persons have no colour."""
+    """Return the name of a class other than the first: persons have no colour."""
     return CLASSES[index + 1]
 
 

@@ -1,8 +1,8 @@
-"""GenEval's rules as pure functions of detections: no model, no image, no file.
+"""GenEval's rules as pure functions of detections, without models, images or files.
 
-Whatever finds the objects (a detector on photographs, the exact verifier on Shapes), these rules decide whether an
-image shows what its prompt asks for. Ghosh et al., "GenEval" (NeurIPS 2023), section 3; the continuous score is the
-one that Flow-GRPO introduced as a training reward.
+Detections come from a detector on photographs or from the exact verifier on Shapes; the rules decide whether an image
+shows what its prompt says. See Ghosh et al., "GenEval" (NeurIPS 2023), section 3. The continuous score is the one that
+Flow-GRPO introduced as a training reward.
 """
 
 from __future__ import annotations
@@ -34,33 +34,37 @@ _NAMES = (
 CLASSES = tuple(_NAMES.split(", "))
 """COCO's 80 classes in COCO's order, by the names that GenEval's prompts use."""
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
-"""A detection counts from this score on; when a prompt asks for a number, from the second."""
+"""Least scores of a detection: for most tasks, and for counting."""
 MAX_OBJECTS = 16
-"""Of one class in one image, the best."""
+"""Largest number of detections of one class in one image; the best are used."""
 POSITION_MARGIN = 0.1
-"""Share of both objects' sizes that an offset must exceed before it counts."""
+"""Share of both objects' sizes that an offset must exceed to count."""
 
 
 def plural(name: str) -> str:
-    """As GenEval's prompts have it."""
+    """Return the plural that GenEval's prompts use."""
     return name + ("es" if name.endswith("s") else "s")
 
 
 def clause(name: str, count: int = 1, **more: Any) -> Metadata:
-    """An object of a prompt's metadata."""
+    """Return one object of a prompt's metadata."""
     return {"class": name, "count": count, **more}
 
 
 def entry(task: str, include: list[Metadata], prompt: str, **more: Any) -> Metadata:
-    """A prompt's metadata."""
+    """Return a prompt's metadata."""
     return {"tag": task, "include": include, **more, "prompt": f"a photo of {prompt}"}
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found in an image.
+    """One object in an image.
 
-    `box` is (x1, y1, x2, y2) in pixels, y downwards, x2 and y2 one past the last pixel; `score` is in 0..1.
+    Attributes:
+        name: class of the object.
+        box: (x1, y1, x2, y2) in pixels, y downwards; x2 and y2 are one past the last pixel.
+        score: confidence in 0..1.
+        color: colour of the object, if known.
     """
 
     name: str
@@ -71,8 +75,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`correct`: the official rules; `strict`: counts must be exact; `score`: partial credit, at most 1, can be
-    negative when far too many objects are shown."""
+    """Verdict on one image.
+
+    Attributes:
+        correct: result of the official rules.
+        strict: result with exact counts.
+        score: partial credit, at most 1, negative if far too many objects are shown.
+        reasons: violations of the official rules.
+    """
 
     correct: bool
     strict: bool
@@ -81,9 +91,9 @@ class Verdict:
 
 
 def relative_position(box: Sequence[float], target: Sequence[float]) -> frozenset[str]:
-    """Where `box` lies as seen from `target`: a subset of {"left of", "right of", "above", "below"}.
+    """Return the relations of `box` to `target`, a subset of `RELATIONS`.
 
-    A diagonal offset can yield two relations, boxes with (nearly) the same centre yield none.
+    A diagonal offset can give two relations; boxes with (nearly) the same centre have none.
     """
     offset = [(box[i] + box[i + 2] - target[i] - target[i + 2]) / 2 for i in (0, 1)]
     size = [box[i + 2] - box[i] + target[i + 2] - target[i] for i in (0, 1)]
@@ -95,33 +105,39 @@ def relative_position(box: Sequence[float], target: Sequence[float]) -> frozense
     if length == 0:
         return frozenset()
     dx, dy = (s / length for s in shrunk)
-    found = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return frozenset(name for name, holds in found.items() if holds)
+    relations = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return frozenset(name for name, holds in relations.items() if holds)
 
 
 def confident(detections: Sequence[Detection], metadata: Mapping[str, Any]) -> list[Detection]:
-    """Those that count for a prompt: above the threshold of its task, at most 16 of a class, best first."""
+    """Return the detections that count for a prompt, best first.
+
+    They are above the threshold of the prompt's task, at most 16 of a class.
+    """
     least = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
-    kept: list[Detection] = []
+    counted: list[Detection] = []
     number: dict[str, int] = {}
-    for found in sorted(detections, key=lambda d: -d.score):
-        if found.score > least and number.get(found.name, 0) < MAX_OBJECTS:
-            number[found.name] = number.get(found.name, 0) + 1
-            kept.append(found)
-    return kept
+    for detection in sorted(detections, key=lambda d: -d.score):
+        if detection.score > least and number.get(detection.name, 0) < MAX_OBJECTS:
+            number[detection.name] = number.get(detection.name, 0) + 1
+            counted.append(detection)
+    return counted
 
 
 def judge(
     detections: Sequence[Detection], metadata: Mapping[str, Any], *, compat: bool = False
 ) -> Verdict:
-    """Judge what was found in one image against one prompt's GenEval metadata (`include`, `exclude`).
+    """Judge the detections of one image by one prompt's GenEval metadata.
 
-    `compat`: the continuous score as Flow-GRPO and AWM released it, where a wrong position counts as a part that is
-    wrong and another that is right.
+    Args:
+        detections: detections of the image.
+        metadata: the prompt's `include` and `exclude`.
+        compat: whether to compute the continuous score as Flow-GRPO and AWM released it, where a wrong position counts
+            as one wrong and one right part.
     """
     by_class: dict[str, list[Detection]] = {}
-    for found in sorted(detections, key=lambda d: -d.score):
-        by_class.setdefault(found.name, []).append(found)
+    for detection in sorted(detections, key=lambda d: -d.score):
+        by_class.setdefault(detection.name, []).append(detection)
     correct, reasons = _official(by_class, metadata)
     strict, score = _continuous(by_class, metadata, compat=compat)
     return Verdict(correct=correct, strict=strict, score=score, reasons=tuple(reasons))
@@ -148,9 +164,9 @@ def _official(
             reasons.append(reason)
         groups.append(None if reason else best)
     for clause in metadata.get("exclude", ()):
-        found = len(by_class.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {found}")
+        number = len(by_class.get(clause["class"], []))
+        if number >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {number}")
     return not reasons, reasons
 
 
@@ -162,22 +178,22 @@ def _continuous(
     groups: list[list[Detection] | None] = []
     for clause in metadata.get("include", ()):
         count = clause["count"]
-        found = by_class.get(clause["class"], [])
-        parts.append(1 - abs(count - len(found)) / count)
-        matched = len(found) == count
+        objects = by_class.get(clause["class"], [])
+        parts.append(1 - abs(count - len(objects)) / count)
+        matched = len(objects) == count
         if "color" in clause:
-            right = sum(d.color == clause["color"] for d in found) if matched else 0
+            right = sum(d.color == clause["color"] for d in objects) if matched else 0
             parts.append(right / count)
             matched = matched and right == count
         if "position" in clause:
             relation, index = clause["position"]
             comparable = matched and groups[index] is not None
-            matched = matched and _all_in_relation(found, groups[index], relation)
+            matched = matched and _all_in_relation(objects, groups[index], relation)
             parts.append(float(matched))
             if compat and comparable and not matched:
                 parts.append(1.0)
         strict = strict and matched
-        groups.append(found if matched else None)
+        groups.append(objects if matched else None)
     return strict, sum(parts) / max(len(parts), 1)
 
 
@@ -190,9 +206,9 @@ def _all_in_relation(
 
 
 def summarize(tasks: Sequence[str], correct: Sequence[bool | float]) -> dict[str, float]:
-    """Accuracy of each task that occurs, and `overall`: the plain mean of the tasks, as GenEval reports it."""
+    """Return the accuracy of each task and `overall`, the mean of the tasks."""
     if len(tasks) != len(correct):
-        raise ValueError(f"{len(tasks)} tasks but {len(correct)} results")
+        raise ValueError(f"There are {len(tasks)} tasks but {len(correct)} results.")
     grouped: dict[str, list[float]] = {}
     for task, value in zip(tasks, correct, strict=True):
         grouped.setdefault(task, []).append(float(value))

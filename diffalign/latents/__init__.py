@@ -1,1 +1,1 @@
-"""Latent spaces: what maps pixels to them, and how a denoiser moves from one to another."""
+"""Latent spaces: autoencoders as codecs, and moving a denoiser from one space to another."""

@@ -1,7 +1,7 @@
-"""`LatentCodec`: all that lies between pixels and a denoiser's tokens, for any autoencoder of diffusers.
+"""Conversion between pixels and a denoiser's tokens, for any autoencoder of diffusers.
 
-A denoiser sees tokens: patches of scaled latents. How many pixels a token stands for, how many numbers it holds, where
-it lies and which autoencoder reads it back is one thing, and only here.
+Tokens are patches of scaled latents. The pixels per token, its number of channels, its position and the autoencoder
+that decodes it belong together; `LatentCodec` is the only place that knows them.
 """
 
 from __future__ import annotations
@@ -20,46 +20,52 @@ from diffalign.core.errors import UserError
 from diffalign.core.fingerprint import fingerprint
 
 AFFINES = ("scale", "shift", "statistics")
-"""Readings of an autoencoder's configuration by stock pipelines: `scaling_factor` alone (Stable Diffusion, SANA), that
-and `shift_factor` (SD3, FLUX), or with it `latents_mean` and `latents_std` per channel where both are set (SDXL)."""
+"""Ways in which stock pipelines scale latents, by an autoencoder's configuration.
+
+The way "scale" is `scaling_factor` alone (Stable Diffusion, SANA), "shift" also uses `shift_factor` (SD3, FLUX), and
+"statistics" also uses `latents_mean` and `latents_std` per channel if both are set (SDXL).
+"""
 
 
 def encoded(vae: Any, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, Tensor]:
-    """Latents as the autoencoder makes them, not scaled, and a penalty on them.
+    """Return unscaled latents of an autoencoder and a penalty on them.
 
     Args:
-        vae: with a posterior (AutoencoderKL) or without one (AutoencoderDC).
-        pixels: (B, 3, H, W) in -1..1.
-        sample: draw from the posterior instead of taking its mode.
+        vae: autoencoder with a posterior (AutoencoderKL) or without one (AutoencoderDC).
+        pixels: images (B, 3, H, W) in -1..1.
+        sample: whether to sample from the posterior instead of taking its mode.
 
     Returns:
-        (B, C, h, w), and the posterior's divergence from a standard normal, a mean over everything: 0 without one.
+        Latents (B, C, h, w), and the posterior's divergence from a standard normal, a mean over all numbers; 0 without
+            a posterior or without sampling.
     """
-    found = vae.encode(pixels)
-    if hasattr(found, "latent"):
-        return found.latent, pixels.new_zeros(())
-    posterior = found.latent_dist
+    output = vae.encode(pixels)
+    if hasattr(output, "latent"):
+        return output.latent, pixels.new_zeros(())
+    posterior = output.latent_dist
     latents = posterior.sample() if sample else posterior.mode()
     penalty = posterior.kl().mean() / latents[0].numel() if sample else pixels.new_zeros(())
     return latents, penalty
 
 
 def compression(vae: Any) -> int:
-    """Pixels of a side of the image for one of the latents."""
+    """Return the pixels per side of the image for one latent."""
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def filled_up(latents: Tensor, channels: int) -> Tensor:
-    """(B, C, h, w) with zeros for the channels that a prefix leaves out."""
+    """Append zeros for missing channels: latents become (B, `channels`, h, w)."""
     missing = channels - latents.shape[1]
     return torch.nn.functional.pad(latents, (0, 0, 0, 0, 0, missing)) if missing else latents
 
 
 def pack(latents: Tensor, patch_size: int) -> Tensor:
-    """(B, C, h, w) to tokens (B, h/p * w/p, C p p): each p x p patch becomes one token, its numbers in the order
-    (channel, row, column)."""
+    """Pack latents (B, C, h, w) into tokens (B, h/p * w/p, C p p).
+
+    Each p x p patch becomes one token, with its numbers in the order (channel, row, column).
+    """
     b, c, h, w = latents.shape
     p = patch_size
     patches = latents.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
@@ -67,7 +73,7 @@ def pack(latents: Tensor, patch_size: int) -> Tensor:
 
 
 def unpack(tokens: Tensor, patch_size: int, *, height: int, width: int) -> Tensor:
-    """The inverse of `pack`; `height` and `width` are those of the latents."""
+    """Undo `pack`: tokens (B, N, C p p) become latents (B, C, `height`, `width`)."""
     b, _, numbers = tokens.shape
     p = patch_size
     patches = tokens.reshape(b, height // p, width // p, numbers // (p * p), p, p)
@@ -75,19 +81,22 @@ def unpack(tokens: Tensor, patch_size: int, *, height: int, width: int) -> Tenso
 
 
 def position_ids(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 3) float32: FLUX's ids (0, row, column) of a grid of tokens, with steps of 1."""
-    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    ids = torch.stack([torch.zeros_like(places[0]), *places], dim=-1)
+    """Return FLUX's position ids of a grid of tokens, (rows * columns, 3) float32.
+
+    An id is (0, row, column), with steps of 1.
+    """
+    positions = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    ids = torch.stack([torch.zeros_like(positions[0]), *positions], dim=-1)
     return ids.reshape(-1, 3).float()
 
 
 class CodecError(UserError, ValueError):
-    """Latents of another autoencoder than a denoiser was trained with."""
+    """Error for latents of another autoencoder than the one of a denoiser's training."""
 
 
 @contextmanager
 def _in_float32(vae: Any, upcast: bool) -> Iterator[None]:
-    """The autoencoder's weights in float32 for a while, where that is wanted."""
+    """Keep the autoencoder's weights in float32 inside the context if `upcast` is set."""
     before = vae.dtype
     if not upcast or before == torch.float32:
         yield
@@ -101,13 +110,19 @@ def _in_float32(vae: Any, upcast: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LatentCodec:
-    """An autoencoder, and the side of the patches that make a token (1 where each place of the latents is one).
+    """Autoencoder with a patch size, as the converter between pixels and tokens.
 
     Args:
-        prefix: only so many of the first channels, of an autoencoder that was trained to be read so (DC-AE 1.5).
-        affine: one of AFFINES, by the stock pipeline's class.
-        upcast: heed the autoencoder's `force_upcast`, as SDXL's pipelines do: float16 decodes in float32, and every
-            narrower dtype encodes in it.
+        vae: autoencoder of diffusers.
+        patch_size: side of the patches that become tokens; 1 if each latent position is a token.
+        prefix: number of first channels to use, for an autoencoder that was trained for that (DC-AE 1.5).
+        affine: one of `AFFINES`, given by the stock pipeline's class.
+        upcast: whether to follow the autoencoder's `force_upcast`, as SDXL's pipelines do: float16 decodes in float32,
+            and every narrower dtype encodes in it.
+
+    Raises:
+        CodecError: `prefix` is not a number of the autoencoder's channels.
+        ValueError: unknown `affine`.
     """
 
     vae: Any
@@ -119,19 +134,20 @@ class LatentCodec:
     def __post_init__(self) -> None:
         if self.prefix is not None and not 0 < self.prefix <= self.vae.config.latent_channels:
             raise CodecError(
-                f"latents.channels: {self.prefix} of an autoencoder with {self.vae.config.latent_channels}"
+                f"latents.channels={self.prefix}: the autoencoder has {self.vae.config.latent_channels} channels. "
+                "Choose a number from 1 to that."
             )
         if self.affine not in AFFINES:
-            raise ValueError(f"unknown affine {self.affine!r}; choices are {', '.join(AFFINES)}")
+            raise ValueError(f"Unknown affine {self.affine!r}. Choose from {', '.join(AFFINES)}.")
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Number of channels of the latents."""
         return int(self.prefix or self.vae.config.latent_channels)
 
     @property
     def token_channels(self) -> int:
-        """Numbers in a token."""
+        """Numbers per token."""
         return self.channels * self.patch_size**2
 
     @property
@@ -140,7 +156,7 @@ class LatentCodec:
 
     @property
     def pixels_per_token(self) -> int:
-        """Of a side of the image; height and width must be multiples of it."""
+        """Pixels per side of the image for one token; height and width must be multiples."""
         return self.compression * self.patch_size
 
     @property
@@ -149,14 +165,14 @@ class LatentCodec:
 
     @property
     def shift(self) -> float:
-        """Zero where the stock pipeline reads none, whatever the configuration says."""
+        """Shift of the latents, zero if the stock pipeline does not use one."""
         if self.affine != "shift":
             return 0.0
         return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     @property
     def statistics(self) -> dict[str, list[float]]:
-        """`mean` and `std` of each channel, or nothing."""
+        """Statistics `mean` and `std` of each channel, or {} if they are not used."""
         if self.affine != "statistics":
             return {}
         raw = {n: getattr(self.vae.config, f"latents_{n}", None) for n in ("mean", "std")}
@@ -165,14 +181,14 @@ class LatentCodec:
         return {name: [float(v) for v in values] for name, values in raw.items()}
 
     def normalized(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of the autoencoder as the denoiser reads them."""
+        """Scale latents (B, C, h, w) of the autoencoder for the denoiser."""
         if self.statistics:
             mean, std = self._statistics(latents)
             return (latents - mean) * self.scale / std
         return (latents - self.shift) * self.scale
 
     def denormalized(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalized`, in the stock pipelines' order of operations."""
+        """Undo `normalized`, in the stock pipelines' order of operations."""
         if self.statistics:
             mean, std = self._statistics(latents)
             return latents * std / self.scale + mean
@@ -180,21 +196,24 @@ class LatentCodec:
         return latents + self.shift if self.affine == "shift" else latents
 
     def _statistics(self, like: Tensor) -> list[Tensor]:
-        """Mean and std, each (1, C, 1, 1) in the dtype of latents."""
+        """Return mean and std, each (1, C, 1, 1) in the dtype of latents."""
         values = self.statistics.values()
         return [torch.tensor(v).view(1, -1, 1, 1).to(like.device, like.dtype) for v in values]
 
     def tokens(self, height: int, width: int) -> int:
-        """Of an image of that size in pixels."""
+        """Return the number of tokens of an image of this size in pixels."""
         return (height // self.pixels_per_token) * (width // self.pixels_per_token)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of one image."""
+        """Return the shape (C, h, w) of one image's latents."""
         return self.channels, height // self.compression, width // self.compression
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 to latents (B, C, h, w): the mode of the posterior, normalised."""
+        """Encode images (B, 3, H, W) uint8 as normalised latents (B, C, h, w).
+
+        The posterior's mode is used.
+        """
         dtype = self.vae.dtype
         with _in_float32(self.vae, self.upcast and self.vae.config.force_upcast):
             pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
@@ -202,12 +221,15 @@ class LatentCodec:
         return self.normalized(latents.to(dtype) if latents.dtype == torch.float32 else latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) uint8, as the stock pipelines make them."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) uint8."""
         return self.decode_checked(latents)[0]
 
     @torch.no_grad()
     def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The images, and (B,) whether all of an image's numbers are finite: in 8 bits it can no longer be seen."""
+        """Decode latents; return also whether each image is finite, (B,) bool.
+
+        The 8-bit images do not show it.
+        """
         half = self.vae.dtype == torch.float16
         with _in_float32(self.vae, self.upcast and half and self.vae.config.force_upcast):
             latents = self.denormalized(latents.to(self.vae.dtype))
@@ -219,20 +241,20 @@ class LatentCodec:
         return (pixels * 255).round().to(torch.uint8), finite
 
     def pack(self, latents: Tensor) -> Tensor:
-        """As the function."""
+        """Pack latents (B, C, h, w) into tokens (B, N, D); see `pack`."""
         return pack(latents, self.patch_size)
 
     def unpack(self, tokens: Tensor, *, height: int, width: int) -> Tensor:
-        """As the function."""
+        """Unpack tokens (B, N, D) into latents (B, C, h, w); see `unpack`."""
         return unpack(tokens, self.patch_size, height=height, width=width)
 
     @cached_property
     def identity(self) -> str:
-        """16 hex digits: the same for the same weights, wherever and in whatever dtype they are loaded."""
+        """Fingerprint of the weights, 16 hex digits, independent of their location and dtype."""
         return fingerprint({"vae": self.vae}, rounded=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """What a manifest says of it."""
+        """Return the description of the codec for a manifest."""
         return {
             "autoencoder": type(self.vae).__name__,
             "identity": self.identity,
@@ -244,16 +266,16 @@ class LatentCodec:
             **self.statistics,
         }
 
-    def check(self, told: Mapping[str, Any], *, where: str) -> None:
-        """That a manifest tells of this codec.
+    def check(self, manifest: Mapping[str, Any], *, where: str) -> None:
+        """Check that `manifest` was written for this codec.
 
         Raises:
-            CodecError: of another one; the message says what differs.
+            CodecError: the manifest is of another codec; the message lists the first difference.
         """
-        here = self.to_dict()
-        for name in dict.fromkeys((*here, "mean", "std")):
-            if told.get(name) != here.get(name):
+        own = self.to_dict()
+        for name in dict.fromkeys((*own, "mean", "std")):
+            if manifest.get(name) != own.get(name):
                 raise CodecError(
-                    f"{where} was trained with another autoencoder: {name} was {told.get(name)}, and is "
-                    f"{here.get(name)} of the one that is there"
+                    f"{where} was trained with another autoencoder: {name} was {manifest.get(name)}, and is "
+                    f"{own.get(name)}. Use the autoencoder of the training."
                 )

@@ -1,6 +1,6 @@
-"""A denoiser for another latent space: its own blocks, a new first and a new last layer.
+"""Denoiser for another latent space: the base model's blocks with new first and last layers.
 
-Nothing of the blocks is copied: old and new denoiser share them, and adapters that are attached to one are seen by the
+The blocks are not copied. Old and new denoiser share them, and adapters that are attached to one are attached to the
 other.
 """
 
@@ -19,40 +19,48 @@ from diffalign.core.errors import UserError
 from diffalign.latents.alignment import LinearFit
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
-"""Attributes of a diffusers model that say whether and how it recomputes activations."""
+"""Attributes of a diffusers model for gradient checkpointing."""
 
 
 class MoveError(UserError, ValueError):
-    """A denoiser that cannot be moved, or first and last layers that do not fit."""
+    """Error for a denoiser that cannot be moved, or for ends that do not fit."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Names of a denoiser's patch embedder and of its last layer: a linear layer, or a convolution as wide as its
-    stride."""
+    """Names of a denoiser's patch embedder and of its last layer.
+
+    Each is a linear layer, or a convolution as wide as its stride.
+    """
 
     embedder: str
     head: str
 
 
 def layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
-    """The plain layer of that name, under whatever adapters it carries."""
-    found = denoiser.get_submodule(name)
-    plain: Any = getattr(found, "base_layer", found)
+    """Return the layer of a name without its adapters."""
+    module = denoiser.get_submodule(name)
+    plain: Any = getattr(module, "base_layer", module)
     return plain
 
 
-def matrix(found: nn.Linear | nn.Conv2d) -> Tensor:
-    """(D, C p p): what a patch in the order (channel, row, column) is multiplied by."""
-    return found.weight.flatten(1)
+def matrix(end: nn.Linear | nn.Conv2d) -> Tensor:
+    """Return the matrix (D, C p p) of an end, with columns as in `codec.pack`."""
+    return end.weight.flatten(1)
 
 
 def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
-    """A denoiser with these changes of its configuration, that shares all modules with the old one but its ends, whose
-    numbers are still to be set (`set_layer`).
+    """Return a denoiser with changed configuration that shares all modules but its ends.
+
+    The ends are zero until `set_layer`.
+
+    Args:
+        denoiser: the old denoiser.
+        ends: names of its first and last layer.
+        changes: settings of the new configuration.
 
     Raises:
-        MoveError: more than the ends would differ.
+        MoveError: more than the ends would change.
     """
     with torch.device("meta"):
         new = type(denoiser).from_config(denoiser.config, **changes)
@@ -72,12 +80,15 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
         and (name not in old or tensor.shape != old[name].shape)
     ]
     if different:
-        raise MoveError(f"{type(denoiser).__name__}: {different[0]} would have another shape")
+        raise MoveError(
+            f"{type(denoiser).__name__} cannot be moved: {different[0]} would have another shape. Only the first and "
+            "last layer may change."
+        )
     for end in (ends.embedder, ends.head):
-        found = new.get_submodule(end)
-        found.to_empty(device=denoiser.device).to(denoiser.dtype).requires_grad_(False)
-        nn.init.zeros_(found.weight)
-        nn.init.zeros_(found.bias)
+        module = new.get_submodule(end)
+        module.to_empty(device=denoiser.device).to(denoiser.dtype).requires_grad_(False)
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
     for setting in CHECKPOINTING:
         if hasattr(denoiser, setting):
             setattr(new, setting, getattr(denoiser, setting))
@@ -85,7 +96,7 @@ def moved(denoiser: Any, ends: Ends, **changes: Any) -> Any:
 
 
 def _take_over(new: nn.Module, old: nn.Module, name: str, ends: Ends) -> None:
-    """What is beside an end in the module that holds it, such as SD3's table of positions."""
+    """Share the parameters beside an end in its module, such as SD3's position table."""
     beside = old.get_submodule(name)
     for part, tensor in [*beside.named_parameters(), *beside.named_buffers()]:
         full = f"{name}.{part}"
@@ -99,23 +110,23 @@ def _take_over(new: nn.Module, old: nn.Module, name: str, ends: Ends) -> None:
 
 
 @torch.no_grad()
-def set_layer(found: nn.Linear | nn.Conv2d, fit: LinearFit) -> None:
-    """Weight (D, d) and bias (D,) of a fit into a layer.
+def set_layer(end: nn.Linear | nn.Conv2d, fit: LinearFit) -> None:
+    """Copy weight (D, d) and bias (D,) of a fit into a layer.
 
     Raises:
-        MoveError: it is of another size.
+        MoveError: the layer has another size.
     """
-    if fit.weight.shape != matrix(found).shape:
+    if fit.weight.shape != matrix(end).shape:
         raise MoveError(
-            f"a fit of {tuple(fit.weight.shape)} is not for {tuple(matrix(found).shape)}"
+            f"a fit of {tuple(fit.weight.shape)} is not for {tuple(matrix(end).shape)}. Align the layers again."
         )
-    found.weight.copy_(fit.weight.view_as(found.weight))
-    if found.bias is not None:
-        found.bias.copy_(fit.bias)
+    end.weight.copy_(fit.weight.view_as(end.weight))
+    if end.bias is not None:
+        end.bias.copy_(fit.bias)
 
 
 def save_ends(denoiser: nn.Module, ends: Ends, file: Path) -> None:
-    """Both layers as they are, for `load_ends`."""
+    """Save both layers for `load_ends`."""
     tensors = {
         f"{end}.{part}": getattr(layer(denoiser, end), part).detach().contiguous().cpu()
         for end in (ends.embedder, ends.head)
@@ -126,19 +137,21 @@ def save_ends(denoiser: nn.Module, ends: Ends, file: Path) -> None:
 
 @torch.no_grad()
 def load_ends(denoiser: nn.Module, ends: Ends, file: Path) -> None:
-    """Take both layers from a file.
+    """Load both layers from a file.
 
     Raises:
-        MoveError: it is damaged, or of another model.
+        MoveError: the file is damaged or of another model.
     """
     try:
         with safe_open(file, "pt") as stored:
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise MoveError(f"{file} is damaged ({error}); delete it to align again") from error
+        raise MoveError(f"{file} is damaged ({error}). Delete it to align again.") from error
     for end in (ends.embedder, ends.head):
         for part in ("weight", "bias"):
-            here, there = getattr(layer(denoiser, end), part), tensors.get(f"{end}.{part}")
-            if there is None or there.shape != here.shape:
-                raise MoveError(f"{file} is of another model: {end}.{part} does not fit")
-            here.copy_(there)
+            own, saved = getattr(layer(denoiser, end), part), tensors.get(f"{end}.{part}")
+            if saved is None or saved.shape != own.shape:
+                raise MoveError(
+                    f"{file} is of another model: {end}.{part} does not fit. Delete it to align again."
+                )
+            own.copy_(saved)

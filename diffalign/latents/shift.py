@@ -1,6 +1,6 @@
-"""One rule for the noise levels of a moved model, kept in its scheduler's configuration.
+"""Shift of a moved model's noise levels, stored in its scheduler's configuration.
 
-Training, evaluation and pipeline all read it from there, so that they cannot differ.
+Training, evaluation and the pipeline all read it there, so that they cannot differ.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ STATIC = ("flow_shift", "shift")
 
 
 def moved_scheduler(scheduler: Any, *, ratio: int, signal: float = 1.0) -> Any:
-    """A stock scheduler for the same images in a new space: an image is drawn at the base's noise levels for one of
-    its size in pixels, shifted once more by `signal`.
+    """Return a stock scheduler for the same images in a new latent space.
+
+    An image is sampled at the base model's noise levels for its size in pixels, with an additional shift by `signal`.
 
     Args:
-        ratio: old tokens along a side that a new one replaces.
-        signal: r of s' = r s / (1 + (r - 1) s) on top; 1 changes nothing.
+        scheduler: scheduler of the base model.
+        ratio: old tokens per side that one new token replaces.
+        signal: r of the additional shift s' = r s / (1 + (r - 1) s); 1 changes nothing.
 
     Raises:
-        UsageError: it has no shift to set.
+        UsageError: the scheduler has no shift to set.
     """
     config = scheduler.config
     changes: dict[str, Any] = {}
@@ -38,13 +40,13 @@ def moved_scheduler(scheduler: Any, *, ratio: int, signal: float = 1.0) -> Any:
         key = next((k for k in STATIC if config.get(k) is not None), None)
         if key is None:
             raise UsageError(
-                f"latents.shift: {type(scheduler).__name__} has no shift; use latents.shift=pixels"
+                f"latents.shift: {type(scheduler).__name__} has no shift. Use latents.shift=pixels."
             )
         changes[key] = config[key] * signal
-    # as keywords: what a configuration took from defaults would go back to them
+    # The changes are passed as keywords, since settings that a configuration took from defaults would be reset.
     return type(scheduler).from_config(config, **changes)
 
 
 def _whole(number: float) -> float:
-    """As an integer where it is one."""
+    """Return a whole number as an integer."""
     return int(number) if number == int(number) else number

@@ -1,4 +1,4 @@
-"""Smaller models: packed weights and torchao behind one list of backends, and what they really weigh.
+"""Quantisation of models: packed weights and torchao behind one list of backends.
 
-`apply` is the door; `backends` says what there is.
+The entry points are in `apply`; `backends` lists the backends, and `accounting` measures the resulting sizes.
 """

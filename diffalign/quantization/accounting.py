@@ -1,7 +1,8 @@
-"""What a model weighs: bytes of its tensors, inner tensors of torchao's, bitsandbytes' and quanto's weights included.
+"""Size of a model: bytes of its tensors, inner tensors of quantised weights included.
 
-`get_memory_footprint` of diffusers counts a torchao weight as if it were still in 16 bits. Works on the meta device, so
-that a model's size is known before its weights are there.
+The weights of torchao, bitsandbytes and quanto are supported; `get_memory_footprint` of diffusers counts a torchao
+weight as if it still had 16 bits. The functions work on the meta device, so a model's size can be computed before its
+weights are loaded.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ BF16 = 2
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's data; of a tensor subclass those of the tensors inside it."""
+    """Return the bytes of a tensor's data. Count the inner tensors of a tensor subclass."""
     return sum(t.numel() * t.element_size() for t in _inner(tensor))
 
 
 @dataclass
 class Tally:
-    """Of some layers."""
+    """Weight counts and bytes, summed over a set of layers."""
 
     weights: int = 0
-    """Numbers that the tensors stand for, biases and buffers included."""
+    """Numbers that the tensors represent, biases and buffers included."""
     quantised: int = 0
-    """Those of them that are held in fewer than 16 bits."""
+    """Weights that are stored in fewer than 16 bits."""
     bytes: int = 0
 
     def add(self, weights: int, size: int, quantised: bool) -> None:
@@ -42,10 +43,10 @@ class Tally:
 
 @dataclass
 class ModuleReport:
-    """What a module weighs; tensors that several layers share are counted once."""
+    """Size of a module. Tensors that several layers share are counted once."""
 
     kinds: dict[str, Tally] = field(default_factory=dict)
-    """By "linear", "conv" and "other"."""
+    """Tallies by kind of layer: "linear", "conv" and "other"."""
 
     @property
     def bytes(self) -> int:
@@ -57,12 +58,12 @@ class ModuleReport:
 
     @property
     def bf16_bytes(self) -> int:
-        """Of the same module with every number in bfloat16."""
+        """Return the bytes of the same module with every number in bfloat16."""
         return BF16 * self.weights
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than in bfloat16."""
+        """Return how many times smaller than in bfloat16 the module is."""
         return self.bf16_bytes / self.bytes
 
     @property
@@ -88,24 +89,24 @@ class ModuleReport:
 
 
 def report(module: nn.Module) -> ModuleReport:
-    """Weigh a module, quantised or not, on any device."""
-    found = ModuleReport({"linear": Tally(), "conv": Tally(), "other": Tally()})
-    seen: set[Any] = set()
+    """Measure a module, quantised or not, on any device."""
+    sizes = ModuleReport({"linear": Tally(), "conv": Tally(), "other": Tally()})
+    counted: set[Any] = set()
     for layer in module.modules():
-        tally = found.kinds[_kind(layer)]
+        tally = sizes.kinds[_kind(layer)]
         for name, tensor in _tensors(layer):
-            inner = [t for t in _inner(tensor) if not _known(t, seen)]
+            inner = [t for t in _inner(tensor) if not _is_counted(t, counted)]
             if not inner:
                 continue
             size = sum(t.numel() * t.element_size() for t in inner)
             weights = _numbers(layer, name, tensor)
             tally.add(weights, size, quantised=size < BF16 * weights)
         tally.bytes += getattr(layer, "cached_bytes", 0)
-    return found
+    return sizes
 
 
 def folder_bytes(folder: Path | str) -> int:
-    """Of all safetensors files under a folder."""
+    """Return the bytes of all safetensors files in a folder and its subfolders."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
 
 
@@ -121,7 +122,7 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
-    """How many of a model's numbers a tensor stands for: none where it is part of a weight's form, such as a scale."""
+    """Return how many of a model's numbers a tensor represents; 0 for scales and branches."""
     if isinstance(layer, PackedLayer) and name != "bias":
         return layer.shape.numel() if name == "weight" else 0
     if isinstance(layer, BranchLinear) and name.startswith("svd_"):
@@ -131,7 +132,7 @@ def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
 
 
 def _inner(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor consists of."""
+    """Yield the plain tensors that a tensor consists of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _inner(getattr(tensor, name))
@@ -143,9 +144,9 @@ def _inner(tensor: Any) -> Iterator[Tensor]:
         yield state.code
 
 
-def _known(tensor: Tensor, seen: set[Any]) -> bool:
-    """Whether the same place in memory was counted before."""
-    place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
-    known = place in seen
-    seen.add(place)
-    return known
+def _is_counted(tensor: Tensor, counted: set[Any]) -> bool:
+    """Return whether the same memory was counted before, and mark it as counted."""
+    location = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+    is_counted = location in counted
+    counted.add(location)
+    return is_counted

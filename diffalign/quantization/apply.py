@@ -1,4 +1,7 @@
-"""Quantising a loaded model or pipeline in place, so that what is saved of it reloads, or a denoiser while it loads."""
+"""Quantise a loaded model or pipeline in place, or a denoiser while it loads.
+
+A saved model reloads in its quantised form.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from diffalign.quantization.backends import BACKENDS, Backend, resolve
 from diffalign.quantization.branches import BranchConfig
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.observer import ActivationScales
-from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, pack_model, packable, refuse_twice
+from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_unquantized, pack_model, packable
 from diffalign.quantization.quantizer import PackedConfig, PackedTextConfig
 
 
@@ -28,21 +31,25 @@ def quantize_pipeline(
     """Quantise components of a loaded pipeline in place.
 
     Args:
-        components: names such as "text_encoder_2"; none: the denoiser.
-        options: of `quantize_model`.
+        pipeline: a diffusers pipeline.
+        backend: name of a backend, or "auto".
+        components: names such as "text_encoder_2"; the denoiser if empty.
+        options: options of `quantize_model`.
 
     Returns:
-        The backend of each.
+        The backend of each component, by name.
 
     Raises:
-        UsageError: as in `quantize_model`, or a component that the pipeline does not have.
+        UsageError: as in `quantize_model`, or the pipeline does not have a component.
     """
     parts = {n: p for n, p in pipeline.components.items() if isinstance(p, nn.Module)}
-    chosen = list(components) or [n for n in ("unet", "transformer") if n in parts]
-    for name in chosen:
+    names = list(components) or [n for n in ("unet", "transformer") if n in parts]
+    for name in names:
         if name not in parts:
-            raise UsageError(f"no component {name!r} to quantise; there are {', '.join(parts)}")
-    return {name: quantize_model(parts[name], backend, **options) for name in chosen}
+            raise UsageError(
+                f"components={name}: the pipeline has no such component. Choose from {', '.join(parts)}."
+            )
+    return {name: quantize_model(parts[name], backend, **options) for name in names}
 
 
 def quantize_model(
@@ -57,32 +64,38 @@ def quantize_model(
     skip: Sequence[str] = SKIP,
     min_weights: int = MIN_WEIGHTS,
 ) -> str:
-    """Quantise a denoiser or a text encoder where it is; its `save_pretrained` writes what `from_pretrained` reloads.
+    """Quantise a loaded denoiser or text encoder in place.
+
+    After that, `from_pretrained` reloads what the model's `save_pretrained` writes.
 
     Args:
-        model: of diffusers or transformers, without adapters.
-        training: adapters will be trained over it.
-        group_size: of packed weights, as in `layers.PackSpec`.
-        svd_rank: of packed weights, likewise; and of a denoiser's linear layers beside torchao's 8-bit weights.
-        input_scales: from `lowrank.collect_input_scales`, to fit the branch of `svd_rank` to.
-        activations: from `observer.InputObserver`, which "int8-static" needs.
-        skip: as in `packed.packable`.
-        min_weights: likewise.
+        model: model of diffusers or transformers, without adapters.
+        backend: name of a backend, or "auto".
+        training: whether adapters will be trained over the model.
+        group_size: group size of packed weights, as in `layers.PackSpec`.
+        svd_rank: rank of the low-rank branch of packed weights, and of a denoiser's linear layers beside torchao's
+            8-bit weights.
+        input_scales: result of `lowrank.collect_input_scales`, to which the branch is fitted.
+        activations: result of `observer.InputObserver`, which "int8-static" needs.
+        skip: layers that are not quantised, as in `packed.packable`.
+        min_weights: size below which layers are not quantised, as in `packed.packable`.
 
     Returns:
-        The backend's name, which "auto" leaves open.
+        The name of the backend, which "auto" leaves open.
 
     Raises:
-        UsageError: as in `backends.resolve` and `packed.pack_model`; options that the backend does not have; a backend
-            that quantises only while it loads.
+        UsageError: as in `backends.resolve` and `packed.pack_model`; the backend does not have one of the options, or
+            quantises only while it loads.
     """
     name = resolve(backend, device=model.device, model=model, training=training)
-    chosen = BACKENDS[name]
+    method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, activations)
-    refuse_twice(model)
+    check_unquantized(model)
     if input_scales is not None and not svd_rank:
-        raise UsageError("input scales are for a low-rank branch: set svd_rank, too")
-    if chosen.is_packed:
+        raise UsageError(
+            "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
+        )
+    if method.is_packed:
         config = _packed_config(model, spec, skip, min_weights)
         if activations is not None:
             config.activation_timesteps = list(activations.timesteps)
@@ -95,13 +108,14 @@ def quantize_model(
             activations=activations,
         )
     else:
-        branch = chosen.takes_branch and isinstance(model, diffusers.ModelMixin)
-        _refuse_options(name, spec, branch=branch)
-        if not chosen.settings:
+        branch = method.takes_branch and isinstance(model, diffusers.ModelMixin)
+        _check_options(name, spec, branch=branch)
+        if not method.settings:
             raise UsageError(
-                f"{name} quantises while it loads: give from_pretrained quantization_config({name!r})"
+                f"backend={name}: a loaded model cannot be quantised by this backend. Pass "
+                f"quantization_config({name!r}) to from_pretrained."
             )
-        config = _torchao_in_place(model, chosen, spec, skip, min_weights, input_scales)
+        config = _torchao_in_place(model, method, spec, skip, min_weights, input_scales)
     _attach(model, config)
     return name
 
@@ -116,32 +130,35 @@ def quantization_config(
     svd_rank: int = 0,
     skip: Sequence[str] = SKIP,
 ) -> Any:
-    """What diffusers takes as `quantization_config` to quantise a denoiser while it loads, layer by layer.
+    """Return the configuration with which diffusers quantises a denoiser while it loads.
+
+    The result is the argument `quantization_config` of `from_pretrained`.
 
     Args:
-        device: where the model will run.
-        model: its class, for "auto".
-        training: adapters will be trained over it.
-        group_size: of packed weights, as in `layers.PackSpec`.
-        svd_rank: of packed weights, likewise; the branch is fitted to the weights alone.
-        skip: as in `packed.packable`.
+        backend: name of a backend, or "auto".
+        device: device on which the model will run.
+        model: class of the model, for "auto".
+        training: whether adapters will be trained over the model.
+        group_size: group size of packed weights, as in `layers.PackSpec`.
+        svd_rank: rank of the low-rank branch of packed weights, which is fitted to the weights only.
+        skip: layers that are not quantised, as in `packed.packable`.
 
     Raises:
-        UsageError: as in `backends.resolve`, or options that the backend does not have.
+        UsageError: as in `backends.resolve`, or the backend does not have one of the options.
     """
     name = resolve(backend, device=device, model=model, training=training)
-    chosen = BACKENDS[name]
+    method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, None)
-    if chosen.is_packed:
+    if method.is_packed:
         return PackedConfig(spec.bits, group_size, skip, svd_rank=svd_rank)
-    _refuse_options(name, spec)
-    if chosen.settings:
+    _check_options(name, spec)
+    if method.settings:
         from torchao.quantization import FqnToConfig
 
-        # by full name: `modules_to_not_convert` would take "proj_out" for that of each of FLUX's blocks, too
-        kept = {f"re:{p.replace('.', '[.]').replace('*', '.*')}([.].*)?": None for p in skip}
-        return diffusers.TorchAoConfig(FqnToConfig({**kept, "_default": _torchao(chosen)}))
-    if chosen.bits == 8:
+        # Full names are needed: "proj_out" in `modules_to_not_convert` would also match that of each FLUX block.
+        skipped = {f"re:{p.replace('.', '[.]').replace('*', '.*')}([.].*)?": None for p in skip}
+        return diffusers.TorchAoConfig(FqnToConfig({**skipped, "_default": _torchao(method)}))
+    if method.bits == 8:
         return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
     return diffusers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -157,9 +174,11 @@ def _spec(
     backend = BACKENDS[name]
     if backend.activations != (activations is not None):
         raise UsageError(
-            f"{name} needs scales of activations: calibrate a loaded model (`diffalign quantize --prompts`)"
+            f"backend={name}: this backend needs calibrated scales of activations. Calibrate a loaded model "
+            "(`diffalign quantize` with prompts)."
             if backend.activations
-            else f"{name} leaves activations in 16 bits and takes no scales of them; int8-static does"
+            else f"backend={name}: this backend leaves activations in 16 bits and takes no scales for them. Use "
+            "int8-static."
         )
     if activations is not None:
         return PackSpec(backend.bits, None, svd_rank, len(activations.timesteps))
@@ -169,10 +188,11 @@ def _spec(
 def _packed_config(
     model: Any, spec: PackSpec, skip: Sequence[str], min_weights: int
 ) -> PackedConfig:
-    of_diffusers = isinstance(model, diffusers.ModelMixin)
-    kind = PackedConfig if of_diffusers else PackedTextConfig
+    is_denoiser = isinstance(model, diffusers.ModelMixin)
+    kind = PackedConfig if is_denoiser else PackedTextConfig
     config = kind(spec.bits, spec.group_size, skip, min_weights, spec.svd_rank)
-    if of_diffusers or model.dtype == torch.float16:  # T5's overflow, but in float16 only
+    # The float32 layers of a T5 overflow in float16 only.
+    if is_denoiser or model.dtype == torch.float16:
         config.keep(model._keep_in_fp32_modules or ())
     return config
 
@@ -208,7 +228,7 @@ def _torchao(backend: Backend) -> Any:
 
 
 def _attach(model: Any, config: Any) -> None:
-    """What from_pretrained leaves on a quantised model and save_pretrained looks for."""
+    """Set the attributes that from_pretrained sets on a quantised model and save_pretrained reads."""
     if isinstance(model, diffusers.ModelMixin):
         quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=True)
         quantizer.validate_environment(device_map=None)
@@ -220,11 +240,11 @@ def _attach(model: Any, config: Any) -> None:
     model.quantization_method = config.quant_method
 
 
-def _refuse_options(name: str, spec: PackSpec, *, branch: bool = False) -> None:
-    """`branch`: whether it can have one."""
+def _check_options(name: str, spec: PackSpec, *, branch: bool = False) -> None:
+    """Raise UsageError for options that a backend does not have; `branch`: it has `svd_rank`."""
     if spec != PackSpec(spec.bits, svd_rank=spec.svd_rank if branch else 0):
         able = ", ".join(n for n, b in BACKENDS.items() if b.takes_branch)
         raise UsageError(
-            f"{name} has {'no group_size' if branch else 'neither group_size nor svd_rank'}; int4 and int8 have, and a "
-            f"denoiser loaded whole takes svd_rank with {able}"
+            f"backend={name}: this backend has {'no group_size' if branch else 'neither group_size nor svd_rank'}. "
+            f"int4 and int8 have both; svd_rank for a loaded denoiser also works with {able}."
         )

@@ -1,15 +1,18 @@
-"""Ways to make a model smaller, by name. Strings until one is used: listing loads neither torch nor diffusers.
+"""Quantisation backends by name.
 
-`auto` takes `torchao-fp8` for a transformer on CUDA from compute capability 8.9, whose matrix units multiply float8,
-and `torchao-int8` from 8.0, which multiply int8: both want `torch.compile`. Everything else gets `int8`:
+Libraries are named by strings until a backend is used, so listing backends loads neither torch nor diffusers.
 
-- training, as no gradient passes through what rounds activations;
-- U-Nets, because torchao leaves convolutions alone, two thirds of the weights of Stable Diffusion 1.5;
-- CPUs, because uncompiled it is faster than `torchao-int8` there and errs half as much;
-- text encoders, which run once an image and gain nothing by speed.
+The backend `auto` is `torchao-fp8` for a transformer on CUDA from compute capability 8.9, which multiplies float8, and
+`torchao-int8` from 8.0, which multiplies int8; both need `torch.compile` to be fast. Everything else gets `int8`:
 
-The `int8` and `int4` of this project run wherever torch does. They multiply unpacked weights: memory, not speed.
-`int8-static` multiplies integers: speed on CPUs, for a model that has been calibrated on its few steps.
+- training, since no gradient passes through rounded activations;
+- U-Nets, since torchao skips convolutions, two thirds of the weights of Stable Diffusion 1.5;
+- CPUs, where uncompiled `int8` is faster than `torchao-int8` and has half its error;
+- text encoders, which run once per image and gain nothing from speed.
+
+The backends `int8` and `int4` of this project run wherever torch does. They multiply unpacked weights, so they save
+memory, not time. The backend `int8-static` multiplies integers: it is fast on CPUs, for a model that is calibrated on
+its few steps.
 """
 
 from __future__ import annotations
@@ -29,23 +32,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to quantise, and what it needs."""
+    """Quantisation method and its requirements."""
 
     description: str
     bits: int
     library: str = ""
-    """That has to be installed; empty: none."""
+    """Library that must be installed; empty if none."""
     least: str = ""
-    """Its oldest version that works."""
+    """Oldest version of the library that works."""
     capability: tuple[int, int] | None = None
-    """The oldest CUDA device that works; None: any device, CPUs too."""
+    """Least compute capability of a CUDA device; None for any device, CPUs included."""
     settings: str = ""
-    """Of torchao: the name of its configuration."""
+    """Name of torchao's configuration class."""
     activations: bool = False
-    """Inputs of linear layers are rounded, too, by scales that are calibrated before."""
+    """True if inputs of linear layers are rounded, too, with scales calibrated in advance."""
     trains: bool = True
-    """Gradients reach a layer's input, as those of adapters before it must. torchao 0.18 drops them where it rounds
-    activations, without a word."""
+    """True if gradients reach a layer's input, as adapters in earlier layers need.
+
+    Without a warning, torchao 0.18 drops these gradients where it rounds activations.
+    """
 
     @property
     def is_packed(self) -> bool:
@@ -53,7 +58,10 @@ class Backend:
 
     @property
     def takes_branch(self) -> bool:
-        """A low-rank branch beside the weights: where those alone are rounded, in place."""
+        """Return whether a loaded model's weights can have a low-rank branch.
+
+        That needs a backend that rounds weights only, in place.
+        """
         return self.is_packed or (bool(self.settings) and self.trains)
 
 
@@ -76,7 +84,7 @@ BACKENDS = {
     ),
     "torchao-int8wo": Backend("8-bit weights", 8, *_AO, settings="Int8WeightOnlyConfig"),
     "torchao-fp8": Backend(
-        "float8 weights and activations, a scale a row",
+        "float8 weights and activations, one scale per row",
         8,
         *_AO,
         capability=(8, 9),
@@ -90,11 +98,12 @@ BACKENDS = {
 
 
 def check_name(backend: str) -> None:
-    """Raise UsageError with the nearest name where no backend has this one."""
+    """Raise UsageError with the nearest name if there is no backend of this name."""
     if backend != "auto" and backend not in BACKENDS:
         close = closest(backend, BACKENDS)
-        hint = f"did you mean {close}?" if close else f"known are auto, {', '.join(BACKENDS)}"
-        raise UsageError(f"no quantisation backend {backend!r}; {hint}")
+        choices = f"Choose from auto, {', '.join(BACKENDS)}."
+        hint = f"Did you mean {close}?" if close else choices
+        raise UsageError(f"no quantisation backend is named {backend!r}. {hint}")
 
 
 def resolve(
@@ -104,51 +113,55 @@ def resolve(
     model: nn.Module | type | None = None,
     training: bool = False,
 ) -> str:
-    """The name of a backend that works on a device.
+    """Return the name of a backend that works on a device.
 
     Args:
-        backend: its name, or "auto".
-        model: or its class, for which "auto" chooses.
-        training: adapters will be trained over it.
+        backend: name of a backend, or "auto".
+        device: device on which the model will run.
+        model: model or its class, for "auto".
+        training: whether adapters will be trained over the model.
 
     Raises:
-        UsageError: there is none of that name, its library is missing or old, the device cannot run it, or no adapter
-            can be trained over it.
+        UsageError: the name is unknown, the library is missing or too old, the device cannot run the backend, or no
+            adapter can be trained over it.
     """
     if backend == "auto":
         return "int8" if training else _choose(device, model)
     check_name(backend)
-    chosen = BACKENDS[backend]
-    missing = _missing(chosen, device)
+    method = BACKENDS[backend]
+    missing = _missing(method, device)
     if missing:
-        raise UsageError(f"{backend} needs {missing}; int{chosen.bits} runs anywhere")
-    if training and not chosen.trains:
+        raise UsageError(f"backend={backend} needs {missing}. `int{method.bits}` works without it.")
+    if training and not method.trains:
         raise UsageError(
-            f"no gradient passes through {backend}, which rounds activations: train over int8 or int4"
+            f"backend={backend}: no gradient passes through rounded activations. Train over int8 or int4."
         )
     return backend
 
 
 def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str | None:
-    """What a device lacks to run a saved model, in words; None: nothing that is known here.
+    """Describe what a device lacks to run a saved model; None if nothing is missing.
+
+    Only libraries and compute capability are checked.
 
     Args:
-        config: the `quantization_config` of its config.json.
+        config: the `quantization_config` of the model's config.json.
+        device: device on which the model will run.
     """
     if config.get("load_in_8bit") or config.get("load_in_4bit"):
         return _missing(BACKENDS["bnb-int8"], device)
     if config.get("quant_method") not in ("torchao", "diffalign_torchao"):
         return None
-    # {"default": {"_type": NAME}}; older versions of torchao wrote a name of their own
+    # The type is {"default": {"_type": NAME}}. Older versions of torchao wrote other names.
     kind = config.get("quant_type")
     inner = kind.get("default") if isinstance(kind, Mapping) else None
     name = inner.get("_type") if isinstance(inner, Mapping) else None
-    known = [b for b in BACKENDS.values() if name and b.settings == name]
-    return _missing(known[0] if known else BACKENDS["torchao-int8wo"], device)
+    backends = [b for b in BACKENDS.values() if name and b.settings == name]
+    return _missing(backends[0] if backends else BACKENDS["torchao-int8wo"], device)
 
 
 def _missing(backend: Backend, device: torch.device | str) -> str | None:
-    """What a device lacks for a backend, in words."""
+    """Describe what a device lacks for a backend; None if nothing is missing."""
     if backend.library and _version(backend.library) < _numbers(backend.least):
         needed = f"{backend.library}>={backend.least}"
         return f"{needed}: pip install '{needed}'"
@@ -184,7 +197,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _capability(device: torch.device | str) -> tuple[int, int]:
-    """(-1, -1) where there is no CUDA."""
+    """Return the compute capability of a device, (-1, -1) without CUDA."""
     import torch
 
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():

@@ -1,7 +1,8 @@
-"""SVDQuant's low-rank branch beside weights that torchao quantised: W ~ Q(W - L1 L2) + L1 L2, the branch in 16 bits.
+"""SVDQuant's low-rank branch beside torchao's weights: W ~ Q(W - L1 L2) + L1 L2.
 
-torchao's own format has no place for one, so a denoiser with it is saved as a method of its own: without this module
-diffusers says "Unknown quantization type, got diffalign_torchao" instead of drawing with what is left of the weights.
+The branch has 16 bits. torchao's own format has no place for it, so a denoiser with branches is saved with a
+quantisation method of its own. Without this module diffusers then says "Unknown quantization type, got
+diffalign_torchao" instead of sampling from incomplete weights.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from diffalign.quantization.lowrank import decompose
 from diffalign.quantization.packed import packable, replace
 
 BITS = 8
-"""That a branch is fitted to, with a scale a row: what int8 and float8 weights come to."""
+"""Bits to which a branch is fitted, with one scale per row: about int8 or float8."""
 
 
 class Method(StrEnum):
-    """An enumeration because diffusers asks a method for its `value`."""
+    """Name of the quantisation method; an enumeration, because diffusers reads its `value`."""
 
     TORCHAO = "diffalign_torchao"
 
 
 class BranchLinear(nn.Linear):
-    """A linear layer whose weight lacks `svd_up` (out, rank) @ `svd_down` (rank, in). Shares the tensors of the layer
-    that it is made of."""
+    """Linear layer with a low-rank branch.
+
+    The effective weight is `weight` + `svd_up` (out, rank) @ `svd_down` (rank, in). The layer shares the tensors of
+    the layer from which it is made.
+    """
 
     def __init__(self, like: nn.Linear, rank: int) -> None:
         rows, columns = like.weight.shape
@@ -47,7 +51,10 @@ class BranchLinear(nn.Linear):
 
     @torch.no_grad()
     def split(self, input_scale: Tensor | None = None) -> None:
-        """Move what is large in the weight into the branch, as `lowrank.decompose` finds it; before torchao rounds."""
+        """Move the large part of the weight into the branch by `lowrank.decompose`.
+
+        This happens before torchao rounds the rest.
+        """
         weight = self.weight
         fitted = decompose(
             weight,
@@ -66,12 +73,15 @@ class BranchLinear(nn.Linear):
 
 
 class BranchConfig(TorchAoConfig):
-    """torchao's configuration, and which layers have a branch: those of `packed.packable` that are linear.
+    """torchao's configuration with the settings of the low-rank branches.
+
+    The linear layers among `packed.packable` get a branch.
 
     Args:
-        quant_type: of torchao, for weights alone.
-        svd_rank: of the branch.
-        skip, min_weights: as in `packed.packable`.
+        quant_type: torchao's configuration for weights only.
+        svd_rank: rank of the branch.
+        skip: layers without a branch, as in `packed.packable`.
+        min_weights: size below which layers have no branch.
     """
 
     def __init__(
@@ -108,19 +118,23 @@ class BranchConfig(TorchAoConfig):
         """
         for name, layer in self.make_layers(model).items():
             if not layer.weight.isfinite().all():
-                raise UsageError(f"{name} cannot be quantised: its weights are not finite")
+                raise UsageError(
+                    f"{name} cannot be quantised: its weights are not finite. Load a model with finite weights."
+                )
             layer.split((input_scales or {}).get(name))
 
 
 class BranchQuantizer(TorchAoHfQuantizer):
-    """Reads what torchao's own does, into layers that have a branch."""
+    """Quantizer that reads torchao's weights into layers with a branch."""
 
     quantization_config: BranchConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
         if not self.pre_quantized:
-            raise UsageError("a branch is split off a loaded model: use quantize_model")
+            raise UsageError(
+                f"quant_method={Method.TORCHAO.value}: a branch needs a loaded model. Use quantize_model."
+            )
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, *args: Any, **kwargs: Any
@@ -131,17 +145,17 @@ class BranchQuantizer(TorchAoHfQuantizer):
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
-        """diffusers would warn and leave them on the meta device."""
+        """Raise UsageError for missing tensors, which diffusers would leave on the meta device."""
         if missing_keys:
             raise UsageError(
                 f"{len(missing_keys)} tensors of the quantised {type(model).__name__} are missing, for instance "
-                f"{min(missing_keys)}: the folder is not complete or not of this model"
+                f"{min(missing_keys)}: the folder is incomplete or of another model. Save the model again."
             )
         return missing_keys
 
 
 def register() -> None:
-    """Make the method known to diffusers."""
+    """Register the method with diffusers."""
     name = Method.TORCHAO.value
     auto.AUTO_QUANTIZER_MAPPING[name] = BranchQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = BranchConfig

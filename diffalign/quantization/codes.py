@@ -1,12 +1,13 @@
-"""Weights as integers: 4 or 8 bits, one scale a group, no zero point.
+"""Weights as integers of 4 or 8 bits: one scale per group, no zero point.
 
-A scale may be negative: two's complement has one code more below zero than above, so a group's largest weight is given
-the lowest code but one or the lowest, whichever errs less, and whatever its sign. On the Shapes denoisers that takes
-8 to 14 % off the error of a 4-bit prediction with max|w| / 7. Scales that clip large weights make the weights' squared
-error smaller still, by a tenth, but the prediction's larger on one denoiser of three: large weights matter more.
+A scale may be negative. Two's complement has one code more below zero than above, so the largest weight of a group
+gets the lowest or second-lowest code, whichever errs less, whatever its sign. On the Shapes denoisers this reduces the
+error of a 4-bit prediction by 8 to 14 % compared with max|w| / 7. Scales that clip large weights reduce the squared
+error of the weights by another tenth, but increase the prediction's error on one of three denoisers: large weights
+matter more.
 
-Scales are bfloat16, which has float32's range: no weight is so small or so large that its scale under- or overflows.
-Their rounding costs nothing, as codes are chosen against the rounded scale.
+Scales are bfloat16, which has float32's range, so that no weight's scale under- or overflows. Rounding the scales
+costs nothing, since codes are computed with the rounded scale.
 """
 
 from __future__ import annotations
@@ -19,36 +20,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2**22
-"""Weights that are rounded at a time, in float32: what packing needs on top of the layer."""
+"""Weights that are rounded at once in float32, which bounds the extra memory of packing."""
 
 
 def packed_shape(rows: int, columns: int, *, bits: int) -> tuple[int, int]:
-    """Of the int8 tensor that holds (rows, columns) codes."""
+    """Return the shape of the int8 tensor that holds (rows, columns) codes."""
     return rows, columns if bits == 8 else (columns + 1) // 2
 
 
 def scales_shape(rows: int, columns: int, *, group_size: int | None) -> tuple[int, int]:
-    """Of the scales; the last group of a row may be shorter than the others."""
+    """Return the shape of the scales. The last group of a row may be shorter than the others."""
     return rows, -(-columns // (group_size or columns))
 
 
 def pack(weight: Tensor, *, bits: int, group_size: int | None = 64) -> tuple[Tensor, Tensor]:
-    """Quantise (rows, ...), flattened to (rows, K).
+    """Quantise a weight (rows, ...), flattened to (rows, K).
 
     Args:
-        weight: floating point, finite.
+        weight: finite floating-point weight.
         bits: 4 or 8.
-        group_size: weights of a row that share a scale; None: all.
+        group_size: weights of a row that share a scale; None for the whole row.
 
     Returns:
-        Codes in int8, (rows, K), or for 4 bits (rows, ceil(K / 2)) with a row's first half in the low nibbles; scales
-        (rows, groups) in bfloat16.
+        Codes in int8 and scales (rows, groups) in bfloat16. The codes are (rows, K), or for 4 bits (rows, ceil(K / 2))
+            with a row's first half in the low nibbles.
 
     Raises:
-        ValueError: other bits.
+        ValueError: `bits` is neither 4 nor 8.
     """
     if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits}")
+        raise ValueError(f"bits must be 4 or 8, not {bits}.")
     matrix = weight.detach().flatten(1)
     step = max(1, CHUNK // matrix.shape[1])
     parts = [_quantise(chunk, bits, group_size) for chunk in matrix.split(step)]
@@ -69,12 +70,12 @@ def unpack(
     group_size: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weights, in `shape`: the inverse of `pack` but for its rounding."""
+    """Return the weights in `shape`, the inverse of `pack` except for rounding."""
     codes = packed
     if bits == 4:
         codes = torch.cat((((packed & 15) ^ 8) - 8, packed >> 4), dim=1)
     columns = math.prod(shape[1:])
-    # float16 has not the range of the scales, only that of the weights
+    # float16 has the range of the weights, but not the range of the scales.
     work = torch.float32 if dtype == torch.float16 else dtype
     values = codes[:, :columns].to(work)
     group = group_size or columns
@@ -86,15 +87,14 @@ def unpack(
 
 
 def _quantise(rows: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Codes (rows, K) int8 and scales (rows, groups) of (rows, K)."""
+    """Return codes (rows, K) int8 and scales (rows, groups) of weights (rows, K)."""
     columns = rows.shape[1]
     group = group_size or columns
     groups = F.pad(rows.float(), (0, -columns % group)).unflatten(1, (-1, group))
     lowest = 2 ** (bits - 1)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    unit = torch.where(
-        extreme == 0, 1, extreme
-    )  # squares of errors have twice the range of weights
+    # Errors are divided by the largest weight, since their squares have twice the range of weights.
+    unit = torch.where(extreme == 0, 1, extreme)
     codes, scales = torch.zeros_like(groups), torch.zeros_like(extreme)
     least = torch.full_like(extreme, torch.inf)
     for level in (lowest - 1, lowest):

@@ -1,12 +1,13 @@
-"""Linear layers that multiply integers: int8 weights by inputs in int8, whose scales were calibrated for each timestep.
+"""Linear layers that multiply int8 weights by int8 inputs.
 
-A few-step model meets N timesteps and no others, so a layer needs N numbers, and none is looked for while an image is
-drawn. (Shang et al. 2023, "PTQ4DM", arXiv 2211.15736, has both the calibration and the idea of scales by timestep.)
+The scales of the inputs are calibrated for each timestep. A few-step model has N timesteps, so a layer needs N scales,
+and none is computed during sampling. Shang et al. 2023 ("PTQ4DM", arXiv 2211.15736) have both the calibration and the
+idea of scales by timestep.
 
-On CPUs with AMX or VNNI the product is oneDNN's: it wants the weights in an order of its own, so these lie in memory
-twice, and inputs without a sign, so codes are counted from 128 (signed ones go through its reference kernel where there
-is no AMX). Elsewhere it is `torch._int_mm`. Where neither serves, and where gradients pass,
-a layer multiplies unpacked weights as any packed layer does.
+On CPUs with AMX or VNNI the product is oneDNN's. It needs the weights in its own order, so they are in memory twice,
+and unsigned inputs, so codes are offset by 128; signed inputs would use its reference kernel without AMX. On CUDA the
+product is `torch._int_mm`. Where neither works, and where gradients pass, a layer multiplies unpacked weights like any
+packed layer.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from torch import Tensor, nn
 from diffalign.quantization.layers import PackedConv2d, PackedLinear, PackSpec
 
 TIMESTEP = "timestep"
-"""What denoisers of diffusers call it."""
+"""Name of the timestep argument in denoisers of diffusers."""
 ZERO_POINT = 128
-"""The code of 0 among codes without a sign."""
+"""Code of 0 among unsigned codes."""
 
 
 class StepClock:
-    """Which of its calibrated timesteps a denoiser is at: the nearest.
+    """Index of the calibrated timestep that is nearest to the denoiser's current one.
 
     Args:
-        timesteps: in the denoiser's own units.
+        timesteps: calibrated timesteps in the denoiser's own units.
     """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
@@ -39,35 +40,43 @@ class StepClock:
         self.index = 0
 
     def attach(self, model: nn.Module) -> None:
-        """Look at the timestep of every forward, and let all integer layers of the model ask."""
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
+        """Read the timestep of every forward and connect all integer layers of the model."""
+        model.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
         for layer in model.modules():
             if isinstance(layer, IntegerLinear):
                 layer.clock = self
 
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A method, so that a copy of the model looks at the copy of its clock."""
+    def _read_timestep(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Find the calibrated timestep nearest to the one of this forward.
+
+        It is a method, so that a copy of the model updates the copy of its clock.
+        """
         timestep = timestep_of(model, args, kwargs)
         distances = [abs(t - timestep) for t in self.timesteps]
         self.index = distances.index(min(distances))
 
 
 def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """That of the first row, of arguments of a denoiser's forward."""
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments[TIMESTEP]
-    return float(torch.as_tensor(given).flatten()[0])
+    """Return the timestep of the first batch row, read from the arguments of `model.forward`."""
+    timestep = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments[TIMESTEP]
+    return float(torch.as_tensor(timestep).flatten()[0])
 
 
 class IntegerLinear(PackedLinear):
-    """A packed layer with a scale for its inputs at every calibrated timestep, in `activation_scale` as bits of
-    bfloat16; a scale of 0 says that the layer was not seen in calibration and keeps its inputs."""
+    """Packed layer with one input scale per calibrated timestep.
+
+    The scales are the bfloat16 bits in `activation_scale`. A scale of 0 means that calibration did not reach the
+    layer; its inputs are then not rounded.
+    """
 
     activation_scale: Tensor
     clock: StepClock
 
     def __init__(self, like: nn.Linear, spec: PackSpec) -> None:
         super().__init__(like, spec)
-        self._keep(
+        self._set_frozen(
             "activation_scale",
             torch.zeros(spec.activation_steps, dtype=torch.int16, device="meta"),
         )
@@ -76,10 +85,12 @@ class IntegerLinear(PackedLinear):
         self._ready: tuple[Any, Any] = (None, None)
 
     def calibrate(self, scales: Tensor | None) -> None:
-        """Take over (timesteps,) scales; None: zeros."""
+        """Set the scales (timesteps,). Set zeros if `scales` is None."""
         if scales is None:
             scales = torch.zeros(self.spec.activation_steps)
-        self._keep("activation_scale", scales.bfloat16().view(torch.int16).to(self.weight.device))
+        self._set_frozen(
+            "activation_scale", scales.bfloat16().view(torch.int16).to(self.weight.device)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         scale = self._input_scale()
@@ -100,26 +111,27 @@ class IntegerLinear(PackedLinear):
 
     @property
     def cached_bytes(self) -> int:
-        """Of the second copy of the weights."""
+        """Return the bytes of the second copy of the weights."""
         return 0 if self._ready[1] is None else self.weight.numel()
 
     def _input_scale(self) -> float:
-        """At the clock's timestep; numbers are read off the tensor once."""
+        """Return the scale at the clock's timestep. The tensor is read only when it changes."""
         key = id(self.activation_scale), self.activation_scale._version
         if self._scales[0] != key:
-            found = self.activation_scale.detach().view(torch.bfloat16).float().tolist()
-            self._scales = key, found
+            scales = self.activation_scale.detach().view(torch.bfloat16).float().tolist()
+            self._scales = key, scales
         return self._scales[1][self.clock.index]
 
     def _multiplies(self, device: torch.device, rows: int) -> bool:
         if not rows:
             return False
-        if device.type == "cuda":  # of cuBLAS
+        # These are the limits of cuBLAS.
+        if device.type == "cuda":
             return rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
         return device.type == "cpu" and _multiplies_on_cpu()
 
     def _integers(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """(rows, K) whole numbers of 8 bits times the weights, and both scales."""
+        """Multiply codes (rows, K) with the weights and apply both scales."""
         weight_scale = self.weight_scale.view(torch.bfloat16).flatten().float()
         bias = None if self.bias is None else self.bias.float()
         if codes.device.type == "cpu":
@@ -140,13 +152,16 @@ class IntegerLinear(PackedLinear):
         return self._ready[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make what is kept besides the parameters themselves."""
+        """Return the state without cached values, which hold references to the parameters."""
         return {**super().__getstate__(), "_scales": (None, []), "_ready": (None, None)}
 
 
 @cache
 def _multiplies_on_cpu() -> bool:
-    """Exact sums of products of integers: without VNNI or AMX they would saturate at 16 bits."""
+    """Return whether this CPU sums products of integers exactly.
+
+    Without VNNI or AMX, sums would saturate at 16 bits.
+    """
     fast = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and fast
 
@@ -154,7 +169,7 @@ def _multiplies_on_cpu() -> bool:
 def packed_like(
     layer: nn.Linear | nn.Conv2d, spec: PackSpec
 ) -> PackedLinear | PackedConv2d | IntegerLinear:
-    """An empty packed layer of the same geometry and with the same bias."""
+    """Return an empty packed layer with the same geometry and bias."""
     if isinstance(layer, nn.Conv2d):
         return PackedConv2d(layer, spec)
     return IntegerLinear(layer, spec) if spec.activation_steps else PackedLinear(layer, spec)

@@ -1,4 +1,4 @@
-"""How long a denoiser's forward takes, before and after it was made smaller."""
+"""Time a denoiser's forward before and after quantisation."""
 
 from __future__ import annotations
 
@@ -48,15 +48,17 @@ def forward_seconds(
 def interleaved(
     calls: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = REPEATS
 ) -> list[list[float]]:
-    """Seconds of several calls, `repeats` of each after some to warm up, turn and turn about: a machine that slows down
-    slows all of them. Whether gradients are kept is the caller's to say."""
-    found: list[list[float]] = [[] for _ in calls]
+    """Time the calls interleaved, so that a slowing machine affects all of them equally.
+
+    Return the seconds of `repeats` calls each, after warm-up calls. The caller decides whether gradients are recorded.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + WARM_UP):
-        for times, call in zip(found, calls, strict=True):
+        for times, call in zip(seconds, calls, strict=True):
             started = time.perf_counter()
             call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn >= WARM_UP:
                 times.append(time.perf_counter() - started)
-    return found
+    return seconds

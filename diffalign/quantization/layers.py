@@ -1,12 +1,12 @@
-"""Layers whose weights are packed codes: pure PyTorch, for any device, convolutions too.
+"""Layers with packed weights in pure PyTorch, convolutions included, for any device.
 
-A forward unpacks one weight, uses it and lets it go. So does the backward to a layer's input: LoRA trains over packed
-weights without a full-size copy of any of them being kept (QLoRA, Dettmers et al. 2023). The layers are nn.Linear and
-nn.Conv2d to peft, which attaches its adapters to them; merging an adapter into the integers fails. DoRA is for linear
+A forward unpacks one weight, uses it and frees it; the backward to a layer's input does the same. So LoRA trains over
+packed weights without a full-size copy of any of them (QLoRA, Dettmers et al. 2023). To peft the layers are nn.Linear
+and nn.Conv2d, and it attaches its adapters to them; merging an adapter into the integers fails. DoRA works for linear
 layers only: peft 0.21 takes a convolution's codes for its weights.
 
-A layer may carry SVDQuant's low-rank branch (Li et al. 2024, see `lowrank`), which is part of the layer and not an
-adapter, so that no switching of adapters turns it off.
+A layer may have SVDQuant's low-rank branch (Li et al. 2024, see `lowrank`). The branch is a part of the layer and not
+an adapter, so switching adapters does not disable it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PackSpec:
-    """How weights are packed.
+    """Settings of packed weights.
 
     Args:
         bits: 4 or 8.
-        group_size: weights of an output's row (input channels, height and width flattened) that share a scale; None:
-            the whole row.
-        svd_rank: of the low-rank branch in 16 bits; 0: none.
-        activation_steps: timesteps for which the inputs of linear layers have scales, so that they are multiplied as
-            integers (see `integer`); 0: inputs keep 16 bits.
+        group_size: weights of an output's row (input channels, height and width flattened) that share a scale; None
+            for the whole row.
+        svd_rank: rank of the low-rank branch in 16 bits; 0 for none.
+        activation_steps: timesteps for which the inputs of linear layers have scales, so that integers are multiplied
+            (see `integer`); 0 for inputs in 16 bits.
     """
 
     bits: int = 4
@@ -46,31 +46,37 @@ class PackSpec:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise UsageError(f"bits must be 4 or 8, not {self.bits}")
+            raise UsageError(f"bits must be 4 or 8, not {self.bits}.")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(
-                f"group_size must be positive, or None for whole rows, not {self.group_size}"
+                f"group_size must be positive, or None for whole rows, not {self.group_size}."
             )
         if self.svd_rank < 0:
-            raise UsageError(f"svd_rank must not be negative, is {self.svd_rank}")
+            raise UsageError(f"svd_rank must be 0 or larger, not {self.svd_rank}.")
         if self.activation_steps and (self.bits, self.group_size) != (8, None):
-            raise UsageError("integer products take 8 bits and one scale for each row of weights")
+            raise UsageError(
+                f"bits={self.bits}, group_size={self.group_size}: integer products need 8 bits and one scale for "
+                "each row of weights. Set bits=8 and group_size=None."
+            )
 
 
 class PackedLayer(nn.Module):
-    """What both layers share. `weight` holds the codes; `weight_scale` the scales' bits in int16, so that no cast of
-    the model, no loader and no autocast can round them."""
+    """Common part of packed linear layers and convolutions.
+
+    The parameter `weight` holds the codes. The parameter `weight_scale` holds the bits of the scales as int16, so that
+    no cast of the model, no loader and no autocast rounds them.
+    """
 
     channel_dim: ClassVar[int]
-    """Of outputs."""
+    """Dimension of the output channels."""
     weight: Tensor
     weight_scale: Tensor
     bias: Any
     svd_up: nn.Parameter | None
     svd_down: nn.Parameter | None
 
-    def _hold(self, like: nn.Linear | nn.Conv2d, spec: PackSpec) -> None:
-        """Empty tensors on the meta device; the bias is the other layer's own."""
+    def _allocate(self, like: nn.Linear | nn.Conv2d, spec: PackSpec) -> None:
+        """Create empty tensors on the meta device, and share the other layer's bias."""
         self.spec = spec
         self.shape = like.weight.shape
         rows, columns = self.shape[0], self.shape[1:].numel()
@@ -93,30 +99,32 @@ class PackedLayer(nn.Module):
                 "svd_down": ((rank, columns), like.weight.dtype),
             }
         for name, (size, dtype) in sizes.items():
-            self._keep(name, torch.empty(size, dtype=dtype, device="meta"))
+            self._set_frozen(name, torch.empty(size, dtype=dtype, device="meta"))
         self.bias = like.bias
         self.train(like.training)
 
     def _as_deep(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """With as many dimensions as the weight has: peft makes a convolution's adapter with these."""
+        """Append dimensions of 1 up to the weight's number, which peft reads for convolutions."""
         return *shape, *(1 for _ in self.shape[2:])
 
-    def _keep(self, name: str, value: Tensor) -> None:
+    def _set_frozen(self, name: str, value: Tensor) -> None:
         setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=False))
 
     def fill(self, weight: Tensor, *, name: str, input_scale: Tensor | None = None) -> None:
-        """Take over a weight in the layer's shape.
+        """Pack a weight of the layer's shape.
 
         Args:
-            weight: on the device where the codes shall be.
-            name: of the layer, for messages.
-            input_scale: (input channels,) root mean squares of the layer's inputs, which the branch is fitted to.
+            weight: weight on the device on which the codes shall be.
+            name: name of the layer, for messages.
+            input_scale: root mean squares (input channels,) of the layer's inputs, to which the branch is fitted.
 
         Raises:
             UsageError: the weight is not finite.
         """
         if not weight.isfinite().all():
-            raise UsageError(f"{name} cannot be quantised: its weights are not finite")
+            raise UsageError(
+                f"{name} cannot be quantised: its weights are not finite. Load a model with finite weights."
+            )
         bits, group_size = self.spec.bits, self.spec.group_size
         if self.svd_up is None:
             packed, scales = codes.pack(weight, bits=bits, group_size=group_size)
@@ -129,18 +137,21 @@ class PackedLayer(nn.Module):
                 input_scale=input_scale,
             )
             packed, scales = fitted.packed, fitted.scales
-            self._keep("svd_up", fitted.up.to(self.svd_up.dtype))
-            self._keep("svd_down", fitted.down.to(self.svd_up.dtype))
-        self._keep("weight", packed.view(self._as_deep(packed.shape)))
-        self._keep("weight_scale", scales.view(torch.int16))
+            self._set_frozen("svd_up", fitted.up.to(self.svd_up.dtype))
+            self._set_frozen("svd_down", fitted.down.to(self.svd_up.dtype))
+        self._set_frozen("weight", packed.view(self._as_deep(packed.shape)))
+        self._set_frozen("weight_scale", scales.view(torch.int16))
 
     @property
     def W_q(self) -> Tensor:
-        """By this name peft knows a layer that it has to ask for `dequantize()`, as DoRA does."""
+        """Return the codes.
+
+        By this name peft recognises layers that it must ask for `dequantize()`, as for DoRA.
+        """
         return self.weight
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that forwards multiply with, branch included."""
+        """Return the weight that forwards multiply with, branch included."""
         weight = self._unpack(self.weight, self.weight_scale, dtype)
         if self.svd_up is not None and self.svd_down is not None:
             branch = self.svd_up.to(dtype) @ self.svd_down.to(dtype)
@@ -179,7 +190,7 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
     def _transposed(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        """The gradient for the input."""
+        """Return the gradient for the input."""
         raise NotImplementedError
 
     def _branch(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -191,7 +202,10 @@ class PackedLayer(nn.Module):
 
 
 class PackedLinear(PackedLayer, nn.Linear):
-    """A linear layer with packed weights, empty until `fill`, with another's geometry and bias."""
+    """Linear layer with packed weights, empty until `fill`.
+
+    Geometry and bias are those of another layer.
+    """
 
     channel_dim = -1
 
@@ -199,7 +213,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         nn.Linear.__init__(
             self, like.in_features, like.out_features, like.bias is not None, device="meta"
         )
-        self._hold(like, spec)
+        self._allocate(like, spec)
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
@@ -212,12 +226,18 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
-    """A convolution with packed weights, empty until `fill`, with another's geometry and bias."""
+    """Convolution with packed weights, empty until `fill`.
+
+    Geometry and bias are those of another layer.
+    """
 
     channel_dim = -3
 
     def __new__(cls, like: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """peft makes an adapter by calling the type of the convolution that gets it, as nn.Conv2d is called."""
+        """Return an nn.Conv2d if called like one.
+
+        For an adapter peft calls the type of the convolution with the arguments of nn.Conv2d.
+        """
         return nn.Conv2d(like, *args, **kwargs) if isinstance(like, int) else super().__new__(cls)
 
     def __init__(self, like: nn.Conv2d, spec: PackSpec) -> None:
@@ -234,7 +254,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
             padding_mode=like.padding_mode,
             device="meta",
         )
-        self._hold(like, spec)
+        self._allocate(like, spec)
 
     def _padded(self, input: Tensor) -> Tensor:
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
@@ -259,7 +279,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 
 class _Product(torch.autograd.Function):
-    """A layer's product with its unpacked weight, which is unpacked again in the backward instead of being kept."""
+    """Product with an unpacked weight, which the backward unpacks again instead of saving it."""
 
     @staticmethod
     def forward(

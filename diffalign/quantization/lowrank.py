@@ -1,13 +1,13 @@
-"""SVDQuant's low-rank branch (Li et al. 2024, arXiv 2411.05007) for packed weights: W ~ Q(W - L1 L2) + L1 L2.
+"""SVDQuant's low-rank branch for packed weights: W ~ Q(W - L1 L2) + L1 L2.
 
-L1 L2 is the truncated SVD of W diag(s), with 1 / s folded into L2, so that it takes what is large in W where the inputs
-are large; Q(W - L1 L2) has less to round. Then both are fitted to each other in turns, as in the paper's refinement.
-Here activations keep 16 bits, so s has nothing to do but to weigh: s = a^alpha, where a is an input's root mean square,
-and alpha 0 or 1/2, whichever errs less on these inputs. On the Shapes denoisers' layers that does not do worse than the
-paper's grid of s = max|x|^alpha / max|w|^(1 - alpha).
+The method is by Li et al. 2024 (arXiv 2411.05007). L1 L2 is the truncated SVD of W diag(s) with 1 / s folded into L2,
+so that it contains the large part of W where the inputs are large, and Q(W - L1 L2) has less to round. Both are then
+fitted alternately, as in the paper's refinement. Activations keep 16 bits here, so s only weighs: s = a^alpha, where a
+is an input's root mean square, and alpha is 0 or 1/2, whichever errs less on these inputs. On the layers of the Shapes
+denoisers this is no worse than the paper's grid of s = max|x|^alpha / max|w|^(1 - alpha).
 
-There rank 8 takes 22 to 51 % off the error of a 4-bit prediction, and knowing the inputs changes that by a few per
-cent; where a few inputs are thirty times the others, it leaves a quarter of the error.
+On these layers rank 8 reduces the error of a 4-bit prediction by 22 to 51 %, and the inputs' statistics change that by
+a few per cent. Where a few inputs are thirty times larger than the others, a quarter of the error remains.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from diffalign.quantization import codes
 
 ALPHAS = (0.0, 0.5)
 EXACT = 512
-"""Matrices whose smaller side is larger get a randomised SVD, from a fixed seed."""
+"""Smaller side of a matrix above which the SVD is randomised, with a fixed seed."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Of a weight (rows, K): `codes.pack` of what is left of it, and the branch up @ down in the weight's own dtype."""
+    """Packed rest and low-rank branch of a weight (rows, K).
+
+    The tensors `packed` and `scales` are the result of `codes.pack`; the branch `up` @ `down` has the weight's dtype.
+    """
 
     packed: Tensor
     scales: Tensor
     up: Tensor
-    """(rows, rank)"""
+    """Factor (rows, rank)."""
     down: Tensor
-    """(rank, K)"""
+    """Factor (rank, K)."""
     error: float
-    """Sum of the squared errors of the weights, each times its input's mean square where that is known."""
+    """Sum of squared weight errors, each times its input's mean square if that is given."""
 
 
 def decompose(
@@ -51,16 +54,20 @@ def decompose(
     """Split a weight (rows, channels, ...), flattened to (rows, K), into codes and a branch.
 
     Args:
-        rank: of the branch, from 1 to min(rows, K).
-        input_scale: (channels,) root mean squares of the inputs; None: all alike.
-        rounds: of refinement, (L1, L2) = SVD of W - Q and Q of W - L1 L2, while they help.
+        weight: the weight.
+        rank: rank of the branch, from 1 to min(rows, K).
+        bits: 4 or 8.
+        group_size: weights of a row that share a scale; None for the whole row.
+        input_scale: root mean squares (channels,) of the inputs; None weighs all inputs alike.
+        rounds: largest number of refinements, each (L1, L2) = SVD of W - Q and then Q of W - L1 L2. They stop when the
+            error no longer decreases.
     """
     matrix = weight.detach().flatten(1).float()
     importance = torch.ones_like(matrix[0])
     if input_scale is not None:
-        known = input_scale.to(matrix).clamp_min(float(input_scale.max()) * 1e-6)
-        if known.any():
-            importance = known.repeat_interleave(matrix.shape[1] // len(known))
+        scale = input_scale.to(matrix).clamp_min(float(input_scale.max()) * 1e-6)
+        if scale.any():
+            importance = scale.repeat_interleave(matrix.shape[1] // len(scale))
 
     def fit(target: Tensor, smoothing: Tensor) -> tuple[Decomposition, Tensor]:
         up, down = truncated_svd(target * smoothing, rank)
@@ -81,11 +88,11 @@ def decompose(
         return best
 
     alphas = ALPHAS if input_scale is not None else (0.0,)
-    return min((refine(importance**alpha) for alpha in alphas), key=lambda found: found.error)
+    return min((refine(importance**alpha) for alpha in alphas), key=lambda fitted: fitted.error)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best (rows, rank) @ (rank, K), with the singular values shared between the two."""
+    """Return the best (rows, rank) @ (rank, K), with the singular values split evenly."""
     if min(matrix.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         v = vh.mT
@@ -100,14 +107,17 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def collect_input_scales(module: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
-    """Root mean squares (channels,) of the inputs of linear layers and convolutions while `run()` runs the model."""
-    found: dict[str, tuple[Tensor, int]] = {}
+    """Return root mean squares (channels,) of layers' inputs, by layer, while `run()` runs.
+
+    The layers are linear layers and convolutions of `module`.
+    """
+    sums: dict[str, tuple[Tensor, int]] = {}
 
     def watch(name: str, channel_dim: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = args[0].detach().float().movedim(channel_dim, -1).flatten(0, -2)
-            total, count = found.get(name, (0.0, 0))
-            found[name] = (total + rows.square().sum(0), count + len(rows))
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + rows.square().sum(0), count + len(rows))
 
         return hook
 
@@ -121,4 +131,4 @@ def collect_input_scales(module: nn.Module, run: Callable[[], object]) -> dict[s
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / count).sqrt() for name, (total, count) in found.items()}
+    return {name: (total / count).sqrt() for name, (total, count) in sums.items()}

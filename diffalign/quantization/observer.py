@@ -1,4 +1,4 @@
-"""Scales for the inputs of layers, from what comes in while a model draws."""
+"""Scales for the inputs of layers, calibrated while a model samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diffalign.quantization.integer import timestep_of
 
-KEPT = 4096
-"""Numbers of a layer's input that are kept of each forward, and its largest."""
+SAMPLE_SIZE = 4096
+"""Random numbers of a layer's input that are stored per forward, besides the largest one."""
 P = 2.4
-"""Of the error that scales make smallest, sum |x - Q(x)|^p. (PTQ4DM)"""
+"""Exponent p of the error sum |x - Q(x)|^p that scales minimise (PTQ4DM)."""
 RATIOS = torch.linspace(0.2, 1.0, 41)
-"""Of the largest input: what lies beyond is clipped."""
+"""Candidate clipping points as ratios to the largest input."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,30 @@ class ActivationScales:
 
 
 class InputObserver:
-    """Watches layers of a denoiser; `rows`, where it is set, are those of the batch that count in the next forward.
+    """Recorder of layers' inputs in a denoiser.
+
+    If `rows` is set, only these batch rows of the next forward are recorded.
 
     Args:
-        by_timestep: scales for each timestep that comes; otherwise one for all of them.
+        model: the denoiser.
+        names: names of the layers.
+        by_timestep: whether each timestep gets its own scales; otherwise all share one.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str], *, by_timestep: bool) -> None:
         self.model, self.names, self.by_timestep = model, list(names), by_timestep
         self.rows: Tensor | None = None
         self.timestep = 0.0
-        self._found: dict[tuple[str, float], list[Tensor]] = {}
+        self._values: dict[tuple[str, float], list[Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks are gone afterwards, whatever happens."""
+        """Record inputs inside the context. The hooks are removed at its end, also after an error."""
         layers = {name: self.model.get_submodule(name) for name in self.names}
-        handles = [self.model.register_forward_pre_hook(self._at, with_kwargs=True)]
+        handles = [self.model.register_forward_pre_hook(self._read_timestep, with_kwargs=True)]
         handles += [
-            layer.register_forward_pre_hook(lambda _, args, name=name: self._keep(name, args[0]))
+            layer.register_forward_pre_hook(lambda _, args, name=name: self._record(name, args[0]))
             for name, layer in layers.items()
         ]
         try:
@@ -58,35 +62,46 @@ class InputObserver:
                 handle.remove()
 
     def scales(self) -> ActivationScales:
-        """Of everything seen."""
-        timesteps = sorted({t for _, t in self._found}, reverse=True)
+        """Return the scales for everything recorded.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        timesteps = sorted({t for _, t in self._values}, reverse=True)
         if not timesteps:
-            raise ValueError("no layer was reached: nothing was drawn while it was watched")
+            raise ValueError(
+                "No layer was reached: nothing was sampled while inputs were recorded."
+            )
         scales: dict[str, Tensor] = {}
         for name in self.names:
-            parts = [self._found.get((name, t)) for t in timesteps]
-            found = [best_scale(torch.cat(p)) if p else 0.0 for p in parts]
-            scales[name] = torch.tensor(found)
+            parts = [self._values.get((name, t)) for t in timesteps]
+            best = [best_scale(torch.cat(p)) if p else 0.0 for p in parts]
+            scales[name] = torch.tensor(best)
         return ActivationScales(tuple(timesteps), scales)
 
-    def _at(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_timestep(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.timestep = timestep_of(model, args, kwargs)
 
-    def _keep(self, name: str, value: Tensor) -> None:
+    def _record(self, name: str, value: Tensor) -> None:
         if self.rows is not None:
             if not len(self.rows):
                 return
             value = value[self.rows.to(value.device)]
         numbers = value.detach().float().flatten()
-        chosen = torch.randint(numbers.numel(), (KEPT,), generator=self._generator)
-        kept = numbers[chosen.to(numbers.device)].cpu()
+        indices = torch.randint(numbers.numel(), (SAMPLE_SIZE,), generator=self._generator)
+        sampled = numbers[indices.to(numbers.device)].cpu()
         largest = numbers[numbers.abs().argmax()].cpu()
         key = name, self.timestep if self.by_timestep else 0.0
-        self._found.setdefault(key, []).append(torch.cat([kept, largest[None]]))
+        self._values.setdefault(key, []).append(torch.cat([sampled, largest[None]]))
 
 
 def best_scale(values: Tensor, *, bits: int = 8, p: float = P) -> float:
-    """Of symmetric codes for values (N,), with the least sum of |x - Q(x)|^p; 0 where all are zero."""
+    """Return the scale of symmetric codes that fits values (N,) best.
+
+    It has the least sum of |x - Q(x)|^p. Return 0 if all values are zero.
+    """
     top = 2 ** (bits - 1) - 1
     largest = float(values.abs().max())
     scales = (RATIOS * largest / top).bfloat16().float()

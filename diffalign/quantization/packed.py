@@ -1,4 +1,4 @@
-"""Which layers of a model are packed, and packing them in place."""
+"""Select the layers of a model to pack, and pack them in place."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ SKIP = (
     "time_embed",
     "time_text_embed",
 )
-"""Where latents and time enter a denoiser and where its prediction leaves it: on the Shapes denoisers these two to four
-per cent of the weights make a quarter to a half of the error of 4 bits."""
+"""Layers at a denoiser's input, time embedding and output, which are not packed.
+
+On the Shapes denoisers these 2 to 4 % of the weights cause a quarter to a half of the error of 4 bits.
+"""
 MIN_WEIGHTS = 4096
 
 
 def packable(
     module: nn.Module, *, skip: Sequence[str] = SKIP, min_weights: int = MIN_WEIGHTS
 ) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers of a model that get packed, by name.
+    """Return the layers of a model that get packed, by name.
 
     Args:
-        module: subclasses of nn.Linear and nn.Conv2d in it are left alone, as they use their weights in their own ways.
-        skip: full names of layers, or of modules around them, that keep their weights; with * for any text.
-        min_weights: smaller layers keep their weights, too.
+        module: the model. Subclasses of nn.Linear and nn.Conv2d are skipped, since they may use their weights
+            differently.
+        skip: full names of layers, or of modules around them, that keep their weights; * stands for any text.
+        min_weights: size below which layers keep their weights.
 
     Raises:
         UsageError: no layer is left.
     """
-    found = {
+    layers = {
         name: layer
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
@@ -50,12 +53,12 @@ def packable(
         and layer.weight.numel() >= min_weights
         and not any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in skip)
     }
-    if not found:
+    if not layers:
         raise UsageError(
             f"nothing to quantise: no layer of this {type(module).__name__} that is not skipped has "
-            f"{min_weights} weights"
+            f"min_weights={min_weights} weights. Lower min_weights or shorten skip."
         )
-    return found
+    return layers
 
 
 def pack_model(
@@ -70,22 +73,26 @@ def pack_model(
     """Pack a model's layers in place, one at a time. On the meta device only shapes change.
 
     Args:
-        module: without adapters.
-        input_scales: from `lowrank.collect_input_scales`, for a low-rank branch.
-        activations: from `observer.InputObserver`, for as many timesteps as `spec.activation_steps`.
+        module: model without adapters.
+        spec: settings of packed weights; the defaults if None.
+        skip: layers that are not packed, as in `packable`.
+        min_weights: size below which layers are not packed.
+        input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
+        activations: result of `observer.InputObserver`, for `spec.activation_steps` timesteps.
 
     Returns:
         Names of the packed layers.
 
     Raises:
-        UsageError: it has adapters, is quantised already, has weights that are not finite, or nothing to pack.
+        UsageError: the model has adapters, is quantised already, has weights that are not finite, or no layer to pack.
     """
-    refuse_twice(module)
+    check_unquantized(module)
     spec = spec or PackSpec()
     layers = packable(module, skip=skip, min_weights=min_weights)
     names = list(layers)
     for name in names:
-        layer = layers.pop(name)  # the last reference but the model's
+        # The model then has the only reference, so that the layer is freed when it is replaced.
+        layer = layers.pop(name)
         packed = packed_like(layer, spec)
         if not layer.weight.is_meta:
             packed.fill(layer.weight, name=name, input_scale=(input_scales or {}).get(name))
@@ -97,15 +104,19 @@ def pack_model(
     return names
 
 
-def refuse_twice(module: nn.Module) -> None:
-    """UsageError for a model that is quantised already or has adapters."""
+def check_unquantized(module: nn.Module) -> None:
+    """Raise UsageError if a model is quantised already or has adapters."""
     if getattr(module, "peft_config", None):
-        raise UsageError("a model is quantised before it gets adapters, not after")
+        raise UsageError(
+            f"this {type(module).__name__} has adapters: quantise a model before it gets adapters."
+        )
     if getattr(module, "is_quantized", False):
-        raise UsageError(f"this {type(module).__name__} is quantised already")
+        raise UsageError(
+            f"this {type(module).__name__} is quantised already. Load the model in full precision."
+        )
 
 
 def replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of another."""
+    """Replace a layer of the module."""
     parent, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(parent), attribute, layer)

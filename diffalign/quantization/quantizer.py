@@ -1,9 +1,9 @@
-"""Packed weights as a quantisation method of diffusers and transformers: a saved folder loads with stock classes.
+"""Packed weights as a quantisation method of diffusers and transformers.
 
-Importing this module registers the method, and that of `branches`; a stock program that loads such a folder needs that
-one import. Without it diffusers says "Unknown quantization type, got diffalign_packed". Denoisers can be packed while
-they are loaded (`from_pretrained(..., quantization_config=PackedConfig())`), text encoders only in place
-(`backends.quantize_model`).
+A saved folder loads with stock classes. Importing this module registers the method and that of `branches`; a stock
+program that loads such a folder needs that one import. Without it diffusers says "Unknown quantization type, got
+diffalign_packed". Denoisers can be packed while they load (`from_pretrained(...,
+quantization_config=PackedConfig())`), text encoders only in place (`apply.quantize_model`).
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ FORMAT = 1
 
 
 class Method(StrEnum):
-    """An enumeration because diffusers asks a method for its `value`."""
+    """Name of the quantisation method; an enumeration, because diffusers reads its `value`."""
 
     PACKED = "diffalign_packed"
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """What `from_pretrained(..., quantization_config=)` takes and a model's config.json keeps.
+    """Settings of a packed model: the argument of `from_pretrained`, saved in config.json.
 
     Args:
         bits: 4 or 8.
-        group_size: weights that share a scale; None: a whole row.
+        group_size: weights that share a scale; None for a whole row.
         skip: layers that keep their weights, as in `packed.packable`.
-        min_weights: smaller layers keep theirs, too.
-        svd_rank: of SVDQuant's low-rank branch; 0: none.
-        activation_timesteps: for which the inputs of linear layers have scales, in the denoiser's units; none: inputs
-            keep 16 bits.
+        min_weights: size below which layers keep their weights.
+        svd_rank: rank of SVDQuant's low-rank branch; 0 for none.
+        activation_timesteps: timesteps, in the denoiser's units, for which the inputs of linear layers have scales;
+            empty for inputs in 16 bits.
+        format: version of the saved format.
+        quant_method: name of the method.
 
     Raises:
-        UsageError: a value out of range, or a folder of a later format.
+        UsageError: a value is out of range, or the folder has a later format.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class PackedConfig(QuantizationConfigMixin):
     ) -> None:
         if format != FORMAT:
             raise UsageError(
-                f"weights in packed format {format}; this version of diffalign reads {FORMAT}"
+                f"weights are in packed format {format}; this version of diffalign reads {FORMAT}. Update diffalign."
             )
         self.quant_method = Method(quant_method)
         self.bits, self.group_size, self.svd_rank = bits, group_size, svd_rank
@@ -75,41 +77,44 @@ class PackedConfig(QuantizationConfigMixin):
         self.spec()
 
     def spec(self) -> PackSpec:
-        """How each layer is packed."""
+        """Return the settings of each packed layer."""
         steps = len(self.activation_timesteps)
         return PackSpec(self.bits, self.group_size, self.svd_rank, steps)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-        """Those that it packs."""
+        """Return the layers to pack, by name."""
         return packable(model, skip=self.skip, min_weights=self.min_weights)
 
     def make_layers(self, model: nn.Module) -> None:
-        """Put empty packed layers, for a loader to fill, in the place of those that it packs."""
+        """Replace the layers to pack by empty packed layers, which a loader fills."""
         for name, layer in self.layers(model).items():
             replace(model, name, packed_like(layer, self.spec()))
         if self.activation_timesteps:
             StepClock(self.activation_timesteps).attach(model)
 
     def keep(self, names: Sequence[str]) -> None:
-        """Skip parts of names that a model's class wants in float32."""
+        """Add layers that a model's class keeps in float32 to `skip`."""
         self.skip += [p for name in names for p in (name, f"*.{name}") if p not in self.skip]
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What the mixin prints."""
+        """Return all settings, which the mixin prints."""
         return self.to_dict()
 
 
 class PackedTextConfig(
     PackedConfig, transformers.utils.quantization_config.QuantizationConfigMixin
 ):
-    """The same for a text encoder."""
+    """Settings of a packed text encoder, for transformers."""
 
 
 class PackedQuantizer(DiffusersQuantizer):
-    """Packs each weight as it is read, or makes the layers that packed tensors are read into."""
+    """Quantizer of denoisers for diffusers.
+
+    It packs each weight while it loads, or creates the layers into which packed tensors are loaded.
+    """
 
     use_keep_in_fp32_modules = True
     quantization_config: PackedConfig
@@ -118,7 +123,7 @@ class PackedQuantizer(DiffusersQuantizer):
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UsageError(
-                "packed weights cannot be offloaded to disk: leave it out of device_map"
+                "device_map: packed weights cannot be offloaded to disk. Remove 'disk' from device_map."
             )
 
     def _process_model_before_weight_loading(
@@ -131,7 +136,7 @@ class PackedQuantizer(DiffusersQuantizer):
         else:
             if config.activation_timesteps:
                 raise UsageError(
-                    "scales of activations are calibrated on a loaded model: use quantize_model"
+                    "activation_timesteps: scales of activations need a loaded model. Use quantize_model."
                 )
             config.keep(keep_in_fp32_modules)
             self.targets = config.layers(model)
@@ -158,7 +163,7 @@ class PackedQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Of the weight as it is in the file: `param_value` is rounded to the model's dtype."""
+        """Pack the weight of the file, since `param_value` is rounded to the model's dtype."""
         name = param_name.removesuffix(".weight")
         packed = packed_like(self.targets.pop(name), self.quantization_config.spec())
         packed.fill(state_dict[param_name].to(target_device), name=name)
@@ -167,11 +172,11 @@ class PackedQuantizer(DiffusersQuantizer):
     def update_missing_keys(
         self, model: nn.Module, missing_keys: list[str], prefix: str
     ) -> list[str]:
-        """diffusers would warn and leave them on the meta device."""
+        """Raise UsageError for missing tensors, which diffusers would leave on the meta device."""
         if self.pre_quantized and missing_keys:
             raise UsageError(
                 f"{len(missing_keys)} tensors of the packed {type(model).__name__} are missing, for instance "
-                f"{min(missing_keys)}: the folder is not complete or not of this model"
+                f"{min(missing_keys)}: the folder is incomplete or of another model. Save the model again."
             )
         return missing_keys
 
@@ -184,7 +189,7 @@ class PackedQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """By adapters."""
+        """Return True: adapters can be trained on packed weights."""
         return True
 
     @property
@@ -193,11 +198,14 @@ class PackedQuantizer(DiffusersQuantizer):
 
 
 class PackedTextQuantizer(HfQuantizer):
-    """Makes the layers that packed tensors are read into."""
+    """Quantizer of text encoders for transformers, which creates the layers to load into."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise UsageError("a text encoder is packed after it is loaded: backends.quantize_model")
+            raise UsageError(
+                f"quant_method={Method.PACKED.value}: a text encoder cannot be packed while it loads. Load it and use "
+                "apply.quantize_model."
+            )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.quantization_config.make_layers(model)
@@ -211,8 +219,11 @@ class PackedTextQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the method known to diffusers and transformers, and a packed layer's size to the loader of FLUX LoRAs: it
-    reads the size off the weight, would take a packed layer for a narrower one and replace it by a wider."""
+    """Register the method with diffusers and transformers, and patch the loader of FLUX LoRAs.
+
+    That loader reads a layer's size from its weight. It would take a packed layer for a narrower one and replace it by
+    a wider one; the patch returns the real size.
+    """
     name = Method.PACKED.value
     auto.AUTO_QUANTIZER_MAPPING[name] = PackedQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = PackedConfig

@@ -1,4 +1,4 @@
-"""Q-Sched: diffusers' schedulers with two factors a step, and how good factors are found."""
+"""Q-Sched: diffusers' schedulers with two factors per step, and their closed form."""
 
 from diffalign.schedulers.coefficients import Coefficients
 from diffalign.schedulers.qsched import LINEAR_SCHEDULERS, QSched

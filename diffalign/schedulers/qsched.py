@@ -1,8 +1,9 @@
-"""Two factors a step on stock schedulers: x' = A c_x x + B c_e m + C z, where the scheduler's own step has c = 1.
+"""Two factors per step on stock schedulers: x' = A c_x x + B c_e m + C z.
 
-A step of these schedulers is affine in the noisy latents x and in the denoiser's prediction m, with numbers A and B
-that depend on the step alone. So none of them is written again: A and B are read off the stock `step` by asking it
-about zeros and ones, and the noise C z is its answer to zeros. (Frumkin & Marculescu 2025, "Q-Sched")
+The scheduler's own step has c = 1. A step of these schedulers is affine in the noisy latents x and the denoiser's
+prediction m, with numbers A and B that depend on the step alone. So no step is implemented again: A and B are computed
+from the stock `step` on zeros and ones, and the noise C z is its result on zeros. (Frumkin & Marculescu 2025,
+"Q-Sched")
 """
 
 from __future__ import annotations
@@ -35,23 +36,24 @@ LINEAR_SCHEDULERS = (
     "LCMScheduler",
     "TCDScheduler",
 )
-"""Of diffusers: a step depends on nothing but its two inputs and is linear in both."""
+"""Schedulers of diffusers whose step depends only on its two inputs, linearly."""
 NONLINEAR_SETTINGS = ("thresholding", "clip_sample", "scale_factors")
 
 
 @dataclass(frozen=True)
 class Update:
-    """One output of a step is `sample` x + `model_output` m + noise."""
+    """Coefficients of one output of a step: `sample` x + `model_output` m + noise."""
 
     sample: float
     model_output: float
 
 
 class QSched:
-    """What a wrapped scheduler has besides its own methods; `QSched.wrap` makes one.
+    """Additional methods of a wrapped scheduler, created by `QSched.wrap`.
 
-    Its class bears the stock class's name, so that `save_pretrained` writes a pipeline that stock diffusers loads: it
-    then runs without the factors, which stay in `scheduler_config.json` under "qsched". `diffalign.load` applies them.
+    The wrapped class has the stock class's name, so that `save_pretrained` writes a pipeline that stock diffusers
+    loads. Stock diffusers ignores the factors, which stay in `scheduler_config.json` under "qsched"; `diffalign.load`
+    applies them.
     """
 
     stock: ClassVar[type]
@@ -63,15 +65,17 @@ class QSched:
 
     @staticmethod
     def wrap(scheduler: Any, *, fingerprint: str | None = None) -> Any:
-        """The same scheduler, ready for factors; those that its configuration holds are in force. With a warning they
-        are not where they were found for another class of scheduler, for other settings, or with another denoiser.
+        """Return the scheduler with support for factors, and apply those of its configuration.
+
+        Factors from another scheduler class, other settings or another denoiser are not applied, with a warning.
 
         Args:
-            fingerprint: of the denoiser that the scheduler serves; None: any.
+            scheduler: scheduler of diffusers.
+            fingerprint: fingerprint of the denoiser that the scheduler serves; None accepts any.
 
         Raises:
-            UsageError: its step is not linear in both inputs.
-            CoefficientsError: its configuration holds damaged factors.
+            UsageError: the scheduler's step is not linear in both inputs.
+            CoefficientsError: the configuration holds damaged factors.
         """
         if isinstance(scheduler, QSched):
             if fingerprint is not None:
@@ -84,7 +88,7 @@ class QSched:
 
     @property
     def tables(self) -> Tables:
-        """All that the configuration holds."""
+        """Factors of all numbers of steps in the configuration."""
         return Tables.from_config(self.config.get(KEY))  # type: ignore[attr-defined]
 
     @tables.setter
@@ -96,27 +100,32 @@ class QSched:
     def set_coefficients(
         self, coefficients: Coefficients, *, fingerprint: str | None = None
     ) -> None:
-        """Keep factors for len(coefficients) steps in the configuration. Those for other numbers of steps stay, unless
-        they were found with another denoiser or another scheduler."""
-        known = self.tables
+        """Store factors for len(coefficients) steps in the configuration.
+
+        Factors for other numbers of steps stay, unless they belong to another denoiser or another scheduler.
+        """
+        tables = self.tables
         denoiser = fingerprint or self._denoiser
-        if self._foreign(known, denoiser):
-            known = Tables({})
-        steps = {**known.steps, len(coefficients): coefficients}
-        self.tables = Tables(steps, denoiser or known.fingerprint, self.settings)
+        if self._foreign(tables, denoiser):
+            tables = Tables({})
+        steps = {**tables.steps, len(coefficients): coefficients}
+        self.tables = Tables(steps, denoiser or tables.fingerprint, self.settings)
 
     def has_coefficients(self, steps: int) -> bool:
-        """Whether the configuration holds factors for so many steps that would be in force."""
+        """Return whether the configuration has applicable factors for this number of steps."""
         tables = self.tables
         return steps in tables.steps and self._foreign(tables, self._denoiser) is None
 
     def clear_coefficients(self) -> None:
-        """Forget all factors."""
+        """Remove all factors."""
         self.tables = Tables({})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides about its updates, as plain JSON: its class, and its configuration but for the factors."""
+        """Class and configuration of the scheduler without factors, as plain JSON.
+
+        They determine its updates.
+        """
         own = {
             name: value
             for name, value in self.config.items()  # type: ignore[attr-defined]
@@ -125,24 +134,24 @@ class QSched:
         return {"_class_name": self.stock.__name__, **json.loads(json.dumps(own, default=str))}
 
     def _foreign(self, tables: Tables, denoiser: str | None) -> str | None:
-        """Why factors are not this scheduler's or this denoiser's, in words."""
+        """Describe why factors belong to another scheduler or denoiser; None if they do not."""
         own = self.settings
         for name, value in (tables.scheduler or {}).items():
             if name in own and own[name] != value:
-                what = name.replace("_class_name", "a scheduler of class")
-                return f"{what} {value}, this is {own[name]}"
+                setting = name.replace("_class_name", "a scheduler of class")
+                return f"{setting} {value}, this is {own[name]}"
         if None not in (denoiser, tables.fingerprint) and denoiser != tables.fingerprint:
             return "other weights than this pipeline's"
         return None
 
     @property
     def coefficients(self) -> Coefficients:
-        """Those in force since the last `set_timesteps`."""
+        """Coefficients selected by the last `set_timesteps`; ones if there are none."""
         return self._active or Coefficients.ones(len(self.timesteps))  # type: ignore[attr-defined]
 
     @contextmanager
     def trial(self, sample: Tensor, model_output: Tensor) -> Iterator[None]:
-        """Other factors for a while, a candidate for every row of the batch: both (N, B)."""
+        """Apply other factors (N, B) inside the context, one candidate per row of the batch."""
         self._trial = sample, model_output
         try:
             yield
@@ -150,7 +159,7 @@ class QSched:
             self._trial = None
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As the stock method; factors follow the number of steps."""
+        """Set the timesteps like the stock method, and select the factors for their number."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         self._updates = {}
         self._look_up()
@@ -170,9 +179,9 @@ class QSched:
         self._active = steps.get(number)
         if self._active is not None and self._active.identity:
             self._active = None
-        # a scheduler has its training timesteps until it is asked for steps
-        asked = number != self.config.num_train_timesteps  # type: ignore[attr-defined]
-        if steps and asked and number not in {*steps, *self._warned}:
+        # Until set_timesteps is called, a scheduler has its training timesteps.
+        is_set = number != self.config.num_train_timesteps  # type: ignore[attr-defined]
+        if steps and is_set and number not in {*steps, *self._warned}:
             self._warned.add(number)
             logger.warning(
                 "Q-Sched has no factors for %d steps (only for %s): the schedule stays as it is",
@@ -189,8 +198,10 @@ class QSched:
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """As the stock method, with the factors of this step. Where both are 1 it is the stock method; otherwise sums
-        are float32 and rounded once."""
+        """Take a step like the stock method, with the factors of this step.
+
+        If both factors are 1 it is the stock method. Otherwise sums are computed in float32 and rounded once.
+        """
         stock = super().step  # type: ignore[misc]
         index = self._index(timestep)
         factors = self._factors(index, sample)
@@ -206,22 +217,22 @@ class QSched:
             **kwargs,
         )
         of_sample, of_output = factors
-        found = {}
+        outputs = {}
         for name, rest in noise.items():
             update = updates[name]
             value = rest.float() + (update.sample * of_sample) * sample.float()
             value = value + (update.model_output * of_output) * model_output.float()
-            found[name] = value.to(rest.dtype)
-        return type(noise)(**found) if return_dict else tuple(found.values())
+            outputs[name] = value.to(rest.dtype)
+        return type(noise)(**outputs) if return_dict else tuple(outputs.values())
 
     def linear_update(self, timestep: Any, *args: Any, **kwargs: Any) -> Update:
-        """A and B of the step at `timestep`, for the same further arguments as those of `step`."""
+        """Return A and B of the step at `timestep`. Further arguments are those of `step`."""
         index = self._index(timestep)
         device = self.timesteps.device  # type: ignore[attr-defined]  # where a flow's sigmas are, too
         return self._update(index, timestep, device, args, kwargs)["prev_sample"]
 
     def _index(self, timestep: Any) -> int:
-        """The number of the step, of image-to-image too, where the first ones are left out."""
+        """Return the number of the step, also for image-to-image, which omits the first steps."""
         if hasattr(self, "_init_step_index"):
             if self.step_index is None:  # type: ignore[attr-defined]
                 self._init_step_index(timestep)
@@ -229,7 +240,10 @@ class QSched:
         return int((self.timesteps == timestep).nonzero()[0])  # type: ignore[attr-defined]
 
     def _factors(self, index: int, sample: Tensor) -> tuple[Any, Any] | None:
-        """Of one step: numbers, or tensors (B, 1, ..., 1); None where both are 1."""
+        """Return the factors of one step, or None if both are 1.
+
+        They are numbers, or tensors (B, 1, ..., 1) inside `trial`.
+        """
         if self._trial is not None:
             shape = (-1, *[1] * (sample.ndim - 1))
             a, b = (part[index].to(sample.device).view(shape) for part in self._trial)
@@ -242,24 +256,26 @@ class QSched:
     def _update(
         self, index: int, timestep: Any, device: torch.device, args: Any, kwargs: Any
     ) -> dict[str, Update]:
-        """A and B of every output of a step, from the stock step's answers to numbers."""
+        """Return A and B of every output of a step."""
         plain = {k: v for k, v in kwargs.items() if isinstance(v, int | float | str)}
         if args:
-            raise TypeError("pass further arguments of step by name")
+            raise TypeError("Further arguments of step must be passed by name.")
         key = (index, tuple(sorted(plain.items())))
         if key not in self._updates:
             self._updates[key] = _read_off(self, timestep, device, plain)
         return self._updates[key]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made on the fly: copies and pickles name the stock one."""
+        """Name the stock class in copies and pickles, since this class is created dynamically."""
         return _restore, (self.stock, self.__dict__)
 
 
 @functools.cache
 def _wrapped(stock: type) -> type:
-    """A subclass that saves itself as the stock class, and whose methods have the stock signatures: pipelines look at
-    those to see what they may pass."""
+    """Return a subclass that saves itself as the stock class.
+
+    Its methods have the stock signatures, which pipelines inspect to choose the arguments that they pass.
+    """
 
     @functools.wraps(stock.step)  # type: ignore[attr-defined]
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -276,55 +292,58 @@ def _wrapped(stock: type) -> type:
 
 def _restore(stock: type, state: dict[str, Any]) -> Any:
     kind = _wrapped(stock)
-    found: Any = object.__new__(kind)
-    found.__dict__.update(state)
-    found._updates = {}
-    found._warned = set(state.get("_warned", ()))
-    found._look_up()
-    return found
+    scheduler: Any = object.__new__(kind)
+    scheduler.__dict__.update(state)
+    scheduler._updates = {}
+    scheduler._warned = set(state.get("_warned", ()))
+    scheduler._look_up()
+    return scheduler
 
 
 def _check_linear(scheduler: Any) -> None:
     name = type(scheduler).__name__
-    if not any(type(scheduler) is getattr(diffusers, known, None) for known in LINEAR_SCHEDULERS):
+    if not any(type(scheduler) is getattr(diffusers, kind, None) for kind in LINEAR_SCHEDULERS):
         raise UsageError(
-            f"Q-Sched needs a scheduler whose step is linear, and {name} is none that is known to be; use one of "
-            f"{', '.join(LINEAR_SCHEDULERS)} (for instance EulerDiscreteScheduler.from_config(pipe.scheduler.config))"
+            f"scheduler {name}: Q-Sched needs a scheduler with a linear step. Use one of "
+            f"{', '.join(LINEAR_SCHEDULERS)}, for instance EulerDiscreteScheduler.from_config(pipe.scheduler.config)."
         )
     for setting in NONLINEAR_SETTINGS:
         if scheduler.config.get(setting):
             raise UsageError(
-                f"Q-Sched needs a linear step, and this {name} has {setting}={scheduler.config[setting]!r}"
+                f"scheduler {name}: {setting}={scheduler.config[setting]!r} makes its step nonlinear. Q-Sched needs a "
+                f"linear step. Set {setting} to False or None."
             )
 
 
 def _read_off(
     scheduler: Any, timestep: Any, device: torch.device, kwargs: dict[str, Any]
 ) -> dict[str, Update]:
-    """Differences between answers to zeros and ones, with the same noise in each.
+    """Compute A and B from results on zeros and ones, all with the same noise.
 
     Raises:
-        CoefficientsError: the answers are not affine.
+        CoefficientsError: the results are not affine.
     """
 
     def ask(model_output: float, sample: float) -> dict[str, float]:
         probe = scheduler.stock.__new__(scheduler.stock)
         probe.__dict__.update(scheduler.__dict__)
-        given = dict(kwargs)
+        options = dict(kwargs)
         if "generator" in _parameters(scheduler.stock):
-            given["generator"] = torch.Generator().manual_seed(0)
+            options["generator"] = torch.Generator().manual_seed(0)
         full = torch.ones(1, 1, 1, 1, device=device)
-        answer = probe.step(model_output * full, timestep, sample * full, **given)
+        answer = probe.step(model_output * full, timestep, sample * full, **options)
         return {name: float(value) for name, value in answer.items()}
 
     nothing, one_sample, one_output, both = ask(0, 0), ask(0, 1), ask(1, 0), ask(1, 1)
-    found = {}
+    updates = {}
     for name, rest in nothing.items():
-        found[name] = Update(one_sample[name] - rest, one_output[name] - rest)
+        updates[name] = Update(one_sample[name] - rest, one_output[name] - rest)
         gap = both[name] - one_sample[name] - one_output[name] + rest
         if abs(gap) > 1e-4 * max(1.0, abs(both[name])):
-            raise CoefficientsError(f"{scheduler.stock.__name__}.step is not affine in its inputs")
-    return found
+            raise CoefficientsError(
+                f"{scheduler.stock.__name__}.step is not affine in its inputs. Use another scheduler."
+            )
+    return updates
 
 
 @functools.cache

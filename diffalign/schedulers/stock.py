@@ -1,4 +1,4 @@
-"""Schedulers of diffusers in a word: "LCMScheduler", "TCDScheduler,timestep_spacing=trailing"."""
+"""Schedulers of diffusers by a text such as "TCDScheduler,timestep_spacing=trailing"."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ import diffusers
 from diffalign.core.errors import UsageError
 
 
-def scheduler_like(asked: str, own: Any) -> Any:
-    """One of that class with the configuration of another and the settings that follow the name.
+def scheduler_like(text: str, own: Any) -> Any:
+    """Build a scheduler from another one's configuration and the settings of a text.
+
+    Args:
+        text: class name and settings, such as "TCDScheduler,timestep_spacing=trailing".
+        own: scheduler whose configuration is used.
 
     Raises:
         UsageError: diffusers has no such class, or the class no such setting.
     """
-    name, *settings = asked.split(",")
+    name, *settings = text.split(",")
     kind: Any = getattr(diffusers, name, None)
     if kind is None:
-        raise UsageError(f"scheduler: diffusers has no {name}")
+        raise UsageError(
+            f"scheduler={name}: diffusers has no such class. Name one such as EulerDiscreteScheduler."
+        )
     changes = dict(s.partition("=")[::2] for s in settings)
     unknown = set(changes) - set(inspect.signature(kind).parameters)
     if unknown:
-        raise UsageError(f"scheduler: {name} has no {', '.join(sorted(unknown))}")
+        raise UsageError(
+            f"scheduler={text}: {name} has no {', '.join(sorted(unknown))}. Choose settings of its constructor."
+        )
     return kind.from_config(own.config, **{k: _value(v) for k, v in changes.items()})
 
 
 def _value(text: str) -> Any:
-    """JSON where it is some, else the text."""
+    """Return the JSON value of a text, or the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,6 +1,6 @@
-"""The embedded world in which every claim of the suite can be checked on a laptop."""
+"""Embedded world of simple shapes with exact rewards, for tests and demos on a laptop."""
 
 from pathlib import Path
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""Where the shipped models lie."""
+"""Folder of the shipped models."""

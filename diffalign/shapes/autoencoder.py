@@ -1,4 +1,4 @@
-"""The tiny autoencoders of Shapes, and what they are trained on (`scripts/train_shapes.py`)."""
+"""Training images of the autoencoders of Shapes (`scripts/shapes/train.py`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffalign.shapes.world import (
 
 
 def random_images(rng: np.random.Generator, n: int) -> np.ndarray:
-    """(n, 64, 64, 3) uint8 of one to four arbitrary objects: an autoencoder needs no prompts."""
+    """Render images (n, 64, 64, 3) uint8 of one to four random objects."""
     images = []
     for _ in range(n):
         cells = rng.permutation(len(GRID) ** 2)[: rng.integers(1, MAX_OBJECTS + 1)]

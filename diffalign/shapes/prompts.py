@@ -1,7 +1,7 @@
-"""Prompts of Shapes in GenEval's six tasks, templates and metadata format, split into train and held-out.
+"""Prompts of Shapes in GenEval's tasks and metadata format, split into train and held-out.
 
-The whole language is small enough to list: every prompt of every task exists once, and a fixed share of each task is
-held out. Nothing that is trained here (base models, text encoders, alignment) ever sees a held-out prompt.
+The language is small enough to list: every prompt of every task exists once, and a fixed number of each task is held
+out. No model of this suite (base models, text encoders, alignment) is trained on a held-out prompt.
 """
 
 from __future__ import annotations
@@ -61,19 +61,23 @@ def _all_prompts() -> dict[str, list[Metadata]]:
 @cache
 def _split(split: str) -> tuple[Metadata, ...]:
     rng = np.random.default_rng(SPLIT_SEED)
-    chosen: list[Metadata] = []
+    entries: list[Metadata] = []
     for task in TASKS:
         prompts = _all_prompts()[task]
         order = rng.permutation(len(prompts))
         part = order[: HELD_OUT[task]] if split == "held_out" else order[HELD_OUT[task] :]
-        chosen += [prompts[i] for i in sorted(part)]
-    return tuple(chosen)
+        entries += [prompts[i] for i in sorted(part)]
+    return tuple(entries)
 
 
 def prompts(split: str) -> list[Metadata]:
-    """All prompts of "train" or "held_out" as GenEval metadata, in the order of the tasks."""
+    """Return all prompts of "train" or "held_out" as GenEval metadata, by task.
+
+    Raises:
+        ValueError: unknown split.
+    """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
+        raise ValueError(f"Unknown split {split!r}. Choose from {', '.join(SPLITS)}.")
     return list(_split(split))
 
 
@@ -84,7 +88,10 @@ def sample_prompts(
     split: str = "train",
     task_weights: Mapping[str, float] | None = None,
 ) -> list[Metadata]:
-    """Return `n` prompts: a task by its weight (all alike by default), then one of the task's prompts."""
+    """Draw `n` prompts: a task by its weight, then one of the task's prompts.
+
+    All tasks have the same weight by default.
+    """
     by_task: dict[str, list[Metadata]] = {}
     for prompt in prompts(split):
         by_task.setdefault(prompt["tag"], []).append(prompt)

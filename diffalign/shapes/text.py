@@ -1,8 +1,9 @@
-"""Text encoders of Shapes: real CLIP and T5 tokenizers and tiny encoders, pretrained to say what a caption asks for.
+"""Text encoders of Shapes: CLIP and T5 tokenizers with tiny pretrained encoders.
 
-CLIP learns from four hundred million captions; here a caption's meaning is known, so the encoders are pretrained on it
-directly: from the pooled embedding and from the tokens, linear heads must name both objects, their colours, counts and
-their relation. The heads are thrown away. Frozen encoders that understand the text let the denoiser learn fast.
+CLIP learns from four hundred million captions. The meaning of a Shapes caption is known, so the encoders are
+pretrained on it directly: from the pooled embedding and from the tokens, linear heads predict both objects, their
+colours, counts and relation. The heads are discarded. Frozen encoders that understand the text let the denoiser learn
+fast.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from diffalign.shapes.prompts import RELATIONS, prompts, sample_prompts
 from diffalign.shapes.world import COLORS, KINDS
 
 MAX_LENGTH = 16
-"""Tokens of a caption; the longest prompt of Shapes has 12."""
+"""Tokens per caption; the longest prompt of Shapes has 12."""
 PADDED_LENGTHS = (*[MAX_LENGTH] * 10, 40, 256)
-"""Lengths to which T5 is trained to be padded: pipelines pad to 256 or 512 and mask nothing."""
+"""Padded lengths on which T5 is trained: pipelines pad to 256 or 512 without a mask."""
 WIDTH = 64
 PREFIXES = ("a photo of ", "a photo of ", "a picture of ", "an image of ", "")
-"""The denoiser is trained on the first only; the encoders map all of them to one meaning."""
+"""Prefixes of a caption.
 
-# name of the target -> number of classes; index 0 means "not said"
+The denoiser is trained on the first only; the encoders map all of them to one meaning.
+"""
+
+# Number of classes by target; index 0 means "not said".
 TARGETS = {
     "kind_0": len(KINDS) + 1,
     "kind_1": len(KINDS) + 1,
@@ -57,10 +61,10 @@ def _corpus() -> list[str]:
 
 
 def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges until every word is one token; ties go by the alphabet.
+    """Return byte-pair merges until every word is one token, with ties in alphabetical order.
 
-    The trainer of the tokenizers library breaks ties by chance, and two encoders of one pipeline would then be given
-    two vocabularies.
+    The trainer of the tokenizers library breaks ties randomly, which would give two encoders of one pipeline two
+    vocabularies.
     """
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
@@ -82,7 +86,10 @@ def _learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE, merges learned on the captions; all bytes are in it, so any text has tokens."""
+    """Build CLIP's byte-level BPE with merges learned on the captions.
+
+    It contains all bytes, so any text has tokens.
+    """
     merges = _learn_merges(Counter(word for text in _corpus() for word in text.split()))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
@@ -92,9 +99,9 @@ def build_clip_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """A sentencepiece-style unigram model: whole words at their log-frequency, characters as a last resort.
+    """Build a unigram model in the style of sentencepiece.
 
-    Unknown characters become <unk>.
+    Whole words have their log-frequency; characters are the fallback. Unknown characters become <unk>.
     """
     words = Counter(f"▁{word}" for text in _corpus() for word in text.split())
     total = sum(words.values())
@@ -105,7 +112,7 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """A tiny text tower."""
+    """Return the configuration of a tiny text tower."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -122,13 +129,13 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def build_clip(tokenizer: CLIPTokenizer, *, projection: bool) -> PreTrainedModel:
-    """A fresh CLIP text encoder, with SD3's projection or without (FLUX)."""
+    """Build an untrained CLIP text encoder, with a projection for SD3, without for FLUX."""
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return kind(clip_config(tokenizer))
 
 
 def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """A fresh T5 encoder."""
+    """Build an untrained T5 encoder."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -147,10 +154,14 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def caption_targets(entry: dict[str, Any]) -> list[int]:
-    """Class indices in the order of TARGETS; objects in the order in which the caption names them."""
+    """Return class indices of a caption in the order of TARGETS.
+
+    Objects are in the order in which the caption names them.
+    """
     clauses = entry["include"]
     relation = 0
-    if entry["tag"] == "position":  # GenEval lists the target first, the caption names it last
+    # GenEval lists the target of a relation first; the caption names it last.
+    if entry["tag"] == "position":
         relation = 1 + RELATIONS.index(clauses[1]["position"][0])
         clauses = clauses[::-1]
     kinds = [1 + KINDS.index(c["class"]) for c in clauses]
@@ -163,8 +174,11 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
-    """What pipelines read from CLIP: the pooled embedding, and token embeddings before the last layer or, as SD1.5
-    does, after it and its norm."""
+    """Return a function that computes CLIP's features as pipelines do.
+
+    The features are token embeddings and the pooled embedding. Tokens are taken before the last layer or, with `last`,
+    after it and its norm, as SD1.5 does.
+    """
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
         out = model(ids, output_hidden_states=True)
@@ -177,7 +191,10 @@ def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
 
 
 def t5_features(model: T5EncoderModel) -> Encode:
-    """What pipelines read from T5: its tokens; for the heads, the mean of those that hold the caption."""
+    """Return a function that computes T5's tokens as pipelines do.
+
+    For the heads it also returns the mean of the tokens that hold the caption.
+    """
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
         tokens = model(ids).last_hidden_state[:, :MAX_LENGTH]
@@ -197,7 +214,11 @@ def train_text_encoder(
     batch_size: int = 128,
     seed: int = 0,
 ) -> float:
-    """Train in place; returns the share of captions that the pooled embedding gets wholly right at the end."""
+    """Train an encoder in place.
+
+    Returns:
+        Share of captions for which the pooled embedding gets every target right, over the last 20 steps.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     heads = nn.ModuleList(nn.Linear(width, sum(TARGETS.values())) for _ in range(2))

@@ -1,6 +1,6 @@
-"""The world of Shapes: what can be drawn, how it is drawn, and how a scene is made that a prompt describes.
+"""World of Shapes: its objects, their rendering, and scenes that fit a prompt.
 
-An image is one to four flat, anti-aliased shapes on a light ground, so that an exact verifier can exist.
+An image is one to four flat, anti-aliased shapes on a light ground, so that an exact verifier is possible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 BACKGROUND = (244, 243, 238)
 MAX_OBJECTS = 4
 
-# Centres lie on a jittered 3 x 3 grid; with these figures two neighbours keep a gap of at least one pixel.
+# Centres lie on a jittered 3 x 3 grid. With these values two neighbours have a gap of at least one pixel.
 GRID = (12.0, 32.0, 52.0)
 JITTER = 1.5
 SIZES = (12.0, 16.0)
@@ -34,7 +34,7 @@ SIZES = (12.0, 16.0)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape; centre and size (the longer side of its bounding box) in pixels."""
+    """One shape. Centre and size (the longer side of its bounding box) are in pixels."""
 
     kind: str
     color: str
@@ -44,7 +44,7 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2) in pixels."""
+        """Bounding box (x1, y1, x2, y2) in pixels."""
         half_h = self.size / 2 * (TRIANGLE_HEIGHT if self.kind == "triangle" else 1.0)
         half = self.size / 2
         return (self.x - half, self.y - half_h, self.x + half, self.y + half_h)
@@ -57,7 +57,10 @@ CROSS_ARM = 0.34
 
 
 def signed_distance(kind: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
-    """Distance to the outline of a centred shape in pixels, negative inside (exact or a close bound)."""
+    """Return the distance to a centred shape's outline in pixels, negative inside.
+
+    The distance is exact or a close bound.
+    """
     half = size / 2
     if kind == "circle":
         return np.hypot(x, y) - half
@@ -76,11 +79,11 @@ def signed_distance(kind: str, x: np.ndarray, y: np.ndarray, size: float) -> np.
         slope = np.hypot(half, 2 * half_h)
         side = (abs(x) * 2 * half_h - (y + half_h) * half) / slope
         return np.maximum(side, y - half_h)
-    raise ValueError(f"unknown shape {kind!r}; known are {', '.join(KINDS)}")
+    raise ValueError(f"Unknown shape {kind!r}. Choose from {', '.join(KINDS)}.")
 
 
 def render(scene: Scene, *, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw a scene: (size, size, 3) uint8. Later objects cover earlier ones."""
+    """Render a scene as (size, size, 3) uint8. Later objects cover earlier ones."""
     scale = size / IMAGE_SIZE
     axis = (np.arange(size, dtype=np.float32) + 0.5) / scale
     image: np.ndarray = np.full((size, size, 3), BACKGROUND, np.float32)
@@ -94,19 +97,24 @@ def render(scene: Scene, *, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 def detections(scene: Scene) -> list[Detection]:
-    """The truth about a scene in the verifier's terms."""
+    """Return the objects of a scene as detections."""
     return [Detection(name=o.kind, box=o.box, color=o.color) for o in scene]
 
 
 def sample_scene(metadata: Mapping[str, Any], rng: np.random.Generator) -> Scene:
-    """A random scene for which GenEval's rules hold: what is not asked for (colour, place, size) is random.
+    """Draw a random scene for which GenEval's rules hold.
 
-    The objects of one clause share one colour. Nothing is drawn that the prompt does not name.
+    Colours, positions and sizes that the prompt does not state are random. The objects of one clause have the same
+    colour, and the scene has only objects that the prompt names.
+
+    Raises:
+        ValueError: the prompt names too many objects.
     """
     total = sum(clause["count"] for clause in metadata["include"])
     if not 1 <= total <= MAX_OBJECTS:
-        raise ValueError(f"a scene holds 1 to {MAX_OBJECTS} objects, the prompt asks for {total}")
-    while True:  # a random layout satisfies a relation about every third time
+        raise ValueError(f"A scene has 1 to {MAX_OBJECTS} objects; the prompt names {total}.")
+    # A random layout satisfies a relation about every third time.
+    while True:
         cells = iter(rng.permutation(len(GRID) ** 2)[:total])
         scene = []
         for clause in metadata["include"]:

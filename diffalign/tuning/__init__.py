@@ -1,1 +1,1 @@
-"""The search for Q-Sched's factors: objectives, engines, the images that candidates draw, and what is accepted."""
+"""Search for Q-Sched's factors: objectives, engines, evaluation of candidates, acceptance."""

@@ -1,4 +1,4 @@
-"""Calibration: a model draws prompts while somebody watches the inputs of its layers."""
+"""Calibration: statistics of layers' inputs, recorded while a model samples prompts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from diffalign.quantization.packed import packable
 from diffalign.tuning.evaluator import Drawing
 
 MAX_TIMESTEPS = 16
-"""That get scales of their own."""
+"""Largest number of timesteps that get scales of their own."""
 Before = Callable[[range, int, Sampling], None]
 
 
 @dataclass
 class Calibration:
-    """Draws `prompts` as `drawing` says, with the scheduler's own steps: a few-step model is calibrated on all the
-    timesteps that it ever sees.
+    """Calibration of a model on images of prompts.
+
+    The images are sampled by `drawing` with the scheduler's own steps, so a few-step model is calibrated on all its
+    timesteps.
 
     Raises:
         UsageError: there is no prompt.
@@ -41,12 +43,15 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise UsageError("prompts: there is no prompt to calibrate with")
+            raise UsageError("prompts: there is no prompt to calibrate with. Give at least one.")
 
     @torch.no_grad()
     def run(self, before: Before | None = None) -> None:
-        """Once through all prompts, in batches of `micro_batch_size`; `before` is called ahead of every prediction with
-        the numbers of the batch's images, the step and the batch."""
+        """Sample all prompts once, in batches of `micro_batch_size`.
+
+        Args:
+            before: is called before every prediction with the numbers of the batch's images, the step and the batch.
+        """
         drawing, size = self.drawing, self.drawing.micro_batch_size
         embed = EmbedCache(self.model)
         guided = self.model.costs_a_forward(drawing.guidance_scale)
@@ -74,24 +79,33 @@ class Calibration:
                     latents = scheduler_step(i, model_pred, latents, run.scheduler, generators)
 
     def input_scales(self) -> dict[str, Tensor]:
-        """Root mean squares (channels,) of the inputs of the denoiser's layers, to fit low-rank branches to."""
+        """Return root mean squares (channels,) of layers' inputs, to which branches are fitted."""
         return collect_input_scales(self.model.denoiser, self.run)
 
     def activation_scales(self) -> ActivationScales:
-        """Scales for the inputs of the linear layers that get packed: for each timestep, or of more than
-        `MAX_TIMESTEPS` one for all, which sees each image at the step nearest to a timestep of its own
-        (`normal_timesteps`)."""
+        """Return scales for the inputs of the linear layers that get packed.
+
+        Up to `MAX_TIMESTEPS` timesteps get scales of their own. With more timesteps a layer has one scale; each image
+        then counts at the step nearest to a random timestep (`normal_timesteps`).
+
+        Raises:
+            UsageError: no linear layer is large enough.
+        """
         layers = packable(self.model.denoiser)
         names = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         if not names:
-            raise UsageError("no linear layer of this model is large enough for integer products")
+            raise UsageError(
+                f"backend=int8-static: no linear layer of this {self.model.family} model is large enough for integer "
+                "products. Use int8."
+            )
         few = self.drawing.num_inference_steps <= MAX_TIMESTEPS
         observer = InputObserver(self.model.denoiser, names, by_timestep=few)
-        drawn = normal_timesteps(len(self.prompts), self.drawing.seed)
+        timesteps = normal_timesteps(len(self.prompts), self.drawing.seed)
 
         def choose(numbers: range, i: int, run: Sampling) -> None:
-            observer.rows = rows_at(i, run.scheduler, drawn[numbers.start : numbers.stop])
-            if run.negative_embeds is not None:  # guidance doubles the batch
+            observer.rows = rows_at(i, run.scheduler, timesteps[numbers.start : numbers.stop])
+            # Guidance doubles the batch.
+            if run.negative_embeds is not None:
                 observer.rows = torch.cat([observer.rows, observer.rows + len(numbers)])
 
         with observer.watching():
@@ -100,8 +114,10 @@ class Calibration:
 
 
 def normal_timesteps(n: int, seed: int, *, mean: float = 0.4, std: float = 0.4) -> Tensor:
-    """(n,) timesteps in 0..1, from clean to noise, of a normal law without what lies outside. PTQ4DM clamps it,
-    and so puts a sixth of all images at the very end of the trajectory."""
+    """Draw timesteps (n,) in 0..1 from a truncated normal distribution; 1 is noise.
+
+    PTQ4DM clamps the distribution instead and so places a sixth of all images at the end of the trajectory.
+    """
     generator = torch.Generator().manual_seed(stream(EVALUATION, seed, n))
     low, high = ((bound - mean) / std / 2**0.5 for bound in (0.0, 1.0))
     uniform = torch.rand(n, generator=generator)
@@ -109,8 +125,11 @@ def normal_timesteps(n: int, seed: int, *, mean: float = 0.4, std: float = 0.4) 
     return mean + std * 2**0.5 * torch.erfinv(low + (high - low) * uniform)
 
 
-def rows_at(i: int, scheduler: Any, drawn: Tensor) -> Tensor:
-    """Those whose drawn timestep (of 0..1) is nearest to step `i`'s. By timestep and not by the number of the step:
-    PTQ4DM's code pairs the two the wrong way round, and calibrates on the mirrored law."""
+def rows_at(i: int, scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Return the rows whose timestep, in 0..1, is nearest to that of step `i`.
+
+    The comparison is by timestep and not by step number: PTQ4DM's code pairs the two in reverse, and so calibrates on
+    the mirrored distribution.
+    """
     scaled = scheduler.timesteps.float().cpu() / scheduler.config.num_train_timesteps
-    return (drawn[:, None] - scaled[None]).abs().argmin(1).eq(i).nonzero().flatten()
+    return (timesteps[:, None] - scaled[None]).abs().argmin(1).eq(i).nonzero().flatten()

@@ -1,6 +1,7 @@
-"""Searches over factors: generators that yield candidates and are sent their values, so that a batch is drawn at once.
+"""Search engines for factors, as generators that yield candidates and receive their values.
 
-All maximise within a box. What is best is the caller's to remember; engines only say what to try next.
+A batch of candidates is thus evaluated at once. All engines maximise within a box. The caller stores the best
+candidate.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ Engine = Generator[list[Coefficients], Sequence[float], None]
 
 @dataclass(frozen=True)
 class Space:
-    """Where to search: N steps, each factor within `low`..`high`; `start` is tried first by engines that start
-    somewhere."""
+    """Search space of factors for N steps.
+
+    Attributes:
+        steps: number of steps N.
+        low: least value of a factor.
+        high: largest value of a factor.
+        start: first candidate of engines that have a start; the original schedule if None.
+    """
 
     steps: int
     low: float = 0.8
@@ -30,23 +37,25 @@ class Space:
     def __post_init__(self) -> None:
         if not (LEAST <= self.low <= 1 <= self.high <= MOST and self.low < self.high):
             raise UsageError(
-                f"box: must hold 1 and something else, within {LEAST:g}..{MOST:g}; got "
-                f"{self.low:g}..{self.high:g}"
+                f"box={self.low:g},{self.high:g}: the bounds must differ, contain 1 and lie in {LEAST:g}..{MOST:g}. "
+                "Choose for instance 0.8,1.2."
             )
 
     @property
     def origin(self) -> Coefficients:
-        """`start` where it is given, drawn into the box; otherwise the schedule as it is."""
+        """Return `start` clipped to the box, or the original schedule without one."""
         return self.clip(self.start) if self.start is not None else Coefficients.ones(self.steps)
 
     def clip(self, coefficients: Coefficients) -> Coefficients:
-        """The nearest within the box."""
+        """Return the nearest coefficients within the box."""
         return Coefficients.from_vector(np.clip(coefficients.vector, self.low, self.high).tolist())
 
 
 def grid(space: Space, *, budget: int, seed: int = 0) -> Engine:
-    """The published search: all pairs of n x n first-step values, n^2 the largest square within the budget, each pair a
-    ramp to 1 (`Coefficients.ramp`)."""
+    """Try the published grid of n x n first-step values.
+
+    The largest square n^2 within the budget is used; each pair is a ramp to 1 (`Coefficients.ramp`).
+    """
     del seed
     n = max(2, int(budget**0.5))
     values = np.linspace(space.low, space.high, n)
@@ -55,40 +64,46 @@ def grid(space: Space, *, budget: int, seed: int = 0) -> Engine:
 
 
 def coordinate(space: Space, *, budget: int, seed: int = 0) -> Engine:
-    """One factor after the other: a step up and a step down, then the top of the parabola through the three; the step
-    halves after each round in which nothing is gained."""
+    """Change one factor after the other.
+
+    Each factor is tried one width up and down and at the top of the parabola through the three values. The width
+    halves after a round without a gain.
+    """
     del seed
-    here = space.origin
-    value = (yield [here])[0]
+    point = space.origin
+    value = (yield [point])[0]
     spent, width = 1, (space.high - space.low) / 8
     while spent < budget and width > 1e-3:
         gained = False
         for i in range(2 * space.steps):
-            sides = [_moved(space, here, i, by) for by in (-width, width)]
+            sides = [_moved(space, point, i, by) for by in (-width, width)]
             low, high = yield sides
             tried = list(zip((low, high), sides, strict=True))
             spent += 2
             top = _parabola(low, value, high, width)
             if top is not None:
-                peak = _moved(space, here, i, top)
+                peak = _moved(space, point, i, top)
                 tried.append(((yield [peak])[0], peak))
                 spent += 1
-            best, place = max(tried, key=lambda pair: pair[0])
+            best, candidate = max(tried, key=lambda pair: pair[0])
             if best > value:
-                here, value, gained = place, best, True
+                point, value, gained = candidate, best, True
             if spent >= budget:
                 return
         width = width if gained else width / 2
 
 
-def _moved(space: Space, here: Coefficients, i: int, by: float) -> Coefficients:
-    vector = here.vector
+def _moved(space: Space, point: Coefficients, i: int, by: float) -> Coefficients:
+    vector = point.vector
     vector[i] += by
     return space.clip(Coefficients.from_vector(vector))
 
 
 def _parabola(low: float, middle: float, high: float, width: float) -> float | None:
-    """Where a parabola through three equally spaced values has its top; None where it has none within the two sides."""
+    """Return the offset of the top of a parabola through three equally spaced values.
+
+    Return None if the top is not between the two sides.
+    """
     bend = low - 2 * middle + high
     if not np.isfinite(bend) or bend >= 0:
         return None
@@ -97,52 +112,58 @@ def _parabola(low: float, middle: float, high: float, width: float) -> float | N
 
 
 def cma(space: Space, *, budget: int, seed: int = 0) -> Engine:
-    """CMA-ES on all 2 N factors, by the `cma` package. (Hansen 2016, arXiv 1604.00772)"""
+    """Search all 2 N factors by CMA-ES from the `cma` package (Hansen 2016, arXiv 1604.00772)."""
     yield from _evolve(space, space.origin.vector, Coefficients.from_vector, budget, seed)
 
 
 def ramp(space: Space, *, budget: int, seed: int = 0) -> Engine:
-    """CMA-ES on the two numbers of the published search, from the schedule as it is: no start is a ramp."""
+    """Search the two numbers of the published ramp by CMA-ES, from the original schedule.
 
-    def made(numbers: Sequence[float]) -> Coefficients:
+    A start is ignored, since it is no ramp.
+    """
+
+    def to_candidate(numbers: Sequence[float]) -> Coefficients:
         sample, model_output = numbers
         return Coefficients.ramp(sample, model_output, space.steps)
 
-    yield from _evolve(space, [1.0, 1.0], made, budget, seed)
+    yield from _evolve(space, [1.0, 1.0], to_candidate, budget, seed)
 
 
 def _evolve(
     space: Space,
     start: Sequence[float],
-    made: Callable[[Sequence[float]], Coefficients],
+    to_candidate: Callable[[Sequence[float]], Coefficients],
     budget: int,
     seed: int,
 ) -> Engine:
-    """CMA-ES in a box, the start first; `made` turns its numbers into a candidate."""
+    """Run CMA-ES in a box from `start`; `to_candidate` turns its numbers into a candidate."""
     try:
         import cma as package
     except ImportError as error:
-        raise UsageError("engine: cma and ramp need the package cma: pip install cma") from error
+        raise UsageError(
+            "engine: cma and ramp need the package cma. Install it with: pip install cma"
+        ) from error
     options = {
         "bounds": [space.low, space.high],
-        "seed": seed + 1,  # 0 is the clock to this package
+        # For this package seed 0 means the clock.
+        "seed": seed + 1,
         "verbose": -9,
         "maxfevals": budget,
     }
     search = package.CMAEvolutionStrategy(list(start), (space.high - space.low) / 8, options)
     spent = 1
-    yield [made(start)]
+    yield [to_candidate(start)]
     while spent < budget:
-        asked = search.ask()[: budget - spent]
-        values = yield [made(x.tolist()) for x in asked]
-        spent += len(asked)
-        if len(asked) < search.popsize:
+        population = search.ask()[: budget - spent]
+        values = yield [to_candidate(x.tolist()) for x in population]
+        spent += len(population)
+        if len(population) < search.popsize:
             return
-        search.tell(asked, [-v if np.isfinite(v) else 1e9 for v in values])
+        search.tell(population, [-v if np.isfinite(v) else 1e9 for v in values])
 
 
 def none(space: Space, *, budget: int, seed: int = 0) -> Engine:
-    """Nothing but the start: the closed form as it is."""
+    """Try only the start, which is the closed form."""
     del budget, seed
     yield [space.origin]
 

@@ -1,7 +1,7 @@
-"""The images that candidates draw, and their scores: same prompts, same noise, each candidate's factors.
+"""Scores of candidates on images from the same prompts and the same noise.
 
-The first prediction depends on no factor, so it is made once; candidates share batches, each row with its own; and what
-was scored is kept in a file, so that a search that was killed goes on where it was.
+The first prediction does not depend on factors, so it is computed once. Candidates share batches; each row has its own
+factors. Scores are stored in a file, so that an interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.objective import Scores
 
 DIGITS = 6
-"""Of factors in the file: finer differences are no difference."""
+"""Decimal places of factors in the file; smaller differences do not matter."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How calibration images are drawn; sizes in pixels, None is the model's own."""
+    """Sampling settings of calibration images. Sizes are in pixels; None is the model's own."""
 
     num_inference_steps: int = 4
     guidance_scale: float | None = None
@@ -47,31 +47,28 @@ class Drawing:
     mixed_precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        for name, flag in (
-            ("num_inference_steps", "num_inference_steps"),
-            ("images_per_prompt", "images_per_prompt"),
-            ("micro_batch_size", "batch_size"),
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{flag} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, got {self.seed}")
+        least = {"num_inference_steps": 1, "images_per_prompt": 1, "micro_batch_size": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise UsageError(f"{name}={value} is too small. Set at least {bound}.")
 
 
 class Evaluator:
-    """Scores candidates on some prompts.
+    """Evaluator of candidates on some prompts.
 
     Args:
-        model: its pipeline's scheduler is a `QSched`.
-        prompts: of calibration.
-        score: as `CompositeReward.score`; each of `terms` is among its details.
-        drawing: of all images.
-        file: where scores are kept, or None.
-        key: what else scores depend on; with another key nothing of the file is used.
+        model: model whose pipeline has a `QSched` as its scheduler.
+        prompts: calibration prompts.
+        score: function like `CompositeReward.score`; its details contain each of `terms`.
+        terms: names of the scores.
+        drawing: sampling settings of all images.
+        file: file of scores; None stores none.
+        key: everything else that scores depend on. Scores of the file with another key are ignored.
 
-    `on_scores` is called with every candidate and its scores, whether they were drawn now or lay in the file.
-
-    `network_rows` counts rows of the denoiser's forwards, two an image under classifier-free guidance.
+    Attributes:
+        on_scores: is called with every candidate and its scores, whether they are new or from the file.
+        network_rows: rows of the denoiser's forwards; two per image under classifier-free guidance.
     """
 
     def __init__(
@@ -86,9 +83,11 @@ class Evaluator:
         key: Any = None,
     ) -> None:
         if not prompts:
-            raise UsageError("prompts: there is no prompt to calibrate with")
+            raise UsageError("prompts: there is no prompt to calibrate with. Give at least one.")
         if not isinstance(model.pipeline.scheduler, QSched):
-            raise TypeError("wrap the pipeline's scheduler first: QSched.wrap")
+            raise TypeError(
+                "The pipeline's scheduler has no factors. Wrap it first with QSched.wrap."
+            )
         self.model, self.score, self.terms, self.drawing = model, score, list(terms), drawing
         self.prompts = [p for p in prompts for _ in range(drawing.images_per_prompt)]
         count = range(len(self.prompts))
@@ -101,62 +100,66 @@ class Evaluator:
         plain = asdict(drawing)
         del plain["micro_batch_size"]
         self.key = of_json([plain, told(self.prompts), self.terms, key], default=str)[:16]
-        self._known = self._read()
+        self._scores = self._read()
 
     def __call__(self, candidates: Sequence[Coefficients]) -> list[Scores]:
-        """Scores (P,) of every term for every candidate."""
+        """Return the scores (P,) of every term for every candidate."""
         names = [self._name(c) for c in candidates]
         new: dict[str, Coefficients] = {}
         for name, candidate in zip(names, candidates, strict=True):
-            if name in self._known:
-                self._tell(candidate, self._known[name])
+            if name in self._scores:
+                self._notify(candidate, self._scores[name])
             else:
                 new[name] = candidate
         if new:
             self._evaluate(list(new.values()), list(new))
-        return [self._known[n] for n in names]
+        return [self._scores[n] for n in names]
 
     @property
-    def known(self) -> int:
-        """Candidates that have scores."""
-        return len(self._known)
+    def scored(self) -> int:
+        """Return the number of candidates that have scores."""
+        return len(self._scores)
 
     def _name(self, candidate: Coefficients) -> str:
         return " ".join(f"{v:.{DIGITS}f}" for v in candidate.vector)
 
     def _evaluate(self, candidates: list[Coefficients], names: list[str]) -> None:
-        """Rows are (candidate, image) pairs; those of one candidate may lie in several batches."""
+        """Score candidates in batches of (candidate, image) rows.
+
+        The rows of one candidate may lie in several batches.
+        """
         each = len(self.prompts)
         if self._first is None:
             self._first = self._first_predictions()
         waiting: dict[str, list[np.ndarray]] = {term: [] for term in self.terms}
-        held, done = 0, 0
+        pending, done = 0, 0
         size = self.drawing.micro_batch_size
-        with Interruption("the candidate in hand is scored and kept") as interruption:
+        with Interruption("the current candidate is scored and stored") as interruption:
             for start in range(0, len(candidates) * each, size):
                 rows = range(start, min(start + size, len(candidates) * each))
                 output = self._draw(rows, candidates)
                 for term in self.terms:
                     waiting[term].append(output[term])
-                held += len(rows)
-                while held >= each:  # a candidate is whole
+                pending += len(rows)
+                # All images of a candidate are scored.
+                while pending >= each:
                     joined = {term: np.concatenate(waiting[term]) for term in self.terms}
                     scores = {term: joined[term][:each] for term in self.terms}
                     waiting = {term: [joined[term][each:]] for term in self.terms}
-                    held -= each
-                    self._keep(names[done], scores)
-                    self._tell(candidates[done], scores)
+                    pending -= each
+                    self._store(names[done], scores)
+                    self._notify(candidates[done], scores)
                     done += 1
                     if interruption.number:
-                        raise Interrupted(interruption.number, self._kept())
+                        raise Interrupted(interruption.number, self._progress())
 
-    def _kept(self) -> str:
+    def _progress(self) -> str:
         if self._file is None:
-            return "scores are kept in no file"
-        return f"{len(self._known)} candidates are scored in {self._file}; the same command goes on from there"
+            return "the scores are lost, since they are stored in no file"
+        return f"{len(self._scores)} candidates are scored in {self._file}; the same command resumes from there"
 
     def _draw(self, rows: range, candidates: list[Coefficients]) -> dict[str, np.ndarray]:
-        """Scores of some rows."""
+        """Sample and score some rows of (candidate, image)."""
         each = len(self.prompts)
         images = [r % each for r in rows]
         columns = [candidates[r // each] for r in rows]
@@ -169,17 +172,17 @@ class Evaluator:
         with self.model.pipeline.scheduler.trial(*factors):
             pixels = self._images(images, first)
         self.count_rows(len(rows), forwards=self.drawing.num_inference_steps - 1)
-        asked = [self.prompts[i] for i in images]
-        output = self.score(pixels, [p.text for p in asked], [p.metadata for p in asked])
+        prompts = [self.prompts[i] for i in images]
+        output = self.score(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
         return {term: output.details[term] for term in self.terms}
 
     def count_rows(self, images: int, *, forwards: int) -> None:
-        """Add to `network_rows`."""
+        """Add a forward's rows to `network_rows`."""
         rows = self.model.forward_rows(images, self.drawing.guidance_scale)
         self.network_rows += rows * forwards
 
     def batch(self, images: Sequence[int]) -> tuple[Sampling, list[torch.Generator]]:
-        """These numbers of images, ready to be drawn."""
+        """Return a sampling run and generators for images by number."""
         d = self.drawing
         guided = self.model.costs_a_forward(d.guidance_scale)
         size = self.model.default_size
@@ -196,34 +199,37 @@ class Evaluator:
 
     @torch.no_grad()
     def _images(self, images: Sequence[int], first_pred: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 on the CPU."""
+        """Sample and decode images (B, 3, H, W) uint8 on the CPU."""
         with compute(self.model.device, self.drawing.mixed_precision):
             run, generators = self.batch(images)
             return self.model.decode(run.draw(generators, first_pred=first_pred)).cpu()
 
     @torch.no_grad()
     def _first_predictions(self) -> list[Tensor]:
-        """One (C, H, W) an image, on the CPU."""
-        found: list[Tensor] = []
+        """Return the first prediction (C, H, W) of every image, on the CPU."""
+        predictions: list[Tensor] = []
         size = self.drawing.micro_batch_size
         for start in range(0, len(self.prompts), size):
             part = range(start, min(start + size, len(self.prompts)))
             with compute(self.model.device, self.drawing.mixed_precision):
                 run, generators = self.batch(part)
-                found.extend(run.predict(0, run.start(generators)).cpu())
+                predictions.extend(run.predict(0, run.start(generators)).cpu())
             self.count_rows(len(part), forwards=1)
-        return found
+        return predictions
 
-    def _tell(self, candidate: Coefficients, scores: Scores) -> None:
+    def _notify(self, candidate: Coefficients, scores: Scores) -> None:
         if self.on_scores is not None:
             self.on_scores(candidate, scores)
 
     def _read(self) -> dict[str, Scores]:
-        """Of this key; a line that a crash cut is left out, and what could not be scored is tried again: a service may
-        have been away."""
-        found: dict[str, Scores] = {}
+        """Load cached scores for this key.
+
+        Truncated lines are skipped. Candidates with missing scores are evaluated again, since a reward service may
+        have been away.
+        """
+        by_candidate: dict[str, Scores] = {}
         if self._file is None or not self._file.is_file():
-            return found
+            return by_candidate
         for line in self._file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
@@ -231,13 +237,17 @@ class Evaluator:
                 key, name = row["key"], row["candidate"]
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
-            whole = set(scores) == set(self.terms)
-            if key == self.key and whole and all(np.isfinite(v).all() for v in scores.values()):
-                found[name] = scores
-        return found
+            is_complete = set(scores) == set(self.terms)
+            if (
+                key == self.key
+                and is_complete
+                and all(np.isfinite(v).all() for v in scores.values())
+            ):
+                by_candidate[name] = scores
+        return by_candidate
 
-    def _keep(self, name: str, scores: Scores) -> None:
-        self._known[name] = scores
+    def _store(self, name: str, scores: Scores) -> None:
+        self._scores[name] = scores
         if self._file is None:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +256,7 @@ class Evaluator:
         with self._file.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the last line was cut
+                # A crash can truncate the last line.
+                if file.read(1) != b"\n":
                     line = f"\n{line}"
             file.write(f"{line}\n".encode())

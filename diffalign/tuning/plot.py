@@ -1,4 +1,4 @@
-"""A picture of a search: what was tried, and how the best came to be."""
+"""Plot of a search: its candidates, and the best value over time."""
 
 from __future__ import annotations
 
@@ -16,25 +16,32 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 def check_plot(file: Path) -> None:
-    """Before a search, whose picture would be lost.
+    """Check that a plot can be written, before the search.
 
     Raises:
-        UsageError: matplotlib is not there, the file is of another kind than `KINDS`, or it could not be written.
+        UsageError: matplotlib is missing, the file does not end in one of `KINDS`, or it cannot be written.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("plot: needs matplotlib: pip install 'diffalign[plots]'")
+        raise UsageError("plot: matplotlib is missing. Install it: pip install 'diffalign[plots]'")
     if file.suffix.lower() not in KINDS:
-        raise UsageError(f"plot: {file} must end in {', '.join(KINDS)}")
+        raise UsageError(
+            f"plot={file}: this kind of file is not supported. Use {', '.join(KINDS)}."
+        )
     if file.is_dir():
-        raise UsageError(f"plot: {file} is a folder")
-    there = next(p for p in file.absolute().parents if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UsageError(f"plot: {file} cannot be written, see {there}")
+        raise UsageError(f"plot={file} is a folder. Name a file in it.")
+    parent = next(p for p in file.absolute().parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UsageError(
+            f"plot={file}: {parent} cannot be written. Choose another folder or change its permissions."
+        )
 
 
 def plot_history(result: TuneResult, file: Path) -> None:
-    """Candidates at their first step's factors, coloured by the objective, and the best over the number of candidates,
-    which, unlike the work, is the same for a search that went on from scores of an earlier one."""
+    """Plot candidates by their first factors, and the best value over candidates.
+
+    Colours show the objective. The second axis counts candidates and not denoiser rows, so that it is the same for a
+    resumed search.
+    """
     from matplotlib.figure import Figure
 
     rows = [(i, r) for i, r in enumerate(result.history) if np.isfinite(r["value"])]

@@ -1,4 +1,4 @@
-"""Results of a search for factors: where they go, how they are saved and described."""
+"""Results of a search for factors: target folder, saving and description."""
 
 from __future__ import annotations
 
@@ -18,28 +18,23 @@ RESULT = "qsched.json"
 
 
 def keeps_earlier(result: TuneResult, pipeline: Any) -> bool:
-    """Return whether factors of an earlier search stay in force, because this one accepted none."""
+    """Return whether an earlier search's factors stay because this one accepted none."""
     steps = len(result.best)
     return not result.accepted and not pipeline.scheduler.tables.steps[steps].identity
 
 
 def target_folder(model: str, output_dir: Path | None) -> tuple[Path, bool]:
-    """Return where the factors go, and whether that is a new folder with a copy of the model.
-
-    Raises:
-        UsageError: the model has no folder of its own, or the new folder exists.
-    """
-    named = model in available()  # such a name is no folder, even if there is one of that name
-    own = Path(model) if not named and Path(model).is_dir() else None
+    """Return the folder for the factors and whether it is a new copy."""
+    # A model's name has precedence over a folder of the same name.
+    is_named = model in available()
+    own = Path(model) if not is_named and Path(model).is_dir() else None
     target = output_dir or own
     if target is None:
-        raise UsageError(
-            f"output_dir: {model} is no folder of yours, so the model with its factors needs one"
-        )
+        raise UsageError(f"output_dir must be given, because {model} is not a local folder.")
     if own is not None and target.resolve() == own.resolve():
         return own, False
     if target.exists():
-        raise UsageError(f"output_dir: {target} exists already; name a new folder")
+        raise UsageError(f"output_dir={target} exists already. Choose another folder.")
     return target, True
 
 
@@ -51,9 +46,14 @@ def save(
     whole: bool,
     card: DrawingCard | None = None,
 ) -> None:
-    """The pipeline, or where it lies there already its scheduler's configuration alone: whole or not at all.
+    """Save the factors, atomically.
 
-    `card`: how the factors were searched, which is how a new folder is drawn with by default.
+    Args:
+        pipeline: pipeline whose scheduler has the factors.
+        result: result of the search.
+        folder: target folder.
+        whole: whether to save the whole pipeline; otherwise only the scheduler's configuration is written.
+        card: sampling settings of the search, which become the defaults of a new folder.
     """
     if whole:
         with folder_aside(folder) as hidden:
@@ -65,15 +65,25 @@ def save(
     result.save(folder / RESULT)
 
 
-def describe(result: TuneResult, folder: Path, *, kept: bool = False) -> str:
-    """A few lines for people, the last of them JSON. `kept`: factors were there before, and stay."""
+def describe(result: TuneResult, folder: Path, *, keeps_earlier: bool = False) -> str:
+    """Return a few lines about the result for people; the last line is JSON.
+
+    Args:
+        result: result of the search.
+        folder: folder of the factors.
+        keeps_earlier: whether the factors of an earlier search stay.
+    """
     low, high = result.interval
-    sure = f"95 % interval {low:+.3f}..{high:+.3f}"
-    verdict = f"accepted: {result.gain:+.3f} standard deviations on held-out prompts, {sure}"
+    interval = f"95 % interval {low:+.3f}..{high:+.3f}"
+    verdict = f"accepted: {result.gain:+.3f} standard deviations on held-out prompts, {interval}"
     if not result.accepted:
         verdict = (
-            f"not accepted: held-out prompts see {result.gain:+.3f}, {sure}, which may be nothing; "
-            + ("the factors of an earlier search stay" if kept else "the schedule stays as it is")
+            f"not accepted: {result.gain:+.3f} on held-out prompts, {interval}, which includes no gain; "
+            + (
+                "the factors of an earlier search stay"
+                if keeps_earlier
+                else "the schedule stays as it is"
+            )
         )
     lines = [verdict, "step  sample  model_output"]
     pairs = zip(result.best.sample, result.best.model_output, strict=True)

@@ -1,4 +1,4 @@
-"""A smaller copy of a model: quantise, save, and measure size and speed."""
+"""Quantise and save a copy of a model, and measure its size and speed."""
 
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ REPORT = "quantization.json"
 
 @dataclass(frozen=True)
 class SmallerSettings:
-    """How a model is quantised.
+    """Settings of a quantisation.
 
-    `components`: parts beside the denoiser. `latency`: images of the forward that is timed, 0 for none.
+    Attributes:
+        backend: name of a backend, or "auto".
+        components: parts that are quantised besides the denoiser.
+        group_size: weights that share a scale.
+        svd_rank: rank of the low-rank branch; 0 for none.
+        latency: images of the timed forward; 0 skips the timing.
     """
 
     backend: str = "auto"
@@ -46,21 +51,25 @@ class SmallerSettings:
     latency: int = 1
 
     def check(self, prompts: Sequence[Prompt] | None) -> None:
-        """Raise UsageError where the settings do not fit together, or not to the calibration prompts."""
+        """Raise UsageError if the settings do not fit together or to the calibration prompts."""
         if self.latency < 0:
-            raise UsageError(f"latency must be at least 0, got {self.latency}")
+            raise UsageError(
+                f"latency={self.latency} must not be negative. Set 0 to skip the timing."
+            )
         static = self.backend in BACKENDS and BACKENDS[self.backend].activations
         if static and not prompts:
-            raise UsageError(f"backend: {self.backend} is calibrated on images; give `prompts`")
+            raise UsageError(
+                f"backend={self.backend} needs calibration images. Give `prompts` to sample them from."
+            )
         if prompts and not (self.svd_rank or static):
             raise UsageError(
-                "prompts: calibration is for int8-static and for the low-rank branch; give `svd_rank`, too"
+                "prompts: only int8-static and the low-rank branch are calibrated. Set `svd_rank`, or omit `prompts`."
             )
 
 
 @dataclass(frozen=True)
 class Smaller:
-    """A quantised model: the folder of its denoiser, size and speed for people, and the result for programs."""
+    """Quantised model: folder of its denoiser, its size and speed, and the result as JSON."""
 
     part: str
     weights: ModuleReport
@@ -79,13 +88,17 @@ def make_smaller(
     prompts: list[Prompt] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Smaller:
-    """Quantise `model`, which was loaded from `source`, save it to `output_dir` and measure it.
+    """Quantise `model`, save it to `output_dir` and measure it.
 
     Args:
-        drawing: how calibration images are drawn, and the size of the timed forward.
-        dtype: of the parts that stay as they are.
-        prompts: calibrate on images of these.
-        progress: called when the model is quantised, and when it is saved and measured.
+        model: the model.
+        source: name or folder from which the model was loaded.
+        settings: settings of the quantisation.
+        output_dir: folder of the copy.
+        drawing: sampling settings of calibration images, and the size of the timed forward.
+        dtype: dtype of the parts that are not quantised.
+        prompts: prompts of calibration images; None without calibration.
+        progress: is called after the quantisation, and after saving and measuring.
 
     Raises:
         UsageError: the backend cannot quantise this model with these settings.
@@ -97,7 +110,8 @@ def make_smaller(
     progress()
     size = {"height": drawing.height, "width": drawing.width}
     seconds = forward_seconds(model, settings.latency, **size) if settings.latency else None
-    after = report(model.denoiser)  # with what layers keep once they have run
+    # Layers count what they cache in their first forward.
+    after = report(model.denoiser)
     result: dict[str, Any] = {
         "model": source,
         "backends": backends,
@@ -124,7 +138,7 @@ def make_smaller(
         text = json.dumps({**result, "versions": versions()}, indent=2)
         (folder / REPORT).write_text(text, encoding="utf-8")
     progress()
-    speed = None if times is None else _told(times, settings, set(backends.values()))
+    speed = None if times is None else _describe(times, settings, set(backends.values()))
     return Smaller(part, after, speed, result)
 
 
@@ -137,21 +151,22 @@ def _quantise(
     dtype: torch.dtype,
     prompts: list[Prompt] | None,
 ) -> tuple[TextToImageModel, dict[str, str]]:
-    """Quantise in place where the backend can, else by loading the model again."""
+    """Quantise in place if the backend can, else by loading the model again."""
     name = resolve(settings.backend, device=model.device, model=model.denoiser)
     options = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
     backend = BACKENDS[name]
     if backend.is_packed or backend.settings:
         scales: dict[str, Any] = {}
         if prompts:
-            watched = Calibration(model, prompts, drawing)
+            calibration = Calibration(model, prompts, drawing)
             if settings.svd_rank:
-                scales["input_scales"] = watched.input_scales()
+                scales["input_scales"] = calibration.input_scales()
             if backend.activations:
-                scales["activations"] = watched.activation_scales()
+                scales["activations"] = calibration.activation_scales()
         done = quantize_pipeline(model.pipeline, name, **scales, **options)
         if settings.components:
-            other = "int8" if backend.activations else name  # text encoders meet no timesteps
+            # Text encoders have no timesteps, so int8-static does not apply to them.
+            other = "int8" if backend.activations else name
             done |= quantize_pipeline(
                 model.pipeline,
                 other,
@@ -161,7 +176,9 @@ def _quantise(
         return model, done
     part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
     if settings.components:
-        raise UsageError(f"components: {name} quantises the denoiser while it loads, nothing else")
+        raise UsageError(
+            f"components: {name} quantises only the denoiser, while it loads. Use another backend for components."
+        )
     config = quantization_config(name, device=model.device, **options)
     mapping = PipelineQuantizationConfig(quant_mapping={part: config})
     again = load_model(source, dtype=dtype, device=model.device, quantization_config=mapping)
@@ -175,9 +192,9 @@ def _compare(
     rows: int,
     size: dict[str, int | None],
 ) -> Comparison | None:
-    """Time the model as it was, in bfloat16, with the quantised denoiser freed.
+    """Time the original model in bfloat16 with the quantised denoiser freed.
 
-    None, with a warning, where it does not fit: the quantised folder is saved by then.
+    If memory runs out, warn and return None: the quantised folder is saved by then.
     """
     device, own = model.device, ("unet", "transformer", "scheduler")
     others = {n: part for n, part in model.pipeline.components.items() if n not in own}
@@ -191,14 +208,14 @@ def _compare(
         plain.denoiser.to(device)
         return Comparison.of(seconds, forward_seconds(plain, rows, **size))
     except torch.OutOfMemoryError:
-        logger.warning("--latency: no room for the model as it was, which is not timed")
+        logger.warning("latency: the original model does not fit in memory and is not timed")
         return None
 
 
-def _told(times: Comparison, settings: SmallerSettings, backends: set[str]) -> str:
+def _describe(times: Comparison, settings: SmallerSettings, backends: set[str]) -> str:
     compiled = [n for n in sorted(backends) if BACKENDS[n].settings and not BACKENDS[n].trains]
     more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
-    # rounded as the file has them
+    # The figures are rounded as in the file.
     ms, plain_ms = round(times.ms, 2), round(times.plain_ms, 2)
     return (
         f"a forward for {settings.latency} images: {ms:.1f} ms, {times.ratio:.2f} of the {plain_ms:.1f} ms in "

@@ -1,4 +1,7 @@
-"""Where a search begins: the factors in closed form, from one pass of the quantised and of the full-precision model."""
+"""Closed-form factors as the start of a search.
+
+They come from one pass of the quantised and the full-precision model.
+"""
 
 from __future__ import annotations
 
@@ -23,35 +26,36 @@ RIDGE = 1e-3
 def closed_form(
     evaluator: Evaluator, reference: TextToImageModel, *, ridge: float = RIDGE
 ) -> Coefficients:
-    """The factors that keep the evaluator's model nearest to the trajectories of `reference`, step by step.
+    """Return the factors that keep the evaluator's model nearest to trajectories of `reference`.
 
-    Both start from the same noise and meet the same noise on the way; 2 N network rows an image, of which those of
-    the evaluator's model are counted.
+    Factors are fitted step by step. Both models have the same initial noise and the same noise in each step. The cost
+    is 2 N denoiser rows per image; those of the evaluator's model are counted.
 
     Raises:
-        UsageError: the reference is another kind of model.
+        UsageError: the reference is a model of another family.
     """
     model = evaluator.model
     if type(reference) is not type(model):
         raise UsageError(
-            f"reference: a {reference.family} model cannot stand for a {model.family} model"
+            f"reference: a {reference.family} model cannot stand for a {model.family} model. Give the model before "
+            "it was quantised."
         )
     both = _Pair(evaluator, reference)
-    found: list[tuple[float, float]] = []
+    factors: list[tuple[float, float]] = []
     for i in range(evaluator.drawing.num_inference_steps):
         update = both.batches[0].linear_update(i)
-        ours, theirs = both.predictions(i)
-        u = update[0] * torch.cat(both.ours)
-        v = update[1] * torch.cat(ours)
-        y = update[0] * torch.cat(both.theirs) + update[1] * torch.cat(theirs)
+        model_preds, reference_preds = both.predictions(i)
+        u = update[0] * torch.cat(both.latents)
+        v = update[1] * torch.cat(model_preds)
+        y = update[0] * torch.cat(both.reference_latents) + update[1] * torch.cat(reference_preds)
         pair = best_factors(u, v, y, ridge=ridge)
-        found.append((min(max(pair[0], LEAST), MOST), min(max(pair[1], LEAST), MOST)))
-        both.step(i, ours, theirs, found[-1])
-    return Coefficients(tuple(a for a, _ in found), tuple(b for _, b in found))
+        factors.append((min(max(pair[0], LEAST), MOST), min(max(pair[1], LEAST), MOST)))
+        both.step(i, model_preds, reference_preds, factors[-1])
+    return Coefficients(tuple(a for a, _ in factors), tuple(b for _, b in factors))
 
 
 class _Batch:
-    """One batch of images as both models draw it."""
+    """One batch of images, sampled by both models."""
 
     def __init__(
         self, evaluator: Evaluator, reference: TextToImageModel, images: Sequence[int]
@@ -66,19 +70,20 @@ class _Batch:
             self.run.guidance_scale,
             self.run.negative_embeds,
         )
-        self.other.scheduler = self.run.scheduler  # the same steps, whatever the reference has
+        # Both models take the same steps, whichever scheduler the reference has.
+        self.other.scheduler = self.run.scheduler
         self.start = self.run.start(self.generators)
 
     def linear_update(self, i: int) -> tuple[float, float]:
         scheduler = self.run.scheduler
         self.run.scaled(i, self.start)
-        found = scheduler.linear_update(scheduler.timesteps[i], **step_options(scheduler))
-        return found.sample, found.model_output
+        update = scheduler.linear_update(scheduler.timesteps[i], **step_options(scheduler))
+        return update.sample, update.model_output
 
     def step(
         self, i: int, model_pred: Tensor, latents: Tensor, factors: tuple[float, float]
     ) -> Tensor:
-        """In float32, the same factors for every row."""
+        """Take one step in float32 with the same factors for every row."""
         scheduler = self.run.scheduler
         rows = len(latents)
         a, b = (torch.full((i + 1, rows), value) for value in factors)
@@ -87,7 +92,7 @@ class _Batch:
 
 
 class _Pair:
-    """All images of calibration, step by step, in float32."""
+    """All calibration images on both models' trajectories, step by step, in float32."""
 
     def __init__(self, evaluator: Evaluator, reference: TextToImageModel) -> None:
         self.evaluator = evaluator
@@ -97,35 +102,42 @@ class _Pair:
             _Batch(evaluator, reference, range(start, min(start + size, count)))
             for start in range(0, count, size)
         ]
-        self.ours = [b.start.float() for b in self.batches]
-        self.theirs = [b.start.float() for b in self.batches]
+        self.latents = [b.start.float() for b in self.batches]
+        self.reference_latents = [b.start.float() for b in self.batches]
 
     def predictions(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Of both models, each on its own trajectory."""
-        ours, theirs = [], []
+        """Return the predictions of both models, each on its own trajectory."""
+        model_preds, reference_preds = [], []
         device, precision = self.evaluator.model.device, self.evaluator.drawing.mixed_precision
+        trajectories = zip(self.batches, self.latents, self.reference_latents, strict=True)
         with compute(device, precision):
-            for batch, here, there in zip(self.batches, self.ours, self.theirs, strict=True):
+            for batch, x, reference_x in trajectories:
                 dtype = batch.start.dtype
-                ours.append(batch.run.predict(i, here.to(dtype)).float())
-                theirs.append(batch.other.predict(i, there.to(dtype)).float())
-                self.evaluator.count_rows(len(here), forwards=1)
-        return ours, theirs
+                model_preds.append(batch.run.predict(i, x.to(dtype)).float())
+                reference_preds.append(batch.other.predict(i, reference_x.to(dtype)).float())
+                self.evaluator.count_rows(len(x), forwards=1)
+        return model_preds, reference_preds
 
     def step(
-        self, i: int, ours: list[Tensor], theirs: list[Tensor], factors: tuple[float, float]
+        self,
+        i: int,
+        model_preds: list[Tensor],
+        reference_preds: list[Tensor],
+        factors: tuple[float, float],
     ) -> None:
         for k, batch in enumerate(self.batches):
             states = [g.get_state() for g in batch.generators]
-            self.ours[k] = batch.step(i, ours[k], self.ours[k], factors)
+            self.latents[k] = batch.step(i, model_preds[k], self.latents[k], factors)
             _rewind(batch.run.scheduler)
             for generator, state in zip(batch.generators, states, strict=True):
                 generator.set_state(state)
-            self.theirs[k] = batch.step(i, theirs[k], self.theirs[k], (1.0, 1.0))
+            self.reference_latents[k] = batch.step(
+                i, reference_preds[k], self.reference_latents[k], (1.0, 1.0)
+            )
 
 
 def _rewind(scheduler: object) -> None:
-    """One step back, so that a second trajectory takes the same step."""
+    """Go back one step, so that a second trajectory takes the same step."""
     index = getattr(scheduler, "_step_index", None)
     if index is not None:
         scheduler._step_index = index - 1  # type: ignore[attr-defined]

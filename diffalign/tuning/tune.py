@@ -1,4 +1,4 @@
-"""Find Q-Sched's factors for a model, and keep them only if held-out prompts agree."""
+"""Search Q-Sched's factors for a model, and accept them only if held-out prompts agree."""
 
 from __future__ import annotations
 
@@ -30,39 +30,45 @@ from diffalign.tuning.start import closed_form
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a search; see `diffalign qsched --help`."""
+    """Settings of a search; see `diffalign qsched --help`."""
 
     objective: Mapping[str, float]
     engine: str = "cma"
     budget: int = 200
-    """Candidates, each drawn for every calibration image."""
+    """Number of candidates; each is evaluated on every calibration image."""
     low: float = 0.8
     high: float = 1.2
     penalty: float = 0.0
-    """Of the squared distance from 1, in standard deviations of the objective."""
+    """Weight of the squared distance from 1, in standard deviations of the objective."""
     held_out: float = 0.5
-    """Share of the prompts that decide whether the best is accepted."""
+    """Share of the prompts that decide whether the best candidate is accepted."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(
-                f"engine: unknown engine {self.engine!r}; known are {', '.join(ENGINES)}"
+                f"engine={self.engine}: no such engine. Choose from {', '.join(ENGINES)}."
             )
         if self.budget < 1:
-            raise UsageError(f"budget must be at least 1, got {self.budget}")
+            raise UsageError(f"budget={self.budget} is too small. Set at least 1.")
         if not 0 < self.held_out < 1:
-            raise UsageError(f"held_out must lie in 0..1, got {self.held_out}")
+            raise UsageError(
+                f"held_out={self.held_out} is not a share of the prompts. Set a number between 0 and 1."
+            )
         if not 0 <= self.penalty < math.inf:
-            raise UsageError(f"penalty must be at least 0, got {self.penalty}")
+            raise UsageError(f"penalty={self.penalty} must be finite and not negative.")
 
 
 @dataclass
 class TuneResult:
-    """What a search found.
+    """Result of a search for factors.
 
-    `gain` is the mean of the objective over held-out images (identity: 0), `interval` its 95 % bootstrap interval over
-    prompts; `coefficients` are the best candidate's if the interval lies above 0, otherwise ones.
+    Attributes:
+        best: best candidate on the calibration prompts.
+        accepted: whether `interval` lies above 0.
+        gain: mean of the objective over held-out images; 0 for the original schedule.
+        interval: 95 % bootstrap interval of `gain` over prompts.
+        coefficients: the best candidate if it is accepted, else ones.
     """
 
     best: Coefficients
@@ -76,7 +82,7 @@ class TuneResult:
     evaluations: int
     seconds: float
     held_out: dict[str, dict[str, float]]
-    """Means of each term on held-out images, for the schedule as it is and for the best candidate."""
+    """Mean of each term on held-out images, for the original schedule and the best candidate."""
     history: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     @property
@@ -84,44 +90,50 @@ class TuneResult:
         return self.best if self.accepted else Coefficients.ones(len(self.best))
 
     def apply(self, pipeline: Any) -> None:
-        """Put the factors into a pipeline's scheduler; its next call with so many steps uses them, if its weights are
-        those that they were found with. What was not accepted does not replace what an earlier search left there."""
+        """Set the factors in a pipeline's scheduler.
+
+        The pipeline's next call with this number of steps uses them, if its weights are those of the search. Factors
+        that were not accepted do not replace those of an earlier search.
+        """
         pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=of_denoiser(pipeline))
         if self.accepted or not pipeline.scheduler.has_coefficients(len(self.best)):
             pipeline.scheduler.set_coefficients(self.coefficients, fingerprint=self.fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        found = asdict(self)
+        """Return the result as plain JSON."""
+        plain = asdict(self)
         for name in ("best", "start"):
-            found[name] = asdict(getattr(self, name))
-        return found | {"coefficients": asdict(self.coefficients)}
+            plain[name] = asdict(getattr(self, name))
+        return plain | {"coefficients": asdict(self.coefficients)}
 
     def save(self, file: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write the result as JSON, atomically."""
         write_text(file, json.dumps(self.to_dict(), indent=2))
 
 
 def split(prompts: Sequence[Prompt], held_out: float) -> tuple[list[Prompt], list[Prompt]]:
-    """For calibration and for acceptance, both spread over the list; no text is in both.
+    """Split prompts into those for calibration and those for acceptance.
+
+    Both are spread over the list, and no text is in both.
 
     Args:
-        held_out: share of the texts that accept. Of a list that repeats some, the shares of images can differ from it.
+        prompts: the prompts; texts may repeat.
+        held_out: share of the texts for acceptance. If texts repeat, shares of images can differ from it.
 
     Raises:
-        UsageError: one of them would be empty.
+        UsageError: one of the lists would be empty.
     """
     texts = list(dict.fromkeys(p.text for p in prompts))
     count = round(len(texts) * held_out)
     if not 0 < count < len(texts):
         raise UsageError(
-            f"prompts: {len(texts)} prompts cannot be split into calibration and held-out ones (`held_out` "
-            f"{held_out:g}); give at least 2, better 50"
+            f"prompts: {len(texts)} prompts cannot be split into calibration and held-out ones "
+            f"(`held_out` is {held_out:g}). Give at least 2, better 50."
         )
-    chosen = {texts[i * len(texts) // count] for i in range(count)}
+    held_out_texts = {texts[i * len(texts) // count] for i in range(count)}
     return (
-        [p for p in prompts if p.text not in chosen],
-        [p for p in prompts if p.text in chosen],
+        [p for p in prompts if p.text not in held_out_texts],
+        [p for p in prompts if p.text in held_out_texts],
     )
 
 
@@ -138,49 +150,60 @@ def tune(
     """Search factors for `drawing.num_inference_steps` steps of the model's own scheduler.
 
     Args:
-        model: quantised or not; its pipeline's scheduler is wrapped, and runs without factors meanwhile and afterwards
+        model: model, quantised or not. Its pipeline's scheduler is wrapped and has no factors during the search and
             until `TuneResult.apply`.
-        prompts: some to search with, others to accept with (`split`).
-        score: as `CompositeReward.score`, with every term of the objective among its details.
-        reference: the model before it was quantised: the search then starts from the closed form, if that is better on
-            the calibration prompts than the schedule as it is. ("grid" and "ramp" start nowhere, "none" is that alone.)
-        file: keeps all scores; the same call goes on from there.
+        prompts: prompts for the search and for its acceptance (`split`).
+        score: function like `CompositeReward.score`; its details contain every term of the objective.
+        settings: settings of the search.
+        drawing: sampling settings.
+        reference: model before quantisation. The search then starts from the closed form if that beats the original
+            schedule on the calibration prompts. "grid" and "ramp" have no start; "none" tries the closed form only.
+        file: file of all scores, from which the same call resumes.
 
     Raises:
         UsageError: the scheduler's step is not linear, or there are too few prompts.
-        ObjectiveError: scores that leave nothing to maximise.
-        LockError: another process adds scores to the file.
-        Interrupted: a signal came; the scores so far are kept.
+        ObjectiveError: the scores leave nothing to maximise.
+        LockError: another process writes scores to the file.
+        Interrupted: a signal came; the scores so far are stored.
     """
     started = time.perf_counter()
     calibration, held_out = split(prompts, settings.held_out)
     with locks.hold(file.parent, setting="work") if file else nullcontext():
-        found = search(model, calibration, score, settings, drawing, reference=reference, file=file)
-        base, best = score_unseen(
-            model, held_out, score, settings, drawing, [found.best], file=file
+        result = search(
+            model, calibration, score, settings, drawing, reference=reference, file=file
         )
-    asked = [p.text for p in held_out for _ in range(drawing.images_per_prompt)]
-    gain, bounds = accept(settings.objective, base, best, asked)
+        base, best = score_unseen(
+            model, held_out, score, settings, drawing, [result.best], file=file
+        )
+    texts = [p.text for p in held_out for _ in range(drawing.images_per_prompt)]
+    gain, bounds = accept(settings.objective, base, best, texts)
     return TuneResult(
-        best=found.best,
-        accepted=not found.best.identity and bounds[0] > 0,
+        best=result.best,
+        accepted=not result.best.identity and bounds[0] > 0,
         gain=gain,
         interval=bounds,
-        calibration_value=found.value,
-        start=found.start,
+        calibration_value=result.value,
+        start=result.start,
         fingerprint=of_denoiser(model.pipeline),
-        network_rows=found.network_rows,
-        evaluations=len(found.history),
+        network_rows=result.network_rows,
+        evaluations=len(result.history),
         seconds=time.perf_counter() - started,
         held_out={"identity": _means(base), "best": _means(best)},
-        history=found.history,
+        history=result.history,
     )
 
 
 @dataclass(frozen=True)
 class Search:
-    """The best candidate by its `value` on the images that a search saw, and how it was found: where it started, all
-    candidates in the order they were tried (`coefficients`, `value`, and the network's `rows` until then)."""
+    """Result of a search without acceptance.
+
+    Attributes:
+        best: candidate with the highest `value` on the images of the search.
+        value: its value.
+        start: candidate from which the search started.
+        network_rows: rows of the denoiser's forwards.
+        history: all candidates in order, each with `coefficients`, `value` and the denoiser `rows` until then.
+    """
 
     best: Coefficients
     value: float
@@ -199,7 +222,7 @@ def search(
     reference: TextToImageModel | None = None,
     file: Path | None = None,
 ) -> Search:
-    """`tune` without its acceptance: all `prompts` are searched with."""
+    """Search on all `prompts`, without acceptance; see `tune`."""
     with _bare_schedule(model):
         evaluator = _evaluator(model, prompts, score, settings, drawing, file)
         ones = Coefficients.ones(drawing.num_inference_steps)
@@ -211,8 +234,8 @@ def search(
             evaluator.on_scores = _Progress(bar, objective)
             history = _search(evaluator, objective, space, settings)
     best = max(history, key=lambda row: row["value"])
-    chosen = Coefficients.from_vector(best["coefficients"])
-    return Search(chosen, best["value"], space.origin, evaluator.network_rows, history)
+    coefficients = Coefficients.from_vector(best["coefficients"])
+    return Search(coefficients, best["value"], space.origin, evaluator.network_rows, history)
 
 
 def score_unseen(
@@ -225,8 +248,10 @@ def score_unseen(
     *,
     file: Path | None = None,
 ) -> list[Scores]:
-    """Of the schedule as it is and of each candidate, all with noise that `search` has not drawn with that `drawing`;
-    the prompts should be new to it, too."""
+    """Score the original schedule and each candidate on noise that `search` has not used.
+
+    The prompts should be new to the search, too.
+    """
     with _bare_schedule(model):
         other = replace(drawing, seed=drawing.seed + 1)
         evaluator = _evaluator(model, prompts, score, settings, other, file)
@@ -235,15 +260,15 @@ def score_unseen(
 
 @contextmanager
 def _bare_schedule(model: TextToImageModel) -> Iterator[None]:
-    """The pipeline's scheduler is wrapped; factors that it had come back at the end."""
+    """Wrap the pipeline's scheduler and remove its factors inside the context."""
     pipeline = model.pipeline
     pipeline.scheduler = QSched.wrap(pipeline.scheduler)
-    known = pipeline.scheduler.tables
+    tables = pipeline.scheduler.tables
     pipeline.scheduler.clear_coefficients()
     try:
         yield
     finally:
-        pipeline.scheduler.tables = known
+        pipeline.scheduler.tables = tables
 
 
 def _evaluator(
@@ -254,7 +279,10 @@ def _evaluator(
     drawing: Drawing,
     file: Path | None,
 ) -> Evaluator:
-    """Scores belong to weights, of text encoders and of the autoencoder as well, and to a scheduler's settings."""
+    """Return an evaluator whose scores depend on all weights and the scheduler's settings.
+
+    The weights are those of the denoiser, the text encoders and the autoencoder.
+    """
     pipeline = model.pipeline
     key = [of_pipeline(pipeline), str(model.denoiser.dtype), pipeline.scheduler.settings]
     return Evaluator(model, prompts, score, list(settings.objective), drawing, file=file, key=key)
@@ -262,7 +290,7 @@ def _evaluator(
 
 @dataclass
 class _Progress:
-    """Counts candidates, those that were scored before, too, and shows the best value so far."""
+    """Progress bar of candidates, cached ones included, with the best value so far."""
 
     bar: Any
     objective: Objective
@@ -281,20 +309,23 @@ def _start(
     settings: Settings,
     reference: TextToImageModel,
 ) -> Space:
-    """With the closed form as its start, where that beats the schedule as it is: it is the best for the latents of a
-    step, which coarse rounding can draw far from the best for images. An engine that starts nowhere pays nothing."""
+    """Return the space that starts at the closed form if that beats the original schedule.
+
+    The closed form is optimal for the latents of a step, which after coarse rounding can be far from optimal for
+    images. Engines without a start skip its cost.
+    """
     if settings.engine in ("grid", "ramp"):
         return space
-    found = replace(space, start=closed_form(evaluator, reference))
-    if settings.engine == "none" or objective(found.origin, evaluator([found.origin])[0]) > 0:
-        return found
+    started = replace(space, start=closed_form(evaluator, reference))
+    if settings.engine == "none" or objective(started.origin, evaluator([started.origin])[0]) > 0:
+        return started
     return space
 
 
 def _search(
     evaluator: Evaluator, objective: Objective, space: Space, settings: Settings
 ) -> list[dict[str, Any]]:
-    """All candidates in the order they were tried, the schedule as it is first."""
+    """Return all candidates in order; the original schedule is the first."""
     ones = Coefficients.ones(space.steps)
     history = [{"coefficients": ones.vector, "value": 0.0, "rows": evaluator.network_rows}]
     engine = ENGINES[settings.engine](space, budget=settings.budget, seed=settings.seed)
@@ -317,22 +348,25 @@ def _search(
 
 
 def accept(
-    weights: Mapping[str, float], base: Scores, found: Scores, prompts: Sequence[str]
+    weights: Mapping[str, float], base: Scores, scores: Scores, prompts: Sequence[str]
 ) -> tuple[float, tuple[float, float]]:
-    """Mean gain over images and its 95 % interval over prompts, on the scale of the schedule as it is.
+    """Return the mean gain over images and its 95 % interval over prompts.
+
+    The scale is that of the original schedule's scores, `base`.
 
     Raises:
-        ObjectiveError: fewer than half of the images could be scored with both: what is left says nothing of the rest.
+        ObjectiveError: fewer than half of the images have scores for both schedules, so that acceptance is
+            undecidable.
     """
-    gains = Objective(weights, base).per_image(found)
+    gains = Objective(weights, base).per_image(scores)
     valid = np.isfinite(gains)
     if valid.sum() < max(1, len(gains) / 2):
         raise ObjectiveError(
-            f"{valid.sum()} of {len(gains)} held-out images could be scored with both schedules: too few to accept or "
-            "to refuse by"
+            f"Only {valid.sum()} of {len(gains)} held-out images were scored with both schedules; at least half are "
+            "needed. Check the rewards of the objective."
         )
-    asked = [p for p, kept in zip(prompts, valid, strict=True) if kept]
-    return float(gains[valid].mean()), bootstrap(gains[valid], asked)
+    scored = [p for p, is_valid in zip(prompts, valid, strict=True) if is_valid]
+    return float(gains[valid].mean()), bootstrap(gains[valid], scored)
 
 
 def _means(scores: Scores) -> dict[str, float]:

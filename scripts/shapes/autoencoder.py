@@ -11,7 +11,10 @@ from diffalign.shapes.world import (
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """4x compression per side, 64 px to (4, 16, 16); narrow where the resolution is high, for CPUs."""
+    """Build the autoencoder of 4x compression per side: 64 px become (4, 16, 16).
+
+    It is narrow where the resolution is high, for CPUs.
+    """
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -38,7 +41,10 @@ def fold_shift(vae: AutoencoderKL) -> AutoencoderKL:
     neither pads: `quant_conv` subtracts it from the means, `post_quant_conv` adds it again.
     """
     if vae.quant_conv is not None or vae.post_quant_conv is not None:
-        raise ValueError("an autoencoder with convolutions of its own between its halves")
+        raise ValueError(
+            "use_quant_conv: the autoencoder has convolutions between its halves, which cannot hold a shift. Pass one "
+            "without them."
+        )
     channels, shift = vae.config.latent_channels, vae.config.shift_factor or 0.0
     folded = AutoencoderKL.from_config(
         vae.config, use_quant_conv=True, use_post_quant_conv=True, shift_factor=None
@@ -52,8 +58,11 @@ def fold_shift(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def build_deep_autoencoder() -> AutoencoderDC:
-    """16x compression per side, 64 px to (32, 4, 4): a quarter of the tokens that patches of the other's latents make,
-    as FLUX.1's at 1K become with DC-AE f32c32. Nothing is computed at the full resolution."""
+    """Build the autoencoder of 16x compression per side: 64 px become (32, 4, 4).
+
+    It has a quarter of the tokens of 2 x 2 patches of the other autoencoder's latents, like DC-AE f32c32 for FLUX.1 at
+    1K. No layer works at the full resolution.
+    """
     stages = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 2
     widths, layers, none = (16, 32, 64, 64, 64), (0, 1, 2, 1, 1), ((),) * 5
     return AutoencoderDC(

@@ -1,4 +1,4 @@
-"""Put Shapes pipelines together from their parts, in diffusers' directory format."""
+"""Assemble Shapes pipelines from their parts, in diffusers' directory format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ from diffalign.shapes.text import (
 def pretrained_clip(
     tokenizer: CLIPTokenizer, *, projection: bool, steps: int, seed: int, last: bool = False
 ) -> PreTrainedModel:
-    """A tiny CLIP text encoder that understands Shapes' captions, in its `last` layer's tokens or those before."""
+    """Train a tiny CLIP text encoder that understands Shapes' captions.
+
+    With `last`, the last layer's tokens hold the caption, otherwise those of the layer before.
+    """
     torch.manual_seed(seed)
     encoder = build_clip(tokenizer, projection=projection)
     train_text_encoder(
@@ -57,7 +60,7 @@ def pretrained_clip(
 
 
 def pretrained_t5(tokenizer: T5Tokenizer, *, steps: int) -> T5EncoderModel:
-    """A tiny T5 encoder that understands Shapes' captions, whatever the padding."""
+    """Train a tiny T5 encoder that understands Shapes' captions with any padding."""
     torch.manual_seed(0)
     encoder = build_t5(tokenizer)
     train_text_encoder(
@@ -75,7 +78,7 @@ def pretrained_t5(tokenizer: T5Tokenizer, *, steps: int) -> T5EncoderModel:
 def build_sd3_pipeline(
     vae: AutoencoderKL, *, transformer: nn.Module | None = None, text_steps: int = 400
 ) -> StableDiffusion3Pipeline:
-    """`shapes-sd3`: two CLIP encoders and T5."""
+    """Build `shapes-sd3` with two CLIP encoders and T5."""
     tokenizer, tokenizer_3 = build_clip_tokenizer(), build_t5_tokenizer()
     encoders = [
         pretrained_clip(tokenizer, projection=True, steps=text_steps, seed=seed) for seed in (0, 1)
@@ -96,7 +99,10 @@ def build_sd3_pipeline(
 def build_flux_pipeline(
     vae: AutoencoderKL, *, transformer: nn.Module | None = None, text_steps: int = 400
 ) -> FluxPipeline:
-    """`shapes-flux`: CLIP's pooled vector and T5's tokens, resolution-dependent shift as in FLUX.1-dev."""
+    """Build `shapes-flux` with CLIP's pooled vector and T5's tokens.
+
+    The shift depends on the resolution, as in FLUX.1-dev.
+    """
     tokenizer, tokenizer_2 = build_clip_tokenizer(), build_t5_tokenizer()
     return FluxPipeline(
         transformer=transformer or build_flux_transformer(),
@@ -118,7 +124,10 @@ def build_flux_pipeline(
 def build_sd_pipeline(
     vae: AutoencoderKL, *, transformer: nn.Module | None = None, text_steps: int = 400
 ) -> StableDiffusionPipeline:
-    """`shapes-sd`: one CLIP encoder, SD1.5's noise schedule with DDIM's steps, the shift in the autoencoder."""
+    """Build `shapes-sd` with one CLIP encoder and SD1.5's noise schedule.
+
+    It samples with DDIM and has the shift in its autoencoder.
+    """
     tokenizer = build_clip_tokenizer()
     return StableDiffusionPipeline(
         unet=transformer or build_sd_unet(),
@@ -142,7 +151,7 @@ def build_sd_pipeline(
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline as bf16 safetensors in diffusers' layout; `folder` is whole or not there."""
+    """Save a pipeline as bf16 safetensors in diffusers' layout, atomically."""
     pipeline.to(dtype=torch.bfloat16)
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)

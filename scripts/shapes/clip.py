@@ -1,8 +1,8 @@
-"""`shapes-clip`: a tiny CLIP of Shapes, the learned eye beside the exact verifier.
+"""Train `shapes-clip`, a tiny CLIP of Shapes as a learned reward beside the exact verifier.
 
-Trained contrastively on scenes and captions, in batches of close relatives: captions that differ in a colour, a number
-or a relation only. Which image shows what which caption says is known (GenEval's rules on the scene), so a batch has no
-false negatives. It shares no code with the verifier at run time: a policy that fools one need not fool the other.
+It is trained contrastively on scenes and captions, in batches of similar captions that differ in a colour, a number or
+a relation only. GenEval's rules on the scenes say which image shows which caption, so a batch has no false negatives.
+The model shares no code with the verifier at run time: a policy that exploits one need not exploit the other.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from diffalign.shapes.world import (
 VISION_WIDTH = 128
 CELLS, LAYERS = len(GRID) ** 2, len(KINDS) + len(COLORS)
 ABOUT_TWO = ("position", "color_attr")
-"""Tasks with enough captions about the same two shapes to be families."""
+"""Tasks with enough captions about the same two shapes to form families."""
 RARE = torch.tensor(20.0)
-"""Weight of what is there in the map, most of which is empty."""
+"""Weight of the map's occupied cells, since most cells are empty."""
 FAMILIES = 8
-"""Families of captions in a batch."""
+"""Families of captions per batch."""
 RELATIVES = 16
-"""Captions of a family in a batch, with a scene each."""
+"""Captions of a family per batch; each has a scene."""
 NOISE = 6.0
-"""Standard deviation of the pixels' noise: generated images are not as clean as drawn ones."""
+"""Standard deviation of pixel noise, since generated images are not as clean as rendered ones."""
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A fresh CLIP for 64 x 64 pixels in patches of 8."""
+    """Build an untrained CLIP for 64 x 64 pixels in patches of 8."""
     vision = CLIPVisionConfig(
         hidden_size=VISION_WIDTH,
         intermediate_size=2 * VISION_WIDTH,
@@ -70,14 +70,18 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
             projection_dim=WIDTH,
         )
     )
-    # CLIP begins with places of a fifteenth of the patches' size, and in minutes never learns what lies where
-    places = grid_waves(IMAGE_SIZE // vision.patch_size, VISION_WIDTH)
-    model.vision_model.embeddings.position_embedding.weight.data[1:] = 0.3 * places
+    # CLIP's initial position embeddings have a fifteenth of the patches' scale. With them minutes of training would
+    # not teach positions.
+    positions = grid_waves(IMAGE_SIZE // vision.patch_size, VISION_WIDTH)
+    model.vision_model.embeddings.position_embedding.weight.data[1:] = 0.3 * positions
     return model
 
 
 def grid_waves(side: int, width: int) -> Tensor:
-    """(side^2, width): sines and cosines of row and column, a quarter each, from half a wave to side / 4 of them."""
+    """Return sines and cosines of rows and columns (side^2, width), in four equal parts.
+
+    Their frequencies go from half a wave to side / 4 waves.
+    """
     frequencies = torch.linspace(1, side / 2, width // 4) * torch.pi / side
     phase = torch.arange(side)[:, None] * frequencies
     line = torch.cat([phase.sin(), phase.cos()], 1)
@@ -86,19 +90,22 @@ def grid_waves(side: int, width: int) -> Tensor:
 
 
 def families(*splits: str) -> list[list[Metadata]]:
-    """Prompts of one task, about the same shapes where there are many."""
-    found: dict[tuple[str, ...], list[Metadata]] = {}
+    """Group prompts into families: one task and, for tasks about two shapes, the same shapes."""
+    by_family: dict[tuple[str, ...], list[Metadata]] = {}
     for entry in (entry for split in splits for entry in prompts(split)):
         many = entry["tag"] in ABOUT_TWO
         kinds = sorted(c["class"] for c in entry["include"]) if many else []
-        found.setdefault((entry["tag"], *kinds), []).append(entry)
-    return list(found.values())
+        by_family.setdefault((entry["tag"], *kinds), []).append(entry)
+    return list(by_family.values())
 
 
 def draw_batch(
     rng: np.random.Generator, pool: list[list[Metadata]]
 ) -> tuple[list[Metadata], list[Scene], list[int]]:
-    """Prompts, a scene of each, and the number of each one's family; tasks are equally likely."""
+    """Draw prompts, a scene of each, and each prompt's family number.
+
+    Tasks are equally likely.
+    """
     by_task: dict[str, list[list[Metadata]]] = {}
     for family in pool:
         by_task.setdefault(family[0]["tag"], []).append(family)
@@ -113,24 +120,30 @@ def draw_batch(
 
 
 def agreement(entries: list[Metadata], scenes: list[Scene], numbers: list[int]) -> Tensor:
-    """(B, B): 1 where the image of the row shows what the caption of the column says, 0 where not, -1 where nobody
-    asked (captions of another family whose shapes are all there)."""
+    """Return a table (B, B) of which images (rows) show which captions (columns).
+
+    An entry is 1 if the image shows the caption, 0 if not, and -1 if that is unknown: the caption is of another family,
+    and its shapes are all in the image.
+    """
     n = len(entries)
     kinds = [{o.kind for o in scene} for scene in scenes]
-    asked = [{c["class"] for c in entry["include"]} for entry in entries]
+    captioned_kinds = [{c["class"] for c in entry["include"]} for entry in entries]
     table = torch.zeros(n, n)
     for i in range(n):
-        seen = detections(scenes[i])
+        objects = detections(scenes[i])
         for j in range(n):
             if numbers[i] == numbers[j]:
-                table[i, j] = float(judge(seen, entries[j]).correct)
-            elif asked[j] <= kinds[i]:
+                table[i, j] = float(judge(objects, entries[j]).correct)
+            elif captioned_kinds[j] <= kinds[i]:
                 table[i, j] = -1
     return table
 
 
 def contrastive_loss(logits: Tensor, table: Tensor) -> Tensor:
-    """-log of the probability of all right captions of an image, and of all right images of a caption; (B, B) each."""
+    """Return the mean contrastive loss of logits (B, B) and their agreement table (B, B).
+
+    It is -log of the probability of all right captions of an image, and of all right images of a caption.
+    """
     allowed = logits.masked_fill(table < 0, -torch.inf)
     right = logits.masked_fill(table < 1, -torch.inf)
     both = [allowed.logsumexp(dim) - right.logsumexp(dim) for dim in (0, 1)]
@@ -138,15 +151,17 @@ def contrastive_loss(logits: Tensor, table: Tensor) -> Tensor:
 
 
 def to_pixel_values(images: np.ndarray, processor: CLIPImageProcessorPil) -> Tensor:
-    """(B, H, W, 3) uint8 to what the vision tower reads."""
+    """Convert images (B, H, W, 3) uint8 to the input of the vision tower."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 class Heads(nn.Module):
-    """What towers must name while they are trained, thrown away afterwards: what is shown and said; where each shape
-    lies, one head for both, since captions say it in two ways and contrast alone hardly finds it; and, of the image
-    tower, a map of what lies in which cell."""
+    """Auxiliary heads for training, which are discarded afterwards.
+
+    Both towers name what is shown or captioned, and share a head for the shapes' positions: captions say these in two
+    ways, and contrast alone hardly learns them. The image tower also predicts a map of kinds and colours by cell.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,18 +172,26 @@ class Heads(nn.Module):
     def loss(
         self,
         pooled: Tensor,
-        seen: Tensor,
-        said: Tensor,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
         entries: list[Metadata],
         scenes: list[Scene],
     ) -> Tensor:
-        """Sum over the heads, for the pooled output of the image tower and both embeddings."""
+        """Return the summed losses of the heads.
+
+        Args:
+            pooled: pooled output of the image tower.
+            image_embeds: projected embeddings of the images.
+            text_embeds: projected embeddings of the captions.
+            entries: prompts of the captions.
+            scenes: scenes of the images.
+        """
         maps = torch.stack([scene_map(scene) for scene in scenes])
         return (
-            _naming_loss(self.names[0](seen), entries, shown=True)
-            + _naming_loss(self.names[1](said), entries, shown=False)
-            + _place_loss(self.places(seen), [shown_places(scene) for scene in scenes])
-            + _place_loss(self.places(said), [said_places(entry) for entry in entries])
+            _naming_loss(self.names[0](image_embeds), entries, shown=True)
+            + _naming_loss(self.names[1](text_embeds), entries, shown=False)
+            + _place_loss(self.places(image_embeds), [shown_places(scene) for scene in scenes])
+            + _place_loss(self.places(text_embeds), [said_places(entry) for entry in entries])
             + 3 * F.binary_cross_entropy_with_logits(self.map(pooled), maps, pos_weight=RARE)
         )
 
@@ -176,8 +199,10 @@ class Heads(nn.Module):
 def train_clip(
     folder: Path, *, steps: int, lr: float = 1e-3, seed: int = 0, batches: int = 40
 ) -> dict[str, float]:
-    """Train from nothing and save model, tokenizer and processor; returns how often held-out captions are told apart,
-    of so many `batches`."""
+    """Train from scratch, save model, tokenizer and processor, and measure `told_apart`.
+
+    The argument `batches` is the number of batches that `told_apart` measures.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_clip_tokenizer()
@@ -197,11 +222,15 @@ def train_clip(
         pixels = pixels + torch.randn_like(pixels) * (NOISE / 255 / processor.image_std[0])
         with torch.autocast("cpu", torch.bfloat16):
             pooled = model.vision_model(pixel_values=pixels).pooler_output
-            seen = model.visual_projection(pooled).float()
-            said = embed_texts(model, tokenizer, [e["prompt"] for e in entries])
-        logits = F.normalize(seen) @ F.normalize(said).T * model.logit_scale.exp().clamp(max=100)
+            image_embeds = model.visual_projection(pooled).float()
+            text_embeds = embed_texts(model, tokenizer, [e["prompt"] for e in entries])
+        logits = (
+            F.normalize(image_embeds)
+            @ F.normalize(text_embeds).T
+            * model.logit_scale.exp().clamp(max=100)
+        )
         loss = contrastive_loss(logits, agreement(entries, scenes, numbers))
-        naming = heads.loss(pooled.float(), seen, said, entries, scenes)
+        naming = heads.loss(pooled.float(), image_embeds, text_embeds, entries, scenes)
         optimizer.zero_grad()
         (loss + naming * (1 - step / steps)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -219,13 +248,13 @@ def train_clip(
 def embed(
     model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, texts: list[str]
 ) -> tuple[Tensor, Tensor]:
-    """(B, D) float32 of images and of texts, before normalisation."""
-    seen = model.get_image_features(pixel_values=pixels).pooler_output
-    return seen.float(), embed_texts(model, tokenizer, texts)
+    """Return embeddings (B, D) of images and of texts in float32, before normalisation."""
+    image_embeds = model.get_image_features(pixel_values=pixels).pooler_output
+    return image_embeds.float(), embed_texts(model, tokenizer, texts)
 
 
 def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, D) float32, before normalisation."""
+    """Return embeddings (B, D) of texts in float32, before normalisation."""
     ids = tokenizer(
         texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     )
@@ -233,18 +262,21 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
 
 
 def scene_map(scene: Scene) -> Tensor:
-    """(CELLS * LAYERS,): for each cell of the grid which kind and which colour lies there."""
-    found = torch.zeros(CELLS, LAYERS)
+    """Return a map (CELLS * LAYERS,) of kinds and colours by grid cell."""
+    grid = torch.zeros(CELLS, LAYERS)
     for item in scene:
         column, row = (round((v - GRID[0]) / (GRID[1] - GRID[0])) for v in (item.x, item.y))
         cell = len(GRID) * row + column
-        found[cell, KINDS.index(item.kind)] = 1
-        found[cell, len(KINDS) + list(COLORS).index(item.color)] = 1
-    return found.flatten()
+        grid[cell, KINDS.index(item.kind)] = 1
+        grid[cell, len(KINDS) + list(COLORS).index(item.color)] = 1
+    return grid.flatten()
 
 
 def _naming_loss(logits: Tensor, entries: list[Metadata], *, shown: bool) -> Tensor:
-    """Cross-entropy of what a caption says; an image cannot know what its caption left unsaid."""
+    """Return the cross-entropy of what a caption says.
+
+    With `shown`, targets that a caption leaves unsaid do not count: an image cannot know them.
+    """
     targets = torch.tensor([caption_targets(e) for e in entries])
     parts = logits.split(list(TARGETS.values()), dim=-1)
     unsaid = -100 if shown else 0
@@ -257,7 +289,11 @@ def _naming_loss(logits: Tensor, entries: list[Metadata], *, shown: bool) -> Ten
 
 
 def said_places(entry: Metadata) -> list[int]:
-    """For each kind: is it left (0) or right (1) of the other, above (0) or below (1); -100 where nothing is said."""
+    """Return a caption's position targets: two per kind.
+
+    The first is 0 if the kind is left of the other and 1 if it is right, the second 0 if it is above and 1 if below;
+    -100 marks a target that the caption does not state.
+    """
     if entry["tag"] != "position":
         return [-100] * 2 * len(KINDS)
     target, named = entry["include"]
@@ -265,7 +301,7 @@ def said_places(entry: Metadata) -> list[int]:
 
 
 def shown_places(scene: Scene) -> list[int]:
-    """The same of a scene of two shapes."""
+    """Return the position targets of a scene of two shapes, as in `said_places`."""
     if len(scene) != 2 or scene[0].kind == scene[1].kind:
         return [-100] * 2 * len(KINDS)
     first, second = scene
@@ -297,8 +333,11 @@ def told_apart(
     batches: int = 40,
     seed: int = 1,
 ) -> dict[str, float]:
-    """Of each task's held-out captions, the share of pairs of a right and a wrong image where the right one has the
-    higher cosine (0.5 is chance): what a reward must know within a group."""
+    """Return how often a right image scores above a wrong one, by task.
+
+    For each held-out caption, pairs of a right and a wrong image of the same family are compared by cosine; chance
+    gives 0.5. This is what a reward must distinguish within a group.
+    """
     rng = np.random.default_rng(seed)
     pool = families("train", "held_out")
     held_out = {entry["prompt"] for entry in prompts("held_out")}
@@ -306,8 +345,8 @@ def told_apart(
     for _ in range(batches):
         entries, scenes, numbers = draw_batch(rng, pool)
         pixels = to_pixel_values(np.stack([render(s) for s in scenes]), processor)
-        seen, said = embed(model, tokenizer, pixels, [e["prompt"] for e in entries])
-        cosines = F.normalize(seen) @ F.normalize(said).T
+        image_embeds, text_embeds = embed(model, tokenizer, pixels, [e["prompt"] for e in entries])
+        cosines = F.normalize(image_embeds) @ F.normalize(text_embeds).T
         table = agreement(entries, scenes, numbers)
         for j, entry in enumerate(entries):
             same = torch.tensor([n == numbers[j] for n in numbers])

@@ -1,10 +1,12 @@
-"""Make all checkpoints of Shapes from nothing, in the order in which they build on each other. Resumable.
+"""Make all checkpoints of Shapes in the order of their dependencies.
+
+Usage:
 
     python -m diffalign.scripts.shapes.everything                                    # a night on two CPU cores
     python -m diffalign.scripts.shapes.everything --device cuda --jobs 3             # minutes on one GPU
 
-A checkpoint that is whole is kept; delete its folder to make it again. Every stage is a process of its own and resumes
-what it began.
+A complete checkpoint is skipped; delete its folder to make it again. Every stage is a process of its own and resumes an
+interrupted one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ BASES = ("sd3", "flux", "sd")
 
 @dataclass(frozen=True)
 class Stage:
-    """One checkpoint: its folder, the commands that make it, and the stages that come before."""
+    """One checkpoint: its folder, the commands that make it, and the stages before it."""
 
     name: str
     folder: Path
@@ -34,9 +36,9 @@ class Stage:
 
 
 def base_stage(family: str, *, out: Path, work: Path, device: str) -> Stage:
-    """Return the stage of a base model, or of the autoencoders and `clip`."""
+    """Return the stage of a base model, of the autoencoders ("vae"), or of "clip"."""
     name = f"shapes-{family}"
-    # the autoencoder that the bases share is part of their checkpoints
+    # The bases share an autoencoder, which is a part of their checkpoints.
     folder = work / "vae" if family == "vae" else out / name
     command = ("diffalign.scripts.shapes.train", family, f"--work={work}", f"--out={folder}")
     needs = ("shapes-vae",) if family in BASES else ()
@@ -44,7 +46,7 @@ def base_stage(family: str, *, out: Path, work: Path, device: str) -> Stage:
 
 
 def student_stage(name: str, base: str, *, out: Path, work: Path, merge: tuple[str, ...]) -> Stage:
-    """Return the stage of a few-step student: distil its base, then put the LoRA into the weights."""
+    """Return the stage of a few-step student: distil its base, then merge the LoRA."""
     recipe = f"distill-{base}"
     run = work / recipe
     train = (
@@ -60,29 +62,29 @@ def student_stage(name: str, base: str, *, out: Path, work: Path, merge: tuple[s
 
 def stages(*, out: Path, work: Path, device: str) -> list[Stage]:
     """Return all stages in order."""
-    places = {"out": out, "work": work}
+    folders = {"out": out, "work": work}
     return [
-        base_stage("vae", device="cpu", **places),
-        base_stage("clip", device="cpu", **places),
-        *(base_stage(family, device=device, **places) for family in BASES),
-        base_stage("dc", device="cpu", **places),
+        base_stage("vae", device="cpu", **folders),
+        base_stage("clip", device="cpu", **folders),
+        *(base_stage(family, device=device, **folders) for family in BASES),
+        base_stage("dc", device="cpu", **folders),
         student_stage(
-            "shapes-flux-schnell", "shapes-flux", merge=("--fold_guidance=3.5",), **places
+            "shapes-flux-schnell", "shapes-flux", merge=("--fold_guidance=3.5",), **folders
         ),
-        student_stage("shapes-sd-lcm", "shapes-sd", merge=(), **places),
+        student_stage("shapes-sd-lcm", "shapes-sd", merge=(), **folders),
     ]
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether a checkpoint is complete; folders are renamed into place when they are."""
+    """Return whether a checkpoint is complete. Complete folders are renamed into place."""
     return any((folder / file).is_file() for file in ("model_index.json", "config.json"))
 
 
 def make(stage: Stage) -> None:
-    """Run the commands of a stage. Do nothing if its checkpoint is whole.
+    """Run the commands of a stage, unless its checkpoint is complete.
 
     Raises:
-        UsageError: a command failed; its output stands above.
+        UsageError: a command failed; its output is above.
     """
     if is_whole(stage.folder):
         print(f"{stage.name}: already made", flush=True)
@@ -91,11 +93,13 @@ def make(stage: Stage) -> None:
         print(f"{stage.name}: {' '.join(command)}", flush=True)
         code = subprocess.run(command, check=False).returncode
         if code:
-            raise UsageError(f"{stage.name}: {' '.join(command)} ended with {code}")
+            raise UsageError(
+                f"{stage.name}: {' '.join(command)} ended with {code}. Read its output above; the same command resumes."
+            )
 
 
 def make_all(plan: list[Stage], *, jobs: int) -> None:
-    """Run the stages, at most `jobs` at a time, each after the stages that it needs."""
+    """Run the stages after those that they need, at most `jobs` at a time."""
     waves: list[list[Stage]] = []
     done: set[str] = set()
     remaining = list(plan)
@@ -112,17 +116,30 @@ def make_all(plan: list[Stage], *, jobs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=CHECKPOINTS,
+        help="folder of the checkpoints; default: %(default)s",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/shapes"),
+        help="folder of runs; default: %(default)s",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="stages at a time")
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="stages that run at the same time")
+    parser.add_argument(
+        "--only", nargs="+", default=None, metavar="NAME", help="checkpoints to make; default: all"
+    )
     args = parser.parse_args()
     plan = stages(out=args.out, work=args.work, device=args.device)
     if args.only is not None:
         unknown = sorted(set(args.only) - {stage.name for stage in plan})
         if unknown:
-            parser.error(f"--only: no checkpoint {', '.join(unknown)}")
+            names = ", ".join(stage.name for stage in plan)
+            parser.error(f"--only={' '.join(unknown)}: no such checkpoint. Choose from {names}.")
         plan = [
             replace(stage, needs=tuple(set(stage.needs) & set(args.only)))
             for stage in plan

@@ -1,6 +1,6 @@
-"""Measure a shipped Shapes model: held-out and training prompts, with and without guidance, three seeds.
+"""Measure a shipped Shapes model on held-out prompts, with and without guidance, three seeds.
 
-python -m diffalign.scripts.shapes.measure shapes-sd3 --output benchmarks/results/shapes-sd3.json
+Usage: python -m diffalign.scripts.shapes.measure shapes-sd3 --output benchmarks/results/shapes-sd3.json
 """
 
 from __future__ import annotations
@@ -24,21 +24,26 @@ SEEDS = (1, 2, 3)
 def measure(
     name: str, steps: Sequence[int], guidance: Sequence[float]
 ) -> dict[str, dict[str, float]]:
-    """Median over seeds of every task, by guidance and number of steps; 98 held-out prompts, two images each."""
+    """Return the median over seeds of every task, by guidance and number of steps.
+
+    There are 98 held-out prompts with two images each.
+    """
     model = load_model(name)
-    found = {}
+    rows_by_setting = {}
     for scale, number in product(guidance, steps):
         label = f"guidance {scale:g}" if scale > 1 else "without guidance"
         if len(steps) > 1:
             label += f", {number} steps"
         rows = [
-            evaluate_shapes(model, seed=s, num_inference_steps=number, guidance_scale=scale)
-            for s in SEEDS
+            evaluate_shapes(model, seed=seed, num_inference_steps=number, guidance_scale=scale)
+            for seed in SEEDS
         ]
-        found[label] = {k: round(statistics.median(r[k] for r in rows), 4) for k in rows[0]}
-        found[label]["overall_low"] = round(min(r["overall"] for r in rows), 4)
-        found[label]["overall_high"] = round(max(r["overall"] for r in rows), 4)
-    return found
+        rows_by_setting[label] = {
+            k: round(statistics.median(r[k] for r in rows), 4) for k in rows[0]
+        }
+        rows_by_setting[label]["overall_low"] = round(min(r["overall"] for r in rows), 4)
+        rows_by_setting[label]["overall_high"] = round(max(r["overall"] for r in rows), 4)
+    return rows_by_setting
 
 
 def main() -> None:

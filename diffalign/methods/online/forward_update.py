@@ -20,7 +20,7 @@ from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proxi
 from diffalign.config import ForwardProcessConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, stream
-from diffalign.diffusion.paths import chord_target, way_to_go
+from diffalign.diffusion.paths import chord_target, has_noise_after_step
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
@@ -104,7 +104,7 @@ class ForwardProcessUpdate(PolicyUpdate):
 
     def _check_noise(self) -> None:
         """UsageError where states are trained on from which there is no way to go but the model's."""
-        enough = int(way_to_go(self.settings.sigmas[:-1]).sum())
+        enough = int(has_noise_after_step(self.settings.sigmas[:-1]).sum())
         if self.parts[-1].stop > enough:
             raise UsageError(
                 f"algorithm.noise=rollout: after the last {len(self.grid) - enough} of {len(self.grid)} steps no noise "
