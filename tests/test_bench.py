@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_moves import deep_autoencoder
 
-from benchmarks import BENCHES, demo
+from benchmarks import BENCHES, demo, memory
 from benchmarks.awm import arms as awm_arms
 from benchmarks.common import record
 from benchmarks.common.curves import Curve
@@ -50,6 +50,7 @@ def test_names_and_seeds_are_checked(capsys):
         "qsched",
         "dcgen",
         "service",
+        "memory",
     }
     assert cli.main(["bench", "demo", "--arms=dema"]) == 2
     assert "arms=dema: no such arm; did you mean 'demo'" in capsys.readouterr().err
@@ -397,3 +398,13 @@ def test_arms_score_what_they_are_shown(name):
     found = bench_rewards.measure(name, 2, 1)
     assert found["images_per_second"] > 0
     assert ("share" in found) == (name in ("hpsv3", "image_reward"))
+
+
+def test_memory_is_forecast_without_weights(tmp_path):
+    result = memory.run(record.BenchOptions(quick=True, work=tmp_path))
+    (arm,) = result["arms"].values()
+    # 0.86 billion parameters in two bytes each
+    assert arm["denoiser"] == pytest.approx(0.86e9 * 2 / 2**30, rel=0.05)
+    parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
+    assert arm["total"] == pytest.approx(sum(arm[p] for p in parts) + arm["activations"], abs=0.05)
+    assert set(arm["fits"]) <= {24, 80}
