@@ -221,7 +221,7 @@ def test_guided_models_are_calibrated_on_both_halves():
     guided = calibrated(model, 17, guidance_scale=3.0).activation_scales()
     differ = [n for n in plain.scales if not torch.equal(plain.scales[n], guided.scales[n])]
     assert len(differ) > len(plain.scales) / 2
-    with pytest.raises(UsageError, match="no linear layer of this model is large enough"):
+    with pytest.raises(UsageError, match="no linear layer of this sd model is large enough"):
         calibrated(tiny.sd_model(), 2).activation_scales()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 EPSILON = 1e-4
 TOLERANCE = 1e-6
-"""Largest difference of rewards that counts as equal."""
+"""Largest advantage, or difference within a group, that counts as zero."""
 STD_SCOPES = ("global", "group")
 
 

@@ -1,8 +1,8 @@
 """Common parts of losses on the forward process.
 
 Clean latents are noised, and policies predict for the same noise. A module of such a loss has `loss(sample, config) ->
-(per-sample loss, metrics)`, the names `METRICS` of its metrics, and `NEEDS_OLD`: whether it needs the old policy's
-prediction even when that is the current policy.
+(per-sample loss, metrics)`, the names `METRICS` of its metrics, and `NEEDS_OLD`: whether it needs an old policy even
+with one update per rollout. Other losses then use the current policy.
 """
 
 from __future__ import annotations
