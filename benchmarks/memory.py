@@ -24,7 +24,10 @@ def is_published(config: AnyRunConfig) -> bool:
 
 
 def forecast_recipe(name: str) -> dict[str, Any] | None:
-    """Return the forecast of one process in GiB, in all and by part; None where a recipe names no model."""
+    """Return the memory forecast of one process in GiB, in all and by part.
+
+    Return None if the recipe names no model.
+    """
     config = load(name)
     forecast = forecast_of(config, processes=1)
     if forecast is None:

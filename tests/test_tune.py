@@ -151,7 +151,7 @@ def test_scores_of_another_autoencoder_are_not_taken_for_these(tmp_path):
 
 
 class Bar:
-    """What the search does with tqdm."""
+    """Progress bar that records its calls."""
 
     def __init__(self, **kwargs):
         self.total, self.n, self.best, self.closed = kwargs["total"], 0, [], False
@@ -174,7 +174,7 @@ bars: list[Bar] = []
 
 
 def test_progress_shows_the_best_and_counts_what_was_scored_before(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.tuning.tune.tqdm", Bar)
+    monkeypatch.setattr("diffalign.core.console.tqdm", Bar)
     bars.clear()
     settings = Settings({"spread": 1.0}, budget=9, engine="grid")
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_progress_shows_the_best_and_counts_what_was_scored_before(tmp_path, mon
 
 
 def test_progress_is_closed_by_an_error(monkeypatch):
-    monkeypatch.setattr("diffalign.tuning.tune.tqdm", Bar)
+    monkeypatch.setattr("diffalign.core.console.tqdm", Bar)
     bars.clear()
     drawn = []
 
