@@ -1,6 +1,7 @@
-"""Both ends of a moved denoiser in closed form: its embedder from paired latents, its last layer from its own features.
+"""Align the embedder and the last layer of a moved denoiser, in closed form.
 
-Every process sums the statistics of its share of the images, and the sums are added up.
+The embedder is fitted to paired latents (of both latent spaces), the last layer ("head") to the denoiser's own
+features. Every process sums the statistics of its share of the images; the sums are then added over processes.
 """
 
 from __future__ import annotations
@@ -29,15 +30,23 @@ from diffalign.latents.move import layer, matrix, set_layer
 from diffalign.methods.dcgen.step import Step
 from diffalign.pipelines.base import TextToImageModel
 
+# Many features of the last layer are nearly the same, so that least squares without a ridge is ill-conditioned.
 RIDGE = 1e-4
-"""Of the head's features, in shares of their mean variance: many are nearly the same."""
+"""Ridge of the last layer's least squares, relative to its features' mean variance."""
 
 
 @dataclass
 class Alignment:
-    """What it takes to align `moved` to `base`.
+    """Alignment of a model in a new latent space with its base model.
 
-    `images` are numbers of images in the cache that have latents in both spaces.
+    Attributes:
+        base: base model, in the old latent space.
+        moved: model in the new latent space, to be aligned.
+        cache: cache of the images' latents.
+        images: indices of cached images that have latents in both spaces.
+        objective: see `latents.alignment.aligned_rows`.
+        mode: see `latents.alignment.aligned_rows`.
+        facts: figures of the alignment for the run's summary.
     """
 
     base: TextToImageModel
@@ -51,7 +60,11 @@ class Alignment:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, *, paired: bool) -> Iterator[tuple[Sequence[int], LatentBatch]]:
-        """This process's share: numbers of images, and they."""
+        """Yield micro-batches of this process's share of the images: their indices and their latents.
+
+        Args:
+            paired: read the latents of the base model's space, too.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = self.images[rank::world]
         for at in range(0, len(mine), self.micro_batch_size):
@@ -60,14 +73,14 @@ class Alignment:
 
     @torch.no_grad()
     def rows(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-        """Rows of new latents and old tokens for the embedder."""
+        """Return the rows of the embedder's least squares: inputs (new latents) and targets (old tokens)."""
         return self._rows(self._old_tokens(batch), batch.latents)
 
     def _rows(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         return aligned_rows(old, new, objective=self.objective, mode=self.mode)
 
     def _old_tokens(self, batch: LatentBatch) -> Tensor:
-        """(B, D, h, w) of the frozen embedder."""
+        """Return the base model's tokens (B, D, h, w) of a batch."""
         assert self.base.ends is not None
         assert batch.base_latents is not None
         latents = batch.base_latents
@@ -79,16 +92,20 @@ class Alignment:
 
     @torch.no_grad()
     def align_embedder(self, *, sigmas: Tensor | None = None) -> LinearFit:
-        """Set the moved embedder to the least-squares map; for noise levels (N,) of training, where they are given.
+        """Set the moved embedder to its least-squares fit, and return the fit.
 
-        Facts: `embedder_r2`, and `signal_shift` of the noise levels at which its tokens carry as much noise for their
-        signal as the old ones.
+        The facts are `aligned_images`, `embedder_r2`, `embedder_error` and `signal_shift`. The last is the shift of
+        noise levels at which the new tokens have the signal-to-noise ratio of the old ones.
+
+        Args:
+            sigmas: noise levels (N,) of training, for which the fit is optimal. None fits clean latents.
         """
         assert self.moved.ends is not None
-        ours = layer(self.moved.denoiser, self.moved.ends.embedder)
-        width, numbers = matrix(ours).shape
+        embedder = layer(self.moved.denoiser, self.moved.ends.embedder)
+        width, numbers = matrix(embedder).shape
         statistics = Statistics(numbers, width)
-        sums = torch.zeros(width + 2, dtype=torch.float64)  # of old tokens: numbers, squares, count
+        # over the old tokens: the sum of each channel (D), the sum of squares, the number of tokens
+        sums = torch.zeros(width + 2, dtype=torch.float64)
         for _, batch in self.batches(paired=True):
             old = self._old_tokens(batch)
             statistics.add(*self._rows(old, batch.latents))
@@ -97,7 +114,7 @@ class Alignment:
             sums += torch.cat([tokens.sum(0), squares, count]).double().cpu()
         self._add_up([*statistics.tensors(), sums])
         fit = statistics.solve(ridge=0.0 if sigmas is None else noise_ridge(sigmas))
-        set_layer(ours, fit)
+        set_layer(embedder, fit)
         self.facts |= {
             "aligned_images": len(self.images),
             "embedder_r2": fit.r2,
@@ -107,7 +124,7 @@ class Alignment:
         return fit
 
     def _signal_shift(self, sums: Tensor, statistics: Statistics, weight: Tensor) -> float:
-        """Of the old tokens' sums, and of the new latents' covariance under the new embedder."""
+        """Return the shift that equalises the signal-to-noise ratios of new and old tokens."""
         assert self.base.ends is not None
         mean = sums[:-2] / sums[-1]
         old = Moments(
@@ -124,11 +141,14 @@ class Alignment:
 
     @torch.no_grad()
     def align_head(self, step: Step) -> LinearFit:
-        """Set the moved head to the least-squares map from its features to the targets of training steps, guided as in
-        training; facts: `head_r2`."""
+        """Set the moved last layer to its least-squares fit, and return the fit.
+
+        The fit maps the layer's features to the target velocities of training batches, under the guidance of training.
+        The facts are `head_r2` and `head_error`.
+        """
         assert self.moved.ends is not None
-        ours = layer(self.moved.denoiser, self.moved.ends.head)
-        width, numbers = matrix(ours).shape[::-1]
+        head = layer(self.moved.denoiser, self.moved.ends.head)
+        width, numbers = matrix(head).shape[::-1]
         statistics = Statistics(width, numbers)
         with lora.policy(self.moved.denoiser, lora.REFERENCE):
             for images, batch in self.batches(paired=False):
@@ -138,12 +158,12 @@ class Alignment:
         self._add_up(statistics.tensors())
         variance = statistics.xx.diagonal()[:-1].sum() / statistics.xx[-1, -1] / width
         fit = statistics.solve(ridge=RIDGE * float(variance))
-        set_layer(ours, fit)
+        set_layer(head, fit)
         self.facts |= {"head_r2": fit.r2, "head_error": fit.error}
         return fit
 
     def _add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Over processes, in place."""
+        """Sum CPU tensors over all processes, in place."""
         if self.accelerator.num_processes > 1:
             for tensor in tensors:
                 total = tensor.to(self.accelerator.device)
@@ -152,7 +172,10 @@ class Alignment:
 
 
 def watched(model: TextToImageModel) -> Callable[[Callable[[], Tensor]], Tensor]:
-    """Runs a forward and gives what the head read in it: (B, N, D) float32."""
+    """Return a function that runs a forward and records the last layer's inputs.
+
+    The function returns these inputs, (B, N, D) float32.
+    """
     assert model.ends is not None
     head = model.denoiser.get_submodule(model.ends.head)
 

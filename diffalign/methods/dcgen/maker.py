@@ -1,4 +1,7 @@
-"""One pass over captioned images: latents in the new space, prompts, and of the first images latents in the old one."""
+"""Encode captioned images and their prompts into the latent cache of a DC-Gen run.
+
+Every image is encoded in the new latent space. The first images are also encoded in the old one, for the alignment.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from diffalign.training.denoise import image_size
 
 
 def source_of(config: LatentRunConfig, size: tuple[int, int]) -> ImageSource:
-    """Where the images of a run come from."""
+    """Return the image source of a run, at `size` (height, width) in pixels."""
     c = config.latents
     return ImageSource(
         c.images,
@@ -46,7 +49,7 @@ def cache_key(
     *,
     paired: bool,
 ) -> dict[str, Any]:
-    """Everything that a cache depends on."""
+    """Return all settings and digests that determine the content of a latent cache."""
     c = config.latents
     images = asdict(source)
     if files := source.files:
@@ -63,11 +66,12 @@ def cache_key(
 
 
 class LatentMaker:
-    """Makes the tensors of shards.
+    """Maker of the tensors of shards.
 
     Args:
-        base: encodes prompts, and images in the old space where `paired`.
-        codec: of the new space.
+        base: model that encodes prompts and, if `paired`, images in the old latent space.
+        codec: codec of the new latent space.
+        paired: encode the first `latents.alignment_images` images in both latent spaces.
     """
 
     def __init__(
@@ -78,7 +82,10 @@ class LatentMaker:
         self.dtype = getattr(torch, config.latents.dtype)
 
     def make(self, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors of the usable images, and what is to be known of the shard."""
+        """Return the tensors of a shard's usable images, and the shard's entry in the index.
+
+        The entry has the row after the shard, its number of items, its images and the reasons for skipped items.
+        """
         usable = [i for i in shard.items if i.pixels is not None]
         skipped = Counter(i.problem for i in shard.items if i.pixels is None)
         paired = self.paired and shard.number * SHARD_ITEMS < self.config.latents.alignment_images
@@ -100,15 +107,18 @@ class LatentMaker:
     def _tensors(self, items: list[CaptionedItem], *, paired: bool) -> dict[str, Tensor]:
         pixels = stacked(items)
         codecs = {"latents": self.codec} | ({"base_latents": self.base.codec} if paired else {})
-        found = {}
+        latents = {}
         for name, codec in codecs.items():
             with compute(self.base.device, self.config.training.mixed_precision):
-                found[name] = codec.encode(pixels).to(self.dtype).cpu()
-        return found
+                latents[name] = codec.encode(pixels).to(self.dtype).cpu()
+        return latents
 
 
 def new_autoencoder(config: LatentRunConfig, device: torch.device) -> Any:
-    """Of the space that a run moves to, frozen; None where the model is there already."""
+    """Return the frozen autoencoder of the latent space that a run moves to.
+
+    Return None if the model is in that space already.
+    """
     name = config.latents.autoencoder
     if name is None:
         return None
@@ -123,15 +133,17 @@ def precompute_latents(
     *,
     codec: LatentCodec | None = None,
 ) -> LatentCache:
-    """Fill the cache of a run, or go on where that stopped; processes share the shards.
+    """Fill the latent cache of a run, or continue an interrupted fill.
+
+    All processes share the shards.
 
     Args:
-        codec: of the space that the run moves to, where it is there already.
+        codec: codec of the latent space that the run moves to. None loads the autoencoder of `latents.autoencoder`.
 
     Raises:
-        ImageFolderError: the source is not readable, or no image of it can be used.
-        UsageError: the sizes do not fit the new space.
-        CacheError: the cache was made from something else, or the disk is full.
+        ImageFolderError: the image source is not readable, or none of its images can be used.
+        UsageError: the image size does not fit the new latent space.
+        CacheError: the cache was made from other settings or files, or the disk is full.
     """
     size = image_size(config, base)
     paired = config.latents.autoencoder is not None
@@ -140,7 +152,8 @@ def precompute_latents(
         vae = new_autoencoder(config, accelerator.device)
         codec = base.codec if vae is None else base.codec_of(vae, prefix=config.latents.channels)
     if paired:
-        tokens_ratio(base, codec, size)  # refuses sizes that do not fit
+        # raises UsageError for an image size that does not fit the new latent space
+        tokens_ratio(base, codec, size)
     return fill(
         LatentCache(config.latents.cache or f"{config.output_dir.rstrip('/')}-cache"),
         accelerator,

@@ -1,5 +1,7 @@
-"""What a model in a new latent space is asked in training, and what it should say: one place for updates, validation
-and the closed form of its last layer."""
+"""Build denoising batches for DC-Gen, and compute their loss.
+
+Updates, validation and the closed form of the last layer all use the batches of this module.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ from diffalign.types import PromptEmbeds
 
 @dataclass(frozen=True)
 class Question:
-    """B noisy latents (B, C, h, w) at timesteps (B,), prompts of which some are empty, guidance scales (B,) or None,
-    and the velocity (B, C, h, w) that is right."""
+    """Denoising batch: inputs of the denoiser and the velocity that it should predict.
+
+    `noisy` and `target` are (B, C, h, w), `timesteps` (B,). Some of the prompts in `embeds` are empty.
+    `guidance_scale` is (B,), or None if the model takes no guidance as an input.
+    """
 
     noisy: Tensor
     timesteps: Tensor
@@ -32,9 +37,10 @@ class Question:
 
 @dataclass
 class Step:
-    """Asks `model`; all that is random is a function of one seed an image.
+    """Builder of denoising batches for `model`, and their loss.
 
-    `null` is the embedding of the empty prompt (1 row), `size` that of the images in pixels.
+    Every random choice for an image is a function of that image's seed. `null` is the embedding of the empty prompt
+    (1 row), `size` the (height, width) of the images in pixels.
     """
 
     model: TextToImageModel
@@ -44,7 +50,10 @@ class Step:
     mixed_precision: str
 
     def ask(self, batch: LatentBatch, seeds: Sequence[int]) -> Question:
-        """Noise, noise level, guidance scale and dropout of the prompt, by the seed of each image."""
+        """Build a denoising batch from clean latents.
+
+        The seed of an image determines its noise, noise level, guidance scale and whether its prompt is dropped.
+        """
         a, latents = self.algorithm, batch.latents
         numbers, noise = [], []
         for seed in seeds:
@@ -71,18 +80,24 @@ class Step:
         )
 
     def _dropped(self, embeds: PromptEmbeds, dropped: Tensor) -> PromptEmbeds:
-        """Some rows replaced by the empty prompt."""
+        """Replace the prompts marked in `dropped` (B,) by the empty prompt."""
         both = PromptEmbeds.cat([self.null, embeds])
         rows = torch.where(dropped, 0, torch.arange(1, len(embeds) + 1))
         return both[rows.to(embeds.prompt_embeds.device)]
 
     def predict(self, question: Question) -> Tensor:
-        """The model's velocity (B, C, h, w), at the guidance scales where it has such."""
+        """Return the predicted velocity (B, C, h, w).
+
+        The batch's guidance scales are used if guidance is an input of the model.
+        """
         return self._forward(question, question.embeds, question.guidance_scale)
 
     @torch.no_grad()
     def null_predict(self, question: Question) -> Tensor | None:
-        """That for the empty prompt at scale 1, where guidance is an input."""
+        """Return the prediction (B, C, h, w) for the empty prompt at guidance scale 1.
+
+        Return None if guidance is not an input of the model.
+        """
         if question.guidance_scale is None:
             return None
         ones = torch.ones_like(question.guidance_scale)
@@ -99,7 +114,7 @@ class Step:
         )
 
     def loss(self, question: Question) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,), and metrics (B,)."""
+        """Return the DC-Gen loss (B,) and its metrics, (B,) each."""
         null = self.null_predict(question)
         return dcgen_loss(
             self.predict(question),
@@ -114,11 +129,18 @@ class Step:
         seeds: Sequence[int],
         watch: Callable[[Callable[[], Tensor]], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """What the head reads (B, N, D), guided as predictions are, and the targets (B, C, h, w). The constant that a
-        bias multiplies stays 1 under guidance, so least squares on these is that of the loss."""
+        """Return the inputs of the last layer, and the target velocities.
+
+        Their shapes are (B, N, D) and (B, C, h, w). The inputs are combined by guidance like the loss combines
+        predictions. Guidance leaves the constant input of the bias at 1, so least squares on these inputs minimises
+        the same error as the loss.
+
+        Args:
+            watch: runs a forward and returns the inputs of the last layer in it, see `alignment.watched`.
+        """
         question = self.ask(batch, seeds)
-        found = watch(lambda: self.predict(question))
+        features = watch(lambda: self.predict(question))
         if question.guidance_scale is not None:
             null = watch(lambda: self.null_predict(question))  # type: ignore[arg-type,return-value]
-            found = guided(found, null, question.guidance_scale)
-        return found, question.target
+            features = guided(features, null, question.guidance_scale)
+        return features, question.target

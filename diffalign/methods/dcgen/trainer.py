@@ -1,7 +1,8 @@
-"""The loop that moves a model into another latent space: a cache of latents, both ends in closed form, then a LoRA.
+"""Train a model in another latent space (DC-Gen).
 
-A LoRA whose rank reaches the channels of the latents can represent any change of the matrices of the embedder and of
-the last layer, so that these are targets like any other, and a run has one kind of parameter.
+The trainer fills a cache of latents, aligns the embedder and the last layer in closed form, and then trains a LoRA. A
+LoRA whose rank reaches the number of latent channels can represent any change of the embedder's and the last layer's
+matrices. These two layers are therefore LoRA targets like any other, and a run has one kind of parameter.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from diffalign.training.trainer import Trainer
 METRICS = ["loss", "relative_error"]
 VALIDATION_IMAGES = 256
 SIGMAS = 4096
-"""Noise levels over which expectations are taken."""
+"""Number of noise levels that are sampled for the noise-aware fit of the embedder."""
 
 
 @dataclass
 class LatentTrainer(Trainer):
-    """One run; the reference is the base in its own space."""
+    """Trainer of DC-Gen runs. The reference policy is the base model in its own latent space."""
 
     config: LatentRunConfig
 
@@ -63,7 +64,8 @@ class LatentTrainer(Trainer):
                 f"training.images_per_update is {c.training.images_per_update}: fewer images than processes"
             )
         size = image_size(c, self.base)
-        source_of(c, size)  # a clear error now rather than after the base was scored
+        # called for its errors: they should come before the base model is scored
+        source_of(c, size)
         vae = new_autoencoder(c, self.accelerator.device)
         if vae is not None:
             self.model = move_model(
@@ -75,7 +77,10 @@ class LatentTrainer(Trainer):
 
     @property
     def moves(self) -> bool:
-        """Into another space; otherwise the model is there already."""
+        """True if the run moves the model into another latent space.
+
+        False if the model is in that space already, so that the run only trains a LoRA.
+        """
         return self.model is not self.base
 
     def prepare(self) -> None:
@@ -102,7 +107,10 @@ class LatentTrainer(Trainer):
             self._align()
 
     def _align(self) -> None:
-        """Both ends as the run folder keeps them, or anew."""
+        """Load the aligned embedder and last layer from the run folder.
+
+        Fit and save them first if the folder has none.
+        """
         c = self.config.latents
         assert self.model.ends is not None
         folder = self.folder.path
@@ -121,12 +129,12 @@ class LatentTrainer(Trainer):
     def _align_anew(self) -> None:
         c = self.config
         started = time.perf_counter()
-        chosen = set(self.images)
+        trained = set(self.images)
         alignment = Alignment(
             self.base,
             self.model,
             self.cache,
-            [i for i in self.cache.paired if i in chosen],
+            [i for i in self.cache.paired if i in trained],
             self.accelerator,
             c.training.micro_batch_size,
             objective=c.latents.objective,
@@ -135,10 +143,10 @@ class LatentTrainer(Trainer):
         sigmas = None
         if c.latents.noise_aware:
             generator = torch.Generator().manual_seed(stream(VALIDATION, c.training.seed))
-            drawn = logit_normal_sigmas(
+            sigmas = logit_normal_sigmas(
                 SIGMAS, mean=c.algorithm.sigma_mean, std=c.algorithm.sigma_std, generator=generator
             )
-            sigmas = self.model.shifted(drawn, height=self.size[0], width=self.size[1])
+            sigmas = self.model.shifted(sigmas, height=self.size[0], width=self.size[1])
         alignment.align_embedder(sigmas=sigmas)
         if c.latents.shift == "signal":
             self._shift(alignment.facts["signal_shift"])
@@ -149,7 +157,7 @@ class LatentTrainer(Trainer):
         self.alignment = alignment.facts | {"alignment_seconds": time.perf_counter() - started}
 
     def _random_head(self) -> None:
-        """As `nn.Linear` begins, by the seed of the run."""
+        """Re-initialise the last layer like `nn.Linear`, seeded by the run."""
         assert self.model.ends is not None
         head = layer(self.model.denoiser, self.model.ends.head)
         with torch.random.fork_rng(devices=[]):
@@ -166,43 +174,47 @@ class LatentTrainer(Trainer):
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.training.images_per_update // world)
         rows = min(c.training.micro_batch_size, share)
-        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        sampled = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
         null = {rows} if self.model.guidance_is_embedded else set()
-        return {True: {rows}, False: {drawn} | null}
+        return {True: {rows}, False: {sampled} | null}
 
     def train_update(self) -> dict[str, Any]:
-        """One optimizer step on `images_per_update` images; returns the row of the log."""
+        """Train one optimizer step on `images_per_update` images, and return the row of the log."""
         started = time.perf_counter()
         number = self.progress.update + 1
         self.forwards.take()
-        chosen = self.order(number)
+        images = self.order(number)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = range(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
+        mine = range(len(images) * rank // world, len(images) * (rank + 1) // world)
         self.optimizer.zero_grad()
         sums = Sums(METRICS, self.accelerator.device)
         size = self.config.training.micro_batch_size
         for at in range(mine.start, mine.stop, size):
             places = range(at, min(at + size, mine.stop))
-            batch = self.cache.batch([chosen[i] for i in places], self.accelerator.device)
+            batch = self.cache.batch([images[i] for i in places], self.accelerator.device)
             seeds = [stream(IMAGES, self.config.training.seed, number, i) for i in places]
             loss, metrics = self.asked.loss(self.asked.ask(batch, seeds))
-            with attention(self.accelerator.device):  # what is recomputed must find the same kernel
-                (loss.sum() / len(chosen)).backward()
+            # gradient checkpointing recomputes forwards here, which must use the same attention kernel
+            with attention(self.accelerator.device):
+                (loss.sum() / len(images)).backward()
             for name, values in metrics.items():
                 sums.add(name, values)
-        return self.finish(number, sums, started=started, count=len(chosen), unit="image")
+        return self.finish(number, sums, started=started, count=len(images), unit="image")
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss on images whose prompts are never trained on, of the policy that is saved, with the same noise."""
-        kept = self.kept[:VALIDATION_IMAGES]
-        if not kept:
+        """Return the evaluated policy's validation loss, on images whose prompts are not trained on.
+
+        Noise and noise levels are the same at every call.
+        """
+        images = self.kept[:VALIDATION_IMAGES]
+        if not images:
             return {}
         sums = Sums(METRICS, self.accelerator.device)
         size = self.config.training.micro_batch_size
         with lora.policy(self.model.denoiser, self.policy):
-            for at in range(0, len(kept), size):
-                rows = kept[at : at + size]
+            for at in range(0, len(images), size):
+                rows = images[at : at + size]
                 batch = self.cache.batch(rows, self.accelerator.device)
                 question = self.asked.ask(batch, [stream(VALIDATION, row) for row in rows])
                 for name, values in self.asked.loss(question)[1].items():
@@ -216,8 +228,11 @@ class LatentTrainer(Trainer):
         return self.config.evaluation
 
     def export(self, folder: Path) -> None:
-        """A pipeline that has the LoRA in its weights. Of a move the LoRA alone fits no model that is saved; of a lift
-        it fits the one that the run began with."""
+        """Save a pipeline with the LoRA merged into its weights.
+
+        If the model was in the latent space already, the LoRA is saved separately, too. After a move it is not: no
+        saved model has the aligned embedder and last layer that it was trained with.
+        """
         if not self.moves:
             super().export(folder)
         target, pipeline = folder / "pipeline", self.model.pipeline
@@ -227,7 +242,8 @@ class LatentTrainer(Trainer):
         if height == width:
             pipeline.register_to_config(image_size=height)
         try:
-            if target.exists():  # of fewer updates
+            # an export after fewer updates, which this one replaces
+            if target.exists():
                 shutil.rmtree(target)
             with folder_aside(target) as hidden:
                 save_pipeline(pipeline, hidden, card=self._card())
@@ -235,11 +251,11 @@ class LatentTrainer(Trainer):
             pipeline.register_modules(transformer=own)
 
     def _card(self) -> DrawingCard:
-        """How the run itself draws."""
-        drawn = self.config.evaluation
+        """Return the sampling settings of the run's evaluations, to save with the pipeline."""
+        evaluation = self.config.evaluation
         return DrawingCard(
-            drawn.num_inference_steps,
-            drawn.guidance_scale,
+            evaluation.num_inference_steps,
+            evaluation.guidance_scale,
             self.config.drawing.micro_batch_size,
             dtype=self.config.model.dtype,
         )

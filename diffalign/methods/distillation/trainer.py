@@ -1,6 +1,7 @@
-"""The loop that distils: the base draws whole trajectories, a LoRA on it learns to take them in few steps.
+"""Distil a base model into a student that samples in few steps.
 
-Teacher and student are one model, so there is no second copy of it, and nothing is learned from but prompts.
+The base model (teacher) samples whole trajectories; a LoRA on it (student) learns to follow them in few steps. Teacher
+and student share the base model's weights, so there is no second copy of them. Prompts are the only training data.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ from diffalign.types import PromptEmbeds
 
 
 def student_scheduler(model: TextToImageModel, method: str) -> Any:
-    """diffusers' scheduler for a student of this method: of a flow its own or FlowMatchLCM, of a noise predictor DDIM
-    from the very noise ("trailing") or LCM."""
+    """Return the diffusers scheduler that a student of this method samples with.
+
+    For "reflow" a flow model has its own scheduler, and a noise predictor has DDIM with "trailing" timesteps, which
+    begins at pure noise. For "consistency" a flow model has FlowMatchLCM, and a noise predictor has LCM.
+    """
     own = model.pipeline.scheduler
     flow = isinstance(model.noise, RectifiedFlow)
     if method == "reflow" and flow:
@@ -61,7 +65,13 @@ def student_scheduler(model: TextToImageModel, method: str) -> Any:
 
 @dataclass
 class Trajectories:
-    """What the teacher drew: `states` (K + 1, B, C, H, W) float32 on the falling grid; numbers of the images."""
+    """Trajectories of B images, sampled by the teacher.
+
+    Attributes:
+        states: states (K + 1, B, C, H, W) float32 on the falling grid, from noise to clean.
+        embeds: embeddings of the prompts (B rows).
+        image: index of each image within the update (B,).
+    """
 
     states: Tensor
     embeds: PromptEmbeds
@@ -73,7 +83,7 @@ class Trajectories:
 
 @dataclass
 class DistillationTrainer(Trainer):
-    """One run; the policies are the student's, the reference is the teacher."""
+    """Trainer of distillation runs. The policies are the student's; the reference is the teacher."""
 
     config: DistillationRunConfig
     prompts: Sequence[Prompt]
@@ -114,20 +124,20 @@ class DistillationTrainer(Trainer):
         self.guidance_scale = c.evaluation.guidance_scale if embedded else None
 
     def _student_grid(self) -> Tensor:
-        """(N + 1,) timesteps from noise to the clean end."""
+        """Return the student's timesteps (N + 1,), from noise to the clean end."""
         with self._student():
-            found = self.model.scheduler_at(
+            scheduler = self.model.scheduler_at(
                 self.config.evaluation.num_inference_steps, height=self.size[0], width=self.size[1]
             )
-        return inversion_grid(found.timesteps).flip(0)
+        return inversion_grid(scheduler.timesteps).flip(0)
 
     def full_batches(self) -> dict[bool, set[int]]:
         c = self.config
         share = -(-c.teacher.prompts_per_update // self.accelerator.num_processes)
         trained = min(c.training.micro_batch_size, share) * c.algorithm.states_per_image
-        drawn = min(c.teacher.micro_batch_size, share)
+        sampled = min(c.teacher.micro_batch_size, share)
         plain = {
-            self.model.forward_rows(drawn, c.teacher.guidance_scale),
+            self.model.forward_rows(sampled, c.teacher.guidance_scale),
             c.teacher.micro_batch_size,
             self.model.forward_rows(c.teacher.micro_batch_size, c.teacher.guidance_scale),
         }
@@ -139,7 +149,11 @@ class DistillationTrainer(Trainer):
         return isinstance(algorithm, ConsistencyConfig) and algorithm.skip is not None
 
     def train_update(self) -> dict[str, Any]:
-        """The teacher's trajectories of new prompts and one optimizer step on them; returns the row of the log."""
+        """Sample the teacher's trajectories of new prompts, and train one optimizer step on them.
+
+        Returns:
+            The row of the log.
+        """
         started = time.perf_counter()
         number = self.progress.update + 1
         c = self.config
@@ -147,24 +161,24 @@ class DistillationTrainer(Trainer):
         plan = make_plan(
             self.prompts, c.teacher, seed=c.training.seed, update=number, tasks=c.prompts
         )
-        drawn = self.draw(plan)
+        trajectories = self.draw(plan)
         drawing_seconds = time.perf_counter() - started
         self.optimizer.zero_grad()
         sums = Sums(["loss", "relative_error"], self.accelerator.device)
         size = c.training.micro_batch_size
-        for start in range(0, len(drawn.image), size):
-            loss = self.loss(drawn[start : start + size], sums, update=number)
+        for start in range(0, len(trajectories.image), size):
+            loss = self.loss(trajectories[start : start + size], sums, update=number)
             with attention(self.accelerator.device):
                 (loss.sum() / (len(plan) * c.algorithm.states_per_image)).backward()
         row = self.finish(number, sums, started=started, count=len(plan), unit="image")
         return row | {"teacher_seconds": drawing_seconds}
 
     def draw(self, plan: Plan) -> Trajectories:
-        """This process's share of the teacher's trajectories."""
+        """Sample this process's share of the teacher's trajectories."""
         c = self.config
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
-        known = self.embed([p.text for p in plan.prompts])
-        embeds = known[plan.prompt_index[mine.start : mine.stop].to(self.model.device)]
+        prompt_embeds = self.embed([p.text for p in plan.prompts])
+        embeds = prompt_embeds[plan.prompt_index[mine.start : mine.stop].to(self.model.device)]
         guided = self.model.costs_a_forward(c.teacher.guidance_scale)
         null = self.embed([""]) if guided else None
         parts = []
@@ -179,7 +193,10 @@ class DistillationTrainer(Trainer):
     def _trajectory(
         self, embeds: PromptEmbeds, seeds: Sequence[int], null: PromptEmbeds | None
     ) -> Tensor:
-        """(K + 1, B, C, H, W) float32 from the noise of the seeds."""
+        """Sample one micro-batch of the teacher's trajectories, from the noise of `seeds`.
+
+        The states are (K + 1, B, C, H, W) float32.
+        """
         latents = initial_latents(
             self.model,
             len(seeds),
@@ -204,7 +221,10 @@ class DistillationTrainer(Trainer):
         return torch.stack(integrate(field, latents, self.grid, self.model.noise, solver=solver))
 
     def loss(self, drawn: Trajectories, sums: Sums, *, update: int) -> Tensor:
-        """(B * S,) losses of S states of each trajectory; adds to the metrics."""
+        """Return the losses (B * S,) of S states of each trajectory.
+
+        Their metrics are added to `sums`.
+        """
         count = self.config.algorithm.states_per_image
         embeds = drawn.embeds[torch.arange(len(drawn.image)).repeat_interleave(count)]
         if isinstance(self.config.algorithm, ReflowConfig):
@@ -215,21 +235,21 @@ class DistillationTrainer(Trainer):
         assert isinstance(self.config.algorithm, ReflowConfig)
         windows = len(self.coarse) - 1
         parts = (len(self.grid) - 1) // windows
-        chosen, share, coin = self._choices(drawn.image, windows, update)
+        window, share, coin = self._choices(drawn.image, windows, update)
         share = torch.where(coin < self.config.algorithm.window_starts, 0.0, share)
-        rows = torch.arange(len(drawn.image)).repeat_interleave(len(chosen) // len(drawn.image))
+        rows = torch.arange(len(drawn.image)).repeat_interleave(len(window) // len(drawn.image))
         path, device = self.model.noise, drawn.states.device
-        found = losses.chords(
+        points = losses.chords(
             path,
-            drawn.states[chosen * parts, rows],
-            drawn.states[(chosen + 1) * parts, rows],
-            self.coarse[chosen].to(device),
-            self.coarse[chosen + 1].to(device),
+            drawn.states[window * parts, rows],
+            drawn.states[(window + 1) * parts, rows],
+            self.coarse[window].to(device),
+            self.coarse[window + 1].to(device),
             share.to(device),
         )
-        model_pred = self.predict(found.noisy_latents, found.timesteps, embeds)
-        loss = losses.reflow_loss(path, model_pred, found)
-        power = found.slope.square().flatten(1).mean(1)
+        model_pred = self.predict(points.noisy_latents, points.timesteps, embeds)
+        loss = losses.reflow_loss(path, model_pred, points)
+        power = points.slope.square().flatten(1).mean(1)
         sums.add("loss", loss.detach())
         sums.add("relative_error", loss.detach() / power)
         return loss
@@ -240,21 +260,21 @@ class DistillationTrainer(Trainer):
         algorithm = self.config.algorithm
         assert isinstance(algorithm, ConsistencyConfig)
         last = len(self.grid) - 1
-        chosen, _, _ = self._choices(drawn.image, last, update)
-        rows = torch.arange(len(drawn.image)).repeat_interleave(len(chosen) // len(drawn.image))
-        later = torch.full_like(chosen, last)
+        start, _, _ = self._choices(drawn.image, last, update)
+        rows = torch.arange(len(drawn.image)).repeat_interleave(len(start) // len(drawn.image))
+        later = torch.full_like(start, last)
         if algorithm.skip is not None:
-            later = (chosen + algorithm.skip).clamp(max=last)
+            later = (start + algorithm.skip).clamp(max=last)
         target = drawn.states[later, rows]
         if algorithm.skip is not None:
             with torch.no_grad(), lora.policy(self.model.denoiser, lora.AVERAGED):
                 guess = self._clean(target, self.grid[later], embeds)
             ended = (later == last).to(guess.device)
             target = torch.where(ended[:, None, None, None], target, guess)
-        found = self._clean(drawn.states[chosen, rows], self.grid[chosen], embeds)
-        loss = losses.pseudo_huber(found, target, c=algorithm.huber_c)
+        output = self._clean(drawn.states[start, rows], self.grid[start], embeds)
+        loss = losses.pseudo_huber(output, target, c=algorithm.huber_c)
         with torch.no_grad():
-            error = (found - target).square().flatten(1).mean(1)
+            error = (output - target).square().flatten(1).mean(1)
             sums.add("loss", loss.detach())
             sums.add("relative_error", error / target.square().flatten(1).mean(1))
         return loss
@@ -265,7 +285,7 @@ class DistillationTrainer(Trainer):
         return losses.consistency_output(self.model.noise, model_pred, noisy, times)
 
     def predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """As the student draws: without a second forward."""
+        """Return the prediction with the student's guidance, which costs no second forward."""
         return predict(
             self.model,
             noisy,
@@ -278,21 +298,26 @@ class DistillationTrainer(Trainer):
     def _choices(
         self, images: Sequence[int], kinds: int, update: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """For S states of every image: which of `kinds` (B * S,), spread evenly over them, and two numbers in 0..1."""
+        """Draw random choices for S states of every image.
+
+        Returns:
+            A number below `kinds` for each state (B * S,), spread evenly for each image, and two uniform numbers in
+            [0, 1), (B * S,) each.
+        """
         count = self.config.algorithm.states_per_image
-        chosen, numbers = [], []
+        picks, numbers = [], []
         for image in images:
             seed = stream(STATES, self.config.training.seed, update, image)
             generator = torch.Generator().manual_seed(seed)
             places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
-            chosen.append((places * kinds).long().clamp(max=kinds - 1))
+            picks.append((places * kinds).long().clamp(max=kinds - 1))
             numbers.append(torch.rand(2, count, generator=generator))
         pair = torch.cat(numbers, dim=1)
-        return torch.cat(chosen), pair[0], pair[1]
+        return torch.cat(picks), pair[0], pair[1]
 
     @contextmanager
     def _student(self) -> Iterator[None]:
-        """The pipeline with the student's scheduler."""
+        """Give the pipeline the student's scheduler while the context lasts."""
         own = self.model.pipeline.scheduler
         self.model.pipeline.scheduler = self.scheduler
         try:
@@ -310,7 +335,7 @@ class DistillationTrainer(Trainer):
                     yield
 
     def evaluation(self, policy: str) -> EvaluationConfig:
-        """The teacher's images are its own: its steps, its guidance."""
+        """Return the sampling settings of a policy: the student's, or the teacher's for the reference."""
         c = self.config
         if policy != lora.REFERENCE:
             return c.evaluation
@@ -321,11 +346,16 @@ class DistillationTrainer(Trainer):
         )
 
     def export(self, folder: Path) -> None:
-        """Besides the LoRA the student's scheduler, which it needs, and the steps that it was made for."""
+        """Save the LoRA, the student's scheduler and its sampling settings.
+
+        The student needs this scheduler, and the number of steps that it was trained for.
+        """
         super().export(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
-        drawn = self.config.evaluation
-        DrawingCard(drawn.num_inference_steps, drawn.guidance_scale).save(folder / "scheduler")
+        evaluation = self.config.evaluation
+        DrawingCard(evaluation.num_inference_steps, evaluation.guidance_scale).save(
+            folder / "scheduler"
+        )
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

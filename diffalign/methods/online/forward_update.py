@@ -1,8 +1,10 @@
-"""Updates with a loss on the forward process: latents of the rollout are noised afresh, at timesteps of its grid, or
-have the noise that they were made from.
+"""Policy updates with a loss on the forward process (AWM, DiffusionNFT).
 
-Noise and timesteps of an image, or of all images of a prompt, come from a stream of its own, so that they depend
-neither on the micro-batch nor on the number of processes.
+The rollout's clean latents get fresh noise at timesteps of the rollout's grid. With `noise: rollout` the loss uses the
+states that the rollout passed through instead.
+
+Noise and timesteps of an image, or of all images of a prompt, come from a random stream of their own. They depend
+neither on the micro-batch size nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ LOSSES = {"awm": awm, "diffusion_nft": diffusion_nft}
 
 @dataclass(frozen=True)
 class Draws:
-    """Random choices for N images: `grid_index` (N, T), `noise` (N, T, C, H, W), `kl_pick` (N, K) of the T."""
+    """Random choices for N images with T timesteps each.
+
+    Attributes:
+        grid_index: indices of the timesteps on the grid (N, T).
+        noise: noise (N, T, C, H, W).
+        kl_pick: indices, among the T timesteps, of those at which the distances are computed (N, K).
+    """
 
     grid_index: Tensor
     noise: Tensor
@@ -48,11 +56,18 @@ def draw(
     key: tuple[int, ...],
     by_group: bool = False,
 ) -> Draws:
-    """Timesteps, noise and the subset for the distances: for each image, or the first two the same for all images of
-    a prompt.
+    """Draw timesteps, noise and the timesteps of the distances for some rows of a batch.
 
-    Advantages of a group add up to nothing, and so does, with one noise, what its images have in common: the same
-    expectation, a lower variance. The distances have no advantages: each image has a subset of its own.
+    With `by_group`, all images of a prompt share their timesteps and noise. The advantages of a group sum to zero.
+    With shared noise, the part of the gradient that its images have in common therefore cancels, too: the expectation
+    is the same and the variance is lower. The distances are not weighted by advantages, so each image has its own
+    `kl_pick`.
+
+    Args:
+        rows: rows of the batch.
+        parts: ranges of the grid; one timestep is drawn from each.
+        kl_timesteps: number of timesteps at which the distances are computed (K).
+        key: what the random stream depends on besides the image: seed, update and optimizer step.
     """
     index, noise, pick = [], [], []
     for row in rows:
@@ -68,17 +83,21 @@ def draw(
 
 
 class RolloutStates(Recorder):
-    """The states that a rollout passes through."""
+    """Recorder of the states that a rollout passes through."""
 
     def trajectory(self) -> Trajectory:
-        """Of all steps."""
-        drawn = self.take()
-        latents = torch.cat([drawn.noisy, drawn.latents.unsqueeze(1)], 1)
-        return Trajectory(list(range(drawn.noisy.shape[1])), latents)
+        """Return the recorded trajectory with every step."""
+        rollout = self.take()
+        latents = torch.cat([rollout.noisy, rollout.latents.unsqueeze(1)], 1)
+        return Trajectory(list(range(rollout.noisy.shape[1])), latents)
 
 
 class ForwardProcessUpdate(PolicyUpdate):
-    """AWM, DiffusionNFT: the loss of the module that the algorithm's type names, and two distances."""
+    """Update of AWM and DiffusionNFT: the loss of the algorithm's module, plus two distances.
+
+    The distances are those of the policy's predictions to the reference's ("kl") and to the lagged policy's
+    ("kl_lagged").
+    """
 
     def __init__(
         self, model: TextToImageModel, config: ForwardProcessConfig, settings: UpdateSettings
@@ -103,7 +122,10 @@ class ForwardProcessUpdate(PolicyUpdate):
         )
 
     def _check_noise(self) -> None:
-        """UsageError where states are trained on from which there is no way to go but the model's."""
+        """Raise UsageError if timesteps are trained on after which no noise is left.
+
+        Such a step leads to the model's own prediction, so that its state has no independent target.
+        """
         enough = int(has_noise_after_step(self.settings.sigmas[:-1]).sum())
         if self.parts[-1].stop > enough:
             raise UsageError(
@@ -113,11 +135,14 @@ class ForwardProcessUpdate(PolicyUpdate):
             )
 
     def sampler(self, update: int) -> Any:
-        """For `noise: rollout`, the solver's step that remembers where it was."""
+        """Return a recorder of the solver's steps for `noise: rollout`, else None."""
         return RolloutStates(predictions=False) if self.config.noise == "rollout" else None
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
-        """Return which images take part: of DiffusionNFT all, whose proximal part does not end with the advantage."""
+        """Return a mask (B,) of the images that take part in the loss.
+
+        All images with a reward take part in DiffusionNFT: its proximal term does not vanish with the advantage.
+        """
         if self.algorithm.NEEDS_OLD:
             return advantages.isfinite()
         return super().takes_part(advantages, group)

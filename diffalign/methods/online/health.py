@@ -1,9 +1,11 @@
-"""Detect collapsed runs, and runs that have nothing to learn from, in the log alone: a resumed run agrees.
+"""Detect collapsed training runs, and runs that have nothing to learn from.
 
-Online RL on a diffusion model collapses in two ways. The gradient grows tenfold within a few updates, the reward falls
-from where it had been, and neither comes back (`benchmarks/results/demo-collapse.json`). Or the policy dies: it draws
+Only the log is read, so that a resumed run comes to the same result as an uninterrupted one.
+
+Online RL on a diffusion model collapses in two ways. In the first, the gradient grows tenfold within a few updates, the
+reward falls, and neither recovers (`benchmarks/results/demo-collapse.json`). In the second, the policy dies: it samples
 noise, all images of a prompt get the same reward, and there is no gradient any more. Each sign alone is common in
-healthy runs: rewards are noisy, prompts differ from update to update, and where all images are right rewards are equal.
+healthy runs: rewards are noisy, prompts differ between updates, and rewards are equal if all images are right.
 """
 
 from __future__ import annotations
@@ -16,22 +18,36 @@ from dataclasses import dataclass
 from typing import Any
 
 WINDOW = 5
-"""Updates that are averaged before they are compared."""
+"""Number of updates in a window; the means of windows are compared."""
 REWARD_DROP = 4.0
-"""Standard errors that the reward must have fallen from its best window."""
+"""Smallest fall of a collapsed run's reward from its best window, in standard errors."""
 GRADIENT_RISE = 5.0
-"""How many times its usual size the gradient must have."""
+"""Smallest ratio of a collapsed run's gradient norm to its usual norm."""
 DIVERSITY_LEFT = 0.5
-"""Share of the first updates' spread within groups below which images of a prompt have become alike."""
+"""Ratio of the spread within groups to the first updates', below which images are alike."""
 DIVERSITY_RISE = 1.4
-"""How many times the first updates' spread within groups is noise; healthy runs stay below 1.15."""
+"""Ratio of the spread within groups to the first updates', above which images are noise.
+
+Healthy runs stay below 1.15.
+"""
 SPREAD_LEFT = 0.1
-"""Share of the rewards' usual spread within groups below which a policy is dead, where the reward has fallen, too."""
+"""Ratio of the rewards' spread within groups to the usual, below which policies are dead.
+
+The reward must have fallen, too.
+"""
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """A policy that is lost: `good` is the last update as good as the best, `gradient_rise` None for a dead policy."""
+    """Collapse of a policy at an update.
+
+    Attributes:
+        update: number of the update after which the collapse is noticed.
+        good: number of the last update before the collapse.
+        reward: mean reward of the last window.
+        best: mean reward of the best window.
+        gradient_rise: ratio of the gradient norm to its usual norm, None for a dead policy.
+    """
 
     update: int
     good: int
@@ -52,9 +68,14 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Idle:
-    """Updates in a row without anything to learn.
+    """Series of updates in which there was nothing to learn from.
 
-    Earlier ones had something to learn: `learnt`, and the reward has held; `fallen`, and it has not.
+    Attributes:
+        update: number of the last update.
+        updates: number of updates in the series.
+        reward: mean reward of the series.
+        learnt: true if earlier updates had something to learn from and the reward has not fallen since.
+        fallen: true if earlier updates had something to learn from and the reward has fallen since.
     """
 
     update: int
@@ -86,27 +107,27 @@ class Idle:
 def find_warnings(
     rows: Sequence[Mapping[str, Any]], before: Mapping[str, float], held_out: Iterable[str]
 ) -> dict[str, str]:
-    """Return what else deserves a look, by what it is about.
+    """Return warnings, as a dictionary from "diversity" or a reward's name to a text.
 
-    Images of a prompt that become alike, or that become noise; rewards that are not trained on and fell while the
-    trained one rose, in two evaluations running.
+    Images of a prompt may become alike, or may become noise. A held-out reward may have fallen in two successive
+    evaluations while the trained reward rose.
 
     Args:
-        rows: of the log.
+        rows: rows of the log.
         before: means of the evaluation before training.
-        held_out: names of rewards among them.
+        held_out: names of the rewards that are evaluated but not trained on.
     """
-    found = {}
+    warnings = {}
     update = rows[-1]["update"] if rows else 0
     spread = [r["diversity"] for r in rows if math.isfinite(r.get("diversity", math.nan))]
     if len(spread) >= 3 * WINDOW:
         first, last = (statistics.median(part) for part in (spread[:WINDOW], spread[-WINDOW:]))
         if last < DIVERSITY_LEFT * first:
-            found["diversity"] = (
+            warnings["diversity"] = (
                 f"update {update}: images of one prompt become alike: their spread fell from {first:.3f} to {last:.3f}"
             )
         elif last > DIVERSITY_RISE * first:
-            found["diversity"] = (
+            warnings["diversity"] = (
                 f"update {update}: images of one prompt come apart, perhaps into noise: their spread rose from "
                 f"{first:.3f} to {last:.3f}; look at the samples, and lower optimizer.learning_rate"
             )
@@ -115,18 +136,19 @@ def find_warnings(
     better = len(seen) == 2 and all(m.get("reward", -math.inf) > start for m in seen)
     for name in held_out:
         if better and all(m.get(name, math.inf) < before.get(name, -math.inf) for m in seen):
-            found[name] = (
+            warnings[name] = (
                 f"update {update}: the trained reward rose from {before['reward']:.3f} to {seen[-1]['reward']:.3f} and "
                 f"{name}, which is only looked at, fell from {before[name]:.3f} to {seen[-1][name]:.3f}"
             )
-    return found
+    return warnings
 
 
 def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
     """Return the collapse that the last rows of the log show, or None.
 
     Args:
-        rows: with `update`, `reward`, `grad_norm` where there was a gradient, and `reward_group_std` where it is known.
+        rows: rows of the log with `update` and `reward`. A row has `grad_norm` if its update had a gradient, and
+            `reward_group_std` if that is known.
     """
     rows = [r for r in rows if math.isfinite(r.get("reward", math.nan))]
     if len(rows) < 3 * WINDOW:
@@ -138,7 +160,7 @@ def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
     if statistics.median(map(_idle, well)) and all(map(_idle, rows[-WINDOW:])):
         return _early_death(rows)
     if _dead(rows[-WINDOW:], well):
-        # rows of a dead policy scatter less than those of the policy that was
+        # The rewards of a dead policy scatter less than before its death, so the larger noise counts.
         noise = max(_noise(rewards[:-WINDOW]), _noise(rewards[: best + WINDOW]))
     else:
         noise, rise = _noise(rewards[:-WINDOW]), _gradient_rise(rows)
@@ -154,7 +176,7 @@ def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
 
 
 def _early_death(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
-    """Return the collapse of a policy that died before there was a window of healthy updates."""
+    """Return the collapse of a policy that died before its first window of healthy updates."""
     alive = [r for r in rows if not _idle(r)]
     if not alive:
         return None
@@ -165,7 +187,10 @@ def _early_death(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:
 
 
 def find_idle(rows: Sequence[Mapping[str, Any]], limit: int) -> Idle | None:
-    """Return the last `limit` updates if none of them had anything to learn from; None for a limit of 0."""
+    """Return the last `limit` updates if none of them had anything to learn from.
+
+    Return None otherwise, and for a limit of 0.
+    """
     last = rows[-limit:] if limit else []
     if not last or len(last) < limit or not all(_idle(r) for r in last):
         return None
@@ -182,7 +207,10 @@ def _idle(row: Mapping[str, Any]) -> bool:
 
 
 def _dead(last: Sequence[Mapping[str, Any]], well: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether rewards within groups no longer differ in the last rows, as they did while all was well."""
+    """Return whether rewards within groups differ no longer in the last rows.
+
+    They must have differed in the rows `well` of the healthy policy.
+    """
     if statistics.median(map(_idle, well)):
         return False
     if statistics.median(map(_idle, last)):
@@ -193,13 +221,17 @@ def _dead(last: Sequence[Mapping[str, Any]], well: Sequence[Mapping[str, Any]]) 
 
 
 def _noise(rewards: Sequence[float]) -> float:
-    """Return the standard deviation of rewards around their course, whatever the course, from their differences."""
+    """Return the standard deviation of rewards around their trend.
+
+    It is estimated from differences of successive rewards, which hardly depend on the trend.
+    """
     steps = [abs(b - a) for a, b in itertools.pairwise(rewards)]
-    return statistics.median(steps) / 0.954  # of a normal distribution
+    # For independent normal rewards, the median absolute difference is 0.954 standard deviations.
+    return statistics.median(steps) / 0.954
 
 
 def _gradient_rise(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return how many times its usual size the gradient of the last rows is."""
+    """Return the ratio of the last rows' gradient norm to the usual one, both medians."""
     usual, now = (
         [r["grad_norm"] for r in part if "grad_norm" in r]
         for part in (rows[:-WINDOW], rows[-WINDOW:])

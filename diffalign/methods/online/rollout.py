@@ -1,7 +1,7 @@
-"""A rollout: the plan, which images an update makes, and the making of this process's share of them.
+"""Sample and score this process's share of an update's images.
 
-An update is planned as a list of (prompt, seed) pairs that depends on the run's seed and the update's number alone, so
-one process or eight, large micro-batches or small, make the same images.
+An update is planned as a list of (prompt, seed) pairs, which depends only on the run's seed and the update's number.
+The images are therefore the same for any number of processes and any micro-batch size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from diffalign.types import RewardOutput, Rollout
 
 @dataclass
 class RolloutMaker:
-    """Draws and scores; `size` is (height, width) in pixels, `drawing` the context of a policy."""
+    """Sampler and scorer of rollouts.
+
+    Args:
+        score: maps images, prompts and metadata to rewards.
+        size: (height, width) in pixels.
+        drawing: returns the context in which the denoiser samples as a policy, by the policy's name.
+    """
 
     config: RunConfig
     model: TextToImageModel
@@ -51,10 +57,13 @@ class RolloutMaker:
         )
 
     def make(self, plan: Plan, policy_update: PolicyUpdate, update: int) -> Rollout:
-        """Make and score this process's images; rewards come back for the whole update.
+        """Sample and score this process's images.
+
+        The rollout has this process's latents, and the rewards of the whole update from all processes. An image that
+        is not finite has the reward NaN.
 
         Raises:
-            RewardTimeout: in all processes, when one of them got no reward in time.
+            RewardTimeout: in all processes, if one of them got no reward in time.
         """
         c = self.config.rollout
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
@@ -63,10 +72,10 @@ class RolloutMaker:
         guided = self.model.costs_a_forward(c.guidance_scale)
         sampler = policy_update.sampler(update)
         solver = solver_step(c.solver, self.model.noise)
-        chosen = [plan.prompts[i] for i in index.tolist()]
+        image_prompts = [plan.prompts[i] for i in index.tolist()]
 
         def score(part: slice, images: Tensor) -> None:
-            prompts = chosen[part]
+            prompts = image_prompts[part]
             self.scorer.submit(images, [p.text for p in prompts], [p.metadata for p in prompts])
 
         with self.drawing(policy_update.rollout_policy):
@@ -90,13 +99,14 @@ class RolloutMaker:
         names = {k for part in gather_object([list(output.details)]) for k in part}
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
         broken = ~latents.isfinite().flatten(1).all(1).cpu().numpy()
-        values = np.where(broken, np.nan, output.values)  # whatever a reward made of their pixels
+        # a reward may return a finite score for pixels of latents that are not finite
+        values = np.where(broken, np.nan, output.values)
         rewards = torch.from_numpy(self._gather(values, plan))
         trajectory = None if sampler is None else sampler.trajectory()
         return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
 
     def _collect(self) -> RewardOutput:
-        """Of this process's images; a timeout is everyone's, for nobody can go on without the others."""
+        """Return the rewards of this process's images; raise RewardTimeout in all processes together."""
         output, problem = None, None
         try:
             output = self.scorer.collect()
@@ -108,7 +118,7 @@ class RolloutMaker:
         return output
 
     def _gather(self, values: np.ndarray, plan: Plan) -> np.ndarray:
-        """Float32 values of all images from every process's share, exactly."""
+        """Return the float32 values of all images, gathered from every process's share."""
         world = self.accelerator.num_processes
         if world == 1:
             return np.asarray(values, np.float32)

@@ -1,4 +1,7 @@
-"""The online loop: rollout -> reward -> advantage -> update, on any model, reward and number of processes."""
+"""Train a policy online: rollout, rewards, advantages, update.
+
+The loop runs with any model, any reward and any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +50,17 @@ from diffalign.types import Rollout
 
 logger = logging.getLogger(__name__)
 COLLAPSE = "collapse"
-"""What a row's `warnings` call it."""
+"""Key of a collapse among the `warnings` of a log row."""
 
 
 @dataclass
 class OnlineTrainer(Trainer):
-    """One run. `score` maps images, prompts and metadata to rewards; it never sees the model."""
+    """Trainer of online runs.
+
+    Args:
+        score: maps images, prompts and metadata to rewards; it never sees the model.
+        prompts: prompts to train on.
+    """
 
     config: RunConfig
     score: Score
@@ -93,7 +101,7 @@ class OnlineTrainer(Trainer):
         self.policy_update = self._policy_update()
 
     def _policy_update(self) -> PolicyUpdate:
-        """The update of the configured algorithm."""
+        """Return the policy update of the configured algorithm."""
         c = self.config
         scheduler = self.model.scheduler_at(
             c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
@@ -129,17 +137,20 @@ class OnlineTrainer(Trainer):
         raise TypeError(f"no update for {type(c.algorithm).__name__}")
 
     def full_batches(self) -> dict[bool, set[int]]:
-        """Rows of the denoiser's full batches, with gradient (True) and without: what is worth compiling for."""
+        """Return the sizes of the denoiser's full batches, which are worth compiling for.
+
+        The keys say whether a forward has a gradient.
+        """
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.rollout.images_per_update // world)
-        found = self.policy_update.rows(min(c.training.micro_batch_size, share))
-        drawn = min(c.rollout.micro_batch_size, share)
+        rows = self.policy_update.rows(min(c.training.micro_batch_size, share))
+        sampled = min(c.rollout.micro_batch_size, share)
         for images, guidance in (
-            (drawn, c.rollout.guidance_scale),
+            (sampled, c.rollout.guidance_scale),
             (c.rollout.micro_batch_size, c.evaluation.guidance_scale),
         ):
-            found[False].add(self.model.forward_rows(images, guidance))
-        return found
+            rows[False].add(self.model.forward_rows(images, guidance))
+        return rows
 
     @property
     def planned_steps(self) -> int:
@@ -156,10 +167,11 @@ class OnlineTrainer(Trainer):
         }
 
     def train_update(self) -> dict[str, Any]:
-        """One rollout and the updates on it; returns the row of the log."""
+        """Sample one rollout, train on it, and return the row of the log."""
         started = time.perf_counter()
         number = self.progress.update + 1
-        self.forwards.take()  # those of an evaluation are not the update's
+        # forwards of an evaluation do not count for the update
+        self.forwards.take()
         plan = self.plan(number)
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
@@ -199,15 +211,19 @@ class OnlineTrainer(Trainer):
     def watch(
         self, log: list[dict[str, Any]], before: Mapping[str, float]
     ) -> Collapse | Idle | None:
-        """Say each warning once, note it in the last row, and return a collapse or the end of all learning.
+        """Look for a collapse, or for a run without anything to learn from.
 
-        After a collapse that was only warned of, new rows are compared with each other.
+        Each warning is printed once and stored in the last log row. After a collapse that was only warned of, later
+        rows are compared with each other alone. A policy that has learnt everything is no fault; `ended` reports it.
+
+        Returns:
+            The collapse or the idle updates that `answer` reacts to, or None.
         """
         warnings = find_warnings(log, before, self.config.evaluation.rewards)
         noted = [row.get("warnings", {}) for row in log]
-        said = {about for texts in noted for about in texts}
+        earlier = {about for texts in noted for about in texts}
         since = max((i + 1 for i, texts in enumerate(noted) if COLLAPSE in texts), default=0)
-        new = {about: text for about, text in warnings.items() if about not in said}
+        new = {about: text for about, text in warnings.items() if about not in earlier}
         for text in new.values():
             self.say(f"warning: {text}")
         collapse = find_collapse(log[since:])
@@ -238,7 +254,7 @@ class OnlineTrainer(Trainer):
         return str(idle) if idle is not None and idle.learnt else None
 
     def plan(self, update: int) -> Plan:
-        """What an update draws."""
+        """Return the prompts and seeds that an update samples."""
         return make_plan(
             self.prompts,
             self.config.rollout,
@@ -248,7 +264,11 @@ class OnlineTrainer(Trainer):
         )
 
     def rollout(self, plan: Plan, update: int) -> Rollout:
-        """This process's images, with the rewards of the whole update."""
+        """Return this process's images, with the rewards of the whole update.
+
+        Raises:
+            TrainingError: a reward timed out. The updates before this one are saved.
+        """
         try:
             return self.rollouts.make(plan, self.policy_update, update)
         except RewardTimeout as error:
@@ -259,7 +279,10 @@ class OnlineTrainer(Trainer):
             ) from error
 
     def make_batch(self, plan: Plan, rollout: Rollout) -> tuple[TrainingBatch, dict[str, Any]]:
-        """Advantages over the whole update, then this process's images that carry a signal."""
+        """Return this process's training batch, and the figures of the rewards for the log.
+
+        Advantages are computed over the whole update. The batch has only images that take part in the loss.
+        """
         c = self.config.algorithm
         rewards, group = rollout.rewards, rollout.group
         if c.reward_mixing == "advantages":
@@ -289,7 +312,7 @@ class OnlineTrainer(Trainer):
         return batch, _reward_row(rewards, group, keep, rollout.details)
 
     def _diversity(self, rollout: Rollout) -> float:
-        """Mean over groups, whichever processes their images are on."""
+        """Return the mean spread of latents within groups, over the images of all processes."""
         groups = len(rollout.group.unique())
         moments = adv.group_moments(rollout.latents.cpu(), rollout.prompt_index, groups=groups)
         if self.accelerator.num_processes > 1:
@@ -297,7 +320,7 @@ class OnlineTrainer(Trainer):
         return adv.group_diversity(moments)
 
     def optimize(self, batch: TrainingBatch, number: int) -> dict[str, float]:
-        """All optimizer steps on one rollout."""
+        """Take all optimizer steps on one rollout, and return the means of their metrics."""
         c = self.config
         rows = []
         for inner in range(c.training.updates_per_rollout):
@@ -316,7 +339,10 @@ class OnlineTrainer(Trainer):
 def _reward_row(
     rewards: Tensor, group: Tensor, keep: Tensor, details: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Means for the log; the spread is the mean over groups of the reward's standard deviation."""
+    """Return the rewards' figures for the log, means over all images.
+
+    The figure `reward_group_std` is the mean over groups of the reward's standard deviation within the group.
+    """
     valid = rewards.isfinite()
     spread = [
         float(rewards[valid & (group == g)].std(unbiased=False))

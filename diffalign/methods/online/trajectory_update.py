@@ -1,4 +1,7 @@
-"""Updates with a loss on the rollout's own steps (Flow-GRPO), and the sampler that makes and keeps them."""
+"""Policy updates with a loss on the rollout's own steps (Flow-GRPO).
+
+The sampler of this module makes these steps and records them.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,13 @@ from diffalign.types import Trajectory
 
 
 class StochasticSampler:
-    """A step for `pipelines.sampling`: stochastic in a window of the grid, the scheduler's own elsewhere.
+    """Sampling step that is stochastic in a window of the grid.
 
-    Call `trajectory()` after all micro-batches of a rollout.
+    Outside the window it is the scheduler's own step. `pipelines.sampling` calls the object at every step. Call
+    `trajectory()` after all micro-batches of a rollout.
+
+    Args:
+        window: indices of the stochastic steps.
     """
 
     def __init__(self, config: FlowGRPOConfig, window: range) -> None:
@@ -52,21 +59,22 @@ class StochasticSampler:
             latents.shape, generator=generator, device=latents.device, dtype=torch.float32
         )
         after = step.mean + expand(step.std, latents) * noise
-        after = after.to(latents.dtype)  # what is stored is what will be scored
-        kept = self._kept[i - self.window.start]
-        kept.append(latents)
+        # the log-probability is computed for the stored state, which must therefore be the state that sampling uses
+        after = after.to(latents.dtype)
+        states = self._kept[i - self.window.start]
+        states.append(latents)
         if i == self.window.stop - 1:
             self._kept[-1].append(after)
         return after
 
     def trajectory(self) -> Trajectory:
-        """All micro-batches of the rollout; the sampler lets go of them."""
-        kept, self._kept = self._kept, []
-        return Trajectory(list(self.window), torch.stack([torch.cat(part) for part in kept], 1))
+        """Return the recorded states of all micro-batches of the rollout, and release them."""
+        states, self._kept = self._kept, []
+        return Trajectory(list(self.window), torch.stack([torch.cat(part) for part in states], 1))
 
 
 class TrajectoryUpdate(PolicyUpdate):
-    """Flow-GRPO: all steps of the window, in one micro-batch of images at a time."""
+    """Update of Flow-GRPO, which trains on all stochastic steps of a micro-batch at once."""
 
     def __init__(
         self, model: TextToImageModel, config: FlowGRPOConfig, settings: UpdateSettings
@@ -89,7 +97,10 @@ class TrajectoryUpdate(PolicyUpdate):
         self._old: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def _stochastic_steps(self) -> int:
-        """The steps from the start of the grid whose noise the rest of the rollout can still remove."""
+        """Return the number of steps, from the start of the grid, that may be stochastic.
+
+        The noise of such a step is at most the noise level after it, so that later steps can remove it.
+        """
         before, after = self.sigmas[:-1], self.sigmas[1:]
         nothing = torch.zeros(len(before), 1)
         step = flow_grpo.stochastic_step(
@@ -113,11 +124,14 @@ class TrajectoryUpdate(PolicyUpdate):
         return {True: {policy}, False: {reference} if self.config.kl_beta else set()}
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
-        """Return which images take part: as in the release, those whose own advantage is not 0."""
+        """Return a mask (B,) of the images that take part in the loss.
+
+        As in Flow-GRPO's released code, the image's own advantage must differ from 0, too.
+        """
         return super().takes_part(advantages, group) & (advantages.abs() > TOLERANCE)
 
     def sampler(self, update: int) -> StochasticSampler:
-        """The stochastic sampler of an update, with that update's window."""
+        """Return the stochastic sampler of an update, with the window of that update."""
         start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)
         return StochasticSampler(self.config, range(start, start + self.size))
 
@@ -157,7 +171,8 @@ class TrajectoryUpdate(PolicyUpdate):
             part.latents[:, 1:].flatten(0, 1), current, dynamics=config.dynamics
         )
         if key[1] == 0:
-            # on policy: these are the old ones, for this step and for those that follow on the rollout
+            # The first optimizer step on a rollout is on policy. Its log-probabilities are the old ones of every step
+            # on this rollout.
             mean = current.mean.detach() if config.guard else None
             self._old[rows.start] = (log_probs.detach(), mean)
         old, old_mean = self._old[rows.start]
@@ -168,7 +183,7 @@ class TrajectoryUpdate(PolicyUpdate):
         )
         for name, values in metrics.items():
             sums.add(name, values)
-        # the release averages both terms over the images that it trains on
+        # Flow-GRPO's released code averages both terms over the images that it trains on.
         total = loss.sum() / (batch.kept * steps)
         if config.kl_beta:
             with torch.no_grad():

@@ -1,7 +1,7 @@
-"""One policy update on a rollout: global loss, any micro-batch.
+"""Base class of policy updates, which compute the gradient of a loss on a rollout.
 
-The loss is a mean over the images of the whole update. Each process adds up the gradients of its own images in
-micro-batches of any size and the sums are reduced over processes, so that neither the micro-batch nor the number of
+The loss is a mean over the images of the whole update. Each process sums the gradients of its own images in
+micro-batches of any size, and the sums are reduced over processes. Neither the micro-batch size nor the number of
 processes changes the gradient.
 """
 
@@ -25,11 +25,17 @@ from diffalign.types import PromptEmbeds, Trajectory
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """This process's share of an update, ready for the loss.
+    """Images of an update that this process trains on, ready for the loss.
 
-    `latents` (B, C, H, W); `prompt_index` (B,) rows of `embeds`; `advantages` (B,), not yet clipped; `image` (B,)
-    numbers of the images within the update; `total` images of the whole update that have a reward, `kept` those that
-    are trained on.
+    Attributes:
+        latents: clean latents (B, C, H, W) of the rollout.
+        embeds: embeddings of the update's prompts.
+        prompt_index: row in `embeds` of each image (B,).
+        advantages: advantage of each image (B,), not yet clipped.
+        image: index of each image within the update (B,).
+        total: number of images of the whole update, over all processes, that have a reward.
+        kept: number of images of the whole update, over all processes, that are trained on.
+        trajectory: states of the rollout, for algorithms that train on them.
     """
 
     latents: Tensor
@@ -44,10 +50,17 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """What an update needs besides the algorithm.
+    """Settings of an update that do not belong to its algorithm.
 
-    `grid` (N,) timesteps of the rollout from noise to clean, and `sigmas` (N + 1,) with the final 0; sizes, precision
-    and seed of the run; `negative_embeds` of one prompt where the reference is guided by a second forward.
+    Attributes:
+        grid: timesteps (N,) of the rollout, from noise to clean.
+        sigmas: noise levels (N + 1,) of the rollout, with the final 0.
+        guidance_scale: guidance scale of the rollout.
+        micro_batch_size: images per micro-batch of training.
+        mixed_precision: "bf16" for autocast, or "no".
+        seed: seed of the run.
+        updates_per_rollout: optimizer steps per rollout.
+        negative_embeds: embedding of the negative prompt (1 row), if guidance of the reference costs a second forward.
     """
 
     grid: Tensor
@@ -61,10 +74,10 @@ class UpdateSettings:
 
 
 class PolicyUpdate(ABC):
-    """Accumulates the gradient of a loss over a batch; the caller owns the optimizer."""
+    """Accumulator of the gradient of a loss over a batch. The caller owns the optimizer."""
 
     rollout_policy: str = lora.CURRENT
-    """The policy that makes the images."""
+    """Name of the policy that samples the rollout."""
 
     def __init__(
         self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings
@@ -79,11 +92,14 @@ class PolicyUpdate(ABC):
     @property
     @abstractmethod
     def metrics(self) -> list[str]:
-        """Names of the metrics."""
+        """Names of the metrics in the log."""
 
     @abstractmethod
     def rows(self, images: int) -> dict[bool, set[int]]:
-        """Rows of the denoiser's forwards for a micro-batch of so many images, with gradient (True) and without."""
+        """Return the batch sizes of the denoiser's forwards for a micro-batch of `images`.
+
+        The keys say whether a forward has a gradient.
+        """
 
     @abstractmethod
     def micro_batch(
@@ -94,24 +110,46 @@ class PolicyUpdate(ABC):
         *,
         key: tuple[int, int],
     ) -> Tensor:
-        """The share of the loss that these rows of the batch have; adds to the metrics. `key`: update, step in it."""
+        """Return the loss of some rows of the batch, and add their metrics to `sums`.
+
+        The loss is their share of the mean over the whole update.
+
+        Args:
+            key: number of the update, and of the optimizer step on its rollout.
+        """
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
-        """Return which images (B,) take part in the loss; advantages (B,) are NaN for images without a reward."""
+        """Return a mask (B,) of the images that take part in the loss.
+
+        Args:
+            advantages: advantages (B,), NaN for images without a reward.
+            group: index of each image's prompt (B,).
+        """
         return adv.informative(advantages, group)
 
     def sampler(self, update: int) -> Any:
-        """A step for the rollout of an update, with a `trajectory()` to ask it for; None for the scheduler's own."""
+        """Return a sampling step that records the rollout of an update.
+
+        Its method `trajectory()` returns the recorded states. None stands for the scheduler's own step.
+        """
         return None
 
     def lag_decay(self, update: int) -> float | None:
-        """Decay of the lagged policy after update number `update` (from 1); None where there is no use for one."""
+        """Return the decay of the lagged policy after an update, counted from 1.
+
+        Return None if the algorithm has no lagged policy.
+        """
         return None
 
     def accumulate(self, batch: TrainingBatch, *, update: int, inner: int = 0) -> Sums:
-        """Add this process's part of the gradient to the parameters' `.grad`; returns its sums of metrics.
+        """Add this process's part of the gradient to the parameters' `.grad`.
 
-        `inner` counts the steps on one rollout.
+        Args:
+            update: number of the update, from 1.
+            inner: number of the optimizer step on the rollout, from 0.
+
+        Returns:
+            This process's sums of metrics.
         """
         sums = Sums(self.metrics, batch.latents.device)
         size = self.settings.micro_batch_size
@@ -125,7 +163,7 @@ class PolicyUpdate(ABC):
     def predict(
         self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds, guidance: float | None = None
     ) -> Tensor:
-        """`guidance` None is the policy's own."""
+        """Return the prediction (B, C, H, W). The guidance scale None is the policy's own."""
         negative, negatives = None, self.settings.negative_embeds
         if guidance is None:
             guidance = self.guidance_scale

@@ -1,4 +1,7 @@
-"""What the frozen reference makes of a shard of preference pairs: latents, prompt embeddings, inverted states."""
+"""Compute the cached tensors of preference pairs with the frozen reference.
+
+The tensors are latents, prompt embeddings and, for Inversion-DPO, states of an inversion.
+"""
 
 from __future__ import annotations
 
@@ -31,23 +34,32 @@ from diffalign.types import PromptEmbeds
 
 logger = logging.getLogger(__name__)
 NAMED_SKIPS = 5
-"""Of each reason, how many skipped rows are named in the log."""
+"""Largest number of skipped rows that the log names for each reason."""
 Item = PreferencePair | Skipped
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
-    """Solver of the settings, or the family's."""
-    found = config.pairs.inversion.solver or default_solver(model)
-    if found == "fireflow" and not isinstance(model.noise, RectifiedFlow):
+    """Return the inversion's solver: that of the settings, else the default of the model's family.
+
+    Raises:
+        UsageError: FireFlow is configured for a model that is no rectified flow.
+    """
+    solver = config.pairs.inversion.solver or default_solver(model)
+    if solver == "fireflow" and not isinstance(model.noise, RectifiedFlow):
         raise UsageError(
             "pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX, SANA)"
         )
-    return found
+    return solver
 
 
 @dataclass
 class PairMaker:
-    """Makes the tensors of shards with the frozen reference."""
+    """Maker of the tensors of shards, with the frozen reference.
+
+    Attributes:
+        grid: rising timesteps (N + 1,) of the inversion.
+        named: number of skipped rows for each reason.
+    """
 
     config: PreferenceRunConfig
     model: TextToImageModel
@@ -71,12 +83,17 @@ class PairMaker:
         self.recorded: RecordedSource | None = None
         if c.states and solver_of(c, self.model) == RECORDED:
             self.recorded = RecordedSource(c, self.model, self.grid)
-            self.dtype = torch.float32  # or whatever they were drawn in: nothing is rounded
+            # float32 holds states of any precision without rounding
+            self.dtype = torch.float32
 
     def make(self, shard: Shard) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors of the usable pairs, and what is to be known of the shard."""
+        """Return the tensors of a shard's usable pairs, and the shard's entry in the index.
+
+        The entry has the row after the shard, its number of items, its pairs, the reasons for skipped items and, for
+        the first shard, the round-trip error of the inversion.
+        """
         skipped: Counter[str] = Counter()
-        kept: list[tuple[PreferencePair, Tensor, Tensor]] = []
+        waiting: list[tuple[PreferencePair, Tensor, Tensor]] = []
         parts: list[dict[str, Tensor]] = []
         facts: dict[str, Any] = {"stop": shard.stop, "items": len(shard.items), "pairs": []}
         for item in shard.items:
@@ -85,13 +102,13 @@ class PairMaker:
                 skipped[ready] += 1
                 self._name(item, ready)
                 continue
-            kept.append(ready)
+            waiting.append(ready)
             facts["pairs"].append(_facts_of(ready[0]))
-            if len(kept) * 2 >= self.config.pairs.micro_batch_size:
-                parts.append(self._tensors(kept, facts, first=shard.number == 0 and not parts))
-                kept = []
-        if kept:
-            parts.append(self._tensors(kept, facts, first=shard.number == 0 and not parts))
+            if len(waiting) * 2 >= self.config.pairs.micro_batch_size:
+                parts.append(self._tensors(waiting, facts, first=shard.number == 0 and not parts))
+                waiting = []
+        if waiting:
+            parts.append(self._tensors(waiting, facts, first=shard.number == 0 and not parts))
         facts["skipped"] = dict(skipped)
         tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
         prompts = [pair["prompt"] for pair in facts["pairs"]]
@@ -103,7 +120,10 @@ class PairMaker:
             logger.warning("%s is left out: %s", item.place, why)
 
     def _ready(self, item: Item) -> tuple[PreferencePair, Tensor, Tensor] | str:
-        """The pair with the preferred image first, its pixels (2, 3, H, W) and time ids (2, 6); or why not."""
+        """Return a pair with the preferred image first, its pixels and its time ids.
+
+        Pixels are (2, 3, H, W), time ids (2, 6). Return the reason as a text if the item cannot be used.
+        """
         if isinstance(item, Skipped):
             return item.why
         if item.preference == 0.5 and self.config.pairs.ties == "drop":
@@ -139,7 +159,7 @@ class PairMaker:
         *,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Of n pairs: everything of a shard but its prompts."""
+        """Return all tensors of n pairs except those of their prompts."""
         pairs = [pair for pair, _, _ in kept]
         recorded = self.recorded.read(pairs) if self.recorded else None
         if recorded:
@@ -148,28 +168,32 @@ class PairMaker:
             images = torch.cat([pixels for _, pixels, _ in kept])
             with compute(self.model.device, self.config.training.mixed_precision):
                 latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
-        found = {
+        tensors = {
             "latents": latents.unflatten(0, (len(pairs), 2)).cpu(),
             "preference": torch.tensor([p.preference for p in pairs]),
             "weight": torch.tensor([p.weight for p in pairs]),
         }
         times = torch.stack([t for _, _, t in kept])
         if self.model.takes_time_ids:
-            found["time_ids"] = times
+            tensors["time_ids"] = times
         if self.config.states:
             embeds = self.embed([p.prompt for p in pairs for _ in range(2)])
             if self.model.takes_time_ids:
                 of_images = times.flatten(0, 1).to(self.model.device)
                 embeds = replace(embeds, time_ids=of_images)
             with lora.policy(self.model.denoiser, lora.REFERENCE):
-                found |= self._states(latents.float(), embeds, pairs, recorded)
+                tensors |= self._states(latents.float(), embeds, pairs, recorded)
                 if first and not recorded:
                     facts["round_trip_error"] = self._round_trip(latents.float(), embeds)
-        return found
+        return tensors
 
     def _field(self, embeds: PromptEmbeds, *, guided: bool = True) -> Predict:
-        """The reference's prediction for one batch of prompts, guided as the inversion is or plain as training asks for
-        it; of states as they are kept, so that an inversion that looks at one has its reference error, too."""
+        """Return the reference's prediction for a batch of prompts, as a function of (states, timesteps).
+
+        With `guided` it has the guidance of the inversion, otherwise that of training. States are rounded to the
+        cache's dtype first. A prediction that the inversion makes is then also that of the cached state, and gives the
+        reference's error there.
+        """
         scale = self.config.pairs.inversion.guidance_scale
         guidance = scale if guided or self.model.guidance_is_embedded else None
         negative = None
@@ -196,7 +220,11 @@ class PairMaker:
         pairs: list[PreferencePair],
         recorded: list[RecordedStates] | None,
     ) -> dict[str, Tensor]:
-        """K states of each image, and the reference's error at them: as they come, or one forward each."""
+        """Return the tensors of K states of each image.
+
+        They are the states, their indices on the grid, and the reference's errors at the states. An error that neither
+        the recording nor the inversion has costs one forward.
+        """
         if self.recorded and recorded:
             usable = [self.recorded.usable(r) for r in recorded[::2]]
             orders = [u[self._chosen(p, len(u))] for u, p in zip(usable, pairs, strict=True)]
@@ -206,11 +234,11 @@ class PairMaker:
             index, states, errors = self._inverted(latents, embeds, pairs)
         times = self.grid[index].repeat_interleave(2, 0).to(latents.device)
         for k in range(self.config.states):
-            asked = errors[:, k].isnan().nonzero().flatten()
-            if len(asked):
-                state, t = states[asked, k].float(), times[asked, k]
-                model_pred = self._field(embeds[asked], guided=False)(state, t)
-                errors[asked, k] = self._error(model_pred, latents[asked], state, t)
+            unmeasured = errors[:, k].isnan().nonzero().flatten()
+            if len(unmeasured):
+                state, t = states[unmeasured, k].float(), times[unmeasured, k]
+                model_pred = self._field(embeds[unmeasured], guided=False)(state, t)
+                errors[unmeasured, k] = self._error(model_pred, latents[unmeasured], state, t)
         pairwise = (len(pairs), 2)
         return {
             "states": states.unflatten(0, pairwise).cpu(),
@@ -219,15 +247,22 @@ class PairMaker:
         }
 
     def _error(self, model_pred: Tensor, latents: Tensor, states: Tensor, times: Tensor) -> Tensor:
-        """(B,) of predictions for states, beside what leads straight to the latents."""
+        """Return the errors (B,) of predictions for states.
+
+        The targets lead from a state straight to its clean latents.
+        """
         target = chord_target(self.model.noise, latents, states, times)
         return matching_error(model_pred, target)
 
     def _inverted(
         self, latents: Tensor, embeds: PromptEmbeds, pairs: list[PreferencePair]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n pairs: places on the grid (n, K), states (2 n, K, C, H, W), errors (2 n, K) of the reference: NaN where
-        the inversion did not look at a state as it is kept."""
+        """Invert both images of n pairs, and return K states of each image.
+
+        Returns:
+            Indices on the grid (n, K), states (2 n, K, C, H, W), and errors of the reference (2 n, K). An error is NaN
+            if the inversion has no prediction for the cached state.
+        """
         path, solver = self.model.noise, solver_of(self.config, self.model)
         watched = _Watched(self._field(embeds), self.grid)
         every = torch.stack(integrate(watched, latents, self.grid, path, solver=solver), 1)
@@ -238,22 +273,26 @@ class PairMaker:
         states = every[rows[:, None], of_image].to(self.dtype)
         errors = torch.full(of_image.shape, math.nan, device=every.device)
         if self.model.costs_a_forward(self.config.pairs.inversion.guidance_scale):
-            return index, states, errors  # it looked with guidance
+            # the inversion's predictions have guidance, those of training have none
+            return index, states, errors
         for k in range(self.config.states):
-            model_pred, known = watched.at(of_image[:, k], like=latents)
+            model_pred, recorded_rows = watched.at(of_image[:, k], like=latents)
             times = self.grid.to(every.device)[of_image[:, k]]
             error = self._error(model_pred, latents, states[:, k].float(), times)
-            errors[known, k] = error[known]
+            errors[recorded_rows, k] = error[recorded_rows]
         return index, states, errors
 
     def _chosen(self, pair: PreferencePair, n: int) -> Tensor:
-        """(K,) of n states of a pair's images, in order."""
+        """Draw the indices (K,) of a pair's states among n, in ascending order."""
         key = stream(STATES, self.config.pairs.seed, pair.row)
         generator = torch.Generator().manual_seed(key)
         return torch.randperm(n, generator=generator)[: self.config.states].sort().values
 
     def _round_trip(self, latents: Tensor, embeds: PromptEmbeds) -> float:
-        """Median relative error of inverting and sampling with the same solver."""
+        """Return the median relative error of inverting images and sampling them again.
+
+        Sampling uses the inversion's solver, or Euler steps if that is "fixed_point".
+        """
         solver = solver_of(self.config, self.model)
         errors = round_trip_error(
             self._field(embeds),
@@ -267,8 +306,11 @@ class PairMaker:
 
 
 class _Watched:
-    """A field that remembers what it predicted on the grid. All solvers but FireFlow begin an interval at its state,
-    and nothing looks at that time afterwards: the last prediction for it is of the state that is kept."""
+    """Field that records its predictions at the timesteps of the grid.
+
+    All solvers but FireFlow begin an interval with a prediction at its first state, and make none at that timestep
+    afterwards. The last prediction at a timestep is therefore that of the cached state.
+    """
 
     def __init__(self, field_of: Predict, grid: Tensor) -> None:
         self.field_of = field_of
@@ -283,17 +325,24 @@ class _Watched:
         return model_pred
 
     def at(self, places: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions (B, ...) for a state of each image, and (B,) whether there is one."""
-        found = torch.empty_like(like)
-        known = torch.zeros(len(places), dtype=torch.bool)
+        """Return the recorded predictions (B, ...) at one timestep of each image.
+
+        The second result (B,) is true where there is a prediction.
+
+        Args:
+            places: indices (B,) of the timesteps on the grid.
+            like: tensor with the shape, dtype and device of the predictions.
+        """
+        predictions = torch.empty_like(like)
+        present = torch.zeros(len(places), dtype=torch.bool)
         for row, place in enumerate(places.tolist()):
             if place in self.seen:
-                found[row], known[row] = self.seen[place][row], True
-        return found, known
+                predictions[row], present[row] = self.seen[place][row], True
+        return predictions, present
 
 
 def _facts_of(pair: PreferencePair) -> dict[str, Any]:
-    """What the index says of a pair."""
+    """Return the entry of a pair in the index."""
     return {
         "place": pair.place,
         "prompt": pair.prompt,
@@ -305,7 +354,7 @@ def _facts_of(pair: PreferencePair) -> dict[str, Any]:
 def _oriented(
     pair: PreferencePair, pixels: list[Tensor], *, tie_break: float, ties: str
 ) -> PreferencePair:
-    """The preferred image first; swaps `pixels` in place along with it."""
+    """Return the pair with the preferred image first, and reorder `pixels` in place to match."""
     p, images = pair.preference, pair.images
     if p == 0.5 and ties == "random":
         p = 1.0 if tie_break < 0.5 else 0.0

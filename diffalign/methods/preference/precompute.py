@@ -1,7 +1,8 @@
-"""One pass over preference pairs: images to latents, prompts to embeddings, and both images inverted by the reference.
+"""Fill the cache of a run on preference pairs.
 
-Training then needs neither autoencoder nor text encoders, and for states that are inverted deterministically the
-reference's error is one number an (image, state): no forward of the reference either.
+The cache has the latents of the images, the embeddings of the prompts, and for Inversion-DPO the states of both images
+as the reference inverts them. Training then needs neither the autoencoder nor the text encoders. It needs no forward of
+the reference at these states either: the reference's error is one cached number per image and state.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from diffalign.training.denoise import image_size
 
 
 def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:
-    """Everything that a cache depends on."""
+    """Return all settings and digests that determine the content of a pair cache."""
     pairs = asdict(config.pairs)
     for name in ("cache", "validation", "micro_batch_size", "source"):
         del pairs[name]
@@ -49,7 +50,7 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
 
 
 def grid_of(config: PreferenceRunConfig, model: TextToImageModel) -> Tensor:
-    """The rising timesteps (N + 1,) of the model's own scheduler, from clean to noise."""
+    """Return the timesteps (N + 1,) of the model's scheduler, from clean to noise."""
     height, width = image_size(config, model)
     scheduler = model.scheduler_at(config.pairs.inversion.steps, height=height, width=width)
     return inversion_grid(scheduler.timesteps)
@@ -58,11 +59,13 @@ def grid_of(config: PreferenceRunConfig, model: TextToImageModel) -> Tensor:
 def precompute(
     config: PreferenceRunConfig, model: TextToImageModel, accelerator: Accelerator
 ) -> PairCache:
-    """Fill the cache of a run, or go on where that stopped; processes share the shards.
+    """Fill the pair cache of a run, or continue an interrupted fill.
+
+    All processes share the shards.
 
     Raises:
-        PairsError: the source is not readable, or no pair of it can be used.
-        CacheError: the cache was made from something else, or the disk is full.
+        PairsError: the source of the pairs is not readable, or none of its pairs can be used.
+        CacheError: the cache was made from other settings or files, or the disk is full.
     """
     cache = PairCache(config.pairs.cache or f"{config.output_dir.rstrip('/')}-cache")
     grid = grid_of(config, model)

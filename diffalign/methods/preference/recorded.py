@@ -1,4 +1,7 @@
-"""States that `diffalign pairs --record_states` kept while it drew: what an inversion would look for, and exact."""
+"""Read the states that `diffalign pairs --record_states` recorded while it sampled.
+
+An inversion estimates these states from an image; the recorded states are exact.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ SAME_TIMESTEP = 0.01
 
 @dataclass
 class RecordedSource:
-    """Reads them for pairs, and refuses what is of another model, size or grid."""
+    """Reader of the recorded states of pairs.
+
+    States of another model, image size or grid are errors. `grid` is the rising grid (N + 1,) of the inversion.
+    """
 
     config: PreferenceRunConfig
     model: TextToImageModel
@@ -47,27 +53,28 @@ class RecordedSource:
         }
 
     def read(self, pairs: list[PreferencePair]) -> list[RecordedStates]:
-        """States of both images of n pairs: 2 n records.
+        """Read the recorded states of both images of n pairs, 2 n records.
 
         Raises:
-            PairsError: there are none, too few, or those of another model, size or grid.
+            PairsError: an image has no states or too few, they were recorded with another model or size, or the
+                timesteps of a pair's images differ.
         """
-        found = []
+        records = []
         for pair in pairs:
             both = [read_states(image) for image in pair.images]
             for recorded in both:
                 self._check(recorded, pair)
             if not torch.equal(both[0].timesteps, both[1].timesteps):
                 raise PairsError(f"{pair.place}: its images' states are of different timesteps")
-            found += both
-        return found
+            records += both
+        return records
 
     def _check(self, recorded: RecordedStates, pair: PreferencePair) -> None:
-        there = recorded.made_by.get("model")
-        if there != self.weights:
+        weights = recorded.made_by.get("model")
+        if weights != self.weights:
             raise PairsError(
-                f"{pair.place}: its states were recorded with other weights ({there}, here {self.weights}), or another "
-                "`dtype`; draw the pairs with this model, or invert them with another pairs.inversion.solver"
+                f"{pair.place}: its states were recorded with other weights ({weights}, here {self.weights}), or "
+                "another `dtype`; draw the pairs with this model, or invert them with another pairs.inversion.solver"
             )
         if tuple(recorded.latents.shape) != self.shape:
             raise PairsError(
@@ -81,12 +88,19 @@ class RecordedSource:
             )
 
     def usable(self, recorded: RecordedStates) -> Tensor:
-        """Numbers of the states that have enough noise."""
+        """Return the indices of the recorded states that have at least `pairs.inversion.min_noise`."""
         noise = self.model.noise.scales(recorded.timesteps)[1]
         return (noise >= self.config.pairs.inversion.min_noise).nonzero().flatten()
 
     def places(self, pair: PreferencePair, recorded: RecordedStates, order: Tensor) -> Tensor:
-        """(K,) places on the grid of the states `order` (K,) of an image."""
+        """Return the indices (K,) on the grid of an image's states.
+
+        Args:
+            order: indices (K,) of the states among the recorded ones.
+
+        Raises:
+            PairsError: a state's timestep is not on the grid.
+        """
         times = recorded.timesteps[order]
         distance = (self.grid - times[:, None]).abs()
         if (distance.amin(1) > SAME_TIMESTEP).any():
@@ -100,37 +114,46 @@ class RecordedSource:
     def states(
         self, found: list[RecordedStates], pairs: list[PreferencePair], orders: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States of n pairs: their places on the grid, the states, and the reference's errors.
+        """Return K states of each image of n pairs.
 
-        The shapes are (n, K), (2 n, K, C, H, W) and (2 n, K). Errors are NaN where they are unknown: where images were
-        drawn with another guidance or precision than is trained with.
+        Args:
+            found: recorded states of both images of each pair (2 n).
+            pairs: the pairs (n).
+            orders: indices (K,) of the states to return, for each pair.
+
+        Returns:
+            Indices on the grid (n, K), states (2 n, K, C, H, W), and errors of the reference (2 n, K). An error is NaN
+            if it was not recorded, or if the image was sampled with another guidance, precision or dtype than this
+            run's.
         """
         index, states, errors = [], [], []
         for i, (pair, order) in enumerate(zip(pairs, orders, strict=True)):
             index.append(self.places(pair, found[2 * i], order))
             for recorded in found[2 * i : 2 * i + 2]:
                 states.append(recorded.states[order])
-                known = recorded.reference_error
-                if known is None or any(
+                reference_error = recorded.reference_error
+                if reference_error is None or any(
                     recorded.made_by.get(k) != v for k, v in self.settings.items()
                 ):
-                    known = torch.full((len(recorded.timesteps),), math.nan)
-                errors.append(known[order])
+                    reference_error = torch.full((len(recorded.timesteps),), math.nan)
+                errors.append(reference_error[order])
         return torch.stack(index), torch.stack(states), torch.stack(errors)
 
 
 def default_solver(model: TextToImageModel) -> str:
-    """Solver that inverts images of a family where none is named."""
+    """Return the solver that inverts images of a model's family if the settings name none."""
     return "fireflow" if isinstance(model.noise, RectifiedFlow) else "midpoint"
 
 
 def with_solver(
     config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor, *, say: bool = True
 ) -> PreferenceRunConfig:
-    """Settings with a solver: where none is named, the recorded states of the first pair where they fit the model.
+    """Return the configuration with a solver of the inversion.
+
+    If none is named, recorded states are used if those of the first pair fit the model; otherwise the family's solver.
 
     Args:
-        say: log which solver is used, and why.
+        say: log a warning if images are inverted, with the reason.
     """
     inversion = config.pairs.inversion
     if inversion.solver is not None or not config.states:

@@ -1,4 +1,7 @@
-"""The loop on preference pairs: a cache made once, then updates that need the denoiser alone."""
+"""Train on preference pairs.
+
+A cache of latents and embeddings is filled once. The updates then need the denoiser alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ VALIDATION_PAIRS = 256
 
 @dataclass
 class PreferenceTrainer(Trainer):
-    """One run on the pairs of `config.pairs`."""
+    """Trainer of runs on the preference pairs of `config.pairs`."""
 
     config: PreferenceRunConfig
 
@@ -58,22 +61,22 @@ class PreferenceTrainer(Trainer):
     def full_batches(self) -> dict[bool, set[int]]:
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.training.pairs_per_update // world)
-        found = self.update.rows(min(c.training.micro_batch_size, share))
-        drawn = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
+        rows = self.update.rows(min(c.training.micro_batch_size, share))
+        sampled = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
         inverted = self.model.forward_rows(
             c.pairs.micro_batch_size, c.pairs.inversion.guidance_scale
         )
-        found[False] |= {drawn, inverted} if c.states else {drawn}
-        return found
+        rows[False] |= {sampled, inverted} if c.states else {sampled}
+        return rows
 
     def train_update(self) -> dict[str, Any]:
-        """One optimizer step on `pairs_per_update` pairs; returns the row of the log."""
+        """Train one optimizer step on `pairs_per_update` pairs, and return the row of the log."""
         started = time.perf_counter()
         number = self.progress.update + 1
         self.forwards.take()
-        chosen = self.chosen(number)
+        pairs = self.chosen(number)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world]
+        mine = pairs[len(pairs) * rank // world : len(pairs) * (rank + 1) // world]
         key = (TIMESTEPS, number)
         batch = self.cache.batch(mine, self.accelerator.device)
         baseline = None
@@ -81,8 +84,8 @@ class PreferenceTrainer(Trainer):
             gain, count = self.accelerator.reduce(self.update.gain(batch, key=key), "sum")
             baseline = gain / count
         self.optimizer.zero_grad()
-        sums = self.update.accumulate(batch, total=len(chosen), key=key, baseline=baseline)
-        return self.finish(number, sums, started=started, count=len(chosen), unit="pair")
+        sums = self.update.accumulate(batch, total=len(pairs), key=key, baseline=baseline)
+        return self.finish(number, sums, started=started, count=len(pairs), unit="pair")
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {
@@ -92,14 +95,17 @@ class PreferenceTrainer(Trainer):
         }
 
     def validate(self) -> dict[str, float]:
-        """The metrics of pairs whose prompts are never trained on, of the policy that is saved, with the same noise."""
+        """Return the evaluated policy's metrics on pairs whose prompts are not trained on.
+
+        Noise and timesteps are the same at every call.
+        """
         pairs = self.kept[:VALIDATION_PAIRS]
         if not pairs:
             return {}
         with lora.policy(self.model.denoiser, self.policy):
             batch = self.cache.batch(pairs, self.accelerator.device)
-            found = self.update.measure(batch, key=(VALIDATION,)).means()
-        return {f"validation/{name}": value for name, value in found.items()}
+            metrics = self.update.measure(batch, key=(VALIDATION,)).means()
+        return {f"validation/{name}": value for name, value in metrics.items()}
 
     def facts(self) -> dict[str, Any]:
         c = self.config

@@ -1,6 +1,6 @@
-"""The gradient of a loss on preference pairs: which noisy latents, which target, which errors.
+"""Compute the gradient of a loss on preference pairs.
 
-Everything random about a pair comes from a stream of its own, so that neither the micro-batch nor the number of
+The random choices for a pair come from a random stream of its own. Neither the micro-batch size nor the number of
 processes changes the gradient.
 """
 
@@ -39,9 +39,15 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Question:
-    """What the denoiser is asked about the I images (2, or the winner alone) of B pairs at T timesteps each.
+    """Denoising batch for the I images of B pairs, at T timesteps each.
 
-    `noisy` and `target` (B, I, T, C, H, W), `timesteps` (B, T); `reference_error` (B, I, T) where it is known.
+    I is 2, or 1 for losses on the winner alone.
+
+    Attributes:
+        noisy: noisy latents (B, I, T, C, H, W).
+        target: targets (B, I, T, C, H, W) of the prediction.
+        timesteps: timesteps (B, T), the same for both images.
+        reference_error: mean squared errors (B, I, T) of the reference, None if they are not cached.
     """
 
     noisy: Tensor
@@ -51,7 +57,7 @@ class Question:
 
 
 class PreferenceUpdate:
-    """Accumulates the gradient over this process's pairs; the caller owns the optimizer."""
+    """Accumulator of the gradient over this process's pairs. The caller owns the optimizer."""
 
     def __init__(
         self,
@@ -73,7 +79,10 @@ class PreferenceUpdate:
         self.images = 1 if config.loss_type == "sft" else 2
 
     def rows(self, pairs: int) -> dict[bool, set[int]]:
-        """Rows of the denoiser's forwards for a micro-batch of pairs, with gradient (True) and without."""
+        """Return the batch sizes of the denoiser's forwards for a micro-batch of `pairs`.
+
+        The keys say whether a forward has a gradient.
+        """
         n = pairs * self.images * self.config.timesteps_per_pair
         return {True: {n}, False: {n}}
 
@@ -85,9 +94,12 @@ class PreferenceUpdate:
         key: tuple[int, ...],
         baseline: Tensor | None = None,
     ) -> Sums:
-        """Add the batch's share of a mean over `total` pairs to the parameters' `.grad`; returns sums of metrics.
+        """Add the gradient of a batch to `.grad`, and return its sums of metrics.
 
-        `baseline`: of kto, see `gain`.
+        Args:
+            total: number of pairs of the whole update; the loss is a mean over them.
+            key: what random streams depend on besides the pair: a purpose of `seeds.py` and the update.
+            baseline: baseline of KTO, see `gain`.
         """
         sums = Sums(METRICS, batch.latents.device)
         for part in self._parts(batch):
@@ -99,7 +111,7 @@ class PreferenceUpdate:
 
     @torch.no_grad()
     def measure(self, batch: PreferenceBatch, *, key: tuple[int, ...]) -> Sums:
-        """The metrics alone."""
+        """Return the sums of a batch's metrics, without a gradient. KTO's baseline is 0."""
         sums = Sums(METRICS, batch.latents.device)
         for part in self._parts(batch):
             self.loss(part, self.ask(part, key), sums, torch.zeros((), device=part.latents.device))
@@ -107,22 +119,29 @@ class PreferenceUpdate:
 
     @torch.no_grad()
     def gain(self, batch: PreferenceBatch, *, key: tuple[int, ...]) -> Tensor:
-        """(2,) sum and count of -Delta over all images: the mean is KTO's baseline. Costs a forward of its own, so that
-        the baseline is that of the whole update, whatever the micro-batch."""
-        found = torch.zeros(2, device=batch.latents.device)
+        """Return sum and count (2,) of -Delta over all images, whose mean is KTO's baseline.
+
+        Delta is the policy's error less the reference's. The method costs a forward of its own, so that the baseline
+        is that of the whole update for any micro-batch size.
+        """
+        totals = torch.zeros(2, device=batch.latents.device)
         for part in self._parts(batch):
             question = self.ask(part, key)
             errors = self._errors(part, question)[0]
             gain = self._reference_errors(part, question) - errors
-            found += torch.stack([gain.sum(), torch.full_like(gain.sum(), gain.numel())])
-        return found
+            totals += torch.stack([gain.sum(), torch.full_like(gain.sum(), gain.numel())])
+        return totals
 
     def _parts(self, batch: PreferenceBatch) -> Sequence[PreferenceBatch]:
         size = self.micro_batch_size
         return [batch[i : i + size] for i in range(0, len(batch.pair), size)]
 
     def ask(self, batch: PreferenceBatch, key: tuple[int, ...]) -> Question:
-        """Noisy latents and targets of a micro-batch; `key` tells updates from each other."""
+        """Build the denoising batch of a micro-batch of pairs.
+
+        Args:
+            key: what random streams depend on besides the pair, see `accumulate`.
+        """
         generators = [
             torch.Generator().manual_seed(stream(*key, self.seed, pair)) for pair in batch.pair
         ]
@@ -131,7 +150,7 @@ class PreferenceUpdate:
         )
 
     def _noised(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> Question:
-        """The same fresh noise and timesteps for both images of a pair."""
+        """Add fresh noise, the same for both images of a pair, at the same timesteps."""
         path, count = self.model.noise, self.config.timesteps_per_pair
         shape = batch.latents.shape[2:]
         device = batch.latents.device
@@ -149,30 +168,34 @@ class PreferenceUpdate:
         )
 
     def _inverted(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> Question:
-        """Some of the states that the reference's inversion passed through; the target is the noise they imply."""
+        """Pick some of the states that the reference's inversion passed through.
+
+        The target is that of the noise which a state and its clean latents imply.
+        """
         assert batch.states is not None
         assert batch.grid_index is not None
         assert batch.reference_error is not None
         path, count = self.model.noise, self.config.timesteps_per_pair
-        kept = batch.states.shape[2]
-        picks = torch.stack([torch.randperm(kept, generator=g)[:count] for g in generators])
+        num_states = batch.states.shape[2]
+        picks = torch.stack([torch.randperm(num_states, generator=g)[:count] for g in generators])
         picks = picks.to(batch.latents.device)
         rows = torch.arange(len(picks), device=picks.device)[:, None]
         index = batch.grid_index[rows, picks]
         noisy = torch.stack([batch.states[:, i][rows, picks] for i in range(self.images)], 1)
-        known = torch.stack(
+        reference_error = torch.stack(
             [batch.reference_error[:, i][rows, picks] for i in range(self.images)], 1
         )
         times = self.grid.to(index.device)[index]
         latents = batch.latents[:, : self.images, None].expand_as(noisy).flatten(0, 2)
         flat_times = times[:, None].expand(*noisy.shape[:3]).flatten()
         target = chord_target(path, latents, noisy.flatten(0, 2), flat_times).view(noisy.shape)
-        if self.variant == "released":  # the earlier latent with the later timestep
+        # Inversion-DPO's released code evaluates the earlier latents at the later timestep.
+        if self.variant == "released":
             times = self.grid.to(index.device)[(index + 1).clamp(max=len(self.grid) - 1)]
-        return Question(noisy, target, times, known)
+        return Question(noisy, target, times, reference_error)
 
     def predict(self, batch: PreferenceBatch, question: Question) -> Tensor:
-        """(B, I, T, C, H, W) float32 of the active policy."""
+        """Return the active policy's predictions (B, I, T, C, H, W), float32."""
         shape = question.noisy.shape
         pairs, images, count = shape[:3]
         rows = torch.arange(pairs).repeat_interleave(images * count)
@@ -192,7 +215,7 @@ class PreferenceUpdate:
         return model_pred.float().view(shape)
 
     def _errors(self, batch: PreferenceBatch, question: Question) -> tuple[Tensor, Tensor]:
-        """Mean squared errors (B, I, T), and the predictions."""
+        """Return the mean squared errors (B, I, T) of the active policy, and its predictions."""
         model_pred = self.predict(batch, question)
         return (model_pred - question.target).square().flatten(3).mean(3), model_pred
 
@@ -210,7 +233,7 @@ class PreferenceUpdate:
         sums: Sums,
         baseline: Tensor | None = None,
     ) -> Tensor:
-        """(B,) losses, times the pairs' weights; adds to the metrics."""
+        """Return the losses (B,) times the pairs' weights, and add their metrics to `sums`."""
         if self.variant != "chord":
             return self._trajectory_loss(batch, question, sums)
         c = self.config
@@ -222,25 +245,25 @@ class PreferenceUpdate:
         if c.loss_type == "mapo":
             sums.add("error_winner", winner.detach())
             sums.add("error_loser", loser.detach())
-            found = preference.mapo_loss(winner, loser, beta=c.beta)
-            return self._weighted(found.view(len(batch.pair), -1), batch, sums)
+            losses = preference.mapo_loss(winner, loser, beta=c.beta)
+            return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
         reference = self._reference_errors(batch, question)
-        known = reference[:, 0].flatten(), reference[:, 1].flatten()
-        pair = PairErrors(winner, loser, *known)
+        reference_errors = reference[:, 0].flatten(), reference[:, 1].flatten()
+        pair = PairErrors(winner, loser, *reference_errors)
         for name, values in pair.metrics(c.beta).items():
             sums.add(name, values)
         labels = batch.preference[:, None].expand(-1, errors.shape[2]).flatten()
         if c.loss_type == "kto":
             assert baseline is not None
-            found = self._kto(pair, labels, baseline.clamp_min(0))
+            losses = self._kto(pair, labels, baseline.clamp_min(0))
         else:
-            found = preference.pair_loss(
+            losses = preference.pair_loss(
                 self._guarded(pair, question, model_pred, sums),
                 labels,
                 beta=c.beta,
                 loss_type=c.loss_type,
             )
-        return self._weighted(found.view(len(batch.pair), -1), batch, sums)
+        return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
 
     def _guarded(
         self, pair: PairErrors, question: Question, model_pred: Tensor, sums: Sums
@@ -260,19 +283,22 @@ class PreferenceUpdate:
         return PairErrors(pair.winner, loser, pair.reference_winner, pair.reference_loser)
 
     def _kto(self, pair: PairErrors, labels: Tensor, baseline: Tensor) -> Tensor:
-        """Both images on their own; a soft label counts each as wanted and as not."""
+        """Return KTO's loss, which judges each image on its own.
+
+        A soft label counts each image as preferred and as not preferred, in its shares.
+        """
         sides = (
             (pair.winner, pair.reference_winner, labels),
             (pair.loser, pair.reference_loser, 1 - labels),
         )
-        found = torch.zeros_like(labels)
-        for error, known, share in sides:
-            for wanted, weight in ((True, share), (False, 1 - share)):
-                sign = torch.full_like(share, wanted, dtype=torch.bool)
-                found = found + weight / 2 * preference.kto_loss(
-                    error, known, sign, beta=self.config.beta, baseline=baseline
+        losses = torch.zeros_like(labels)
+        for error, reference, share in sides:
+            for preferred, weight in ((True, share), (False, 1 - share)):
+                sign = torch.full_like(share, preferred, dtype=torch.bool)
+                losses = losses + weight / 2 * preference.kto_loss(
+                    error, reference, sign, beta=self.config.beta, baseline=baseline
                 )
-        return found
+        return losses
 
     def _trajectory_loss(self, batch: PreferenceBatch, question: Question, sums: Sums) -> Tensor:
         model_pred = self.predict(batch, question)
@@ -281,20 +307,23 @@ class PreferenceUpdate:
         distance = (model_pred - reference).square().flatten(3).mean(3)
         weight = trajectory_weight(self.model.noise, question.timesteps.flatten())
         distance = (distance * weight.view(question.timesteps.shape)[:, None]).mean(2)
-        found = trajectory_loss(
+        losses = trajectory_loss(
             distance[:, 0], distance[:, 1], beta=self.config.beta, variant=self.variant
         )
-        with torch.no_grad():  # what would be learned of the preference, in the terms of the others
+        # the metrics of the other losses, so that runs can be compared
+        with torch.no_grad():
             errors = (model_pred - question.target).square().flatten(3).mean(3)
-            known = (reference - question.target).square().flatten(3).mean(3)
-            pair = PairErrors(*(e[:, i].flatten() for e in (errors, known) for i in range(2)))
+            reference_errors = (reference - question.target).square().flatten(3).mean(3)
+            pair = PairErrors(
+                *(e[:, i].flatten() for e in (errors, reference_errors) for i in range(2))
+            )
             for name, values in pair.metrics(self.config.beta).items():
                 sums.add(name, values)
-        return self._weighted(found[:, None], batch, sums)
+        return self._weighted(losses[:, None], batch, sums)
 
     @staticmethod
     def _weighted(losses: Tensor, batch: PreferenceBatch, sums: Sums) -> Tensor:
-        """(B, T) to (B,)."""
-        found = losses.mean(1) * batch.weight
-        sums.add("loss", found.detach())
-        return found
+        """Return losses (B, T) as means over T times the pairs' weights, (B,)."""
+        weighted = losses.mean(1) * batch.weight
+        sums.add("loss", weighted.detach())
+        return weighted
