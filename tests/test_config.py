@@ -151,7 +151,9 @@ def test_unknown_recipes_and_files(tmp_path):
 
 def test_differences_are_listed_by_path():
     a, b = (config.to_dict(load("demo", o)) for o in ([], ["--lora.rank=4", "--rewards.jpeg=1"]))
-    assert config.differences(a, b) == ["lora.rank: 32, 4", "rewards.jpeg: None, 1.0"]
+    # alpha keeps its ratio to the rank
+    expected = ["lora.rank: 32, 4", "lora.alpha: 64.0, 8.0", "rewards.jpeg: None, 1.0"]
+    assert config.differences(a, b) == expected
 
 
 @pytest.mark.parametrize(
