@@ -13,6 +13,10 @@ FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PLAIN: tuple[str, ...] = (
     "benchmarks",
     "diffalign/algorithms",
+    "diffalign/autoencoders",
+    "diffalign/config",
+    "diffalign/core",
+    "diffalign/data",
     "diffalign/diffusion",
     "diffalign/geneval",
     "diffalign/latents",
@@ -33,6 +37,7 @@ PLAIN: tuple[str, ...] = (
     "diffalign/shapes/text",
     "diffalign/shapes/world",
     "diffalign/tuning",
+    "diffalign/types",
     "scripts/launching",
     "scripts/shapes/autoencoder",
     "scripts/shapes/build",
