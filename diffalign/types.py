@@ -1,4 +1,7 @@
-"""The small records that travel between the rooms. Shapes stand in the docstrings; B is a batch of images."""
+"""Records that the packages exchange.
+
+The docstrings give shapes; B is the batch size.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What a text encoder says of B prompts, in the form that one model family understands.
+    """Text embeddings of B prompts, in the form of one model family.
 
-    `prompt_embeds` (B, S, D), `pooled_prompt_embeds` (B, P) or None for families without it; `time_ids` (B, 6) or None:
-    SDXL's original height and width, top and left of the crop, target height and width, in pixels;
-    `prompt_attention_mask` (B, S), 1 where a token counts, or None for families that mask nothing.
+    Attributes:
+        prompt_embeds: (B, S, D).
+        pooled_prompt_embeds: (B, P), or None for families without it.
+        time_ids: (B, 6), SDXL's original height and width, top and left of the crop, target height and width, in
+            pixels; None for other families.
+        prompt_attention_mask: (B, S), 1 for tokens that count; None for families that mask nothing.
     """
 
     prompt_embeds: Tensor
@@ -38,39 +44,45 @@ class PromptEmbeds:
         return PromptEmbeds(**changed)
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
-        """Rows by slice, mask or (N,) index tensor."""
+        """Return the rows that a slice, a mask or an index tensor (N,) selects."""
         return self._map(lambda part: part[index])
 
     def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
-        """As `Tensor.to`, on every part."""
+        """Return a copy after `Tensor.to` on every tensor."""
         return self._map(lambda part: part.to(*args, **kwargs))
 
     def repeat_first(self, n: int) -> PromptEmbeds:
-        """The first prompt `n` times: one null prompt for a whole batch."""
+        """Return the first prompt `n` times, such as one null prompt for a whole batch."""
         import torch
 
         return self[torch.zeros(n, dtype=torch.long)]
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """In a row; what one of them lacks, all lack."""
+        """Concatenate embeddings; a tensor that one of them lacks is None in the result."""
         import torch
 
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for name in (f.name for f in fields(PromptEmbeds)):
             column = [getattr(p, name) for p in parts]
-            found[name] = None if any(c is None for c in column) else torch.cat(column)
-        return PromptEmbeds(**found)
+            tensors[name] = None if any(c is None for c in column) else torch.cat(column)
+        return PromptEmbeds(**tensors)
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """B pairs, the preferred image first.
+    """Batch of B preference pairs, the preferred image first.
 
-    `latents` (B, 2, C, H, W); `embeds` of B prompts; `preference` (B,) in 0.5..1; `weight` (B,); `pair` their numbers
-    in the cache. Inverted by the reference, where the cache has it: `states` (B, 2, K, C, H, W) at `grid_index` (B, K)
-    of the rising grid, and `reference_error` (B, 2, K), its error there. `time_ids` (B, 2, 6), where the family has
-    them.
+    Attributes:
+        latents: (B, 2, C, H, W).
+        embeds: embeddings of the B prompts.
+        preference: (B,), probability that the first image is preferred, in 0.5..1.
+        weight: (B,), weight of each pair in the loss.
+        pair: numbers of the pairs in the cache.
+        states: (B, 2, K, C, H, W), states inverted by the reference model, if the cache has them.
+        grid_index: (B, K), positions of `states` on the rising grid.
+        reference_error: (B, 2, K), error of the reference model at `states`.
+        time_ids: (B, 2, 6), for families that use them.
     """
 
     latents: Tensor
@@ -84,29 +96,33 @@ class PreferenceBatch:
     time_ids: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PreferenceBatch:
-        found: dict[str, Any] = {}
+        parts: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             part = getattr(self, name)
-            found[name] = None if part is None else part[rows]
-        return PreferenceBatch(**found)
+            parts[name] = None if part is None else part[rows]
+        return PreferenceBatch(**parts)
 
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """Rewards of B images. `values` (B,) float32, NaN where a reward could not be computed; `details` holds further
-    (B,) arrays, such as `correct` or the parts of a composition."""
+    """Rewards of B images.
+
+    Attributes:
+        values: (B,) float32, NaN for an image whose reward could not be computed.
+        details: further (B,) arrays, such as `correct` or the parts of a composition.
+    """
 
     values: np.ndarray
     details: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def mask(self) -> np.ndarray:
-        """(B,) bool: where the reward is usable."""
+        """Mask (B,) bool of the images with a usable reward."""
         return np.isfinite(self.values)
 
     @classmethod
     def cat(cls, parts: Sequence[RewardOutput]) -> RewardOutput:
-        """Parts in a row; a detail that a part lacks is NaN there."""
+        """Concatenate rewards; a detail that a part lacks is NaN for its images."""
         names = dict.fromkeys(name for part in parts for name in part.details)
         details = {
             name: np.concatenate(
@@ -118,14 +134,18 @@ class RewardOutput:
 
 
 def no_reward(images: Any, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
-    """The score of those who only want images."""
+    """Return zero for every image, to generate images without scoring them."""
     return RewardOutput(np.zeros(len(prompts), np.float32))
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """K steps of B rollouts, one after the other, that are trained on: `steps`, their numbers on the grid; `latents`
-    (B, K + 1, C, H, W), before the first of them and after each."""
+    """Recorded consecutive steps of B rollouts that are trained on.
+
+    Attributes:
+        steps: numbers of the K steps on the timestep grid.
+        latents: (B, K + 1, C, H, W), before the first step and after each step.
+    """
 
     steps: list[int]
     latents: Tensor
@@ -136,10 +156,16 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an algorithm keeps of B generated images: clean latents, and a trajectory only where its loss needs one.
+    """Rollout of B generated images, as an online algorithm trains on them.
 
-    `latents` (B, C, H, W); `prompt_index` (B,) long, row of each image's prompt in `embeds`; `group` (B,) long, the
-    images with the same number compete with each other; `rewards` (B,) float32 with NaN for failures.
+    Attributes:
+        latents: (B, C, H, W), clean.
+        embeds: embeddings of the prompts.
+        prompt_index: (B,) long, row of each image's prompt in `embeds`.
+        group: (B,) long; images with the same number are compared with each other.
+        rewards: (B,) float32, NaN for images that could not be scored.
+        details: further (B,) arrays of the rewards.
+        trajectory: recorded steps, only for losses that need them.
     """
 
     latents: Tensor

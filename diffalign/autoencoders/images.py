@@ -23,11 +23,13 @@ from diffalign.shapes.autoencoder import random_images
 
 RENDERED = "shapes"
 HELD_OUT = 64
-"""Images that are measured and never trained on."""
+"""Largest number of held-out images, which measure the autoencoder and never train it."""
 
 
 class ImageFiles:
-    """Crops of the readable images of a folder, mirrored at random; every twentieth is held out.
+    """Random crops of a folder's readable images, half of them mirrored.
+
+    Every twentieth image is held out, up to `HELD_OUT` of them.
 
     Raises:
         UsageError: there is no such folder, or too few images that can be read.
@@ -49,48 +51,56 @@ class ImageFiles:
         self.resolution, self.seed = resolution, seed
 
     def __call__(self, update: int, count: int) -> Tensor:
-        """Of an update of training."""
+        """Return the `count` training images of one update, (count, 3, H, W) uint8."""
         rng = np.random.default_rng(stream(GEOMETRY, self.seed, update))
         rows = rng.integers(len(self.training), size=count)
         return torch.stack([self._crop(self.training[r], rng) for r in rows])
 
     def measured(self) -> Tensor:
-        """The middles of the held-out images."""
+        """Return centre crops of the held-out images, (N, 3, H, W) uint8."""
         size = self.resolution, self.resolution
         return torch.stack([fit(_read(p), *size)[0] for p in self.held_out])
 
     def _crop(self, path: Path, rng: np.random.Generator) -> Tensor:
         top, left = rng.uniform(size=2)
-        found, _ = fit(_read(path), self.resolution, self.resolution, place=(top, left))
-        return found.flip(-1) if rng.uniform() < 0.5 else found
+        crop, _ = fit(_read(path), self.resolution, self.resolution, place=(top, left))
+        return crop.flip(-1) if rng.uniform() < 0.5 else crop
 
 
 class RenderedImages:
-    """Scenes of Shapes, 64 px."""
+    """Rendered scenes of the Shapes world, 64 pixels a side."""
 
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
 
     def __call__(self, update: int, count: int) -> Tensor:
-        """Of an update of training."""
+        """Return the `count` training images of one update, (count, 3, 64, 64) uint8."""
         rng = np.random.default_rng((self.seed, update))
         return torch.from_numpy(random_images(rng, count)).permute(0, 3, 1, 2)
 
     def measured(self) -> Tensor:
-        """Scenes that no update has."""
+        """Return held-out scenes, rendered with the number of an update that no run reaches."""
         return self(10**9, HELD_OUT)
 
 
 @torch.no_grad()
 def quality(vae: Any, images: Tensor) -> dict[str, float]:
-    """PSNR (dB) and SSIM of reconstructions of images (N, 3, H, W) uint8, means over images."""
+    """Return the mean PSNR (dB) and SSIM of the autoencoder's reconstructions.
+
+    Args:
+        vae: an AutoencoderKL or AutoencoderDC.
+        images: (N, 3, H, W) uint8.
+    """
     codec = LatentCodec(vae.eval())
     parts = [codec.decode(codec.encode(part)).cpu() for part in images.split(8)]
-    found, wanted = torch.cat(parts).float(), images.float()
-    every = (1, 2, 3)
-    psnr = peak_signal_noise_ratio(found, wanted, data_range=255.0, dim=every, reduction="none")
-    ssim = structural_similarity_index_measure(found, wanted, data_range=255.0)
-    assert isinstance(ssim, Tensor)  # a pair only where the full map is asked for
+    decoded, target = torch.cat(parts).float(), images.float()
+    per_image = (1, 2, 3)
+    psnr = peak_signal_noise_ratio(
+        decoded, target, data_range=255.0, dim=per_image, reduction="none"
+    )
+    ssim = structural_similarity_index_measure(decoded, target, data_range=255.0)
+    # torchmetrics returns a pair only with `return_full_image=True`
+    assert isinstance(ssim, Tensor)
     return {"psnr": round(float(psnr.mean()), 3), "ssim": round(float(ssim), 4)}
 
 

@@ -1,4 +1,4 @@
-"""A whole run of an autoencoder: train, save in diffusers' layout, measure."""
+"""Run the training of an autoencoder: train, save in diffusers' layout, measure."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from diffalign.core.versions import versions
 from diffalign.latents.codec import LatentCodec, compression
 
 SCALED = 512
-"""Images that the scale of the latents is taken from."""
+"""Largest number of images that the scale of the latents is computed from."""
 
 
 def check_folder(output_dir: Path) -> None:
-    """Raise UsageError where a folder cannot be written, or holds a finished autoencoder."""
+    """Raise UsageError if the folder cannot be written, or holds a finished autoencoder."""
     check_target(output_dir)
     if output_dir.joinpath("config.json").is_file():
         raise UsageError(f"output_dir: {output_dir} holds a finished autoencoder already")
@@ -36,17 +36,19 @@ def train_autoencoder(
     resolution: int,
     from_scratch: bool = False,
 ) -> dict[str, Any]:
-    """Train an autoencoder, save it, and return how well it reconstructs held-out images before and after.
+    """Train an autoencoder, save it, and return its quality before and after.
+
+    Quality is PSNR and SSIM on held-out images. The result is also written to `training.json`.
 
     Args:
         vae: an AutoencoderKL or AutoencoderDC in float32.
         images: a folder, or `shapes` for rendered scenes.
         resolution: side of the training images in pixels.
-        from_scratch: take the autoencoder's configuration only, with new weights.
+        from_scratch: keep only the autoencoder's configuration and initialise new weights.
 
     Raises:
-        UsageError: the images do not fit.
-        LockError: another process trains there.
+        UsageError: the images or the resolution do not fit the autoencoder.
+        LockError: another process trains in the same folder.
     """
     work = output_dir.with_name(f"{output_dir.name}-checkpoint")
     with locks.hold(work):
@@ -72,7 +74,8 @@ def _train(
     key = {"images": images, "resolution": resolution, "start": LatentCodec(vae).identity}
     trainer = AutoencoderTrainer(vae, source, config, folder=work, key=key)
     trainer.run()
-    if from_scratch:  # users of an existing autoencoder's latents rely on its scale
+    # an existing autoencoder keeps its scale: models trained on its latents rely on it
+    if from_scratch:
         set_scale(vae, source(10**6, min(SCALED, 16 * config.batch_size)))
     result: dict[str, Any] = {
         "phase": config.phase,

@@ -1,9 +1,12 @@
-"""Train an autoencoder of diffusers, whole or a part of it: the three phases of DC-AE.
+"""Train a diffusers autoencoder in one of the three phases of DC-AE.
 
-First all weights at a low resolution; then, at the resolution of use, only the layers around the latents, which is
-what generalises badly across resolutions; last the decoder's final layers against an adversary, at a low resolution
-again. (Chen et al. 2024, "Deep Compression Autoencoder", arXiv 2410.10733, section 3.3.) Errors are absolute, squared,
-and absolute of finite differences: no perceptual network is needed, so nothing is downloaded.
+1. `reconstruct`: all weights, at a low resolution.
+2. `latent`: only the layers around the latents, at the resolution of use. These layers generalise badly across
+   resolutions.
+3. `refine`: the decoder's last layers against a discriminator, at a low resolution.
+
+Source: Chen et al. 2024, "Deep Compression Autoencoder", arXiv 2410.10733, section 3.3. The reconstruction loss needs
+no perceptual network, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,25 +36,32 @@ from diffalign.training import checkpoint
 Autoencoder = Any
 """AutoencoderDC or AutoencoderKL."""
 Images = Callable[[int, int], Tensor]
-"""(number of the update, how many) to (B, 3, H, W) uint8: a function of its arguments, so that a run can resume."""
+"""Source of training images: a function (update, batch size) -> (B, 3, H, W) uint8.
+
+It is a pure function of its arguments, so that a resumed run sees the same images.
+"""
 
 PHASES: dict[str, tuple[str, ...]] = {
     "reconstruct": ("",),
     "latent": ("encoder.conv_out", "decoder.conv_in", "quant_conv", "post_quant_conv"),
     "refine": ("decoder.norm_out", "decoder.conv_norm_out", "decoder.conv_out"),
 }
-"""Prefixes of the names of what each trains."""
+"""Name prefixes of the parameters that each phase trains."""
 OLD_STATE = "state.pt"
-"""The checkpoint of earlier versions, a pickle."""
+"""Checkpoint file of earlier versions, a pickle that this version refuses to load."""
 
 
 class AutoencoderError(UserError, RuntimeError):
-    """Training that cannot start or go on."""
+    """Training of an autoencoder that cannot start or continue."""
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`learning_rate` falls along a cosine after 5 % of warm-up; `adversarial_weight` is for the phase "refine"."""
+    """Settings of one training phase of an autoencoder.
+
+    The learning rate warms up over 5 % of the updates and then falls along a cosine to 0. The setting
+    `adversarial_weight` acts in the phase "refine" only.
+    """
 
     phase: str = "reconstruct"
     num_updates: int = 2000
@@ -74,8 +84,15 @@ class AutoencoderConfig:
 
 
 def reconstruction_loss(pixels: Tensor, target: Tensor, config: AutoencoderConfig) -> Tensor:
-    """Mean over everything of absolute and squared errors and of absolute errors of finite differences; images
-    (B, 3, H, W) in -1..1."""
+    """Return the reconstruction loss, a scalar.
+
+    It sums the mean absolute error, the weighted mean squared error, and the weighted mean absolute value of the
+    error's finite differences along height and width.
+
+    Args:
+        pixels: reconstructions (B, 3, H, W) in -1..1.
+        target: original images (B, 3, H, W) in -1..1.
+    """
     error = pixels.float() - target.float()
     across = (error[..., 1:] - error[..., :-1]).abs().mean()
     down = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
@@ -87,7 +104,10 @@ def reconstruction_loss(pixels: Tensor, target: Tensor, config: AutoencoderConfi
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Is a patch real? Logits on a grid eight times coarser. (Isola et al. 2017, arXiv 1611.07004)"""
+    """Patch discriminator that returns real-or-fake logits on a grid eight times coarser.
+
+    Source: Isola et al. 2017, arXiv 1611.07004.
+    """
 
     def __init__(self, width: int = 32) -> None:
         def layer(c: int, d: int) -> list[nn.Module]:
@@ -102,18 +122,18 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What a discriminator minimises on its logits."""
+    """Return a discriminator's hinge loss, given its logits of real and fake images."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 class AutoencoderTrainer:
-    """One phase of one autoencoder.
+    """Trainer of one phase of one autoencoder.
 
     Args:
         vae: trained in place, in float32.
-        images: see `Images`.
-        folder: of checkpoints; the same call goes on from there.
-        key: what else a run depends on; a checkpoint of another key is refused.
+        images: source of training images, see `Images`.
+        folder: holds the checkpoints; the same call resumes from the newest one.
+        key: further values that identify the run; a checkpoint with another key is refused.
 
     Raises:
         AutoencoderError: the phase has nothing to train in this autoencoder.
@@ -132,13 +152,11 @@ class AutoencoderTrainer:
         self.vae.to(memory_format=torch.channels_last)
         self.images, self.config, self.folder = images, config, folder
         self.key = {**asdict(config), **(key or {})}
-        chosen = PHASES[config.phase]
-        self.parameters = [
-            p for name, p in vae.named_parameters() if any(name.startswith(c) for c in chosen)
-        ]
+        prefixes = PHASES[config.phase]
+        self.parameters = [p for n, p in vae.named_parameters() if n.startswith(prefixes)]
         if not self.parameters:
             raise AutoencoderError(
-                f"phase: {config.phase}: {type(vae).__name__} has none of {chosen}"
+                f"phase: {config.phase}: {type(vae).__name__} has none of {prefixes}"
             )
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -162,11 +180,11 @@ class AutoencoderTrainer:
         return torch.optim.AdamW([group], lr=rate, betas=(0.9, 0.99), weight_decay=decay)
 
     def run(self) -> Autoencoder:
-        """Train to the end, and return the autoencoder.
+        """Resume from the newest checkpoint, train to the end and return the autoencoder.
 
         Raises:
-            AutoencoderError: the loss, a gradient or the weights are not finite, or the folder is of another run.
-            Interrupted: a signal came; the checkpoint is written.
+            AutoencoderError: the loss, a gradient or the weights are not finite, or the folder belongs to another run.
+            Interrupted: a signal arrived, and the checkpoint was written.
         """
         self.resume()
         bar = console.progress(
@@ -190,9 +208,9 @@ class AutoencoderTrainer:
         return self.vae.eval()
 
     def step(self) -> dict[str, float]:
-        """One update; the metrics of it."""
+        """Run one update and return its metrics."""
         pixels, decoded, loss = self._reconstruct()
-        found = {"loss": loss.item()}
+        metrics = {"loss": loss.item()}
         if self.adversary is not None:
             self.adversary.requires_grad_(False)
             with self._autocast():
@@ -204,14 +222,14 @@ class AutoencoderTrainer:
                 logits = self.adversary(torch.cat([pixels, decoded.detach().to(pixels.dtype)]))
             adversary_loss = hinge_loss(*logits.float().chunk(2))
             self._apply("adversary", adversary_loss, list(self.adversary.parameters()))
-            found["adversary"] = adversary_loss.item()
+            metrics["adversary"] = adversary_loss.item()
         self.update += 1
-        return found
+        return metrics
 
     def _reconstruct(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the images of the next update, what the autoencoder makes of them, and the loss."""
-        drawn = self.images(self.update, self.config.batch_size).to(self.vae.device)
-        pixels = to_signed(drawn).contiguous(memory_format=torch.channels_last)
+        """Return the images of the next update, their reconstructions and the loss."""
+        images = self.images(self.update, self.config.batch_size).to(self.vae.device)
+        pixels = to_signed(images).contiguous(memory_format=torch.channels_last)
         with self._seeded(), self._autocast():
             latents, penalty = encoded(self.vae, pixels, sample=True)
             decoded = self.vae.decode(latents).sample
@@ -243,7 +261,7 @@ class AutoencoderTrainer:
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Sample the posterior as its update says, whatever was drawn before."""
+        """Seed torch's random numbers with the run's seed and the number of the update."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(IMAGES, self.config.seed, self.update))
             yield
@@ -253,11 +271,11 @@ class AutoencoderTrainer:
         return torch.autocast(kind, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     def save(self) -> None:
-        """Write a checkpoint, whole or not at all.
+        """Write a checkpoint atomically.
 
         Raises:
-            AutoencoderError: the weights reconstruct nothing any more; nothing is written.
-            CheckpointError: it cannot be written.
+            AutoencoderError: the weights give a loss that is not finite; nothing is written.
+            CheckpointError: the checkpoint cannot be written.
         """
         with torch.no_grad():
             loss = self._reconstruct()[-1]
@@ -272,11 +290,11 @@ class AutoencoderTrainer:
         checkpoint.save(self.folder, self.update, tensors, state, keep=2)
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint in the folder, if there is one.
+        """Restore the newest intact checkpoint of the folder, if there is one.
 
         Raises:
-            AutoencoderError: it is of another run, or of a version that wrote pickles.
-            CheckpointError: there are checkpoints, and all are damaged.
+            AutoencoderError: the checkpoint belongs to another run, or was pickled by an earlier version.
+            CheckpointError: the folder has checkpoints, and all are damaged.
         """
         path = checkpoint.load_newest(self.folder)
         if path is None:
@@ -300,7 +318,8 @@ class AutoencoderTrainer:
 
 
 def _with_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """torch 2.13 crashes on CPUs in the backward of a group norm whose input, channels last, needs no gradient."""
+    """Make the input of a group norm require a gradient; a forward pre-hook."""
+    # torch 2.13 crashes on CPUs in a group norm's backward if its channels-last input needs no gradient
     first = args[0]
     if torch.is_grad_enabled() and not first.requires_grad:
         first = first.detach().requires_grad_()
@@ -308,7 +327,7 @@ def _with_gradient(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def rate_factor(update: int, total: int) -> float:
-    """Linear warm-up over 5 %, then a cosine to 0."""
+    """Return the factor of the learning rate: linear warm-up over 5 %, then a cosine to 0."""
     warmup = max(1, total // 20)
     if update < warmup:
         return (update + 1) / warmup
@@ -316,14 +335,20 @@ def rate_factor(update: int, total: int) -> float:
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 to float32 in -1..1."""
+    """Convert images (B, 3, H, W) from uint8 to float32 in -1..1."""
     return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def set_scale(vae: Autoencoder, images: Tensor) -> None:
-    """Into the configuration: the scale that gives latents of these images (B, 3, H, W) uint8 a mean square of 1
-    (AutoencoderDC), or scale and shift that give them mean 0 and variance 1 (AutoencoderKL)."""
+    """Write the scale of the latents into the autoencoder's configuration.
+
+    For an AutoencoderDC the scale gives latents a mean square of 1. For an AutoencoderKL scale and shift give them
+    mean 0 and variance 1.
+
+    Args:
+        images: (B, 3, H, W) uint8, encoded to measure the latents.
+    """
     latents, _ = encoded(vae, to_signed(images.to(vae.device)))
     if isinstance(vae, AutoencoderDC):
         vae.register_to_config(scaling_factor=round(1 / latents.square().mean().sqrt().item(), 4))

@@ -1,6 +1,6 @@
-"""Settings of runs: dataclasses, a file per method, and their loading from YAML with overrides.
+"""Settings of runs: dataclasses (one file per method), loaded from YAML with overrides.
 
-Nothing here imports torch. Every error names the field and, for a misspelt one, the nearest valid name.
+This package does not import torch. Every error names the field and, for a misspelt one, the nearest valid name.
 """
 
 from diffalign.config.base import (

@@ -1,4 +1,7 @@
-"""The dataclasses of a run. A value that cannot be run is refused where it is built, with the name of its field."""
+"""Dataclasses of the settings that all runs share.
+
+An invalid value raises a ConfigError with the name of its field when the dataclass is built.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ LR_SCHEDULERS = ("constant", "linear", "cosine")
 
 @dataclass
 class ModelConfig:
-    """The base model."""
+    """Settings of the base model."""
 
     name: str = "shapes-sd3"
-    """A name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
+    """Name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
     revision: str | None = None
     dtype: str = "bfloat16"
-    """Of the frozen base: bfloat16, float16 or float32. LoRA weights are always float32."""
+    """Dtype of the frozen base model: bfloat16, float16 or float32. LoRA weights are always float32."""
     max_sequence_length: int | None = None
-    """Tokens of T5; None is the model's own default."""
+    """Largest number of T5 tokens per prompt; None for the model's default."""
     attention_backend: str | None = None
-    """A diffusers attention backend, for instance "xformers", "flash" or "native"; None leaves it alone."""
+    """Attention backend of diffusers, such as "xformers", "flash" or "native"; None keeps the default."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """torch.compile of the denoiser's blocks, one after the other (regional): slower to start, faster steps."""
+    """Compile each block of the denoiser with torch.compile: a slower start, then faster steps."""
 
     def __post_init__(self) -> None:
         one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")
@@ -35,13 +38,16 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    """The adapter that is trained."""
+    """Settings of the LoRA adapter that is trained."""
 
     rank: int = 32
     alpha: float = 64.0
-    """The adapter is scaled by alpha / rank. A rank that is set alone keeps the ratio of its recipe."""
+    """Numerator of the adapter's scale, alpha / rank. An override of the rank alone keeps the recipe's ratio."""
     targets: list[str] | None = None
-    """Suffixes of linear layers and convolutions; None is the family's default, its attention projections."""
+    """Name suffixes of the adapted linear layers and convolutions.
+
+    None selects the attention projections of the model family.
+    """
 
     def __post_init__(self) -> None:
         positive(self, ("rank", "alpha"), "lora")
@@ -49,25 +55,28 @@ class LoraConfig:
 
 @dataclass
 class MethodConfig:
-    """An algorithm's own settings; `type` names it."""
+    """Settings of one algorithm, which `type` names."""
 
     type: str = ""
 
 
 @dataclass
 class DrawingConfig:
-    """How images are made, whatever for."""
+    """Settings of image generation, for training and for evaluation."""
 
     height: int | None = None
     width: int | None = None
     micro_batch_size: int = 64
-    """Images made at a time by one process; a matter of memory, never of results."""
+    """Images that one process generates at a time. It changes memory use, never results."""
     merge_lora: bool = False
-    """Add the adapter into the base's weights while images are made, for training and evaluation: faster, at the price
-    of memory for a second copy of those weights, and of their rounding."""
+    """Merge the adapter into the base weights while images are generated.
+
+    Generation for training and evaluation is faster. It needs memory for a second copy of those weights, and the merged
+    weights are rounded.
+    """
 
     reward_timeout: float | None = 600.0
-    """Seconds without a reward after which the run stops; null waits for ever."""
+    """Seconds that the run waits for a reward before it stops; null waits forever."""
 
     def __post_init__(self) -> None:
         check(
@@ -79,13 +88,13 @@ class DrawingConfig:
 
     @property
     def group(self) -> str:
-        """What these settings are called in a run."""
+        """Name of the group of a run's settings that these settings belong to."""
         return "images"
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW on the LoRA weights."""
+    """Settings of AdamW on the LoRA weights."""
 
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -93,9 +102,12 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     warmup_updates: int = 0
-    """Optimizer steps over which the rate rises from zero."""
+    """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: str = "constant"
-    """After the warm-up: "constant", or "linear" or "cosine" down to zero at the run's last planned step."""
+    """Schedule after the warm-up: "constant", or "linear" or "cosine" to zero.
+
+    The falling schedules reach zero at the run's last planned step.
+    """
 
     def __post_init__(self) -> None:
         positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
@@ -112,30 +124,38 @@ class OptimizerConfig:
 
 @dataclass
 class LoopConfig:
-    """What all loops share."""
+    """Settings that all training loops share."""
 
     num_updates: int = 100
     micro_batch_size: int = 64
-    """Images trained on at a time by one process; a matter of memory, never of results."""
+    """Images that one process trains on at a time. It changes memory use, never results."""
     mixed_precision: str = "bf16"
-    """Autocast of forward passes: "bf16" or "no". (The loss of a large update underflows in fp16.)"""
+    """Autocast of forward passes: "bf16" or "no". In fp16 the loss of a large update would underflow."""
     seed: int = 0
     ema_max: float = 0.99
-    """Largest decay of the averaged weights that are evaluated and saved; 0 evaluates the current ones."""
+    """Largest decay of the averaged weights, which are evaluated and saved.
+
+    With 0 the current weights are evaluated and saved.
+    """
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     eval_every: int = 20
-    """Updates between evaluations on held-out prompts; 0 evaluates only before and after."""
+    """Updates between evaluations on held-out prompts; 0 evaluates only before and after training."""
     sample_every: int = 20
     """Updates between sample grids; 0 for none."""
     trackers: list[str] = field(default_factory=list)
-    """Trackers of accelerate that also get the log and the sample grids: tensorboard, wandb, trackio, ..."""
+    """Names of accelerate's trackers that receive the log and the sample grids.
+
+    Examples are tensorboard, wandb and trackio.
+    """
     max_minutes: float | None = None
-    """Stop after this much time, counting updates (and rollouts) only."""
+    """Minutes of updates (and rollouts) after which training stops; other work is not counted."""
     total_minutes: float | None = None
-    """Time for the whole run: start, evaluations, compilation, training, report. Once the first updates are measured,
-    so many of `num_updates` are planned as fit, and the learning rate's schedule ends with them; likewise images of
-    evaluations."""
+    """Minutes for the whole run: start, evaluations, compilation, training and report.
+
+    After the first updates are timed, the run plans as many of `num_updates` as fit, and the learning rate's schedule
+    ends with them. The images of evaluations are planned in the same way.
+    """
 
     def __post_init__(self) -> None:
         one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
@@ -156,20 +176,22 @@ class LoopConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Scoring on held-out prompts, always the same seeds."""
+    """Settings of scoring on held-out prompts, always with the same seeds."""
 
     num_inference_steps: int = 10
     solver: str = "default"
-    """As in rollout."""
+    """Solver that generates the evaluation images; see `RolloutConfig.solver`."""
     guidance_scale: float | None = None
     images_per_prompt: int = 1
     images_per_task: int | None = None
-    """Instead: so many images of every task, its prompts in turn. The overall score is a plain mean of the tasks, so
-    one task with few images makes all of it uncertain."""
+    """Images of every task, which replaces `images_per_prompt`; the prompts of a task take turns.
+
+    The overall score is a plain mean of the tasks, so one task with few images makes the whole score uncertain.
+    """
     max_prompts: int | None = None
     seed: int = 1000
     rewards: list[str] = field(default_factory=list)
-    """Rewards that are only looked at, never trained on: they show whether the trained one was gamed."""
+    """Held-out rewards: they are logged, never trained on, and show if the trained reward was gamed."""
 
     def __post_init__(self) -> None:
         one_of(self.solver, SOLVERS, "evaluation.solver")
@@ -190,20 +212,26 @@ class EvaluationConfig:
 
 @dataclass
 class HeldOutPromptsConfig:
-    """Where prompts come from: `shapes:train`, `shapes:held_out`, `geneval`, or a .txt / .jsonl file."""
+    """Prompts for evaluation.
+
+    A value is `shapes:train`, `shapes:held_out`, `geneval`, or a .txt or .jsonl file.
+    """
 
     evaluation: str = "shapes:held_out"
 
 
 @dataclass
 class PromptsConfig(HeldOutPromptsConfig):
-    """Those of evaluation, and those that images are made of for training."""
+    """Prompts for training and for evaluation."""
 
     train: str = "shapes:train"
     balance_tasks: bool = True
-    """Draw every task (`tag` of the metadata) equally often, however many prompts it has."""
+    """Sample every task (`tag` of the metadata) equally often, however many prompts it has."""
     task_weights: dict[str, float] | None = None
-    """How often a task is drawn compared with one that is not named here: more of those with something to learn."""
+    """Relative sampling frequency of tasks; a task that is not named has weight 1.
+
+    Raise the weight of tasks that the model still has to learn.
+    """
 
     def __post_init__(self) -> None:
         weights = self.task_weights or {}
@@ -220,18 +248,18 @@ class PromptsConfig(HeldOutPromptsConfig):
 
 @dataclass
 class AnyRunConfig:
-    """Settings that every run has."""
+    """Settings that every run has; base class of each method's run."""
 
     aliases: ClassVar[dict[str, Any]] = {}
-    """Flags of diffusers' training scripts that mean these settings in this kind of run."""
+    """Flags of diffusers' training scripts, and the settings that they stand for in this run."""
     pairs_per_step: ClassVar[bool] = False
-    """An optimizer step is a number of pairs, which diffusers' scripts give as three factors."""
+    """True if an optimizer step counts pairs; diffusers' scripts give three factors instead."""
 
     output_dir: str = "runs/awm"
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     algorithm: MethodConfig = field(default_factory=MethodConfig)
-    """Of the class that `algorithm.type` names."""
+    """Settings of the algorithm, in the dataclass that `algorithm.type` selects."""
     prompts: HeldOutPromptsConfig = field(default_factory=HeldOutPromptsConfig)
     rewards: dict[str, float] = field(default_factory=lambda: {"verifier": 1.0})
     """Reward names of `diffalign list rewards` and their weights."""
@@ -258,5 +286,5 @@ class AnyRunConfig:
 
     @property
     def drawing(self) -> DrawingConfig:
-        """How images are made."""
+        """Settings of image generation in this run."""
         raise NotImplementedError

@@ -1,4 +1,7 @@
-"""What a configuration is refused with: the name of its field, and the nearest valid value."""
+"""Checks of settings.
+
+Errors name the field and, for a misspelt value, the nearest valid one.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +20,33 @@ RANGES: dict[str, tuple[float, float]] = {
     "guidance_scale": (0, math.inf),
     "max_sequence_length": (1, math.inf),
 }
-"""Smallest and largest value of fields, whatever dataclass has them."""
+"""Smallest and largest valid value of a field, by its name in any dataclass."""
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be run; the message names the field."""
+    """Configuration that cannot be run; the message names the field."""
 
 
 def check(condition: bool, path: str, message: str) -> None:
-    """ConfigError unless the condition holds."""
+    """Raise ConfigError about the field `path` unless the condition holds."""
     if not condition:
         raise ConfigError(f"{path}: {message}")
 
 
 def one_of(value: str, choices: Sequence[str], path: str) -> None:
-    """ConfigError for a value that is no choice, with the nearest that is."""
+    """Raise ConfigError for a value that is not in `choices`, and name the nearest choice."""
     check(value in choices, path, f"unknown value {value!r}{nearest(value, choices)}")
 
 
 def positive(config: object, names: Sequence[str], group: str) -> None:
-    """ConfigError for the first of the fields that is not above 0."""
+    """Raise ConfigError for the first of these fields that is not above 0."""
     for name in names:
         value = getattr(config, name)
         check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
 
 
 def check_numbers(config: Any, group: str = "") -> None:
-    """Refuse numbers that no field of such a name can hold, in a dataclass and in all below it.
+    """Check the numbers in a dataclass and in the dataclasses nested in it.
 
     Raises:
         ConfigError: a number that is not finite, a seed outside 0..2**63-1, sizes below 1 or negative guidance.

@@ -1,4 +1,4 @@
-"""The dataclasses of a run that distils a model into a few-step student of itself."""
+"""Settings of runs that distil a model into a few-step student of itself."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ TEACHER_SOLVERS = ("euler", "midpoint", "fireflow")
 
 @dataclass
 class DistillationConfig(MethodConfig):
-    """What methods share. The student has `evaluation.num_inference_steps` steps."""
+    """Settings that all distillation methods share.
+
+    The student has `evaluation.num_inference_steps` steps.
+    """
 
     states_per_image: int = 4
-    """States of each of the teacher's trajectories that an update trains on."""
+    """Number of states of each teacher trajectory that an update trains on."""
 
     def __post_init__(self) -> None:
         check(self.states_per_image >= 1, "algorithm.states_per_image", "must be at least 1")
@@ -30,12 +33,18 @@ class DistillationConfig(MethodConfig):
 
 @dataclass
 class ReflowConfig(DistillationConfig):
-    """Piecewise rectified flow: within each of the student's steps, the straight line between the teacher's states."""
+    """Settings of piecewise rectified flow.
+
+    Within each student step the student learns the straight line between the teacher's states.
+    """
 
     type: str = "reflow"
     window_starts: float = 0.5
-    """Share of the states that lie where a student's step begins, all that it meets with its own number of steps; the
-    rest lie anywhere in it."""
+    """Share of the training states at the beginning of a student step, in 0..1.
+
+    Only these states occur when the student generates with its own number of steps. The remaining training states lie
+    anywhere within a student step.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,14 +57,20 @@ class ReflowConfig(DistillationConfig):
 
 @dataclass
 class ConsistencyConfig(DistillationConfig):
-    """Consistency distillation: from every state to the end of its trajectory in one evaluation."""
+    """Settings of consistency distillation.
+
+    The student maps every state to the end of its trajectory in one evaluation.
+    """
 
     type: str = "consistency"
     skip: int | None = None
-    """The target is the averaged student's answer so many of the teacher's steps later (LCM); null: the trajectory's
-    own end, which the teacher has reached anyway."""
+    """Number of teacher steps between a training state and the state of its target (LCM).
+
+    The target is the averaged student's prediction at that later state. With null it is the end of the trajectory,
+    which the teacher has computed anyway.
+    """
     huber_c: float = 0.001
-    """Of the pseudo-Huber distance."""
+    """Constant c of the pseudo-Huber distance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,15 +80,21 @@ class ConsistencyConfig(DistillationConfig):
 
 @dataclass
 class TeacherConfig(DrawingConfig):
-    """How the base draws what the student learns from."""
+    """Settings of the base model's trajectories, which the student learns from."""
 
     prompts_per_update: int = 32
-    """Trajectories of an update, of all processes together."""
+    """Number of trajectories per update, over all processes."""
     num_inference_steps: int = 16
-    """At least: each of the student's steps is cut into equally many of the teacher's."""
+    """Smallest number of teacher steps.
+
+    It is rounded up so that each student step covers the same number of teacher steps.
+    """
     guidance_scale: float | None = None
     solver: str = "euler"
-    """euler, midpoint (two evaluations a step, second order) or fireflow (flows)."""
+    """Solver of the teacher: euler, midpoint or fireflow.
+
+    The solver midpoint is second order with two evaluations per step; fireflow is for flows only.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,14 +108,16 @@ class TeacherConfig(DrawingConfig):
 
     @property
     def group_size(self) -> int:
-        """Images of a prompt in an update: they do not compete."""
+        """Images of each prompt per update: 1, because images are not compared."""
         return 1
 
 
 @dataclass
 class DistillationRunConfig(AnyRunConfig):
-    """Everything that decides a distillation. `rewards` only score held-out prompts: of the teacher before, of the
-    student after."""
+    """Settings of a distillation run.
+
+    The rewards only score held-out prompts: the teacher before training and the student after it.
+    """
 
     aliases: ClassVar[dict[str, Any]] = {
         "resolution": ("teacher.height", "teacher.width"),

@@ -1,4 +1,4 @@
-"""Recipe files: YAML of any encoding to a mapping, every key once, with paths that stand beside the recipe."""
+"""Reader of recipe files: YAML with unique keys, and paths relative to the recipe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ logger = logging.getLogger(__name__)
 
 PROMPT_FILES = (".txt", ".jsonl")
 SOURCES = ("pairs.source", "latents.images")
-"""Settings that are a path, whatever they look like."""
+"""Settings whose value is always a path."""
 MODELS = ("model.name", "latents.autoencoder")
-"""Settings that are a path only where they look like one: names of models look like folders."""
+"""Settings whose value is a path only if it has a separator or a suffix.
+
+A plain name could be either a model or a folder; it stays a model.
+"""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Settings of a recipe file.
+    """Return the settings of a recipe file.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, has a key twice, or is no mapping.
@@ -37,10 +40,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """Value of a YAML text.
+    """Return the value of a YAML text.
 
     Raises:
-        ConfigError: it is not YAML, is nested too deep, or has a key twice; the message begins with `place`.
+        ConfigError: the text is not YAML, is nested too deep, or has a key twice; the message begins with `place`.
     """
     import yaml
 
@@ -60,7 +63,7 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader, which refuses a key that is there twice."""
+    """Return PyYAML's safe loader, extended to refuse a key that occurs twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -79,7 +82,10 @@ def _loader() -> Any:
 
 
 def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings whose relative paths lead to files beside the recipe, where there are such."""
+    """Return the settings with relative paths resolved against the recipe's folder.
+
+    A path is resolved only if the file exists in that folder.
+    """
     settings = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items()}
     for setting in ("prompts.train", "prompts.evaluation", *SOURCES, *MODELS):
         group, _, name = setting.partition(".")
@@ -95,7 +101,7 @@ def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _reward(name: Any, folder: Path) -> Any:
-    """Name of a reward, or `FILE.py:NAME` of one that somebody wrote."""
+    """Return a reward's name; resolve the file of `FILE.py:NAME` against the recipe's folder."""
     file, suffix, rest = str(name).partition(".py:")
     path = folder / f"{file}.py"
     is_file = bool(suffix) and not os.path.isabs(file) and path.is_file()

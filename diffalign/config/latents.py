@@ -1,4 +1,4 @@
-"""The dataclasses of a run that moves a model into another latent space (DC-Gen)."""
+"""Settings of runs that move a model into another latent space (DC-Gen)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,26 @@ SHIFTS = ("pixels", "tokens", "signal")
 
 @dataclass
 class DCGenConfig(MethodConfig):
-    """Flow matching in the new space that keeps the meaning of an embedded guidance scale."""
+    """Settings of DC-Gen: flow matching in the new latent space.
+
+    The loss keeps the meaning of an embedded guidance scale.
+    """
 
     type: str = "dcgen"
     min_guidance: float = 1.0
     max_guidance: float = 14.0
-    """Scales that a model with a guidance embedding is trained at, uniformly; others have none."""
+    """Largest guidance scale in training; scales are sampled uniformly from `min_guidance` on.
+
+    Both settings concern models with a guidance embedding only.
+    """
     prompt_dropout: float = 0.1
-    """Share of images that are trained on with the empty prompt."""
+    """Share of training images whose prompt is replaced by the empty prompt."""
     sigma_mean: float = 0.0
     sigma_std: float = 1.0
-    """Of the logit of the noise level, before the scheduler's shift."""
+    """Standard deviation of the logit of the noise level, before the scheduler's shift.
+
+    The mean is `sigma_mean`.
+    """
 
     def __post_init__(self) -> None:
         check(
@@ -46,45 +55,54 @@ class DCGenConfig(MethodConfig):
 
 @dataclass
 class LatentsConfig:
-    """The new space, and the images with which a model gets to know it (`diffalign precompute`)."""
+    """Settings of the new latent space and its training images (`diffalign precompute`)."""
 
     autoencoder: str | None = None
-    """A name that ships (shapes-dc), a folder or a hub id, whose subfolder `vae` is used where there is one; null: the
-    model is in its space already (a resolution lift)."""
+    """Autoencoder of the new space: a name that ships (shapes-dc), a folder or a hub id.
+
+    Its subfolder `vae` is used if there is one. With null the model stays in its latent space (a resolution lift).
+    """
     channels: int | None = None
-    """Only so many of the autoencoder's first channels, where it was trained for that (DC-AE 1.5)."""
+    """Number of leading channels to use, for autoencoders trained for that (DC-AE 1.5)."""
     images: str = ""
-    """A folder of captioned images (docs/dcgen.md), or shapes:train."""
+    """Folder of captioned images (docs/dcgen.md), or shapes:train."""
     limit: int | None = None
-    """Only so many images."""
+    """Largest number of images, taken from the start."""
     alignment_images: int = 2048
-    """So many of them are encoded by the old autoencoder, too, and align the embedder; as many align the head."""
+    """Number of images that align the embedder; the head is aligned with as many.
+
+    These images are encoded by the old autoencoder, too.
+    """
     objective: str = "downsample"
-    """downsample, upsample or average: what the new embedder's tokens are compared with."""
+    """Target that the new embedder's tokens are compared with: downsample, upsample or average."""
     mode: str = "bilinear"
-    """Of the interpolation of `upsample`."""
+    """Interpolation of the objective `upsample`: nearest, bilinear or bicubic."""
     noise_aware: bool = False
-    """Align for noisy latents, as training draws them, instead of clean ones."""
+    """Align on noisy latents, with the noise levels of training, instead of clean latents."""
     align_head: bool = True
-    """Begin with the last layer in closed form; false: at random, as the released code does."""
+    """Initialise the last layer in closed form; with false at random, like the released code."""
     shift: str = "pixels"
-    """pixels: an image is drawn at the noise levels at which the base drew one of its size; tokens: of as many tokens,
-    so that sizes at which the base's schedule is of no use (4K) are drawn as 1K was; signal: as pixels, and then as
-    noisy for what it shows as the base's, measured."""
+    """Rule for the noise schedule in the new space: pixels, tokens or signal.
+
+    - pixels: the schedule of the base model for an image of the same size in pixels.
+    - tokens: the schedule of the base model for an image of as many tokens. A size that the base's schedule does not
+      suit (4K) is then generated like 1K.
+    - signal: like pixels, then shifted until the measured signal-to-noise ratio equals that in the base's space.
+    """
     cache: str | None = None
-    """Where latents and prompts are kept; null: OUTPUT_DIR-cache."""
+    """Folder of the cache of latents and prompts; null for OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
-    """Of what is kept: bfloat16 or float32."""
+    """Dtype of the cached latents and prompts: bfloat16 or float32."""
     validation: float = 0.02
-    """Share of the prompts whose images are never trained on."""
+    """Share of the prompts whose images are held out from training."""
     center_crop: bool = True
-    """False: at a random place."""
+    """Crop images at their centre; with false at a random place."""
     random_flip: bool = False
     """Mirror half of the images."""
     seed: int = 0
-    """Of crops and flips, and of images that are rendered."""
+    """Seed of crops, flips and rendered images."""
     micro_batch_size: int = 32
-    """Images encoded at a time."""
+    """Number of images encoded at a time."""
 
     def __post_init__(self) -> None:
         one_of(self.objective, OBJECTIVES, "latents.objective")
@@ -114,10 +132,10 @@ class LatentsConfig:
 
 @dataclass
 class LatentLoopConfig(LoopConfig):
-    """The loop over images; `micro_batch_size` counts images."""
+    """Settings of the training loop over images; `micro_batch_size` counts images."""
 
     images_per_update: int = 64
-    """Of all processes together."""
+    """Number of images per update, over all processes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,8 +144,11 @@ class LatentLoopConfig(LoopConfig):
 
 @dataclass
 class LatentRunConfig(AnyRunConfig):
-    """Everything that decides a move into another latent space. `rewards` only score held-out prompts: of the base in
-    its own space before, of the moved model after."""
+    """Settings of a run that moves a model into another latent space.
+
+    The rewards only score held-out prompts: the base model in its own space before training, and the moved model after
+    it.
+    """
 
     aliases: ClassVar[dict[str, Any]] = {
         "resolution": ("images.height", "images.width"),

@@ -1,4 +1,7 @@
-"""Recipes: YAML with overrides to the configuration of a run and back. The only user of draccus."""
+"""Loading of recipes: YAML with overrides to a run's configuration, and back.
+
+No other module uses draccus.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from diffalign.core.text import read_text, suffix_of
 
 logger = logging.getLogger(__name__)
 
-# Flags of diffusers' training scripts that mean the same here.
+# Flags of diffusers' training scripts, and the setting that each stands for in every kind of run.
 ALIASES = {
     "pretrained_model_name_or_path": "model.name",
     "revision": "model.revision",
@@ -45,11 +48,11 @@ ALIASES = {
 
 LISTS = (list[str], list[str] | None)
 ACCUMULATION = "gradient_accumulation_steps"
-"""A flag of diffusers' scripts that says how many pairs an update has, together with two other numbers."""
+"""Flag of diffusers' scripts: one of three factors of the number of pairs per update."""
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that ships with the suite."""
+    """Return name and file of every recipe that ships with the suite."""
     import diffalign.scripts
 
     folder = Path(next(iter(diffalign.scripts.__path__))) / "recipes"
@@ -57,24 +60,33 @@ def recipes() -> dict[str, Path]:
 
 
 def describe_recipes() -> dict[str, str]:
-    """Name -> first comment line of every recipe."""
-    found = {}
+    """Return name and first comment line of every recipe that ships with the suite."""
+    descriptions = {}
     for name, path in recipes().items():
         first = read_text(path).partition("\n")[0]
-        found[name] = first.lstrip("# ")
-    return found
+        descriptions[name] = first.lstrip("# ")
+    return descriptions
 
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """A recipe by name or file, with overrides such as `--optimizer.learning_rate=1e-3`: a `RunConfig`, or the one of
-    class that its algorithm asks for."""
+    """Load a recipe by name or file, and apply overrides.
+
+    Args:
+        overrides: flags such as `--optimizer.learning_rate=1e-3`.
+
+    Returns:
+        The settings of the run, in the dataclass that belongs to the algorithm (`RunConfig` for online methods).
+
+    Raises:
+        ConfigError: the recipe cannot be read, or a setting is unknown or invalid.
+    """
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read_recipe(_find(str(recipe)))
     parsed = _parse_overrides(overrides, raw)
     _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
-    chosen = dict(parsed).get("algorithm.type")
-    run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
+    algorithm = dict(parsed).get("algorithm.type")
+    run = _run_class({"algorithm": {"type": algorithm}} if algorithm else raw)
     lora = {k.removeprefix("lora."): v for k, v in parsed if k.startswith("lora.")}
     if (alpha := _alpha_of(lora, raw.get("lora"))) is not None:
         parsed.append(("lora.alpha", alpha))
@@ -84,28 +96,29 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
     for key, value in parsed:
         steps = _steps(key, run)
         if steps[0] == "rewards" and len(steps) > 1 and "rewards" not in raw:
-            # one more is added to the default as to a recipe's own
+            # a reward on the command line is added to the default rewards, as it is to a recipe's
             raw["rewards"] = dict(_default(run, "rewards"))
         _assign(raw, steps, value)
     return decode(raw)
 
 
-def _alpha_of(given: Mapping[str, Any], base: Any) -> float | None:
-    """Return the alpha that keeps the ratio of `base` where `given` changes the rank alone; None elsewhere.
+def _alpha_of(own: Mapping[str, Any], base: Any) -> float | None:
+    """Return the alpha that keeps the ratio alpha / rank of `base`.
 
-    diffusers' training scripts do the same: their alpha is the rank.
+    Return None unless `own` sets the rank and no alpha. The alpha of diffusers' training scripts follows the rank, too:
+    it is the rank.
     """
-    known = {"rank": LoraConfig.rank, "alpha": LoraConfig.alpha}
-    known |= base if isinstance(base, Mapping) else {}
-    numbers = given.get("rank"), known["rank"], known["alpha"]
-    if "alpha" in given or not all(type(n) in (int, float) and n > 0 for n in numbers):
+    defaults = {"rank": LoraConfig.rank, "alpha": LoraConfig.alpha}
+    defaults |= base if isinstance(base, Mapping) else {}
+    numbers = own.get("rank"), defaults["rank"], defaults["alpha"]
+    if "alpha" in own or not all(type(n) in (int, float) and n > 0 for n in numbers):
         return None
     rank, base_rank, base_alpha = numbers
     return rank * base_alpha / base_rank
 
 
 def decode(raw: Mapping[str, Any]) -> Any:
-    """Validate a nested mapping and build the configuration, of the class that its algorithm asks for."""
+    """Validate a nested mapping, and build the configuration for its algorithm."""
     import draccus
 
     kind = _run_class(raw)
@@ -113,14 +126,14 @@ def decode(raw: Mapping[str, Any]) -> Any:
     groups = _with_lists(kind, raw)
     algorithm = dict(groups.pop("algorithm", {}))
     try:
-        # a plain algorithm, so that nothing is checked against the default one
+        # an empty algorithm, so that draccus checks nothing against the default algorithm
         config = draccus.decode(kind, {**groups, "algorithm": {}})
         config.algorithm = _decode_algorithm(algorithm)
-        config.__post_init__()  # checks between groups, now that the algorithm is there
+        # repeat the checks between groups with the real algorithm
+        config.__post_init__()
         return config
-    except (
-        Exception
-    ) as error:  # draccus wraps what a check raises, and raises bare Exception for lists
+    # draccus wraps the errors of checks, and raises a bare Exception for lists
+    except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ConfigError):
@@ -132,13 +145,14 @@ def decode(raw: Mapping[str, Any]) -> Any:
 
 
 def _run_class(raw: Mapping[str, Any]) -> type[AnyRunConfig]:
-    """Return the class of the run that the algorithm of a nested mapping asks for."""
+    """Return the class of run settings that belongs to a mapping's algorithm."""
     algorithm = raw.get("algorithm")
     return run_class(algorithm.get("type", DEFAULT) if isinstance(algorithm, Mapping) else DEFAULT)
 
 
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
-    """draccus picks no class by a field's value, and names no group that it does not see."""
+    """Build the settings of the algorithm, in the class that their `type` selects."""
+    # draccus cannot select a class by a field's value, and leaves the group out of its errors
     import draccus
     from draccus.utils import DecodingError
 
@@ -157,14 +171,14 @@ def _algorithm_classes() -> list[type[MethodConfig]]:
 
 
 def dump(config: AnyRunConfig) -> str:
-    """YAML that `load` reads back."""
+    """Return the configuration as YAML that `load` can read."""
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists and numbers."""
+    """Return a configuration as plain dictionaries, lists and numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -175,7 +189,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Lines "path: a, b" for every leaf in which two nested mappings differ."""
+    """Return a line "path: a, b" for every leaf in which two nested mappings differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [*a, *(k for k in b if k not in a)]
         return [line for k in keys for line in differences(a.get(k), b.get(k), f"{prefix}{k}.")]
@@ -183,20 +197,20 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def _find(recipe: str) -> Path:
-    known = recipes()
-    if recipe in known:
-        return known[recipe]
+    files = recipes()
+    if recipe in files:
+        return files[recipe]
     if suffix_of(recipe) in (".yaml", ".yml"):
         if Path(recipe).is_file():
             return Path(recipe)
         raise ConfigError(
             f"recipe file {recipe} does not exist: there is no {Path(recipe).absolute()}"
         )
-    raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(known))}")
+    raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(files))}")
 
 
 def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe's settings over those of the recipe, by name or file, that it `extends`."""
+    """Return a recipe's settings, merged over those of the recipe that it `extends`."""
     raw = read_recipe(path)
     base = raw.pop("extends", None)
     if base is None:
@@ -204,36 +218,38 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself")
     beside = path.parent / str(base)
-    found = _read_recipe(beside if beside.is_file() else _find(str(base)), (*below, path.resolve()))
+    merged = _read_recipe(
+        beside if beside.is_file() else _find(str(base)), (*below, path.resolve())
+    )
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict):
-        _drop_other_algorithm(found, algorithm.get("type"))
-    hints = typing.get_type_hints(_run_class(found | raw))
+        _drop_other_algorithm(merged, algorithm.get("type"))
+    hints = typing.get_type_hints(_run_class(merged | raw))
     if isinstance(own := raw.get("lora"), dict):
-        alpha = _alpha_of(own, found.get("lora"))
+        alpha = _alpha_of(own, merged.get("lora"))
         raw["lora"] = own if alpha is None else {**own, "alpha": alpha}
     for key, value in raw.items():
         group = is_dataclass(hints.get(key)) and isinstance(value, dict)
-        found[key] = {**(found.get(key) or {}), **value} if group else value
-    return found
+        merged[key] = {**(merged.get(key) or {}), **value} if group else value
+    return merged
 
 
-def _drop_other_algorithm(raw: dict[str, Any], chosen: str | None) -> None:
-    """What a recipe says of one algorithm says nothing of another."""
+def _drop_other_algorithm(raw: dict[str, Any], kind: str | None) -> None:
+    """Drop the algorithm's settings of a recipe if they belong to another algorithm."""
     algorithm = raw.get("algorithm")
-    if chosen and isinstance(algorithm, dict) and algorithm.get("type", DEFAULT) != chosen:
+    if kind and isinstance(algorithm, dict) and algorithm.get("type", DEFAULT) != kind:
         raw["algorithm"] = {}
 
 
 def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings and their values, with diffusers' names translated as the run's algorithm has them."""
-    given = _split(overrides)
-    chosen = dict(given).get("algorithm.type")
-    run = _run_class({"algorithm": {"type": chosen}} if chosen else raw)
+    """Return settings and values; names of diffusers are translated for the run's method."""
+    flags = _split(overrides)
+    algorithm = dict(flags).get("algorithm.type")
+    run = _run_class({"algorithm": {"type": algorithm}} if algorithm else raw)
     aliases = aliases_of(run)
     result: list[tuple[str, Any]] = []
     accumulation = None
-    for key, text in given:
+    for key, text in flags:
         if key == ACCUMULATION and run.pairs_per_step:
             accumulation = text
             continue
@@ -246,15 +262,15 @@ def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[t
 
 
 def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b=1`, `--a.b 1` and bare `--flag` (true)."""
+    """Return keys and texts of flags: `--a.b=1`, `--a.b 1` and bare `--flag` (true)."""
     result: list[tuple[str, str]] = []
     items = list(overrides)
     while items:
         item = items.pop(0)
         if not item.startswith("--"):
             raise ConfigError(f"expected --key=value, got {item!r}")
-        key, given, text = item[2:].partition("=")
-        if not given:
+        key, equals, text = item[2:].partition("=")
+        if not equals:
             text = items.pop(0) if items and not items[0].startswith("--") else "true"
         if key == "enable_xformers_memory_efficient_attention":
             key, text = "model.attention_backend", "xformers" if text == "true" else "null"
@@ -262,27 +278,28 @@ def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return result
 
 
-def _global_batch(steps: str, given: Sequence[tuple[str, Any]], raw: Mapping[str, Any]) -> int:
-    """Pairs of an update as diffusers' scripts count them: accumulated batches of all processes."""
+def _global_batch(steps: str, settings: Sequence[tuple[str, Any]], raw: Mapping[str, Any]) -> int:
+    """Return the pairs per update: accumulation steps x batch size x world size."""
     group = raw.get("training")
     recipe = group.get("micro_batch_size") if isinstance(group, Mapping) else None
-    of_one: Any = dict(given).get("training.micro_batch_size")
-    of_one = of_one or recipe or LoopConfig.micro_batch_size
+    batch_size: Any = dict(settings).get("training.micro_batch_size")
+    batch_size = batch_size or recipe or LoopConfig.micro_batch_size
     try:
-        return int(steps) * int(of_one) * int(os.environ.get("WORLD_SIZE", "1"))
+        return int(steps) * int(batch_size) * int(os.environ.get("WORLD_SIZE", "1"))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{ACCUMULATION}: expected a whole number, got {steps!r}") from error
 
 
 def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:
-    """Names of diffusers' scripts to settings of this kind of run."""
+    """Return the flags of diffusers' scripts and the settings they stand for in a run."""
     return ALIASES | run.aliases
 
 
 def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
-    """Type hint of a setting, None for a path that does not exist."""
+    """Return the type hint of a setting, or None for an unknown setting."""
     head, _, rest = path.partition(".")
-    if head == "algorithm" and rest:  # a name means the same in every algorithm that has it
+    # the class of the algorithm is not needed: a name has one type in all algorithms
+    if head == "algorithm" and rest:
         hints = [typing.get_type_hints(kind) for kind in _algorithm_classes()]
         return next((h[rest] for h in hints if rest in h), None)
     kind: Any = run
@@ -292,18 +309,21 @@ def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
 
 
 def _parse_value(text: str, kind: Any, name: str) -> Any:
-    """Value of an override, whose text is YAML; mistakes of YAML 1.1 are put right."""
-    if kind in (str, str | None):  # "no" is a word here, and 1e5 may be a revision
+    """Return the value of an override, whose text is YAML; correct mistakes of YAML 1.1."""
+    # YAML would read "no" as false, and the revision 1e5 as a number
+    if kind in (str, str | None):
         return None if kind is not str and text.lower() in ("null", "none") else text
     if kind in LISTS and not text.startswith("[") and text != "null":
         return [part.strip() for part in text.split(",")]
     try:
         value = parse_yaml(text, f"{name}={text}")
     except ConfigError:
-        if kind is None:  # the name is wrong as well, which is said later
+        # an unknown name is reported later
+        if kind is None:
             return text
         raise
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+    # YAML 1.1 reads 3e-4 as text
+    if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
@@ -314,14 +334,14 @@ def _parse_value(text: str, kind: Any, name: str) -> Any:
 
 
 def _default(kind: type, name: str) -> Any:
-    """Return the default of a dataclass's field that has a factory."""
+    """Return the default of a dataclass field, made by its factory."""
     (factory,) = (f.default_factory for f in fields(kind) if f.name == name)
     assert callable(factory)
     return factory()
 
 
 def _steps(path: str, kind: Any) -> list[str]:
-    """Return the groups of a setting and its name; what stands below a mapping is one name, with all its dots."""
+    """Split the path of a setting at its dots; a mapping's key stays whole."""
     steps, rest = [], path
     while rest and typing.get_origin(kind) is not dict:
         step, _, rest = rest.partition(".")
@@ -366,7 +386,7 @@ def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
 
 
 def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str]) -> str:
-    """Message about an unknown setting; a flag's name has another form in a recipe."""
+    """Return the message about an unknown setting, with the form that a recipe needs."""
     if path:
         return f"unknown setting {full!r}{nearest(full, ['.'.join((*path, n)) for n in names])}"
     every, aliases = _all_paths(kind), aliases_of(kind)
@@ -381,17 +401,17 @@ def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str])
 
 
 def _with_lists(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings whose texts become lists where lists are due, as on the command line."""
+    """Return the settings with comma-separated texts split if their type is a list."""
     hints = typing.get_type_hints(kind)
-    found = dict(raw)
+    settings = dict(raw)
     for key, value in raw.items():
         hint = hints.get(key)
         if hint in LISTS and isinstance(value, str):
-            found[key] = [part.strip() for part in value.split(",")]
+            settings[key] = [part.strip() for part in value.split(",")]
         elif is_dataclass(hint) and isinstance(value, Mapping):
             inner = _algorithm_class(value) if key == "algorithm" else hint
-            found[key] = _with_lists(inner, value)
-    return found
+            settings[key] = _with_lists(inner, value)
+    return settings
 
 
 def _all_paths(kind: type, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Registry of methods: where the settings, the run and the trainer of each algorithm stand.
+"""Registry of methods: import paths of settings, run and trainer of each algorithm.
 
 Entries are strings, so that listing methods imports neither torch nor a trainer. An installed package adds a method by
 an entry point of the group "diffalign.algorithms" that names a `Method`.
@@ -20,17 +20,20 @@ DEFAULT = "awm"
 
 @dataclass(frozen=True)
 class Method:
-    """One way of training. All places are "module:Class" or "module:function"."""
+    """Entry of the registry; every path is "module:Class" or "module:function"."""
 
     config: str
-    """Settings of the algorithm; their `type` is the method's name."""
+    """Path of the algorithm's dataclass; its `type` is the method's name."""
     run: str
-    """Settings of the whole run."""
+    """Path of the dataclass of the whole run."""
     trainer: str
-    """A `training.trainer.Trainer`."""
+    """Path of a subclass of `training.trainer.Trainer`."""
     summary: str
     cache: str | None = None
-    """A function (config, model, accelerator) that fills the cache of images; None for methods without one."""
+    """Path of a function (config, model, accelerator) that fills the cache of images.
+
+    None for methods without a cache.
+    """
 
 
 def _online(config: str, summary: str) -> Method:
@@ -81,7 +84,7 @@ METHODS = {
 
 @cache
 def available() -> dict[str, Method]:
-    """Return the methods by name: built-in ones, and those of installed packages."""
+    """Return all methods by name: built-in methods and those of installed packages."""
     methods = dict(METHODS)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name not in methods:
@@ -93,7 +96,7 @@ def method(name: Any) -> Method:
     """Return the method of this name.
 
     Raises:
-        ConfigError: there is none; the message names the nearest.
+        ConfigError: no method has this name; the message names the nearest one.
     """
     methods = available()
     if not isinstance(name, str) or name not in methods:
@@ -119,16 +122,16 @@ def run_class(name: Any) -> Any:
 
 
 def trainer_class(name: Any) -> Any:
-    """Return the trainer of a method. Import torch."""
+    """Return the trainer class of a method; the import loads torch."""
     return imported(method(name).trainer)
 
 
 def cache_filler(name: Any) -> Any:
-    """Return the function that fills a method's cache, or None. Import torch."""
+    """Return the function that fills a method's cache, or None; the import loads torch."""
     place = method(name).cache
     return None if place is None else imported(place)
 
 
 def sharing_run(run: type) -> list[str]:
-    """Return the names of the methods whose run has settings of this class."""
+    """Return the names of the methods whose run settings are of this class."""
     return [name for name in available() if run_class(name) is run]

@@ -26,18 +26,27 @@ TIMESTEP_SAMPLINGS = ("stratified", "independent")
 
 @dataclass
 class AlgorithmConfig(MethodConfig):
-    """What all algorithms of the online loop share."""
+    """Settings that all algorithms of the online loop share."""
 
     advantage_clip: float = 5.0
     std_scope: str = "global"
-    """Standard deviation that divides the advantages: of all images ("global") or of each group ("group")."""
+    """Scope of the standard deviation that divides advantages: "global" or "group".
+
+    It is computed over all images, or over each group.
+    """
     reward_mixing: str = "sum"
-    """Several rewards: "sum" of the scaled rewards, or each one's "advantages" summed (GDPO)."""
+    """Combination of several rewards: "sum" or "advantages".
+
+    With "sum" the scaled rewards are added; with "advantages" the advantages of each reward are (GDPO).
+    """
     kl_beta: float = 0.001
     """Weight of the distance to the reference model."""
     reference_guidance_scale: float | None = None
-    """Guidance of the reference. A policy is trained to draw without guidance, and the base draws better with it: near
-    the guided base is where the policy belongs. Distils guidance along the way, at the price of one more forward."""
+    """Guidance scale of the reference model in the distance to it; None for no guidance.
+
+    A policy is trained to generate without guidance, and the base model generates better with it. The guided reference
+    therefore distils guidance into the policy, at the cost of one more forward.
+    """
 
     def __post_init__(self) -> None:
         one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
@@ -54,28 +63,43 @@ class AlgorithmConfig(MethodConfig):
 
 @dataclass
 class ForwardProcessConfig(AlgorithmConfig):
-    """Algorithms whose loss needs clean latents and rewards, and no trajectory.
+    """Settings of algorithms whose loss needs clean latents and rewards, but no trajectory.
 
-    Weights are those of AWM's release; timesteps are fewer (4, not 6) and distances are evaluated on one of them.
+    The weights are those of AWM's release. An image has fewer timesteps (4, not 6), and the distances are evaluated on
+    one of them.
     """
 
     timesteps_per_image: int = 4
     timestep_start: float = 0.0
     timestep_stop: float = 1.0
-    """Share of the rollout's grid that is trained on, from noise (0) to the clean end (1)."""
+    """End of the part of the rollout's timestep grid that is trained on.
+
+    The part begins at `timestep_start`. Noise is 0, the clean end is 1.
+    """
     timestep_sampling: str = "stratified"
-    """Of an image's timesteps: "stratified", one from each of as many equal parts of that share, or "independent"."""
+    """Sampling of an image's timesteps: "stratified" or "independent".
+
+    With "stratified" the trained part of the grid is cut into as many equal parts as an image has timesteps, and one
+    timestep is sampled from each.
+    """
     noise: str = "fresh"
-    """What images are noised with: "fresh" noise at every update, an image's own or, "group", one for all images of a
-    prompt, at the same timesteps (less variance of the reward's part, not of the distances), or that of the "rollout"
-    itself: the states through which an image was made, and what leads from them straight to it."""
+    """Source of the noise in the training states: "fresh", "group" or "rollout".
+
+    - fresh: each image has its own noise, sampled anew for every update.
+    - group: all images of a prompt share fresh noise and timesteps. The reward's part of the gradient has less
+      variance; the distances have not.
+    - rollout: the states are those of the image's own rollout, and the target leads from them straight to the image.
+    """
     ema_kl_beta: float = 1.0
     """Weight of the distance to the lagged policy."""
     kl_timesteps: int = 1
-    """Of the timesteps of an image, how many the two distances are evaluated on; the expectation stays the same."""
+    """Number of an image's timesteps on which the two distances are evaluated.
+
+    The expectation of the distances does not depend on it.
+    """
     lag_ramp: float = 0.001
     lag_max: float = 0.3
-    """The lagged policy's decay after update s is min(lag_max, lag_ramp * s)."""
+    """Largest decay of the lagged policy; after update s it is min(lag_max, lag_ramp * s)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +124,7 @@ class ForwardProcessConfig(AlgorithmConfig):
 
 @dataclass
 class AWMConfig(ForwardProcessConfig):
-    """Advantage Weighted Matching; weight, clip and scale are those of its release."""
+    """Settings of Advantage Weighted Matching; weight, clip and scale are its release's."""
 
     type: str = "awm"
     weight: str = "ghuber"
@@ -108,7 +132,7 @@ class AWMConfig(ForwardProcessConfig):
     ghuber_power: float = 0.25
     clip_range: float = 1.0
     advantage_max: float = 1.0
-    """Advantages are clipped to advantage_clip, then scaled so that this is their largest magnitude."""
+    """Largest magnitude of the advantages after scaling; `advantage_clip` clips them first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,11 +142,14 @@ class AWMConfig(ForwardProcessConfig):
 
 @dataclass
 class DiffusionNFTConfig(ForwardProcessConfig):
-    """DiffusionNFT; the defaults are those of its release (GenEval). The lagged policy makes the images."""
+    """Settings of DiffusionNFT; the defaults are those of its release (GenEval).
+
+    The lagged policy generates the rollouts.
+    """
 
     type: str = "diffusion_nft"
     mix: float = 1.0
-    """beta of the paper: how far the implicit positive and negative policies lie from the lagged one."""
+    """Distance of the implicit positive and negative policies from the lagged one (beta)."""
     timesteps_per_image: int = 9
     kl_beta: float = 1e-4
     ema_kl_beta: float = 0.0
@@ -135,21 +162,30 @@ class DiffusionNFTConfig(ForwardProcessConfig):
 
 @dataclass
 class FlowGRPOConfig(AlgorithmConfig):
-    """Flow-GRPO; noise, clip and distance are those of its release for SD3.5-medium, without guidance."""
+    """Settings of Flow-GRPO.
+
+    Noise, clip and distance are those of its release for SD3.5-medium, without guidance.
+    """
 
     type: str = "flow_grpo"
     clip_range: float = 1e-4
     noise_level: float = 0.7
-    """a: how stochastic a stochastic step is."""
+    """Amount of noise in a stochastic step (a in the paper)."""
     dynamics: str = "sde"
-    """How a step is made stochastic: "sde" (the release) or "cps" (coefficients-preserving)."""
+    """Kind of stochastic step: "sde" (the release) or "cps" (coefficients-preserving)."""
     window_size: int | None = None
-    """Stochastic steps in a row, which are those that are trained on; None is all that can be stochastic."""
+    """Number of consecutive stochastic steps, which are the trained steps.
+
+    None makes every step stochastic that can be.
+    """
     window_stop: float = 1.0
-    """The window is drawn anew for every update from this share of the grid, counted from the noise. A step whose noise
-    would be above the sigma at which it arrives is never stochastic."""
+    """Share of the grid, counted from the noise, in which the window lies.
+
+    The window's place is sampled anew for every update. Steps are deterministic when the added noise would exceed the
+    next sigma.
+    """
     guard: bool = False
-    """GRPO-Guard's ratio (for dynamics "sde"), which does not fall with the policy's distance."""
+    """Use GRPO-Guard's ratio, which does not fall with the policy's distance; for "sde" only."""
     kl_beta: float = 0.04
 
     def __post_init__(self) -> None:
@@ -176,20 +212,29 @@ class FlowGRPOConfig(AlgorithmConfig):
 
 @dataclass
 class RolloutConfig(DrawingConfig):
-    """How images are made for training: global numbers, whatever the number of processes."""
+    """Settings of generating images for training; numbers are totals over all processes."""
 
     prompts_per_update: int = 12
     group_size: int = 16
-    """Images of one prompt that compete with each other."""
+    """Number of images of one prompt, which are compared with each other."""
     num_inference_steps: int = 10
     solver: str = "default"
-    """"default": the scheduler's own step; "adams_bashforth": second order on the same timesteps, so that fewer do. For
-    losses that need clean latents alone."""
+    """Solver of the rollouts: "default" or "adams_bashforth".
+
+    With "default" the scheduler takes its own steps. With "adams_bashforth" the steps are second order on the same
+    timesteps, so that fewer steps suffice; it is for losses that need clean latents only.
+    """
     guidance_scale: float | None = None
-    """None: no classifier-free guidance (FLUX: its default guidance embedding)."""
+    """Guidance scale of the rollouts; None for no classifier-free guidance.
+
+    For FLUX None selects its default guidance embedding.
+    """
     overlap_rewards: bool | None = None
-    """Score a micro-batch while the next is drawn; None: on CUDA. On a CPU it pays where rewards are made elsewhere (a
-    reward server); a reward model in this process would take the denoiser's time and its attention kernel."""
+    """Score a micro-batch while the next one is generated; None does so on CUDA only.
+
+    On a CPU it pays for rewards that are computed elsewhere (a reward server). A reward model in this process would
+    compete with the denoiser for time and change its attention kernel.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,16 +254,25 @@ class RolloutConfig(DrawingConfig):
 
 @dataclass
 class TrainingConfig(LoopConfig):
-    """The online loop. `num_updates` counts rollouts; with updates_per_rollout = 1 these are also optimizer steps."""
+    """Settings of the online loop.
+
+    The setting `num_updates` counts rollouts; with updates_per_rollout = 1 these are also optimizer steps.
+    """
 
     updates_per_rollout: int = 1
     drop_uninformative: bool = True
-    """Leave out groups whose images all got the same reward."""
+    """Leave out groups whose images all have the same reward."""
     on_collapse: str = "warn"
-    """When the reward has fallen and the gradient has risen for good: "warn", "stop", or "rollback" to the last good
-    checkpoint and go on with half the learning rate."""
+    """Reaction to a lasting fall of the reward with a risen gradient: "warn", "stop" or "rollback".
+
+    With "rollback" the run returns to the last good checkpoint and continues with half the learning rate.
+    """
     max_idle_updates: int = 20
-    """Updates in a row in which all images of every prompt have the same reward, after which the run ends; 0: never."""
+    """Largest number of consecutive updates without a learning signal before the run ends.
+
+    An update has no signal if all images of every prompt have the same reward. With 0 the run never ends for this
+    reason.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,7 +283,7 @@ class TrainingConfig(LoopConfig):
 
 @dataclass
 class RunConfig(AnyRunConfig):
-    """Everything that decides an online run."""
+    """Settings of an online run."""
 
     aliases: ClassVar[dict[str, Any]] = {
         "resolution": ("rollout.height", "rollout.width"),
@@ -245,7 +299,7 @@ class RunConfig(AnyRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.algorithm, FlowGRPOConfig):
-            # of any schedule: the last step arrives where no noise is
+            # on every schedule the last step ends without noise, so it is never stochastic
             steps = self.rollout.num_inference_steps
             most = min(round(self.algorithm.window_stop * steps), steps - 1)
             size = 1 if self.algorithm.window_size is None else self.algorithm.window_size

@@ -1,4 +1,4 @@
-"""The dataclasses of a run on preference pairs."""
+"""Settings of runs that train on preference pairs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ TIES = ("drop", "soft", "random")
 
 @dataclass
 class PreferenceAlgorithmConfig(MethodConfig):
-    """What losses on pairs share. `beta` acts on mean errors: on their sum it is beta / D, D numbers a latent."""
+    """Settings that all losses on preference pairs share."""
 
     beta: float = 2000.0
-    """As in Diffusion-DPO's release, with the factor 1/2: the value of diffusers' scripts (`--beta_dpo`) times two."""
+    """Strength of the preference, as in Diffusion-DPO's release with its factor 1/2.
+
+    It is twice the value of diffusers' scripts (`--beta_dpo`). It multiplies mean errors; for summed errors it would be
+    beta / D with D numbers per latent.
+    """
     loss_type: str = "sigmoid"
-    """sigmoid (DPO, soft labels), ipo, hinge, dmpo, kto, mapo (no reference), or sft: the winner's error alone."""
+    """Loss: sigmoid (DPO, soft labels), ipo, hinge, dmpo, kto, mapo or sft.
+
+    The loss mapo needs no reference model; sft is the winner's error alone.
+    """
     safeguard: float | None = 0.6
-    """SDPO's mu: the loser's gradient is scaled down so that the winner's error falls by at least this share of what it
-    would without a loser; null for the plain loss."""
+    """Smallest fall of the winner's error, relative to training without a loser.
+
+    It is SDPO's mu. The loser's gradient is scaled down accordingly. With null the loss has no safeguard.
+    """
     timesteps_per_pair: int = 1
 
     def __post_init__(self) -> None:
@@ -42,19 +51,29 @@ class PreferenceAlgorithmConfig(MethodConfig):
 
 @dataclass
 class DiffusionDPOConfig(PreferenceAlgorithmConfig):
-    """Diffusion-DPO: fresh noise, shared by both images of a pair, and a forward of the reference."""
+    """Settings of Diffusion-DPO.
+
+    Both images of a pair share fresh noise, and every update runs a forward of the reference model.
+    """
 
     type: str = "diffusion_dpo"
 
 
 @dataclass
 class InversionDPOConfig(PreferenceAlgorithmConfig):
-    """Inversion-DPO: the noise is what the reference's own inversion of each image implies."""
+    """Settings of Inversion-DPO.
+
+    The noise of an image is the one that its inversion by the reference model implies.
+    """
 
     type: str = "inversion_dpo"
     variant: str = "chord"
-    """chord: that noise is the target. figure, released: the distance to the reference along the inverted trajectory,
-    with the sign of the paper's figure or of its code, for comparison: their gradient is zero where training starts."""
+    """Target of the loss: chord, figure or released.
+
+    - chord: the noise that the inversion implies.
+    - figure, released: the distance to the reference model along the inverted trajectory, with the sign of the paper's
+      figure or of its code. They serve for comparison: their gradient is zero at the start of training.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,21 +87,27 @@ class InversionDPOConfig(PreferenceAlgorithmConfig):
 
 @dataclass
 class InversionConfig:
-    """What `diffalign precompute` does with each image besides encoding it."""
+    """Settings of the inversion of each image by `diffalign precompute`."""
 
     steps: int = 16
-    """Intervals of the scheduler's own grid."""
+    """Number of intervals of the scheduler's timestep grid."""
     solver: str | None = None
-    """euler (DDIM inversion), midpoint, fireflow (flows) or fixed_point; recorded: none, the states are those that
-    `diffalign pairs --record_states` kept. null: recorded where they are there and fit, else fireflow for flows and
-    midpoint for others."""
+    """Solver of the inversion: euler, midpoint, fireflow, fixed_point or recorded.
+
+    The solver euler is DDIM inversion, and fireflow is for flows. With recorded no inversion runs: the states are those
+    of `diffalign pairs --record_states`. With null the states are recorded ones if they exist and fit, else inverted
+    with fireflow for flows and with midpoint for other models.
+    """
     states: int | None = None
-    """Grid states that are kept of each image, the same ones of both images of a pair; 0: none. null: 4 for
-    inversion_dpo, 0 for algorithms that draw their noise."""
+    """Number of grid states that are cached of each image; 0 for none.
+
+    Both images of a pair have the same grid states. With null the number is 4 for inversion_dpo, and 0 for algorithms
+    that sample their noise.
+    """
     min_noise: float = 0.05
-    """States with a smaller share of noise are never kept: the noise they imply is divided by it."""
+    """Smallest share of noise of a cached state; the implied noise is divided by it."""
     guidance_scale: float | None = None
-    """Of the inversion; null: none."""
+    """Guidance scale of the inversion; null for none."""
 
     def __post_init__(self) -> None:
         check(self.steps >= 2, "pairs.inversion.steps", "must be at least 2")
@@ -102,32 +127,41 @@ class InversionConfig:
 
 @dataclass
 class PairsConfig:
-    """Where pairs come from and what is made of them once (`diffalign precompute`)."""
+    """Settings of the preference pairs and of their cache (`diffalign precompute`)."""
 
     source: str = ""
-    """A folder of `diffalign pairs`, an image folder with a table, parquet, json, csv or tar (docs/preferences.md)."""
+    """Source of the pairs: a folder of `diffalign pairs`, an image folder or a table.
+
+    A table is parquet, json, csv or tar; an image folder has one, too (docs/preferences.md).
+    """
     preset: str | None = None
-    """A known layout, such as pickapic (docs/preferences.md); null: told by its columns."""
+    """Name of a published layout, such as pickapic (docs/preferences.md); null detects it by its columns."""
     column_map: dict[str, str] = field(default_factory=dict)
-    """Of a layout of one's own: prompt, image_0, image_1, label (or label_0 and label_1) to its names."""
+    """Column names of a custom layout, by role.
+
+    The roles are prompt, image_0, image_1 and label (or label_0 and label_1).
+    """
     cache: str | None = None
-    """Where latents, prompts and inverted states are kept; null: OUTPUT_DIR-cache."""
+    """Folder of the cache of latents, prompts and inverted states; null for OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
-    """Of what is kept: bfloat16 or float32. Recorded states stay as they were drawn."""
+    """Dtype of the cached tensors: bfloat16 or float32. Recorded states keep their own dtype."""
     ties: str = "drop"
-    """Pairs without a preference: drop, soft (label 0.5), or random (one is called the winner)."""
+    """Treatment of pairs without a preference: drop, soft (label 0.5), or random (a random winner)."""
     limit: int | None = None
-    """Only so many pairs, from the start."""
+    """Largest number of pairs, taken from the start."""
     validation: float = 0.05
-    """Share of the prompts whose pairs are never trained on."""
+    """Share of the prompts whose pairs are held out from training."""
     center_crop: bool = True
-    """False: at a random place, the same for both images."""
+    """Crop images at their centre; with false at one random place for both images."""
     random_flip: bool = False
-    """Mirror half of the pairs, both images."""
+    """Mirror both images of half of the pairs."""
     seed: int = 0
-    """Of crops, flips, ties at random, and which inverted states are kept: runs of any seed share a cache."""
+    """Seed of crops, flips, random ties and the choice of cached states.
+
+    It is not the run's seed, so that runs of any seed share a cache.
+    """
     micro_batch_size: int = 16
-    """Images encoded and inverted at a time."""
+    """Number of images encoded and inverted at a time."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:
@@ -144,10 +178,10 @@ class PairsConfig:
 
 @dataclass
 class PreferenceLoopConfig(LoopConfig):
-    """The loop over pairs; `micro_batch_size` counts pairs."""
+    """Settings of the training loop over pairs; `micro_batch_size` counts pairs."""
 
     pairs_per_update: int = 64
-    """Of all processes together."""
+    """Number of pairs per update, over all processes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +190,7 @@ class PreferenceLoopConfig(LoopConfig):
 
 @dataclass
 class PreferenceRunConfig(AnyRunConfig):
-    """Everything that decides a run on preference pairs. `rewards` only score held-out prompts."""
+    """Settings of a run on preference pairs; the rewards only score held-out prompts."""
 
     pairs_per_step: ClassVar[bool] = True
     aliases: ClassVar[dict[str, Any]] = {
@@ -190,10 +224,10 @@ class PreferenceRunConfig(AnyRunConfig):
 
     @property
     def states(self) -> int:
-        """Inverted states that are kept of each image."""
-        needed = DEFAULT_STATES if isinstance(self.algorithm, InversionDPOConfig) else 0
-        given = self.pairs.inversion.states
-        return needed if given is None else given
+        """Number of inverted states that are cached of each image."""
+        default = DEFAULT_STATES if isinstance(self.algorithm, InversionDPOConfig) else 0
+        states = self.pairs.inversion.states
+        return default if states is None else states
 
     @property
     def drawing(self) -> DrawingConfig:

@@ -1,4 +1,4 @@
-"""Find what stands beside the package in a checkout, and not in the wheel."""
+"""Find the folders of a checkout that are not part of the wheel."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from diffalign.core.errors import UsageError
 
 
 def require_benchmarks() -> None:
-    """Make `benchmarks` importable.
+    """Make the package `benchmarks` importable.
 
     Raises:
-        UsageError: the package was installed without the checkout that holds the programs.
+        UsageError: diffalign does not run from a checkout that holds the benchmark programs.
     """
     if find_spec("benchmarks") is not None:
         return

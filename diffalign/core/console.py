@@ -1,6 +1,6 @@
-"""What a command shows on the screen: its own lines and progress bars, and on request other libraries' messages.
+"""Console output of a command: its own lines, its progress bars, and muting of other libraries.
 
-Only the command line mutes other libraries (`quiet`). Code that is imported as a library prints as it always did.
+Only the command line mutes other libraries (`quiet`). Code that imports diffalign as a library sees all messages.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 OWN = "diffalign"
-"""Logger of the suite: its warnings are shown."""
+"""Name of the suite's logger, whose warnings are always shown."""
 KEPT = 2000
-"""Lines of other libraries that are kept for the log file."""
+"""Largest number of lines of other libraries that are kept for the log file."""
 
 
 class _Messages(io.TextIOBase):
-    """Stands in for stderr: keeps complete lines, and drops the redrawing of progress bars."""
+    """Replacement for stderr that stores complete lines and drops redrawn progress bars."""
 
     def __init__(self, shown: TextIO) -> None:
         self.shown = shown
@@ -35,7 +35,8 @@ class _Messages(io.TextIOBase):
         self._rest = ""
 
     def write(self, text: str) -> int:
-        """Keep a text, or pass it on once the command is over: loggers hold on to their stream."""
+        """Store a text, or write it to the present stderr once the command is over."""
+        # loggers hold on to their stream, so that they write here after the command
         if not self.active:
             return sys.stderr.write(text) if sys.stderr is not self else len(text)
         *lines, self._rest = (self._rest + text).split("\n")
@@ -48,16 +49,16 @@ class _Messages(io.TextIOBase):
         """Do nothing: the lines are written to the log file at the end."""
 
     def isatty(self) -> bool:
-        """Return False, so that nobody draws."""
+        """Return False, so that other libraries draw no progress bars."""
         return False
 
 
 _muted: list[_Messages] = []
-"""The streams in use, innermost last."""
+"""Streams that replace stderr at present, the innermost last."""
 
 
 def stderr() -> TextIO:
-    """Return the stream that people read, even while other libraries are muted."""
+    """Return the stream that the user reads, even while other libraries are muted."""
     return _muted[-1].shown if _muted else sys.stderr
 
 
@@ -67,7 +68,7 @@ def messages() -> list[str]:
 
 
 def write_messages(folder: Path) -> None:
-    """Append the muted lines to `messages.log` of a folder that exists."""
+    """Append the muted lines to `messages.log` in a folder, if the folder exists."""
     lines = messages()
     if lines and folder.is_dir():
         with (folder / "messages.log").open("a", encoding="utf-8") as file:
@@ -76,7 +77,7 @@ def write_messages(folder: Path) -> None:
 
 @contextmanager
 def quiet(*, verbose: bool = False) -> Iterator[None]:
-    """Show only the suite's own messages; `verbose`: show all, as if this were not here."""
+    """Show only the suite's own messages in this block; show all with `verbose`."""
     if verbose:
         yield
         return
@@ -100,21 +101,24 @@ def quiet(*, verbose: bool = False) -> Iterator[None]:
 
 
 def _show_thread_error(error: threading.ExceptHookArgs) -> None:
-    """Show an error that ended a thread: nobody else would say that it happened."""
+    """Print the error that ended a thread, which would go unnoticed while stderr is muted."""
     if error.exc_type is not SystemExit:
         name = error.thread.name if error.thread else "a thread"
         print(f"{name} failed: {error.exc_type.__name__}: {error.exc_value}", file=stderr())
 
 
 def progress(desc: str, total: int | None, *, unit: str = "image", **options: Any) -> tqdm:
-    """Make the progress bar of a command, with the time that is left; other processes than the first show none."""
+    """Return a progress bar that shows the remaining time.
+
+    Only the first process of a launch shows it.
+    """
     first = os.environ.get("RANK", "0") == "0"
     options = {"mininterval": 0.5 if stderr().isatty() else 10.0, "disable": not first, **options}
     return tqdm(desc=desc, total=total, unit=unit, file=stderr(), dynamic_ncols=True, **options)
 
 
 def say(text: str) -> None:
-    """Print a line, above the progress bars that are drawn."""
+    """Print a line above the progress bars on the screen."""
     with tqdm.external_write_mode(file=stderr()):
         print(text)
 
@@ -137,7 +141,7 @@ def steps(desc: str, names: Sequence[str]) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def counting(desc: str, *, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
-    """Yield a function `(done, total)` that draws a progress bar."""
+    """Yield a function `(done, total)` that draws a progress bar at `done` of `total`."""
     bar: tqdm | None = None
     started = time.time()
 
@@ -145,7 +149,7 @@ def counting(desc: str, *, unit: str = "image") -> Iterator[Callable[[int, int],
         nonlocal bar
         if bar is None:
             bar = progress(desc, total, unit=unit)
-            # the first call may come after the first batch, whose time counts
+            # the first call may follow the first batch, whose time belongs to the estimate
             if done and not bar.disable:
                 bar.start_t = started
         bar.update(done - bar.n)

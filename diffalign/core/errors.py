@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend: the command line shows them as one line, without a traceback."""
+"""Errors that a user can resolve.
+
+The command line prints them as one line, without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ ADVICE = {
     errno.ENOTCONN: "The network file system is gone; check the mount",
     errno.ETIMEDOUT: "Check the network, or the mount",
 }
-"""Error numbers of the system to what helps."""
+"""Advice for each error number of the operating system."""
 MEMORY_ADVICE = (
     "Use smaller batches, a smaller model (`diffalign quantize`), or a machine with more memory"
 )
@@ -43,24 +46,24 @@ _PEER = re.compile(
 
 
 class UserError(Exception):
-    """Base of every error whose message says all that a user needs."""
+    """Base of every error whose message tells the user all that is needed."""
 
 
 class UsageError(UserError, ValueError):
-    """Settings or arguments that do not fit together, to the model, or to the files that are there."""
+    """Settings or arguments that conflict with each other, the model or the files."""
 
 
 class ReportedError(UserError, RuntimeError):
-    """An error that another process of the launch reports; this process ends without a word."""
+    """Error that another process of the launch reports, so that this process prints nothing."""
 
 
 def explain(error: BaseException, *, memory: str = MEMORY_ADVICE) -> str | None:
-    """Return one line for an error of the machine or the network, with what helps; None for a fault of the program.
+    """Return one line, with advice, for an error of the machine or the network.
 
-    Errors of the suite are None, too: they say for themselves what they mean.
+    Return None for a fault of the program, and for errors of the suite, whose own message is complete.
 
     Args:
-        memory: what helps where memory ran out, as a sentence without its full stop.
+        memory: advice for memory that ran out, a sentence without its full stop.
     """
     for part in _chain(error):
         if _is_out_of_memory(part):
@@ -79,8 +82,10 @@ def explain(error: BaseException, *, memory: str = MEMORY_ADVICE) -> str | None:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """One line where an error, or one that it comes from, is that of a full disk; None for every other, and for those
-    of the suite, which say for themselves what they mean."""
+    """Return one line if a full disk caused an error.
+
+    Return None for every other cause, and for errors of the suite, whose own message is complete.
+    """
     for part in _chain(error):
         if (number := _full(part)) is not None:
             return _named(os.strerror(number), part)
@@ -88,12 +93,12 @@ def full_disk(error: BaseException | None) -> str | None:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an error, or one that it comes from, is that of a device or a machine without memory left."""
+    """Return True if a device or a machine without free memory caused an error."""
     return any(_is_out_of_memory(part) for part in _chain(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that it comes from, up to the first of the suite's own."""
+    """Yield an error and its causes, up to the first error of the suite."""
     while error is not None and not isinstance(error, UserError):
         yield error
         error = error.__cause__ or error.__context__
@@ -101,14 +106,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _full(error: BaseException) -> int | None:
     for number in FULL:
-        # safetensors' own errors have the number in their text alone
+        # safetensors puts the number into the text only
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
             return number
     return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch's errors are known by name and text: this module does not import torch."""
+    """Return True for an error that reports exhausted memory."""
+    # torch's errors are recognised by name and text, because this module does not import torch
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -117,7 +123,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Return the first two sentences of torch's text: how much was asked for, and where."""
+    """Return the first two sentences of torch's text: the requested size, and the device."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[enforce fail at [^\]]*\][^.]*?\. ", "", text)
     return ". ".join(text.split(". ")[:2]).rstrip(".")

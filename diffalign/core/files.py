@@ -1,4 +1,4 @@
-"""Files that an interruption leaves whole, and folders that only the suite's own leftovers make look used."""
+"""Atomic writing of files and folders, and checks that a path can be written."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from pathlib import Path
 from diffalign.core.errors import UsageError, explain
 
 LOCK = ".lock"
-"""The file of a folder that `diffalign.core.locks` locks."""
+"""Name of the file in a folder that `diffalign.core.locks` locks."""
 _OWN = re.compile(r"\.\d+\..+|\.writing-\d+")
-"""Hidden names of what is being written, of files and folders."""
+"""Pattern of the hidden names that files and folders have while they are written."""
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, with its suffix, to write to; it takes the place of `path` once that is done, and is
-    gone if it cannot be. An error of the system's that names no file, as of a full disk, names `path` then."""
+    """Yield a hidden path to write to, and rename it to `path` at the end.
+
+    The hidden file has the suffix of `path`. It is removed if writing fails.
+    """
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield hidden
         hidden.replace(path)
     except OSError as error:
+        # some system errors, such as that of a full disk, name no file
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -35,7 +38,10 @@ def aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """The same for a folder, which must not be there yet."""
+    """Yield a hidden folder to fill, and rename it to `path` at the end.
+
+    The folder `path` must not exist. The hidden folder is removed if filling fails.
+    """
     hidden = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         hidden.mkdir(parents=True)
@@ -46,7 +52,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a text file in UTF-8, aside and renamed; `durable`: a power cut leaves it whole, too."""
+    """Write a UTF-8 text file atomically; with `durable` it survives a power cut, too."""
     with aside(path) as file:
         file.write_text(text, encoding="utf-8")
         if durable:
@@ -54,14 +60,20 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def contents(folder: Path) -> list[Path]:
-    """Return what a folder holds, without the lock and without what a killed process was writing."""
+    """Return the paths in a folder, without the lock and unfinished files.
+
+    Return an empty list for a missing folder.
+    """
     if not folder.is_dir():
         return []
     return [p for p in folder.iterdir() if p.name != LOCK and not _OWN.fullmatch(p.name)]
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what killed processes were writing. Only for who holds the folder's lock: others may be writing still."""
+    """Remove files and folders that killed processes left unfinished.
+
+    The caller must hold the folder's lock, because other processes could still be writing.
+    """
     for path in folder.iterdir():
         if _OWN.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -71,7 +83,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Write a file, or the names in a folder, through to the disk, so that a power cut leaves it."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,7 +92,9 @@ def sync(path: Path) -> None:
 
 
 def check_target(path: str | Path, *, setting: str = "output_dir", folder: bool = True) -> None:
-    """Check that a folder (or a file) can be written, before anything heavy is loaded. Nothing is left behind.
+    """Check that a folder (or a file) can be written.
+
+    The check runs before anything heavy is loaded and leaves nothing behind.
 
     Args:
         setting: names the path in the error.
@@ -96,10 +110,10 @@ def check_target(path: str | Path, *, setting: str = "output_dir", folder: bool 
         if not folder and place.is_dir():
             raise UsageError(f"{setting}: {path} is a folder. Choose a file")
         place = place if folder else place.parent
-        there = next(p for p in (place, *place.parents) if os.path.lexists(p))
-        if not there.is_dir():
-            raise UsageError(f"{setting}: {there} is a file, so {path} cannot be made below it")
-        with tempfile.NamedTemporaryFile(dir=there, prefix=f".{os.getpid()}."):
+        parent = next(p for p in (place, *place.parents) if os.path.lexists(p))
+        if not parent.is_dir():
+            raise UsageError(f"{setting}: {parent} is a file, so {path} cannot be made below it")
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{os.getpid()}."):
             pass
     except OSError as error:
         raise UsageError(

@@ -1,4 +1,7 @@
-"""What something was made with, in few digits: weights (the same wherever they are loaded), files, JSON."""
+"""Fingerprints of weights, files and JSON values.
+
+A fingerprint of weights does not depend on where they were loaded from.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from torch import Tensor, nn
 from diffalign.core.errors import UsageError
 
 SMALL = 500_000_000
-"""Bytes up to which `of_place` reads a file whole."""
+"""Size in bytes below which `of_place` reads a file whole."""
 SMALLEST = 2.0**-14
-"""Of float16's normal numbers."""
+"""Smallest normal number of float16."""
 
 
 class UnknownWeights(UsageError):
@@ -24,21 +27,25 @@ class UnknownWeights(UsageError):
 
 
 def of_json(value: Any, *, default: Callable[[Any], Any] | None = None) -> str:
-    """64 hex digits of a value, whatever the order of its keys; `default` as of `json.dumps`."""
-    told = json.dumps(value, sort_keys=True, default=default)
-    return hashlib.sha256(told.encode()).hexdigest()
+    """Return 64 hex digits of a JSON value, independent of the order of keys.
+
+    Args:
+        default: converts other values, see `json.dumps`.
+    """
+    text = json.dumps(value, sort_keys=True, default=default)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_file(path: Path) -> str:
-    """64 hex digits of its content."""
+    """Return 64 hex digits of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_place(name: str | None) -> str | None:
-    """Return 16 hex digits that change when a local file or folder changes; None for names and hub ids.
+    """Return 16 hex digits that change when a local file or folder changes.
 
-    Small files count by content, large ones by size and time.
+    Return None for names of models and hub ids. Small files count by content, large ones by size and time.
     """
     path = Path(name) if name else None
     if path is None or not path.exists():
@@ -53,15 +60,16 @@ def of_place(name: str | None) -> str | None:
 
 
 def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> str:
-    """16 hex digits of name, shape and the first values of each tensor of these modules, adapters left out.
+    """Return 16 hex digits of modules: name, shape and first 64 values of each tensor.
+
+    Adapters are left out.
 
     Args:
-        rounded: floats count as bfloat16, and as 0 below float16's normal numbers. So weights that were saved in
-            bfloat16 are the same in whatever dtype they are loaded, as are those loaded in bfloat16 or float32 from
-            any file.
+        rounded: round floats to bfloat16, and to 0 below float16's normal numbers. Weights that were saved in bfloat16
+            then have one fingerprint in every dtype. So have the weights of any file, loaded in bfloat16 or float32.
 
     Raises:
-        UnknownWeights: some have no values here.
+        UnknownWeights: the values of some weights are not in memory.
     """
     digest = hashlib.sha256()
     for part_name, part in sorted(modules.items()):
@@ -78,25 +86,29 @@ def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> s
 
 
 def of_pipeline(pipeline: Any) -> str:
-    """Of all networks of a diffusers pipeline."""
+    """Return the fingerprint of all networks of a diffusers pipeline."""
     parts = pipeline.components.items()
     return fingerprint({n: p for n, p in parts if isinstance(p, nn.Module)})
 
 
 def of_denoiser(pipeline: Any) -> str:
-    """Rounded, of the part of a diffusers pipeline that Q-Sched's factors belong to."""
+    """Return the rounded fingerprint of a pipeline's denoiser, which Q-Sched's factors fit."""
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     return fingerprint({"denoiser": denoiser}, rounded=True)
 
 
 def _coarse(values: Tensor) -> Tensor:
-    """Integers up to 256, such as codes of quantised weights, stay what they are."""
+    """Round values to bfloat16, and to 0 below float16's normal numbers."""
+    # integers up to 256, such as codes of quantised weights, are exact in bfloat16
     nearest = values.bfloat16().float()
     return torch.where(nearest.abs() < SMALLEST, 0.0, nearest)
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold a tensor's numbers: itself, or the parts of a subclass such as torchao's."""
+    """Yield the plain tensors that hold a tensor's numbers.
+
+    They are the tensor itself, or the inner tensors of a subclass such as torchao's.
+    """
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

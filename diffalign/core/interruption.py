@@ -1,6 +1,6 @@
-"""Signals that end the work: what is in hand is finished and kept first.
+"""Signals that end a run after its work in progress is finished and saved.
 
-Ctrl-C (SIGINT), SIGTERM (Slurm, Kubernetes, `kill`) and SIGHUP (a closed terminal) are answered alike. Outside of
+Ctrl-C (SIGINT), SIGTERM (Slurm, Kubernetes, `kill`) and SIGHUP (a closed terminal) are treated alike. Outside of
 loops that can save, a signal ends the verb at once.
 """
 
@@ -19,14 +19,18 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 SETTLING = 1.0
-"""Seconds in which another signal is the first one again: a launcher passes on what the terminal has sent already."""
+"""Seconds in which a second signal counts as a repetition of the first.
+
+Launchers pass on a signal that the terminal has already sent to all processes.
+"""
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work that a signal ended; the message says what is kept and where the same command goes on.
+    """Work that a signal ended.
 
-    It is no `Exception`, so that nothing that forgives errors swallows it.
+    The message names what was saved and where the same command continues. The class is no `Exception`, so that
+    handlers of ordinary errors do not swallow it.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -35,23 +39,23 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """The exit status that shells give to the signal."""
+        """Exit status that shells report for the signal."""
         return 128 + self.number
 
 
 def name_of(number: int) -> str:
-    """Return the signal's name, as in `kill -l`."""
+    """Return the signal's name for messages, such as SIGTERM, or Ctrl-C for SIGINT."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class Interruption:
-    """A block in which signals wait: `number` is that of the first one, 0 without.
+    """Context in which a signal sets `number` instead of ending the process.
 
-    The block asks for `number` whenever its work is whole, keeps it, and raises `Interrupted`. A second signal ends the
-    process at once.
+    Before the first signal `number` is 0. The block checks it whenever its work can be saved, saves it, and raises
+    `Interrupted`. A second signal ends the process at once.
 
     Args:
-        then: what happens after the first signal, for the user, such as "the run is saved when update 3 is done".
+        then: message to the user about the first signal, such as "the run is saved when update 3 is done".
     """
 
     def __init__(self, then: str) -> None:
@@ -70,7 +74,10 @@ class Interruption:
 
     @contextmanager
     def breaks_off(self) -> Iterator[None]:
-        """Let a signal end this inner block at once; what follows the block is done. For work that can be left out."""
+        """Let a signal leave this inner block at once and continue after it.
+
+        Use it for work that can be left out.
+        """
         with suppress(_BreakOff):
             try:
                 self._breaks = True
@@ -85,11 +92,11 @@ class Interruption:
             return
         self.number, self._since = number, time.monotonic()
         _say(f"{name_of(number)}: {self.then}; a second one ends at once")
-        if "LOCAL_RANK" not in os.environ:  # launchers repeat signals, some of them late
+        # launchers repeat signals, some of them late, so that a repetition must not end their processes
+        if "LOCAL_RANK" not in os.environ:
             time.sleep(SETTLING)
-            for (
-                one
-            ) in self._before:  # the system's own answer works in the middle of a long kernel, too
+            # the system's default handler acts in the middle of a long kernel, too
+            for one in self._before:
                 signal.signal(one, signal.SIG_DFL)
         if self._breaks:
             self._breaks = False
@@ -98,7 +105,7 @@ class Interruption:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Raise `Interrupted` in this block as soon as a signal comes, as Ctrl-C does by itself."""
+    """Raise `Interrupted` as soon as a signal arrives in this block."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -111,11 +118,12 @@ def ends_at_once() -> Iterator[None]:
 
 
 class _BreakOff(BaseException):
-    """Raised in the middle of a block that a signal may break off."""
+    """Signal that arrived inside a `breaks_off` block."""
 
 
 def _install(handler: Handler, numbers: tuple[int, ...]) -> dict[int, Any]:
-    """Handle these signals; return the former handlers. Signals that are ignored (`nohup`) stay ignored."""
+    """Install a handler for these signals, and return the former handlers."""
+    # signals that are ignored, as by `nohup`, stay ignored
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {n: signal.getsignal(n) for n in numbers}
@@ -136,6 +144,6 @@ def _die(number: int) -> None:
 
 
 def _say(text: str) -> None:
-    """Write to the terminal from a signal handler, where `print` may not be entered again."""
+    """Write to the terminal from a signal handler, where `print` is not re-entrant."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{text}\n".encode())

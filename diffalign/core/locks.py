@@ -1,8 +1,8 @@
-"""Locks on folders: one launch at a time writes to a run, a cache or any other folder that is resumed.
+"""Locks on folders: only one launch at a time writes to a run or a cache.
 
-The lock is `flock` on a hidden file of the folder. The system releases it when its process ends, however that ends. On
-a network file system it holds between machines only where the server supports `flock`; without support there is a
-warning and no lock.
+The lock is `flock` on a hidden file of the folder. The system releases it when its process ends for any reason. On a
+network file system it works between machines only if the server supports `flock`. Without that support a warning is
+logged and nothing is locked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 OPENING_ATTEMPTS = 50
 _held: dict[Path, int] = {}
-"""Folders that this process holds, and how many blocks hold each."""
+"""Number of blocks in this process that hold each locked folder."""
 
 
 class LockError(UserError, RuntimeError):
@@ -35,10 +35,10 @@ class LockError(UserError, RuntimeError):
 
 @contextmanager
 def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
-    """Keep other processes out of a folder until the block ends; blocks of one process may be nested.
+    """Lock a folder against other processes until the block ends.
 
-    The folder is made if it is missing, and removed again if the block has left nothing in it. Temporary files that a
-    killed process left there are removed.
+    Blocks of one process may be nested. A missing folder is created, and removed again if the block leaves it empty.
+    Temporary files that a killed process left in the folder are removed.
 
     Args:
         setting: names the folder in the error.
@@ -65,7 +65,7 @@ def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
 
 
 def _acquire(folder: Path, setting: str) -> int | None:
-    """Return the descriptor of the locked file; None where the file system has no locks."""
+    """Return the descriptor of the locked file, or None without support for locks."""
     for _ in range(OPENING_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -92,31 +92,34 @@ def _acquire(folder: Path, setting: str) -> int | None:
             os.truncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
             return descriptor
-        os.close(descriptor)  # of a file that its last holder has removed meanwhile
+        # the last holder has removed the file that this descriptor belongs to
+        os.close(descriptor)
     raise LockError(f"{folder} is being made and removed by another process; start again")
 
 
 def _is_current(descriptor: int, file: Path) -> bool:
-    """Return whether the descriptor is still of the file with this name."""
+    """Return True if the descriptor still belongs to the file with this name."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), file.stat())
     return False
 
 
 def _holder(descriptor: int) -> str:
-    """Return who holds the lock; it notes that down right after it has the lock."""
+    """Return a description of the process that holds the lock."""
+    # the holder writes its number just after locking, so the file may still be empty
     for _ in range(OPENING_ATTEMPTS):
         number, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").partition(" ")
         if number.isdigit():
-            here = host.strip() == socket.gethostname()
-            return f"process {number}" + ("" if here else f" on {host.strip()}")
+            is_local = host.strip() == socket.gethostname()
+            return f"process {number}" + ("" if is_local else f" on {host.strip()}")
         time.sleep(0.01)
     return "another process"
 
 
 def _release(folder: Path, descriptor: int | None, made: list[Path]) -> None:
-    """Remove the lock's file while it is still locked, and the folders that were made for nothing."""
-    with suppress(OSError):  # the folder may be gone, or renamed
+    """Remove the lock file, then unlock it, then remove folders that stayed empty."""
+    # the folder may have been removed or renamed
+    with suppress(OSError):
         if descriptor is None or _is_current(descriptor, folder / LOCK):
             (folder / LOCK).unlink(missing_ok=True)
     if descriptor is not None:

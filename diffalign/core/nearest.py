@@ -1,4 +1,4 @@
-"""The hint that follows a misspelt name."""
+"""Hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterable
 
 FEW = 20
-"""Names that a message lists where none is close."""
+"""Largest number of names that a message lists when none is close."""
 SHORTEST = 3
-"""Letters of a name that is looked up as a word of longer names."""
+"""Fewest letters of a name that is looked up as a word inside longer names."""
 
 
 def closest(name: str, valid: Iterable[str], *, cutoff: float = 0.5) -> str | None:
-    """Return the valid name that is spelt most like `name`, or contains it as a word; None where none is close."""
+    """Return the valid name that is closest to `name`.
+
+    The closest name is the one with the most similar spelling, else the shortest that contains `name` as a word.
+    Return None if there is neither.
+    """
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     if close:
@@ -23,7 +27,7 @@ def closest(name: str, valid: Iterable[str], *, cutoff: float = 0.5) -> str | No
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint to append to a message: the closest valid name, or all of them when they are few."""
+    """Return a hint to append to a message: the closest valid name, or all names if few."""
     names = list(valid)
     close = closest(name, names)
     if close is not None:

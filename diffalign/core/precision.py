@@ -1,4 +1,4 @@
-"""How forwards are computed on a device: autocast, and on CPUs plain attention, whose backward is far faster there."""
+"""Contexts that forwards run in: autocast and the choice of the attention kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextmanager
 def attention(device: torch.device | str) -> Iterator[None]:
-    """The attention kernel alone: a backward that recomputes (gradient checkpointing) must find the same one."""
+    """Select the attention kernel of a device.
+
+    A backward that recomputes activations (gradient checkpointing) must run in the same context as its forward.
+    """
+    # the backward of plain attention is far faster on CPUs
     plain = torch.device(device).type == "cpu"
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         yield
@@ -19,7 +23,11 @@ def attention(device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def compute(device: torch.device | str, mixed_precision: str = "bf16") -> Iterator[None]:
-    """Context of every forward; `mixed_precision` is "bf16" or "no"."""
+    """Run forwards of a device in this context.
+
+    Args:
+        mixed_precision: "bf16" (autocast) or "no".
+    """
     cast = mixed_precision == "bf16"
     kind = torch.device(device).type
     with attention(device), torch.autocast(kind, torch.bfloat16) if cast else nullcontext():

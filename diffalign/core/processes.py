@@ -1,8 +1,7 @@
-"""Which of the processes of a launch this is: `accelerate launch` on GPUs, `torchrun` on CPUs as well.
+"""Rank and world size of a launch: `accelerate launch` on GPUs, `torchrun` on CPUs as well.
 
-Verbs that share work ask here, so that no process takes itself for the only one; the command line refuses to start
-others more than once. accelerate looks for processes without an accelerator only where it is told that they run on
-CPUs.
+Verbs that share work between processes read both from this module, so that no process believes to be the only one. The
+command line refuses to launch any other verb more than once.
 """
 
 from __future__ import annotations
@@ -24,38 +23,47 @@ from diffalign.core.errors import ReportedError, UsageError, UserError, explain
 
 T = TypeVar("T")
 PEER_TIMEOUT = "DIFFALIGN_PEER_TIMEOUT"
-"""The environment variable with the seconds that processes wait for each other; default 1800."""
+"""Environment variable with the seconds that processes wait for each other (default 1800)."""
 SHARDED = {
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
     DistributedType.MEGATRON_LM,
     DistributedType.XLA,
 }
-"""They spread a model over processes; here each has all of it, and gradients of LoRAs are added up."""
+"""Launch types of accelerate that shard a model over processes.
+
+They are refused: each process holds the whole model, and gradients of LoRAs are summed.
+"""
 
 
 def launched() -> int | None:
-    """How many processes a launcher has started; None without one. (A cluster may export WORLD_SIZE to whatever is
-    started there.)"""
+    """Return the number of processes that a launcher started, or None without a launcher."""
+    # WORLD_SIZE alone proves nothing: a cluster may export it to every job
     world = os.environ.get("WORLD_SIZE")
     return int(world) if "LOCAL_RANK" in os.environ and world is not None else None
 
 
 def current() -> PartialState:
-    """This process among all; the first call joins them. Whether a model is spread over them, only an accelerator
-    knows."""
+    """Return this process's rank and world size.
+
+    The first call joins the process group. Only `make_accelerator` can tell if the model would be sharded.
+
+    Raises:
+        UsageError: the launched processes are not connected to each other.
+    """
     state = PartialState(cpu=_on_cpus(), timeout=_timeout())
     _check(state.num_processes, state.distributed_type)
     return state
 
 
 def make_accelerator(**options: Any) -> Accelerator:
-    """The same as accelerate's `Accelerator`, with its options.
+    """Return accelerate's `Accelerator`, made with these options.
 
     Raises:
-        UsageError: of several processes each would be alone, or they share a model.
+        UsageError: the launched processes are not connected, or the model would be sharded (FSDP, DeepSpeed).
     """
-    current()  # joins the processes, with the timeout
+    # joins the process group with the timeout of this module
+    current()
     accelerator = Accelerator(cpu=_on_cpus(), **options)
     _check(accelerator.num_processes, accelerator.distributed_type)
     return accelerator
@@ -63,10 +71,12 @@ def make_accelerator(**options: Any) -> Accelerator:
 
 @contextmanager
 def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
-    """Keep other launches out of a folder until the block ends: the main process locks it for all of this launch.
+    """Lock a folder against other launches until the block ends.
+
+    The main process locks it for all processes of this launch.
 
     Raises:
-        UserError: another launch holds the folder, or it cannot be made; in all processes.
+        UserError: another launch holds the folder, or it cannot be made; raised in all processes.
     """
     with ExitStack() as stack:
 
@@ -83,10 +93,11 @@ def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Return in every process what the function returns in the main process, which alone calls it.
+    """Call a function in the main process, and return its value in every process.
 
     Raises:
-        UserError: the function's own, in the main process; the others, which would wait in vain, get a `ReportedError`.
+        UserError: raised by the function, in the main process. The other processes raise a `ReportedError`, because
+            they would otherwise wait forever.
     """
     state = current()
     value: Any = None
@@ -107,7 +118,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def highest(value: int) -> int:
-    """Return the largest value of all processes."""
+    """Return the largest of all processes' values."""
     state = current()
     if state.num_processes == 1:
         return value
@@ -118,17 +129,17 @@ def highest(value: int) -> int:
 
 @atexit.register
 def _leave() -> None:
-    """Before the interpreter ends: where gloo's threads outlive it, it aborts, and the launcher then ends the others,
-    which may be writing still."""
+    """Leave the process group before the interpreter ends."""
+    # the interpreter aborts if gloo's threads outlive it, and the launcher then kills processes that still write
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _timeout() -> timedelta:
-    """Return how long a process waits for another one that hangs, before it ends with an error.
+    """Return the time that a process waits for a hanging one before it fails.
 
     Raises:
-        UsageError: the environment names no time.
+        UsageError: the environment variable holds no number of seconds.
     """
     text = os.environ.get(PEER_TIMEOUT, "1800")
     try:
@@ -141,6 +152,7 @@ def _timeout() -> timedelta:
 
 
 def _on_cpus() -> bool:
+    # without this flag accelerate does not connect processes on a machine without an accelerator
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 

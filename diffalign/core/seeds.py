@@ -1,5 +1,7 @@
-"""Every random choice is a function of the run's seed and of counters, so that it depends neither on the number of
-processes nor on what was drawn before it, and a resumed run needs no generator states.
+"""Seeds of every random choice, derived from the run's seed and counters.
+
+A choice depends neither on the number of processes nor on earlier choices. A resumed run therefore needs no generator
+states.
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ import numpy as np
 
 
 def stream(*key: int) -> int:
-    """A 63-bit seed for a tuple of counters: a stream of its own for every purpose, update and image."""
+    """Return a 63-bit seed for a tuple of counters.
+
+    Every combination of purpose, update and image has its own stream.
+    """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 

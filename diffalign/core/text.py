@@ -1,7 +1,7 @@
-"""Text files as people have them: one reader for prompts, captions, tables and recipes.
+"""Reader of text files: prompts, captions, tables and recipes.
 
-Encodings are told by the byte order mark, UTF-8 without one. Only LF, CR or both end a line: U+2028, U+0085 and form
-feeds stand inside one.
+The byte order mark selects the encoding; without one it is UTF-8. A line ends with LF, CR or CR LF only. U+2028, U+0085
+and form feeds are ordinary characters of a line.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class TextError(UserError, ValueError):
 
 
 def suffix_of(path: str | Path) -> str:
-    """Suffix of a file name in lower case, with its dot."""
+    """Return the suffix of a file name in lower case, with its dot."""
     return Path(path).suffix.lower()
 
 
 def read_text(path: Path, *, error: type[UserError] = TextError) -> str:
-    """Text of a whole file, its lines ended by LF.
+    """Return the text of a whole file, its lines separated by LF.
 
     Raises:
         error: the file cannot be opened or decoded, or holds a NUL character.
@@ -42,7 +42,7 @@ def read_text(path: Path, *, error: type[UserError] = TextError) -> str:
 
 
 def read_lines(path: Path, *, error: type[UserError] = TextError) -> Iterator[tuple[int, str]]:
-    """Numbers (from 1) and texts of a file's lines, without their ends.
+    """Yield the number (from 1) and the text of each line, without its line end.
 
     Raises:
         error: the file cannot be opened or decoded, or a line holds a NUL character.
@@ -59,7 +59,7 @@ def read_lines(path: Path, *, error: type[UserError] = TextError) -> Iterator[tu
                         f"{path}:{number} is not readable: it holds a NUL character (UTF-16 without a byte order "
                         "mark?); save the file as UTF-8"
                     )
-                # files that were joined keep their marks inside
+                # concatenated files have byte order marks inside
                 yield number, line.removesuffix("\n").removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise error(_undecodable(path, codec)) from None
@@ -68,7 +68,7 @@ def read_lines(path: Path, *, error: type[UserError] = TextError) -> Iterator[tu
 
 
 def _undecodable(path: Path, codec: str) -> str:
-    """Message that names the line and the offset of the first wrong byte."""
+    """Return a message that names the line and the offset of the first invalid byte."""
     data = path.read_bytes()
     try:
         data.decode(codec)
@@ -85,10 +85,10 @@ def _undecodable(path: Path, codec: str) -> str:
 
 
 def parse_json(text: str, place: str, *, error: type[UserError] = TextError) -> Any:
-    """Value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        error: the text at `place` is not JSON, is nested too deep, or has a key twice.
+        error: the text is not JSON, is nested too deep, or has a key twice; the message names `place`.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -104,7 +104,7 @@ def parse_json(text: str, place: str, *, error: type[UserError] = TextError) -> 
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Object of its keys and values; KeyError for a key that is there twice."""
+    """Return a dictionary of the pairs, or raise KeyError for a key that occurs twice."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
@@ -113,7 +113,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, error: type[UserError] = TextError) -> Any:
-    """Value of a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
         error: the file cannot be read, or is not JSON.
@@ -122,7 +122,9 @@ def read_json(path: Path, *, error: type[UserError] = TextError) -> Any:
 
 
 def read_json_lines(path: Path, *, error: type[UserError] = TextError) -> list[Any]:
-    """Values of a file of one JSON text per line; blank lines are left out.
+    """Return the values of a file with one JSON text per line.
+
+    Blank lines are left out.
 
     Raises:
         error: the file cannot be read, or a line is not JSON.
@@ -132,7 +134,7 @@ def read_json_lines(path: Path, *, error: type[UserError] = TextError) -> list[A
 
 
 def unusable(text: str) -> str:
-    """Reason why no tokenizer takes a text; empty where one does."""
+    """Return the reason why no tokenizer accepts a text, or an empty string."""
     for place, character in enumerate(text):
         if character == "\0" or "\ud800" <= character <= "\udfff":
             return f"character {place + 1} is U+{ord(character):04X}, which no tokenizer takes"

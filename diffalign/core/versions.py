@@ -1,4 +1,4 @@
-"""What a number was measured with."""
+"""Versions of the software that a result was measured with."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that matter, and the commit where diffalign runs from a checkout."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and the main packages, and the commit of a checkout."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
     commit = _commit()
-    return found | ({"commit": commit} if commit else {})
+    return installed | ({"commit": commit} if commit else {})
 
 
 def _commit() -> str | None:

@@ -1,4 +1,4 @@
-"""Captioned images of one size, one after the other: of a folder, or rendered."""
+"""Stream of captioned images of one size, read from a folder or rendered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ RENDERED = "shapes:train"
 
 @dataclass(frozen=True)
 class CaptionedItem:
-    """Image of a `row`: `pixels` (3, H, W) uint8 and a caption, or the `problem`."""
+    """Image and caption of one row of a source.
+
+    Attributes:
+        row: number of the row.
+        prompt: caption of the image.
+        pixels: (3, H, W) uint8, or None for an image that cannot be used.
+        problem: reason why the image cannot be used.
+    """
 
     row: int
     prompt: str
@@ -30,11 +37,13 @@ class CaptionedItem:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Source of images and how they are cut, as in `config.LatentsConfig`.
+    """Source of captioned images, and the settings that crop and flip them.
+
+    The settings are those of `config.LatentsConfig`.
 
     Raises:
-        ImageFolderError: there is no such folder, no image in it, or no caption.
-        UsageError: nothing is said, or how many to render is not.
+        ImageFolderError: the folder does not exist, or holds no image or no caption.
+        UsageError: the source is empty, or rendered images have no limit.
     """
 
     source: str
@@ -55,7 +64,10 @@ class ImageSource:
 
     @property
     def files(self) -> dict[str, list[Any]]:
-        """Name to size in bytes and caption of every image of a folder: what a cache depends on."""
+        """Size in bytes and caption of every image of a folder, by name.
+
+        A cache of the images depends on these values.
+        """
         if self.source == RENDERED:
             return {}
         root = Path(self.source)
@@ -65,7 +77,7 @@ class ImageSource:
         }
 
     def items(self, start: int = 0) -> Iterator[CaptionedItem]:
-        """Images from a row of the source on."""
+        """Yield items, beginning with row `start` of the source."""
         if self.source == RENDERED:
             assert self.limit is not None
             yield from (self._rendered(row) for row in range(start, self.limit))
@@ -104,5 +116,5 @@ def _size(path: Path) -> int:
 
 
 def stacked(items: Sequence[CaptionedItem]) -> Tensor:
-    """(B, 3, H, W) uint8 of items that have pixels."""
+    """Stack the pixels of the items that have any: (B, 3, H, W) uint8."""
     return torch.stack([i.pixels for i in items if i.pixels is not None])

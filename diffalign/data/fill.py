@@ -1,4 +1,4 @@
-"""Fill a shard cache row by row, shared out among processes and resumed."""
+"""Fill a shard cache row by row, distributed over processes and resumable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ Cache = TypeVar("Cache", bound=ShardCache)
 def shards(
     items: Iterable[Any], *, first: int = 0, limit: int | None = None, size: int
 ) -> Iterator[Shard]:
-    """Cut a stream where a row ends, so that a shard can be read without those before it."""
+    """Cut a stream of items into shards of at least `size` items.
+
+    A shard ends with a row, so that it can be read without the shards before it.
+
+    Args:
+        first: number of the first shard.
+        limit: largest number of items.
+    """
     held: list[Any] = []
     number = first
     for row, group in groupby(islice(items, limit), key=lambda item: item.row):
@@ -46,20 +53,21 @@ def fill(
     make: Callable[[], Callable[[Shard], tuple[dict[str, Tensor], dict[str, Any]]]],
     nothing: Callable[[str], Exception],
 ) -> Cache:
-    """A complete cache.
+    """Fill a cache and return it, complete.
 
     Args:
-        key: all that it depends on.
-        items: from a row of the source on.
-        make: gives what makes a shard's tensors and facts; not called where the cache is complete.
-        nothing: the error to raise where no row could be used, of the reasons.
+        key: every value that the cache depends on.
+        items: yields the items of the source, beginning with a given row.
+        make: returns the function that makes a shard's tensors and facts; not called if the cache is complete.
+        nothing: makes the error to raise if every row was skipped, from a summary of the reasons.
     """
     if processes.highest(int(cache.complete)):
         processes.on_main(lambda: cache.claim(key))
         return cache
     with processes.hold(cache.folder, setting=cache.setting):
         processes.on_main(lambda: cache.claim(key))
-        if not cache.complete:  # another launch may have filled it meanwhile
+        # another launch may have filled the cache while this one waited for the lock
+        if not cache.complete:
             done = _write_shards(cache, accelerator, items, limit=limit, make=make)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
@@ -76,7 +84,7 @@ def _write_shards(
     limit: int | None,
     make: Callable[[], Callable[[Shard], tuple[dict[str, Tensor], dict[str, Any]]]],
 ) -> int:
-    """Write this process's part of the shards that are missing; returns how many there are in all."""
+    """Write this process's part of the missing shards; return the number of all shards."""
     done, row, count = 0, 0, 0
     while (facts := cache.facts(done)) is not None:
         done, row, count = done + 1, facts["stop"], count + facts["items"]
@@ -104,19 +112,19 @@ def _write_shards(
 
 
 def finish(cache: ShardCache, shards: int, nothing: Callable[[str], Exception]) -> None:
-    """Write the index; say what was left out."""
-    found = [cache.facts(number) or {} for number in range(shards)]
-    skipped = sum((Counter(f["skipped"]) for f in found), Counter[str]())
-    if not any(f[cache.rows] for f in found):
+    """Write the index of a cache, and log the number of skipped rows by reason."""
+    facts = [cache.facts(number) or {} for number in range(shards)]
+    skipped = sum((Counter(f["skipped"]) for f in facts), Counter[str]())
+    if not any(f[cache.rows] for f in facts):
         reasons = ", ".join(f"{why}: {n}" for why, n in skipped.items())
         raise nothing(reasons or "there is none")
-    errors = [f["round_trip_error"] for f in found if "round_trip_error" in f]
+    errors = [f["round_trip_error"] for f in facts if "round_trip_error" in f]
     notes = {
         "skipped": dict(skipped),
         "round_trip_error": errors[0] if errors else None,
-        "seconds": sum(f["seconds"] for f in found),
+        "seconds": sum(f["seconds"] for f in facts),
     }
-    cache.finish(found, notes=notes)
+    cache.finish(facts, notes=notes)
     if skipped:
         left_out = ", ".join(f"{why}: {n}" for why, n in skipped.most_common())
         logger.warning("%s left out: %s", cache.rows, left_out)

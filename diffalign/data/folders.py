@@ -1,4 +1,4 @@
-"""Files of a folder as people have it: one walker for images, captions and tables, which says what it leaves out."""
+"""Listing of folders with images, captions and tables; files that are left out are logged."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ IMAGE_SUFFIXES = frozenset(
         *(".tif", ".tiff", ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
     )
 )
-"""Suffixes of images that Pillow reads without a plugin."""
+"""Suffixes of image files that Pillow reads without a plugin."""
 OTHER_MEDIA = frozenset(
     (
         *(".heic", ".heif", ".jxl", ".psd", ".svg", ".pdf", ".eps", ".raw", ".dng", ".cr2", ".nef"),
         *(".arw", ".exr", ".hdr", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".zip", ".npy"),
     )
 )
-"""Suffixes of what somebody may take for an image, and nothing here reads."""
+"""Suffixes of media files that are not read, although a user may expect it."""
 SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"))
 QUIET = frozenset((".ds_store", ".git", ".gitattributes", ".gitignore", ".cache"))
-"""Hidden names that nobody would miss."""
+"""Hidden names that are left out without a message."""
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Splits of a dataset and the words for them, as datasets knows them."""
+"""Words that name each split of a dataset, as in the library `datasets`."""
 _WORDS = {word: split for split, words in SPLITS.items() for word in words}
 _reported: set[tuple[str, str]] = set()
 
 
 class FolderError(UserError, ValueError):
-    """A folder that cannot be read; the message names it."""
+    """Folder that cannot be read; the message names it."""
 
 
 @dataclass
 class Folder:
-    """Files below `root` in the order of their paths, and what was left out: names by reason."""
+    """Files below `root`, sorted by path, and the names of files left out, by reason."""
 
     root: Path
     files: list[Path]
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave_out(self, paths: Iterable[Path], why: str) -> None:
-        """Take files out of the list, for a reason that `report` gives."""
+        """Remove files from the list, with a reason for `report`."""
         gone = set(paths)
         if gone:
             self.files = [p for p in self.files if p not in gone]
@@ -62,17 +62,17 @@ class Folder:
             self.left_out.setdefault(why, []).extend(names)
 
     def of_type(self, suffixes: Iterable[str]) -> list[Path]:
-        """Files whose suffix is one of these, in lower case."""
+        """Return the files with one of these suffixes (lower case)."""
         every = set(suffixes)
         return [p for p in self.files if suffix_of(p) in every]
 
     @property
     def images(self) -> list[Path]:
-        """Files that are images by their suffix."""
+        """Files with the suffix of an image."""
         return self.of_type(IMAGE_SUFFIXES)
 
     def without_image(self) -> str:
-        """Message about a folder without an image: what it holds, and what would be read."""
+        """Return the message about a folder without images: its content and valid suffixes."""
         every = [suffix_of(p) or "no suffix" for p in self.files]
         content = ", ".join(f"{every.count(s)} of {s}" for s in sorted(set(every))) or "no file"
         without = f"; left out {self}" if self.left_out else ""
@@ -86,13 +86,13 @@ class Folder:
         )
 
     def report(self) -> None:
-        """Log what was left out, once for a folder."""
+        """Log the files that were left out, once per folder."""
         if self.left_out:
             say_once(self.root, f"left out {self}")
 
 
 def say_once(place: Path, text: str) -> None:
-    """Log something about a file or folder, once however often it is read."""
+    """Log a message about a file or folder once, however often it is read."""
     key = (str(place.resolve()), text)
     if key not in _reported:
         _reported.add(key)
@@ -100,12 +100,12 @@ def say_once(place: Path, text: str) -> None:
 
 
 def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
-    """Every file below a folder, without hidden ones and those of operating systems.
+    """List every file below a folder, without hidden files and those of operating systems.
 
     Links are followed.
 
     Raises:
-        error: there is no such folder, or it cannot be listed.
+        error: the folder does not exist, or cannot be listed.
     """
     if not root.is_dir():
         raise error(f"{root} is no folder")
@@ -118,7 +118,8 @@ def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         facts = os.stat(place)
-        if (facts.st_dev, facts.st_ino) in visited:  # a link to a folder above it
+        # a link may lead to a folder above it
+        if (facts.st_dev, facts.st_ino) in visited:
             folders.clear()
             continue
         visited.add((facts.st_dev, facts.st_ino))
@@ -137,10 +138,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
-    """Files of a folder of images; of a dataset with splits those to train on.
+    """List a folder of images; of a dataset with splits only the training split.
 
     Raises:
-        error: there is no such folder, or it cannot be listed.
+        error: the folder does not exist, or cannot be listed.
     """
     folder = walk(root, error=error)
     folder.leave_out(folder.of_type(OTHER_MEDIA), "of a kind that is not read")
@@ -150,7 +151,7 @@ def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
 
 
 def _keep_training_folder(folder: Folder) -> None:
-    """Leave out other splits where all images lie in folders of splits."""
+    """Leave out other splits if all images lie in folders that are named after splits."""
     images = folder.images
     if not images:
         return
@@ -166,20 +167,20 @@ def _keep_training_folder(folder: Folder) -> None:
 
 
 def _split_of_folder(path: Path, base: Path) -> str | None:
-    """Split that a folder below `base` is named after, such as val2017."""
+    """Return the split that a folder below `base` is named after, such as val2017."""
     top, *rest = path.relative_to(base).parts
     match = re.fullmatch(r"([a-z]+?)[-_ ]?(?:images|imgs|set|data)?[-_ ]?\d*", top.lower())
     return _WORDS.get(match[1]) if match and rest else None
 
 
 def _grids(images: Sequence[Path]) -> list[Path]:
-    """Overviews that `diffalign generate` writes beside numbered images."""
+    """Return the overview images that `diffalign generate` writes beside numbered images."""
     numbered = {p.parent for p in images if re.match(r"\d{4}[-.]", p.name)}
     return [p for p in images if p.name == "grid.png" and p.parent in numbered]
 
 
 def split_of(path: Path) -> str | None:
-    """Split that a relative path names with a word, such as data/train-00000.parquet."""
+    """Return the split that a word of a path names, such as data/train-00000.parquet."""
     for word in re.split(r"[^a-z]+", path.as_posix().lower()):
         if word in _WORDS:
             return _WORDS[word]
@@ -187,7 +188,7 @@ def split_of(path: Path) -> str | None:
 
 
 def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
-    """Files of the training split where there are several splits, otherwise all."""
+    """Return the files of the training split, or all files without several splits."""
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         by_split.setdefault(split_of(file.relative_to(folder.root)), []).append(file)

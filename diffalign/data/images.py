@@ -1,4 +1,7 @@
-"""Folders of images with captions, as they are found: any mode that Pillow reads, files that are broken."""
+"""Reader of folders of captioned images.
+
+Images may have any mode that Pillow reads, and broken files are reported one by one.
+"""
 
 from __future__ import annotations
 
@@ -27,39 +30,46 @@ from diffalign.data.prompts import Prompt
 from diffalign.data.tables import Row, read_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
-"""Names of tables of captions; where a folder has several, the first is read."""
+"""Names of caption tables; only the first that a folder has is read."""
 OTHER_TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 CAPTION_SUFFIXES = (".txt", ".caption")
 TEXT_KEYS = ("prompt", "text", "caption")
 MAX_WAITING = 500_000_000
-"""Values of images that wait for others of their size."""
+"""Largest number of pixel values that `batches` holds while it collects images of one size."""
 MAX_PIXELS = 2**30
 MAX_PNG_TEXT = 2**28
-"""Bytes of a text or profile in a PNG; all together have four times that."""
+"""Largest size in bytes of a text in a PNG; all texts together may have four times that."""
 
 
 class ImageFolderError(UserError, ValueError):
-    """A folder that cannot be used; the message says what is expected."""
+    """Image folder that cannot be used; the message says what is expected."""
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """A file and what it should show."""
+    """Image file and its prompt."""
 
     path: Path
     prompt: Prompt
 
 
 def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedImage]:
-    """Images of a folder with their captions; what is left out is logged.
+    """Return a folder's images with their captions, and log files that are left out.
 
-    Captions come from tables in the folder or below it (`metadata.jsonl`, `.csv`, `.parquet` or `.json` with columns
-    `file_name` and prompt, text or caption: an image folder of datasets), of a GenEval folder from each prompt's, else
-    from a .txt or .caption file beside each image; an image without one has an empty caption. Images of a table come
-    in its order, others in that of their names.
+    Captions come from three sources:
+
+    - tables in the folder or below it, as in an image folder of `datasets`: `metadata.jsonl`, `.csv`, `.parquet` or
+      `.json` with a column `file_name` and a column prompt, text or caption;
+    - in a GenEval folder, the `metadata.jsonl` of each prompt;
+    - otherwise a .txt or .caption file beside each image. Without one the caption is empty.
+
+    Images of a table keep its order; other images are sorted by name.
+
+    Args:
+        flag: names the folder in errors.
 
     Raises:
-        ImageFolderError: there is no such folder, no image in it, or a table or caption that is not readable.
+        ImageFolderError: the folder does not exist or holds no image, or a table or caption is not readable.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -79,7 +89,7 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
         (p for p in images if p not in named and not below.isdisjoint(p.parents)),
         "named in no row of the table above them",
     )
-    # what GenEval's script leaves beside a prompt's samples
+    # GenEval's script writes grids beside a prompt's samples
     listing.leave_out((p for p in images if p.parent in geneval), "made of the other images")
     listing.report()
     beside = _Captions(listing)
@@ -90,7 +100,7 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
 
 
 def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
-    """Write file names and prompts into `metadata.jsonl`, beside those of other images."""
+    """Write file names and prompts into `metadata.jsonl`; keep rows of other images."""
     file = folder / TABLES[0]
     rows = {
         name: {"file_name": name, **p.metadata, "prompt": p.text} for name, p in prompts.items()
@@ -105,7 +115,11 @@ def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
 
 
 def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, why: str) -> None:
-    """ImageFolderError where no image has a caption and something needs them, which `why` says."""
+    """Raise ImageFolderError if no image has a caption.
+
+    Args:
+        why: names the reason why captions are needed.
+    """
     if any(image.prompt.text.strip() for image in images):
         return
     others = [
@@ -121,7 +135,7 @@ def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, wh
 
 
 def _tables(listing: Folder, *, without: dict[Path, Any]) -> list[Path]:
-    """Tables of captions, the first of each folder."""
+    """Return the caption tables, the first of each folder; leave the others out."""
     by_folder: dict[Path, list[Path]] = {}
     for path in listing.files:
         if path.name.lower() in TABLES and path.parent not in without:
@@ -135,7 +149,7 @@ def _tables(listing: Folder, *, without: dict[Path, Any]) -> list[Path]:
 
 
 class _Captions:
-    """Texts in files beside images, their names without regard to case."""
+    """Caption files beside images, found without regard to case."""
 
     def __init__(self, listing: Folder) -> None:
         self.files = {
@@ -143,7 +157,7 @@ class _Captions:
         }
 
     def of(self, image: Path) -> Prompt:
-        """Caption of an image; empty where it has none."""
+        """Return the caption of an image, or an empty one without a caption file."""
         names = (f"{image.stem}{suffix}".lower() for suffix in CAPTION_SUFFIXES)
         files = (self.files.get((image.parent, name)) for name in names)
         file = next((f for f in files if f is not None), None)
@@ -153,7 +167,7 @@ class _Captions:
 
 
 def _checked(text: str, place: str) -> str:
-    """Caption; ImageFolderError where no tokenizer takes it."""
+    """Return a caption, or raise ImageFolderError if no tokenizer accepts it."""
     if why := unusable(text):
         raise ImageFolderError(f"{place}: the caption is not usable: {why}")
     return text
@@ -165,7 +179,7 @@ def _of_geneval(path: Path, entries: dict[Path, dict[str, Any]]) -> Prompt | Non
 
 
 def _geneval(file: Path) -> dict[str, Any] | None:
-    """Prompt of GenEval's folder layout, where the file is one."""
+    """Return the prompt entry of a file in GenEval's folder layout, or None."""
     if not (file.parent.name.isdigit() or (file.parent / "samples").is_dir()):
         return None
     try:
@@ -177,10 +191,10 @@ def _geneval(file: Path) -> dict[str, Any] | None:
 
 
 def _captioned(table: Path) -> Iterator[CaptionedImage]:
-    """Images that a table names.
+    """Yield the images that a table names.
 
     Raises:
-        ImageFolderError: a row is not readable, names no file, or a file outside the folder.
+        ImageFolderError: a row is not readable, names no file, or names a file outside the folder.
     """
     rows = [row for row in read_rows(table, error=ImageFolderError) if row is not None]
     if not rows:
@@ -196,7 +210,7 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
         columns = ", ".join(map(str, rows[0].columns))
         say_once(table, f"no row has a {' or '.join(TEXT_KEYS)}; its columns are {columns}")
     for row, entry in zip(rows, entries, strict=True):
-        # taken out: its key means a caption here, whatever it means to a reward
+        # removed from the metadata, because the key means a caption here and may mean something else to a reward
         value = entry.pop(key, None) if key is not None else None
         if isinstance(value, list | dict | bytes):
             raise ImageFolderError(f"{row.at}: {key} must be a text, not {type(value).__name__}")
@@ -207,13 +221,13 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
 
 
 def _column(name: Any) -> Any:
-    """Name of a column; those that mean something here are known in any case."""
+    """Return a column's name; the names that this module reads are put into lower case."""
     plain = str(name).strip().lower()
     return plain if plain in ("file_name", *TEXT_KEYS) else name
 
 
 def _inside(row: Row, name: Any) -> Path:
-    """File that a row names within the folder of its table."""
+    """Return the file that a row names, within the folder of its table."""
     if not name:
         raise ImageFolderError(
             f"{row.at} has no file_name; its columns are {', '.join(map(str, row.columns))}"
@@ -225,7 +239,7 @@ def _inside(row: Row, name: Any) -> Path:
 
 
 class _Limits:
-    """Pillow's limits, which are raised only while an image of the user's own is read."""
+    """Pillow's limits, raised only while an image of the user is read."""
 
     def __init__(self) -> None:
         self.lock, self.readers = threading.Lock(), 0
@@ -257,12 +271,13 @@ _limits = _Limits()
 
 
 def read_image(path: Path | bytes) -> Tensor:
-    """Pixels (3, H, W) uint8 of a file or its contents, upright by its EXIF.
+    """Return the pixels (3, H, W) uint8 of an image file or of its content.
 
-    Transparency lies on white, 16 bits are scaled to 8, and an animation's first frame counts.
+    The image is turned as its EXIF says. Transparent pixels are composed on white, 16 bits are scaled to 8, and of an
+    animation the first frame is read.
 
     Raises:
-        OSError: the file is missing, empty, cut or no image.
+        OSError: the file is missing, empty, truncated or no image.
     """
     try:
         with (
@@ -279,13 +294,14 @@ def read_image(path: Path | bytes) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except OSError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+    # Pillow's plugins raise errors of any class on a damaged file
+    except Exception as error:
         name = "image" if isinstance(path, bytes) else path
         raise OSError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Image turned as its EXIF says; a damaged EXIF is left out."""
+    """Return an image turned as its EXIF says; ignore a damaged EXIF."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -293,7 +309,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _deep(values: np.ndarray) -> Tensor:
-    """Grey (3, H, W) uint8 of 16-bit integers or floats in 0..1 (H, W)."""
+    """Convert (H, W) 16-bit integers or floats in 0..1 to grey (3, H, W) uint8."""
     if np.issubdtype(values.dtype, np.floating):
         if not np.isfinite(values).all():
             raise ValueError("pixels that are not finite")
@@ -307,8 +323,17 @@ def _deep(values: np.ndarray) -> Tensor:
 def fit(
     pixels: Tensor, height: int, width: int, *, place: tuple[float, float] = (0.5, 0.5)
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(3, height, width) uint8 of (3, H, W): the least resizing that covers it, then a crop at `place` (0..1 from the
-    top, from the left); also the crop's top and left. An image of that size stays as it is."""
+    """Resize an image as little as possible, and crop it to `height` x `width`.
+
+    An image of that size stays unchanged.
+
+    Args:
+        pixels: (3, H, W) uint8.
+        place: position of the crop, 0..1 from the top and 0..1 from the left.
+
+    Returns:
+        The crop (3, height, width) uint8, and its top and left in the resized image.
+    """
     _, h, w = pixels.shape
     scale = max(height / h, width / w)
     if scale != 1:
@@ -325,10 +350,11 @@ def fit(
 def batches(
     images: Sequence[CaptionedImage], *, size: int
 ) -> Iterator[tuple[list[int], Tensor | None, str | None]]:
-    """Batches of up to `size` readable images of one resolution.
+    """Yield batches of up to `size` readable images of one resolution.
 
-    Each is (rows, (B, 3, H, W) pixels, None), or ([row], None, why) for an image that cannot be read. Never more than a
-    few times `size` images, or one and MAX_WAITING values, are held."""
+    A batch is (rows, (B, 3, H, W) pixels, None), or ([row], None, reason) for an image that cannot be read. At most
+    `MAX_WAITING` values and one image wait for others of their resolution.
+    """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0
     for row, image in enumerate(images):

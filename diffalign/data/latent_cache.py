@@ -1,5 +1,7 @@
-"""Captioned images as `diffalign precompute` leaves them: latents in the space that a model moves to, and of some of
-them those in its own."""
+"""Cache of captioned images that `diffalign precompute` encoded.
+
+Every image has latents in the new space of a model, and some have latents in its old space, too.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,13 @@ from diffalign.types import PromptEmbeds
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """B images: `latents` (B, C, h, w) float32 in the new space, their prompts, and `base_latents` in the old one where
-    all of them have such."""
+    """Batch of B captioned images.
+
+    Attributes:
+        latents: (B, C, h, w) float32, in the new space.
+        embeds: embeddings of the captions.
+        base_latents: latents in the old space if all images have them, else None.
+    """
 
     latents: Tensor
     embeds: PromptEmbeds
@@ -24,7 +31,7 @@ class LatentBatch:
 
 
 class LatentCache(ShardCache):
-    """One row an image."""
+    """Cache with one row per image."""
 
     rows = "images"
     setting = "latents.cache"
@@ -32,7 +39,7 @@ class LatentCache(ShardCache):
     def batch(
         self, images: Sequence[int], device: torch.device | str = "cpu", *, paired: bool = False
     ) -> LatentBatch:
-        """Images by their numbers; with their latents in the old space only where asked for."""
+        """Return images by number; `paired` adds their latents in the old space."""
         columns, embeds = self.columns(images, device, without=() if paired else ("base_latents",))
         base = columns.get("base_latents")
         return LatentBatch(

@@ -1,4 +1,4 @@
-"""Prompts of the Shapes language, of GenEval or of files, with metadata for rewards."""
+"""Prompts with metadata for rewards: the Shapes language, GenEval or files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SUFFIXES = (".txt", ".jsonl")
 
 
 class PromptError(UserError, ValueError):
-    """A prompt file that cannot be used; the message names file and line."""
+    """Prompt file that cannot be used; the message names file and line."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and its metadata (GenEval's `tag`, `include`, `exclude`, or anything else)."""
+    """Text of a prompt and its metadata, such as GenEval's `tag`, `include` and `exclude`."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -32,12 +32,12 @@ class Prompt:
 
 
 def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a name or a file.
+    """Load a named set of prompts, or a file of prompts.
 
     Args:
-        source: `geneval` (its 553), `geneval:train` (others), `shapes:train`, `shapes:held_out`, a .txt file (one
-            prompt per line) or a .jsonl file (GenEval's format).
-        limit: keep that many, spread evenly over the file.
+        source: `geneval` (its 553 prompts), `geneval:train` (other prompts), `shapes:train`, `shapes:held_out`, a .txt
+            file (one prompt per line) or a .jsonl file (GenEval's format).
+        limit: number of prompts to keep, spread evenly over the set.
 
     Raises:
         PromptError: the file cannot be used; the message names file and line.
@@ -63,27 +63,27 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 
 def is_file(source: str) -> bool:
-    """Return True where prompts come from a user's file, not from a set that ships with the suite."""
+    """Return True for a user's file, False for a set that ships with the suite."""
     return not source.startswith(("shapes:", "geneval"))
 
 
 def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
-    """Texts and metadata in their order: what digests are of."""
+    """Return texts and metadata in order, as the input of a digest."""
     return [[p.text, p.metadata] for p in prompts]
 
 
 def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """Prompts spread evenly over a list, `limit` of them; all where there are no more."""
+    """Return `limit` prompts, spread evenly over the list; all of them if there are fewer."""
     if limit >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // limit] for i in range(limit)]
 
 
 def read_arguments(arguments: Sequence[str]) -> list[Prompt]:
-    """Prompts that are given as texts, or as files of prompts by their suffix.
+    """Return the prompts of arguments, which are texts, or prompt files by their suffix.
 
     Raises:
-        PromptError: a file cannot be used, or no tokenizer takes a text.
+        PromptError: a file cannot be used, or no tokenizer accepts a text.
     """
     items: list[Prompt] = []
     for text in arguments:

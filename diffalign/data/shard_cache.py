@@ -1,7 +1,7 @@
-"""What `diffalign precompute` leaves behind: shards of tensors, and an index of their rows.
+"""Cache that `diffalign precompute` writes: shards of tensors and an index of their rows.
 
-A shard is one safetensors file, written whole or not at all; it says in its header what it was made from and where the
-next one starts. `manifest.json` holds everything that could make the cache stale.
+A shard is one safetensors file, written atomically. Its header names its rows and where the next shard begins. The file
+`manifest.json` holds every value that the cache depends on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT_PARTS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"
 
 @dataclass
 class Shard:
-    """Consecutive items of a source; the next shard begins at row `stop` of it."""
+    """Consecutive items of a source; the next shard begins at row `stop` of the source."""
 
     number: int
     items: list[Any]
@@ -40,36 +40,42 @@ class Shard:
 def prompt_tensors(
     prompts: Sequence[str], embed: Callable[[Sequence[str]], PromptEmbeds]
 ) -> dict[str, Tensor]:
-    """Of a shard's rows: each prompt's embeddings once, and the row of each one's prompt among them."""
+    """Return the prompt tensors of a shard: the embeddings of each distinct prompt once.
+
+    The tensor `prompt_row` (N,) gives the row of each item's prompt among them.
+    """
     if not prompts:
         return {}
     place = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
     embeds = embed(list(place)).to("cpu")
     parts = {name: getattr(embeds, name) for name in PROMPT_PARTS}
-    found = {"prompt_row": torch.tensor([place[text] for text in prompts])}
-    return found | {k: v for k, v in parts.items() if v is not None}
+    prompt_rows = {"prompt_row": torch.tensor([place[text] for text in prompts])}
+    return prompt_rows | {k: v for k, v in parts.items() if v is not None}
 
 
 class CacheError(UserError, RuntimeError):
-    """A cache that does not fit, is not whole, or cannot be written."""
+    """Cache that belongs to other settings, is incomplete, or cannot be written."""
 
 
 class ShardCache:
-    """Reads and writes one folder. Rows of all shards are numbered from 0, and each has a prompt."""
+    """Cache of shards in one folder.
+
+    Rows are numbered from 0 over all shards, and each has a prompt.
+    """
 
     rows: ClassVar[str]
-    """What its rows are called in facts and counts."""
+    """Name of the rows in facts and counts, such as images."""
     setting: ClassVar[str]
-    """The setting that says where it lies."""
+    """Name of the setting that holds the cache's folder."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def claim(self, key: Mapping[str, Any]) -> None:
-        """Note down what the cache is made from.
+        """Write the values that the cache depends on into its manifest.
 
         Raises:
-            CacheError: it is there and made from something else, or the folder holds other things.
+            CacheError: the folder holds a cache that was made from other values, or holds other files.
         """
         file = self.folder / MANIFEST
         if file.is_file():
@@ -91,7 +97,7 @@ class ShardCache:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a shard; before that, the folder belongs to no source."""
+        """True if the folder holds a shard; without one it belongs to no source yet."""
         return any(self.folder.glob("shard-*.safetensors"))
 
     @property
@@ -112,7 +118,11 @@ class ShardCache:
         return self.folder / f"shard-{number:05d}.safetensors"
 
     def write_shard(self, number: int, tensors: Mapping[str, Tensor], facts: Any) -> None:
-        """CacheError where the disk is full; what is there stays."""
+        """Write a shard atomically.
+
+        Raises:
+            CacheError: the shard cannot be written, as on a full disk; earlier shards stay.
+        """
         path = self.shard(number)
         try:
             with aside(path) as file:
@@ -128,10 +138,10 @@ class ShardCache:
             ) from error
 
     def facts(self, number: int) -> dict[str, Any] | None:
-        """What a shard says of itself; None where there is none.
+        """Return the facts in a shard's header, or None if the shard does not exist.
 
         Raises:
-            CacheError: it is cut or changed.
+            CacheError: the shard is damaged.
         """
         path = self.shard(number)
         if not path.is_file():
@@ -143,7 +153,12 @@ class ShardCache:
             raise CacheError(f"{path} is damaged ({error}); delete it to make it again") from error
 
     def finish(self, shards: Sequence[Mapping[str, Any]], *, notes: Mapping[str, Any]) -> None:
-        """Write the index of all rows, and the counts; `shards` are the facts of all of them."""
+        """Write the index of all rows, and their counts.
+
+        Args:
+            shards: facts of all shards, in order.
+            notes: further entries of the manifest.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -161,21 +176,26 @@ class ShardCache:
 
     @cached_property
     def index(self) -> dict[str, list[Any]]:
-        """Columns of the index."""
+        """Columns of the index, one value per row of the cache."""
         import pyarrow.parquet as pq
 
         if not self.complete:
             raise CacheError(
                 f"{self.folder} is not complete; `diffalign precompute` goes on where it stopped"
             )
-        found: dict[str, list[Any]] = pq.read_table(self.folder / INDEX).to_pydict()
-        return found
+        columns: dict[str, list[Any]] = pq.read_table(self.folder / INDEX).to_pydict()
+        return columns
 
     def split(self, share: float) -> tuple[list[int], list[int]]:
-        """Numbers of the rows to train on, and of those of this share of the prompts that are kept for validation."""
-        kept = [held_out(p, share) for p in self.index["prompt"]]
-        numbers = range(len(kept))
-        return [i for i in numbers if not kept[i]], [i for i in numbers if kept[i]]
+        """Return the numbers of the training rows and of the validation rows.
+
+        Args:
+            share: share of the prompts that are held out for validation.
+        """
+        is_held_out = [held_out(p, share) for p in self.index["prompt"]]
+        numbers = range(len(is_held_out))
+        training = [i for i in numbers if not is_held_out[i]]
+        return training, [i for i in numbers if is_held_out[i]]
 
     @cached_property
     def _open(self) -> dict[int, Any]:
@@ -188,13 +208,17 @@ class ShardCache:
         *,
         without: Sequence[str] = (),
     ) -> tuple[dict[str, Tensor], PromptEmbeds]:
-        """Tensors of rows by their numbers, stacked, and their prompts; those named `without` are not read."""
+        """Return the stacked tensors and the prompts of rows, by their numbers.
+
+        Args:
+            without: names of tensors that are not read.
+        """
         parts = [self.row(i, without=without) for i in rows]
-        found = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
-        return found, PromptEmbeds(**{k: found.pop(k) for k in PROMPT_PARTS if k in found})
+        tensors = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
+        return tensors, PromptEmbeds(**{k: tensors.pop(k) for k in PROMPT_PARTS if k in tensors})
 
     def row(self, number: int, *, without: Sequence[str] = ()) -> dict[str, Tensor]:
-        """All tensors of a row, its prompt's among them."""
+        """Return all tensors of a row, including those of its prompt."""
         shard, offset = self.index["shard"][number], self.index["offset"][number]
         if shard not in self._open:
             try:
@@ -203,6 +227,6 @@ class ShardCache:
                 raise CacheError(f"{self.shard(shard)} is damaged: {error}") from error
         file = self._open[shard]
         names = set(file.keys()) - set(without)
-        found = {k: file.get_slice(k)[offset] for k in names - {*PROMPT_PARTS, "prompt_row"}}
+        own = {k: file.get_slice(k)[offset] for k in names - {*PROMPT_PARTS, "prompt_row"}}
         row = int(file.get_slice("prompt_row")[offset])
-        return found | {k: file.get_slice(k)[row] for k in PROMPT_PARTS if k in names}
+        return own | {k: file.get_slice(k)[row] for k in PROMPT_PARTS if k in names}

@@ -1,6 +1,6 @@
-"""Rows of tables as they are found on disk: parquet, csv, json, one object per line, tar.
+"""Reader of tables: parquet, csv, json, JSON lines and tar.
 
-A row is a mapping of its columns. A row that cannot be read has a `problem` instead: readers of pairs count it,
+A row is a mapping of its columns. A row that cannot be read has a `problem` instead: readers of pairs count such a row,
 readers of captions refuse it.
 """
 
@@ -21,20 +21,23 @@ from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
 SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv")
 TAR_IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_MEMBER = 512 * 1024**2
-"""Bytes of a member of a tar; a longer one is no image."""
+"""Largest size in bytes of a tar member; a longer one is no image."""
 PARQUET_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Row:
-    """Row `number` of a `file`: its columns, or its `problem`; `line` where the table is text."""
+    """Row of a table: its columns, or the problem that it has.
+
+    Text tables also give the `line` of the row.
+    """
 
     columns: Mapping[str, Any]
     file: Path
     number: int
     line: int | None = None
     name: str = ""
-    """Key of a sample in a tar."""
+    """Key of the sample in a tar."""
     problem: str = ""
 
     @property
@@ -50,20 +53,20 @@ class Row:
 
     @property
     def folder(self) -> Path:
-        """Folder where relative paths of the row start."""
+        """Folder that relative paths of the row are resolved against."""
         return self.file.parent
 
 
 Rows = Iterator[Row | None]
-"""Rows of a table, with None for each of those that were to be skipped."""
+"""Rows of a table, with None for each skipped row."""
 
 
 def read_rows(file: Path, *, skip: int = 0, error: type[UserError]) -> Rows:
-    """Rows of a table by the suffix of its name.
+    """Yield the rows of a table, whose format is its file's suffix.
 
     Args:
-        skip: number of first rows that are not made; None stands for each.
-        error: class of what is raised where the table as a whole cannot be read.
+        skip: number of leading rows to skip; None is yielded for each.
+        error: class of the error to raise if the whole table cannot be read.
     """
     readers: dict[str, Callable[..., Rows]] = {".parquet": _parquet, ".tar": _tar}
     read = readers.get(suffix_of(file))
@@ -76,7 +79,7 @@ def read_rows(file: Path, *, skip: int = 0, error: type[UserError]) -> Rows:
 
 
 def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
-    """Rows of a table with a header; a row of another width has a problem."""
+    """Yield the rows of a CSV file; a row of wrong width has a problem."""
     header: list[str] = []
     number = 0
     for line, values, damage in _records(file, error):
@@ -96,7 +99,7 @@ def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
 
 
 def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str], str]]:
-    """First line, fields and problem of every record that is not blank."""
+    """Yield first line, fields and problem of every record that is not blank."""
     lines = (line + "\n" for _, line in read_lines(file, error=error))
     reader = csv.reader(lines, strict=True, skipinitialspace=True)
     while True:
@@ -115,7 +118,7 @@ def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str
 
 
 def _header(values: list[str], place: str, error: type[UserError]) -> list[str]:
-    """Names of columns; an index has none."""
+    """Return the names of the columns; an index column has an empty name."""
     names = [value.strip() for value in values]
     for name in names:
         if name and names.count(name) > 1:
@@ -124,7 +127,7 @@ def _header(values: list[str], place: str, error: type[UserError]) -> list[str]:
 
 
 def _json(file: Path, error: type[UserError]) -> Iterator[Row]:
-    """Rows of a list of objects."""
+    """Yield the rows of a JSON file that holds a list of objects."""
     entries = read_json(file, error=error)
     if not isinstance(entries, list):
         raise error(f"{file} must hold a list of objects")
@@ -133,7 +136,7 @@ def _json(file: Path, error: type[UserError]) -> Iterator[Row]:
 
 
 def _json_lines(file: Path, error: type[UserError]) -> Iterator[Row]:
-    """Rows of a file of one object per line."""
+    """Yield the rows of a file with one JSON object per line."""
     number = 0
     for line, text in read_lines(file, error=error):
         if not text.strip():
@@ -153,7 +156,7 @@ def _object(entry: Any, file: Path, number: int, line: int | None) -> Row:
 
 
 def open_parquet(file: Path, error: type[UserError]) -> Any:
-    """Parquet file that is open."""
+    """Open a parquet file, or raise `error` if it is not readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -164,7 +167,7 @@ def open_parquet(file: Path, error: type[UserError]) -> Any:
 
 
 def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
-    """Rows of a parquet file; row groups that are skipped are not read."""
+    """Yield the rows of a parquet file; skipped row groups are not read."""
     import pyarrow as pa
 
     table = open_parquet(file, error)
@@ -185,7 +188,7 @@ def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
 
 
 def _batch(batch: Any, file: Path, number: int) -> list[Row]:
-    """Rows of a batch from `number` on; one whose text is damaged has a problem."""
+    """Return the rows of a batch, numbered from `number`; damaged text is a problem."""
     try:
         return [Row(columns, file, number + i) for i, columns in enumerate(batch.to_pylist())]
     except UnicodeDecodeError:
@@ -205,7 +208,7 @@ def _first_line(cause: BaseException) -> str:
 
 
 def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
-    """Samples of a tar in WebDataset's form: members of one key follow each other."""
+    """Yield the samples of a WebDataset tar, in which members of one key are adjacent."""
     try:
         with tarfile.open(file) as archive:
             members = (m for m in archive if m.isfile() and not _is_hidden(m.name))
@@ -220,7 +223,7 @@ def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Key of a sample, up to the first dot of its name, and the rest."""
+    """Split a member's name at its first dot into the sample's key and the rest."""
     path = PurePosixPath(name)
     stem, _, rest = path.name.partition(".")
     return str(path.parent / stem), rest

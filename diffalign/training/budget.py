@@ -1,6 +1,7 @@
-"""Budget of time for a whole run: updates and evaluated images that fit, planned once from the first measured ones.
+"""Plan how many updates and evaluated images fit into a run's time.
 
-The plan is kept in the run folder. A resumed run follows it, so results depend on the plan and not on the clock again.
+The plan is made once, from the first updates and images that are measured, and saved in the run folder. A resumed run
+follows it. Results then depend on the plan, and not on the clock again.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from diffalign.core.files import write_text
 
 BUDGET = "budget.json"
 WARM_UP = 2
-"""First updates of a sitting that are not measured: they compile."""
+"""Number of a sitting's first updates that are not measured, because they compile."""
 MEASURED = 4
+"""Number of updates that are measured for the plan."""
 EVALUATION_SHARE = 0.3
-"""Largest part of the time that the evaluations before and after training may take together."""
+"""Largest fraction of the time for the evaluations before and after training together."""
 RESERVE = 0.04
-"""Part of the time for what is not measured: imports, the last checkpoint, the report."""
+"""Fraction of the time for what is not measured: imports, the last checkpoint and the report."""
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """What was decided, and what it was decided from.
+    """Plan of a run's time, and the measurements that it was made from.
 
-    `images` is the part of an evaluation's images that is drawn, `updates` the number of updates, planned after update
-    `planned_after`; None before that is known. `seconds` were spent when the plan was written.
+    Attributes:
+        images: fraction of an evaluation's images that is sampled, None before it is planned.
+        evaluation_seconds: duration of the evaluation before training.
+        updates: number of updates of the whole run, None before it is planned.
+        planned_after: number of the update after which `updates` was planned.
+        seconds: time of the run that was spent when the plan was saved.
     """
 
     images: float | None = None
@@ -40,9 +46,15 @@ class TimePlan:
     seconds: float = 0.0
 
     def scheduled(self, step: int, *, per_update: int, most: int) -> float:
-        """Return the step (from 0) of a schedule over `most` updates that falls on optimizer step `step` of the plan.
+        """Return an optimizer step's position in a schedule over `most` updates, both from 0.
 
-        Steps before the plan are their own. After it the schedule runs faster, so that it ends with the last update.
+        Before the plan is made the position is the step itself. Afterwards the schedule runs faster, so that it ends
+        with the last planned update.
+
+        Args:
+            step: number of the optimizer step in the run.
+            per_update: optimizer steps per update.
+            most: number of updates that the schedule is made for.
         """
         if self.updates is None or self.updates <= self.planned_after:
             return step
@@ -53,13 +65,13 @@ class TimePlan:
 
 @dataclass
 class Budget:
-    """Time of a run over all its sittings.
+    """Time budget of a run over all its sittings. A sitting is one process of a run that may be resumed.
 
     Args:
         folder: the run folder.
-        seconds: for the whole run.
-        most: number of updates that is never exceeded.
-        clock: seconds of any origin.
+        seconds: time for the whole run.
+        most: largest number of updates.
+        clock: returns seconds since any origin.
     """
 
     folder: Path
@@ -74,7 +86,7 @@ class Budget:
         self._ends: list[float] = []
 
     def resume(self) -> None:
-        """Go on with the plan and the time of an earlier sitting, if the folder has them."""
+        """Load the plan and the spent time of an earlier sitting, if there are any."""
         file = self.folder / BUDGET
         if file.is_file():
             self.plan = TimePlan(**json.loads(file.read_text(encoding="utf-8")))
@@ -82,20 +94,24 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Seconds of this sitting and of earlier ones, up to what they saved."""
+        """Seconds of this sitting, and of earlier sittings until they last saved the plan."""
         return self._earlier + self.clock() - self._started
 
     def plan_images(self, images: int, *, seconds_per_image: float) -> None:
-        """Decide which part of an evaluation's `images` is drawn, before and after training."""
+        """Plan which fraction of an evaluation's `images` is sampled, before and after training."""
         fits = self.seconds * EVALUATION_SHARE / (2 * max(seconds_per_image, 1e-9))
         self._decide(images=min(1.0, fits / images))
 
     def measure_evaluation(self, seconds: float) -> None:
-        """Keep what the evaluation before training took: the one after it takes as long."""
+        """Reserve as much time for the evaluation after training as the one before it took."""
         self._decide(evaluation_seconds=seconds)
 
     def finish_update(self, update: int) -> bool:
-        """Note the end of an update; return whether the number of updates has been planned now."""
+        """Record the end of an update. Plan the number of updates once enough are measured.
+
+        Returns:
+            True if the number of updates was planned by this call.
+        """
         self._ends.append(self.clock())
         if self.plan.updates is not None or len(self._ends) <= WARM_UP + MEASURED - 1:
             return False
@@ -107,7 +123,7 @@ class Budget:
         return True
 
     def save(self) -> None:
-        """Write the plan and the time that was spent."""
+        """Save the plan and the spent time in the run folder."""
         self.plan = replace(self.plan, seconds=self.spent)
         write_text(self.folder / BUDGET, json.dumps(asdict(self.plan), indent=1))
 

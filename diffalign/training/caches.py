@@ -1,4 +1,4 @@
-"""Fill the cache of a run that learns from images, without training."""
+"""Fill the cache of a run that learns from pairs or images, without training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffalign.training.run import prepare_model
 
 
 def fill_cache(config: AnyRunConfig) -> ShardCache:
-    """Encode the images of a run into its cache, all processes together.
+    """Encode the images of a run into its cache; all processes share the work.
 
     Raises:
-        UsageError: the algorithm learns from no images.
+        UsageError: runs of this algorithm have no cache.
     """
     filler = cache_filler(config.algorithm.type)
     if filler is None:

@@ -1,7 +1,10 @@
-"""Checkpoints: written aside, verified, renamed; safetensors and JSON, never pickle.
+"""Save and load checkpoints, as safetensors and JSON without pickle.
 
-Every random choice of a run is a function of its seed and of counters, so a checkpoint needs no generator states: the
-adapters, the optimizer's moments and the number of the update are all there is.
+A checkpoint is written to a hidden folder that is then renamed. Its manifest has the SHA-256 of every file, which
+loading verifies.
+
+Every random choice of a run is a function of its seed and of counters, so that a checkpoint needs no generator states.
+It has the adapters, the optimizer's moments and the counters.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be read; the message says which file and what to do."""
+    """Checkpoint that cannot be read or written. The message names the file."""
 
 
 def save(
@@ -38,9 +41,20 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/000042`; afterwards only the newest `keep` remain. A failure leaves older ones untouched.
+    """Save a checkpoint, and delete all but the newest `keep`.
 
-    All of it is on the disk before the folder gets its name, so that a power cut leaves the newest one whole.
+    The checkpoint of update 42 is `folder/000042`. All of its files are on the disk before the folder gets this name,
+    so that the newest checkpoint is whole after a power cut. A failure leaves older checkpoints untouched.
+
+    Args:
+        tensors: named tensors of each file, by the file's stem.
+        state: counters of the run, as JSON.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{update:06d}"
@@ -61,7 +75,8 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync_folder(folder)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+    # safetensors reports a full disk as an error of its own
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         good = latest(folder)
         raise CheckpointError(
@@ -73,7 +88,14 @@ def save(
 
 
 def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(update, tensors by file, state); CheckpointError for anything missing, cut or changed."""
+    """Load and verify a checkpoint.
+
+    Returns:
+        The number of the update, the named tensors of each file by its stem, and the counters of the run.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = manifest["sha256"]
@@ -92,12 +114,15 @@ def load(path: Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def load_newest(folder: Path, *, until: int | None = None) -> Path | None:
-    """Return the newest whole checkpoint (of update `until` at most), or None where there is no checkpoint.
+    """Return the newest undamaged checkpoint, or None if there is no checkpoint.
 
-    Damaged ones that are newer are renamed to `NNNNNN.damaged`, which no run reads, with a warning.
+    Newer, damaged checkpoints are renamed to `NNNNNN.damaged`, which no run reads, with a warning.
+
+    Args:
+        until: ignore checkpoints of later updates.
 
     Raises:
-        CheckpointError: all are damaged; none is renamed.
+        CheckpointError: all checkpoints are damaged. None is renamed.
     """
     damaged: dict[Path, CheckpointError] = {}
     for path in reversed(_all(folder, until=until)):
@@ -121,20 +146,20 @@ def load_newest(folder: Path, *, until: int | None = None) -> Path | None:
 
 
 def latest(folder: Path, *, until: int | None = None) -> Path | None:
-    """The newest finished checkpoint (of update `until` at most), or None."""
-    found = _all(folder, until=until)
-    return found[-1] if found else None
+    """Return the newest checkpoint, of update `until` at most, or None. The checkpoint is not verified."""
+    checkpoints = _all(folder, until=until)
+    return checkpoints[-1] if checkpoints else None
 
 
 def drop_after(path: Path) -> None:
-    """Remove checkpoints that are newer than this one."""
+    """Delete all checkpoints that are newer than the checkpoint `path`."""
     for other in _all(path.parent):
         if int(other.name) > int(path.name):
             shutil.rmtree(other)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors, "index.name"."""
+    """Return the state of an optimizer as tensors named "index.name", by the parameter's index."""
     state = optimizer.state_dict()["state"]
     return {
         f"{i}.{name}": torch.as_tensor(v).clone()
@@ -144,7 +169,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """Give an optimizer the state that `optimizer_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
@@ -153,7 +178,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def _all(folder: Path, *, until: int | None = None) -> list[Path]:
-    """Return the checkpoints by number, the oldest first; folders with other names are somebody's own."""
+    """Return the checkpoints, the oldest first. Folders whose names are no numbers are ignored."""
     if not folder.is_dir():
         return []
     numbered = {int(p.name): p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()}
@@ -167,5 +192,6 @@ def _put_away(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with suppress(OSError):  # some file systems have no fsync of folders
+    # some file systems have no fsync of folders
+    with suppress(OSError):
         sync(path)

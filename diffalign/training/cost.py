@@ -1,4 +1,7 @@
-"""What an update costs, in forwards of the denoiser: the unit in which algorithms can be compared on any machine."""
+"""Count the cost of an update in forwards of the denoiser.
+
+In this unit algorithms can be compared on any machine.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ from torch import nn
 from diffalign.pipelines.compiled import batch_rows
 
 BACKWARD = 1.2
-"""A backward through a frozen base to its LoRA, in forwards: the gradient of activations, hardly any of weights."""
+"""Cost of a backward through a frozen base model to its LoRA, in forwards.
+
+It computes the gradient of the activations, and hardly any gradient of weights.
+"""
 
 
 class ForwardCounter:
-    """Counts the rows that a denoiser is asked for; those that fill up a compiled batch are not among them."""
+    """Counter of the rows in a denoiser's forwards, with the cost of their backwards.
+
+    Rows that pad a compiled batch are not counted.
+    """
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser = denoiser
@@ -30,6 +39,6 @@ class ForwardCounter:
         self._total += rows * cost
 
     def take(self) -> float:
-        """Forwards since the last call."""
+        """Return the number of forwards since the last call."""
         total, self._total = self._total, 0.0
         return total

@@ -1,4 +1,4 @@
-"""One forward of the denoiser, as all of training computes it, and the size of its images."""
+"""Compute the forward of the denoiser that all training methods share, and the image size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.types import PromptEmbeds
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> tuple[int, int]:
-    """(height, width) in pixels: as configured, else the model's own."""
+    """Return (height, width) in pixels: the configured size, else the model's default."""
     height, width = model.default_size
     return config.drawing.height or height, config.drawing.width or width
 
@@ -27,11 +27,17 @@ def predict(
     mixed_precision: str,
     **guidance: Any,
 ) -> Tensor:
-    """The prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,), under autocast or without.
+    """Return the prediction (B, C, H, W) of a model for noisy latents.
 
-    `guidance` are `guidance_scale` and `negative_embeds` of `TextToImageModel.predict`.
+    Args:
+        noisy: noisy latents (B, C, H, W).
+        times: timesteps (B,).
+        embeds: embeddings of the prompts (B rows).
+        mixed_precision: "bf16" for autocast, or "no".
+        guidance: `guidance_scale` and `negative_embeds` of `TextToImageModel.predict`.
     """
-    if mixed_precision == "no":  # without autocast inputs must have the dtype of the base
+    # without autocast the inputs must have the dtype of the base model
+    if mixed_precision == "no":
         noisy = noisy.to(embeds.prompt_embeds.dtype)
     with compute(noisy.device, mixed_precision):
         return model.predict(noisy, times, embeds, **guidance)

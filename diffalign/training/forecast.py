@@ -1,4 +1,4 @@
-"""The memory forecast of a run, from configuration files alone."""
+"""Forecast the memory of a run from configuration files, without weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffalign.training.memory import MemoryForecast, forecast
 def forecast_of(config: AnyRunConfig, *, processes: int) -> MemoryForecast | None:
     """Forecast the memory of one of `processes` processes, without loading weights.
 
-    None where there is no configuration to read, or one that cannot be run: loading the model then says why.
+    Return None if the model's configuration cannot be read or run. Loading the model then reports the reason.
     """
     c = config.model
     dtype = getattr(torch, c.dtype)

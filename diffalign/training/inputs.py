@@ -1,4 +1,4 @@
-"""Prompts and rewards that a configuration names: what can be wrong with them before a model is loaded."""
+"""Read a run's prompts and rewards, and check them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -29,20 +29,25 @@ from diffalign.types import RewardOutput
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rewards have their weights still to load."""
+    """Prompts and rewards of a run. Reward weights are loaded later, by `prepare()`."""
 
     train: list[Prompt]
-    """Those that images are made of for training; none where it is done on pairs or images."""
+    """Prompts to train on, none for runs on pairs or images."""
     held_out: list[Prompt]
+    """Prompts of evaluations."""
     reward: CompositeReward
+    """Trained reward."""
     watched: CompositeReward
-    """Rewards that are only looked at."""
+    """Held-out rewards, which are evaluated but not trained on."""
     notices: tuple[str, ...] = ()
-    """What the user should know before the run begins."""
+    """Notes for the user, printed before the run begins."""
 
     @property
     def digests(self) -> dict[str, str]:
-        """Settings to digests of the prompts or the reward's file that they led to; a name may come to mean another."""
+        """Digests of prompts and reward files, by the setting that names them.
+
+        A file may change while its name stays the same. The run folder stores the digests to notice that.
+        """
         prompts = {
             name: digest(prompts)
             for name, prompts in (
@@ -60,15 +65,15 @@ class Inputs:
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Of texts and metadata, in their order."""
+    """Return a digest of the prompts' texts and metadata; order matters."""
     return of_json(told(prompts))
 
 
 def check_source(config: AnyRunConfig) -> None:
-    """Look for the pairs or images that a run trains on.
+    """Check that the pairs or images that a run trains on exist.
 
     Raises:
-        UserError: they are not there, or their layout is not known.
+        UserError: they do not exist, or their layout is unknown.
     """
     if isinstance(config, PreferenceRunConfig):
         check_pairs(config.pairs)
@@ -83,14 +88,17 @@ def held_out_prompts(config: AnyRunConfig) -> list[Prompt]:
 
 
 def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeReward]:
-    """Return the trained reward, and the rewards that are only evaluated."""
+    """Return the trained reward, and the held-out rewards, which are only evaluated."""
     names = dict.fromkeys(config.evaluation.rewards, 1.0)
     watched = CompositeReward.from_config(names, setting="evaluation.rewards")
     return CompositeReward.from_config(config.rewards), watched
 
 
 def score_with(reward: CompositeReward, watched: CompositeReward) -> Any:
-    """Return the score of the trained reward, with the held-out rewards among its details."""
+    """Return a function that scores images with the trained and the held-out rewards.
+
+    Its values are those of the trained reward; the details have both.
+    """
 
     def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
         output = reward.score(images, prompts, metadata)
@@ -101,7 +109,7 @@ def score_with(reward: CompositeReward, watched: CompositeReward) -> Any:
 
 
 def read_inputs(config: AnyRunConfig) -> Inputs:
-    """Read the prompts, look up the rewards, and look for pairs or images to train on.
+    """Read a run's prompts, look up its rewards, and check its pairs or images.
 
     Raises:
         UserError: prompts, pairs or images cannot be read, a reward is unknown, or prompts lack what a reward needs.
@@ -121,7 +129,7 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
 
 
 def _check_metadata(reward: CompositeReward, prompts: Sequence[Prompt], *, setting: str) -> None:
-    """Raise RewardError where the prompts of a setting lack what a reward needs."""
+    """Raise RewardError if the prompts of a setting lack metadata that a reward needs."""
     try:
         reward.check_metadata([p.metadata for p in prompts])
     except RewardError as error:

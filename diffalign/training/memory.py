@@ -1,8 +1,8 @@
-"""How much memory a run will need, before anything is loaded: the same graph on the meta device, its tensors counted.
+"""Forecast the memory of a run before any weights are loaded.
 
-Activations are what autograd keeps of one micro-batch, found by running the denoiser's forward without data, attention
-as a fused kernel computes it (CUDA's, xformers'). Peaks inside a layer, the allocator's rounding and the CUDA context
-come on top.
+The denoiser runs on the meta device, without data, and the tensors of its graph are counted. Activations are the
+tensors that autograd saves for one micro-batch, with attention as a fused kernel computes it (CUDA's, xformers'). The
+forecast does not include peaks inside a layer, the allocator's rounding and the CUDA context.
 """
 
 from __future__ import annotations
@@ -39,28 +39,38 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes of one process."""
+    """Memory of one process, in bytes."""
 
     denoiser: int
     text_encoders: int
     autoencoder: int
     adapters: int
-    """Float32 copies of the LoRA: current, averaged, and online the lagged one."""
+    """Float32 copies of the LoRA: current, averaged, and for online runs lagged."""
     optimizer: int
-    """Gradients and two moments, float32."""
+    """Gradients and two moments of the LoRA, float32."""
     rollout: int
-    """What an online update keeps of its images: latents and, of Flow-GRPO, trajectories, all of them and once more
-    those that are trained on; embeddings of its prompts."""
+    """Latents, trajectories and prompt embeddings of an online update.
+
+    Only Flow-GRPO has trajectories. Latents and trajectories count twice: for all images, and for the copies of those
+    that are trained on.
+    """
     activations: int
-    """Of one micro-batch of training."""
+    """Activations of one micro-batch of training."""
     merged_weights: int
-    """A second copy of the weights that carry an adapter (`merge_lora`), while images are made."""
+    """Copies of the weights that carry an adapter, which `merge_lora` makes for sampling."""
     host: int
-    """Beside the total, on the CPU: embeddings that are kept for later updates, and states of `noise: rollout`."""
+    """CPU memory, not part of the total.
+
+    It has embeddings that are cached for later updates, and states of `noise: rollout`.
+    """
 
     @property
     def total(self) -> int:
-        """Images are made before anything is trained on: of activations and merged weights the larger counts."""
+        """Memory of the whole run on the device.
+
+        Images are sampled before training, so that merged weights and activations do not exist at the same time: the
+        larger of the two counts.
+        """
         always = self.denoiser + self.text_encoders + self.autoencoder + self.adapters
         return always + self.optimizer + self.rollout + max(self.activations, self.merged_weights)
 
@@ -78,11 +88,13 @@ class MemoryForecast:
 def forecast(
     model: TextToImageModel, config: AnyRunConfig, *, processes: int = 1
 ) -> MemoryForecast:
-    """Count a run on a model whose modules are on the meta device; they get the run's adapters.
+    """Forecast the memory of a run, with a model on the meta device.
+
+    The run's adapters are attached to the model.
 
     Args:
-        model: from `pipelines.registry.load_meta_model`.
-        processes: those that share the images of an update.
+        model: model from `pipelines.registry.load_meta_model`.
+        processes: number of processes that share the images of an update.
     """
     parts = {
         name: size_of(part)
@@ -111,13 +123,13 @@ def forecast(
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """Return the bytes of a module's parameters and buffers."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def adapted(denoiser: nn.Module) -> int:
-    """Bytes of the base's weights that carry an adapter: what `lora.merged` makes anew."""
+    """Return the bytes of the base weights that carry an adapter, which `lora.merged` copies."""
     layers = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]
     return sum(w.numel() * w.element_size() for w in weights)
@@ -126,32 +138,33 @@ def adapted(denoiser: nn.Module) -> int:
 def kept_of_rollout(
     model: TextToImageModel, config: AnyRunConfig, *, processes: int
 ) -> tuple[int, int]:
-    """Bytes that one process keeps of an update's images: on its device, and on the CPU."""
+    """Return the bytes that one process stores for a rollout: on its device, and on the CPU."""
     if not isinstance(config, RunConfig):
         return 0, 0
-    drawn, algorithm = config.rollout, config.algorithm
+    sampling, algorithm = config.rollout, config.algorithm
     base = getattr(torch, config.model.dtype)
     tokens, width, pooled = model.prompt_shape()
     prompt = (tokens * width + pooled) * base.itemsize
     latents = math.prod(model.latent_shape(*image_size(config, model)))
     latents *= (model.latents_dtype or base).itemsize
-    # twice: the batch that is trained on is a copy, of all images where no group is dropped
-    images = 2 * -(-drawn.images_per_update // processes)
-    rollout = images * latents + drawn.prompts_per_update * prompt
-    asked = drawn.prompts_per_update * config.training.num_updates
-    host = min(EmbedCache(model).size, asked) * prompt
+    # Latents count twice, because the training batch is a copy. It has all images if no group is dropped.
+    images = 2 * -(-sampling.images_per_update // processes)
+    rollout = images * latents + sampling.prompts_per_update * prompt
+    num_prompts = sampling.prompts_per_update * config.training.num_updates
+    host = min(EmbedCache(model).size, num_prompts) * prompt
     if isinstance(algorithm, FlowGRPOConfig):
         rollout += images * latents * (_rows_per_image(config) + 1)
     elif isinstance(algorithm, ForwardProcessConfig) and algorithm.noise == "rollout":
-        host += images * latents * (drawn.num_inference_steps + 1)
+        host += images * latents * (sampling.num_inference_steps + 1)
     return rollout, host
 
 
 def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
-    """Bytes that autograd keeps of one micro-batch, with the adapters in place."""
+    """Return the bytes that autograd saves for one micro-batch, with the adapters attached."""
     dtype = getattr(torch, config.model.dtype)
     autocast = config.training.mixed_precision != "no"
-    if autocast:  # it computes adapters in the base's dtype
+    # autocast computes adapters in the base model's dtype
+    if autocast:
         for parameter in model.denoiser.parameters():
             parameter.data = parameter.data.to(dtype)
     rows = config.training.micro_batch_size * _rows_per_image(config)
@@ -165,34 +178,39 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
         with AsOnDevice(dtype if autocast else None):
             return model.predict(latents, times, embeds).float().square().mean()
 
-    kept = saved_bytes(model.denoiser, forward)
-    if config.model.gradient_checkpointing:  # and one block at a time is computed again
+    saved = saved_bytes(model.denoiser, forward)
+    # checkpointing recomputes one block at a time, whose tensors come on top
+    if config.model.gradient_checkpointing:
         model.denoiser.disable_gradient_checkpointing()
-        kept += saved_bytes(model.denoiser, forward) // max(1, len(blocks(model.denoiser)))
+        saved += saved_bytes(model.denoiser, forward) // max(1, len(blocks(model.denoiser)))
     model.denoiser.eval()
-    return kept
+    return saved
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of all tensors that autograd keeps of a forward, without parameters."""
+    """Return the bytes of all tensors that autograd saves in a forward, without parameters."""
     held = {p.untyped_storage()._cdata for p in module.parameters()}
-    found: dict[int, tuple[int, Tensor]] = {}
+    storages: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:  # the tensor is held on to, so that no address is used again
-            found[storage._cdata] = (storage.nbytes(), tensor)
+        # the dictionary holds a reference to the tensor, so that its address is not reused
+        if storage._cdata not in held:
+            storages[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
-    return sum(size for size, _ in found.values())
+    return sum(size for size, _ in storages.values())
 
 
 class AsOnDevice(TorchFunctionMode):
-    """On the meta device, what a fused attention kernel keeps, where the plain one, which is taken there, keeps all
-    probabilities; and products of float32 tensors (SANA's linear attention) in the dtype of autocast, which meta has
-    none of."""
+    """Mode in which the meta device saves the tensors that a GPU saves.
+
+    Attention saves the tensors of a fused kernel. The plain kernel, which the meta device uses, saves all
+    probabilities. Products of float32 tensors (SANA's linear attention) have the dtype of autocast, which the meta
+    device does not support.
+    """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         super().__init__()
@@ -206,17 +224,18 @@ class AsOnDevice(TorchFunctionMode):
             args = tuple(a.to(self._autocast) for a in args)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        return _Kept.apply(given["query"], given["key"], given["value"])
+        tensors = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        return _Kept.apply(tensors["query"], tensors["key"], tensors["value"])
 
 
 class _Kept(torch.autograd.Function):
-    """Forward only: nothing is ever propagated back through it."""
+    """Attention that saves the tensors of a fused kernel. It has no backward, which a forecast never calls."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length, _ = query.shape
-        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)  # as kernels do
+        # fused kernels allocate (rows, length, heads, channels) and return it transposed
+        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         norms = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, norms)
         return out

@@ -1,4 +1,4 @@
-"""Settings of a run that make it need less memory, as advice where it has run out."""
+"""Name the settings that reduce a run's memory, after it has run out of memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig
 
 
 def memory_advice(config: AnyRunConfig) -> str:
-    """Return the settings that help, with their present values; those that are at their best already are left out.
+    """Return a text that names the settings which reduce memory, with their present values.
 
-    None of them changes what the run computes but for rounding, except for the last.
+    Settings that cannot be reduced any further are left out. The settings change the run's results by rounding alone,
+    except for the last, a quantised base model.
     """
     drawing, training, model = config.drawing, config.training, config.model
     sizes = {

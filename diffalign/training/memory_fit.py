@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory that is free, and with which settings it does."""
+"""Say whether a run fits into the free memory, and with which settings it does."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from diffalign.training.memory import GIB, MemoryForecast
 
 CGROUP = Path("/sys/fs/cgroup")
 INT4_SHARE = 4.5 / 16
-"""Part of a bfloat16 denoiser that is left in 4 bits with scales, about."""
+"""Approximate ratio of a 4-bit denoiser's size, with scales, to its size in bfloat16."""
 Forecast = Callable[[AnyRunConfig], MemoryForecast | None]
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that is free for one process, in bytes, and where it is."""
+    """Free memory for one process: the device's name, and the number of bytes."""
 
     where: str
     free: int
 
 
 def free_memory(*, processes: int = 1) -> list[Room]:
-    """Return the free memory of every GPU, or this process's share of the RAM where there is none."""
+    """Return the free memory of every GPU.
+
+    Without a GPU, return one process's share of the free RAM, which a limit of the container may reduce.
+    """
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         names = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
@@ -41,7 +44,7 @@ def free_memory(*, processes: int = 1) -> list[Room]:
 
 
 def _number(file: Path) -> int | None:
-    """Return the number in a file of the kernel's; None where there is no file or no limit."""
+    """Return the number in a cgroup file, or None without a file or a limit."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -49,28 +52,30 @@ def _number(file: Path) -> int | None:
 
 
 def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> list[str]:
-    """Return lines: the forecast, the free memory, and what would make the run fit where it does not.
+    """Return lines that compare the forecast with the free memory.
+
+    If the run does not fit, the lines name settings with which it does.
 
     Args:
-        rooms: of `free_memory`.
-        forecast: counts a configuration; None where the model's configuration is not to be had.
+        rooms: free memory, from `free_memory`.
+        forecast: returns the forecast of a run, or None if the model's configuration is not available.
     """
-    found = forecast(config)
-    if found is None:
+    estimate = forecast(config)
+    if estimate is None:
         return [
             f"no memory forecast: the configuration of {config.model.name} is neither here nor reachable"
         ]
     smallest = min(room.free for room in rooms)
     free = ", ".join(f"{room.free / GIB:.2f} on {room.where}" for room in rooms)
-    lines = [str(found), f"free memory, GiB: {free}"]
-    if found.total <= smallest:
+    lines = [str(estimate), f"free memory, GiB: {free}"]
+    if estimate.total <= smallest:
         return [*lines, "the run fits"]
     fitting = fits(config, smallest, forecast)
     if fitting:
         lines.append("the run does not fit; it does with any of:")
         return lines + [f"  {settings}: {size / GIB:.2f} GiB" for settings, size in fitting]
     least, size = _least(config, forecast)
-    small = size - found.denoiser * (1 - INT4_SHARE)
+    small = size - estimate.denoiser * (1 - INT4_SHARE)
     return [
         *lines,
         f"the run does not fit with any setting; least is {size / GIB:.2f} GiB with {least}",
@@ -79,14 +84,14 @@ def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) ->
 
 
 def summary(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> str | None:
-    """Return the short form, one line; None where there is no forecast."""
-    found = forecast(config)
-    if found is None:
+    """Return the comparison of `describe` in one line, or None if there is no forecast."""
+    estimate = forecast(config)
+    if estimate is None:
         return None
     room = min(rooms, key=lambda r: r.free)
-    total, free = f"{found.total / GIB:.2f}", f"{room.free / GIB:.2f}"
+    total, free = f"{estimate.total / GIB:.2f}", f"{room.free / GIB:.2f}"
     text = f"memory forecast, GiB for a process: {total}; {free} free on {room.where}"
-    if found.total <= room.free:
+    if estimate.total <= room.free:
         return text
     fitting = fits(config, room.free, forecast)
     advice = fitting[0][0] if fitting else "a smaller or quantised base"
@@ -94,8 +99,11 @@ def summary(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> 
 
 
 def fits(config: AnyRunConfig, free: int, forecast: Forecast) -> list[tuple[str, int]]:
-    """Return settings with which the run takes at most `free` bytes, and what it then takes; fewest changes first."""
-    found: list[tuple[str, int]] = []
+    """Return settings with which the run fits into `free` bytes, fewest changes first.
+
+    Each entry has the settings as a text, and the bytes that the run then needs.
+    """
+    fitting: list[tuple[str, int]] = []
     for change in _changes(config):
         names, changed = dict(change), _with(config, change)
         count = forecast(changed)
@@ -105,12 +113,12 @@ def fits(config: AnyRunConfig, free: int, forecast: Forecast) -> list[tuple[str,
             names["training.micro_batch_size"] = _micro_batch(changed, free, forecast)
             count = forecast(_with(config, names))
         if count is not None and count.total <= free:
-            found.append((_spelt(names), count.total))
-    return found
+            fitting.append((_spelt(names), count.total))
+    return fitting
 
 
 def _changes(config: AnyRunConfig) -> list[dict[str, object]]:
-    """Return sets of settings that take less memory, each a little slower than the one before it."""
+    """Return sets of settings that need less memory, the fastest first."""
     group = config.drawing.group
     single: list[dict[str, object]] = []
     if config.drawing.merge_lora:
@@ -125,7 +133,10 @@ def _changes(config: AnyRunConfig) -> list[dict[str, object]]:
 
 
 def _micro_batch(config: AnyRunConfig, free: int, forecast: Forecast) -> int:
-    """Return the largest power of two that fits, by what one image takes; 1 where none does."""
+    """Return the largest micro-batch that fits, a power of two, or 1 if none fits.
+
+    The memory of one image is extrapolated from the forecasts of one and of two images.
+    """
     one = forecast(_with(config, {"training.micro_batch_size": 1}))
     two = forecast(_with(config, {"training.micro_batch_size": 2}))
     if one is None or two is None or one.total > free:
@@ -137,15 +148,15 @@ def _micro_batch(config: AnyRunConfig, free: int, forecast: Forecast) -> int:
 
 
 def _least(config: AnyRunConfig, forecast: Forecast) -> tuple[str, int]:
-    """Return the settings that take the least memory, and how much."""
+    """Return the settings that need the least memory, and the bytes that they need."""
     names = {**_changes(config)[-1], "training.micro_batch_size": 1}
-    found = forecast(_with(config, names))
-    assert found is not None
-    return _spelt(names), found.total
+    estimate = forecast(_with(config, names))
+    assert estimate is not None
+    return _spelt(names), estimate.total
 
 
 def _with(config: AnyRunConfig, names: dict[str, object]) -> AnyRunConfig:
-    """Return a copy with other settings."""
+    """Return a copy of a configuration with some settings changed, named "group.setting"."""
     changed = copy.deepcopy(config)
     for name, value in names.items():
         group, _, field = name.partition(".")
@@ -154,5 +165,5 @@ def _with(config: AnyRunConfig, names: dict[str, object]) -> AnyRunConfig:
 
 
 def _spelt(names: dict[str, object]) -> str:
-    """Return settings as a user types them."""
+    """Return settings as a user types them on the command line."""
     return " ".join(f"{k}={str(v).lower()}" for k, v in names.items())

@@ -1,4 +1,7 @@
-"""Which rows of a data set an update trains on: every one once an epoch, in an order of that epoch."""
+"""Choose the rows of a data set that an update trains on.
+
+Every row is trained on once per epoch, in a random order of that epoch.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from diffalign.core.seeds import PAIRS, stream
 
 
 class EpochOrder:
-    """A function of its seed and the update alone.
+    """Order in which updates read the rows of a data set.
+
+    The rows of an update depend on the seed and the number of the update alone.
 
     Args:
-        rows: numbers of the rows, at least one.
-        size: of an update.
+        rows: indices of the rows, at least one.
+        size: number of rows per update.
     """
 
     def __init__(self, rows: Sequence[int], *, size: int, seed: int) -> None:
@@ -22,7 +27,7 @@ class EpochOrder:
         self._order: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, number: int) -> list[int]:
-        """All rows of an update (from 1)."""
+        """Return the rows of update `number`, counted from 1."""
         start = (number - 1) * self.size
         return [self._at(i) for i in range(start, start + self.size)]
 

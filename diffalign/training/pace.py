@@ -1,4 +1,4 @@
-"""Pace of a run: how many updates and evaluated images fit into its time, the same in all processes."""
+"""Apply a run's time budget to its updates and evaluations, the same in all processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffalign.training.trainer import Trainer
 
 
 def budget_of(config: AnyRunConfig) -> Budget | None:
-    """Return the budget of a run's time, whose clock starts now; None where time is not limited."""
+    """Return the time budget of a run, whose clock starts now. Return None without `total_minutes`."""
     c = config.training
     if c.total_minutes is None:
         return None
@@ -29,7 +29,10 @@ def budget_of(config: AnyRunConfig) -> Budget | None:
 
 @dataclass
 class Pace:
-    """Follow the plan of a budget; without one everything is as configured."""
+    """Pace of a run that follows the plan of a time budget.
+
+    Without a budget, all numbers are as configured.
+    """
 
     trainer: Trainer
     accelerator: Accelerator
@@ -41,11 +44,14 @@ class Pace:
 
     @property
     def updates(self) -> int:
-        """Number of updates of the whole run, as far as it is known."""
+        """Number of updates of the whole run: the planned one, else the configured one."""
         return self.trainer.time_plan.updates or self.trainer.config.training.num_updates
 
     def evaluation(self, policy: str) -> EvaluationConfig:
-        """Return how a policy draws held-out prompts: as configured, with fewer images where time is short."""
+        """Return the sampling settings of a policy's evaluations.
+
+        If time is short, they have fewer images per prompt (or per task) than configured.
+        """
         how, images = self.trainer.evaluation(policy), self.trainer.time_plan.images
         if images is None or images >= 1:
             return how
@@ -56,7 +62,14 @@ class Pace:
     def plan_evaluations(
         self, prompts: Sequence[Prompt], draw: Callable[[Sequence[Prompt]], None]
     ) -> None:
-        """Decide how many images of an evaluation fit, from the second of two micro-batches; the first compiles."""
+        """Plan how many images of an evaluation fit.
+
+        The duration of an image is measured on the second of two micro-batches, because the first compiles.
+
+        Args:
+            prompts: held-out prompts.
+            draw: samples and scores one image for each of some prompts.
+        """
         if self.budget is None:
             return
         every = repeat_prompts(prompts, self.trainer.evaluation(lora.REFERENCE))
@@ -75,7 +88,7 @@ class Pace:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Measure the evaluation before training: the one after it takes as long."""
+        """Measure the evaluation before training, to reserve as much time for the one after it."""
         started = self.budget.clock() if self.budget is not None else 0.0
         yield
         if self.budget is not None:
@@ -83,7 +96,7 @@ class Pace:
             self.save()
 
     def finish_update(self, update: int) -> None:
-        """Decide how many updates fit, once the first are measured; the plan is written at once."""
+        """Plan how many updates fit once the first are measured, and save the plan."""
         if self.budget is None:
             return
         planned = self.budget.finish_update(update)
@@ -96,12 +109,12 @@ class Pace:
             )
 
     def save(self) -> None:
-        """Write the plan and the time that was spent."""
+        """Save the plan and the spent time, in the main process."""
         if self.budget is not None and self.accelerator.is_main_process:
             self.budget.save()
 
     def _share(self) -> None:
-        """Let every process follow the plan of the main one, whose clock decides."""
+        """Send the main process's plan to all processes. Clocks differ, and its clock decides."""
         assert self.budget is not None
         self.budget.plan = broadcast_object_list([self.budget.plan])[0]
         self.trainer.time_plan = self.budget.plan

@@ -1,4 +1,4 @@
-"""Plan which prompts an update draws, and which process makes which image."""
+"""Plan the prompts and seeds of an update, and the share of each process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ from diffalign.core.seeds import IMAGES, PROMPTS, stream
 from diffalign.data.prompts import Prompt, is_file
 
 MISSPELT = 0.5
-"""Likeness of two names, from which on one may be the other misspelt."""
+"""Smallest similarity of two names at which one may be a misspelling of the other."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One update: `prompts` (P), and for each of its B images the row of its prompt and the seed of its noise."""
+    """Plan of an update with P prompts and B images.
+
+    Attributes:
+        prompts: prompts of the update (P).
+        prompt_index: index of each image's prompt (B,).
+        seeds: seed of each image's noise (B,).
+    """
 
     prompts: list[Prompt]
     prompt_index: Tensor
@@ -38,22 +44,23 @@ class Plan:
         return len(self.seeds)
 
     def shard(self, rank: int, world_size: int) -> range:
-        """The contiguous share of the images that one process makes."""
+        """Return the indices of the images that one process samples, a contiguous range."""
         return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)
 
 
 def check_prompts(
     prompts: Sequence[Prompt], config: RunConfig | DistillationRunConfig
 ) -> list[str]:
-    """Check that an update can be drawn from the prompts; return what the user should know of it.
+    """Check that an update can be planned, and return notes for the user.
 
-    Task weights that fit no prompt of a user's file are dropped: a recipe has them for its own prompts.
+    Task weights that match no prompt of a user's file are dropped with a note, because a recipe's weights are meant for
+    its own prompts.
 
     Raises:
-        UsageError: a weight names a task that looks misspelt, or no task is left.
+        UsageError: a weight names a task that no prompt has and that looks misspelt, or every task has weight 0.
     """
     part = "rollout" if isinstance(config, RunConfig) else "teacher"
-    wanted: int = getattr(config, part).prompts_per_update
+    num_prompts: int = getattr(config, part).prompts_per_update
     source, weights = config.prompts.train, config.prompts.task_weights or {}
     names = sorted({p.task for p in prompts})
     absent = [name for name in weights if name not in names]
@@ -71,16 +78,16 @@ def check_prompts(
             f"prompts.task_weights: no prompt of {source} has the task {', '.join(absent)}; their weights are dropped"
         )
     count = len(_drawable(prompts, config.prompts))
-    if count < wanted:
+    if count < num_prompts:
         notices.append(
-            f"{part}.prompts_per_update is {wanted}, and prompts.train={source} has {count} to draw: each is repeated, "
-            f"with other noise. {part}.prompts_per_update={count} draws each once"
+            f"{part}.prompts_per_update is {num_prompts}, and prompts.train={source} has {count} to draw: each is "
+            f"repeated, with other noise. {part}.prompts_per_update={count} draws each once"
         )
     return notices
 
 
 def _drawable(prompts: Sequence[Prompt], tasks: PromptsConfig) -> list[int]:
-    """Return the indices of prompts whose task has a weight."""
+    """Return the indices of the prompts that can be drawn: those whose task does not have weight 0."""
     weights = tasks.task_weights or {}
     every = not tasks.balance_tasks
     return [i for i, p in enumerate(prompts) if every or weights.get(p.task, 1.0) > 0]
@@ -94,24 +101,31 @@ def make_plan(
     update: int,
     tasks: PromptsConfig,
 ) -> Plan:
-    """Draw prompts and `group_size` images for each; `tasks` says how often each task is drawn.
+    """Draw the prompts of an update, and the seeds of `group_size` images for each.
 
-    Prompts are distinct; where there are too few, all are drawn before one returns.
+    The prompts are distinct. If there are too few, every prompt is drawn before one is repeated.
+
+    Args:
+        prompts: prompts of the training set.
+        config: settings with `prompts_per_update` and `group_size`.
+        seed: seed of the run.
+        update: number of the update, from 1.
+        tasks: settings with the weights of tasks.
     """
     rng = np.random.default_rng(stream(PROMPTS, seed, update))
-    wanted = config.prompts_per_update
+    num_prompts = config.prompts_per_update
     order = [int(i) for i in rng.permutation(len(prompts))]
     drawable = set(_drawable(prompts, tasks))
     order = [i for i in order if i in drawable]
-    rounds = (wanted - 1) // len(order)
-    left = wanted - rounds * len(order)
+    rounds = (num_prompts - 1) // len(order)
+    left = num_prompts - rounds * len(order)
     last = order
     if tasks.balance_tasks:
         last = _by_task(prompts, order, left, tasks.task_weights or {}, rng)
-    chosen = order * rounds + last[:left]
-    index = torch.arange(len(chosen)).repeat_interleave(config.group_size)
+    selected = order * rounds + last[:left]
+    index = torch.arange(len(selected)).repeat_interleave(config.group_size)
     seeds = [stream(IMAGES, seed, update, i) for i in range(len(index))]
-    return Plan([prompts[i] for i in chosen], index, seeds)
+    return Plan([prompts[i] for i in selected], index, seeds)
 
 
 def _by_task(
@@ -121,16 +135,21 @@ def _by_task(
     weights: Mapping[str, float],
     rng: np.random.Generator,
 ) -> list[int]:
-    """`wanted` of the indices in `order`: systematic sampling over tasks, each has its share within one prompt."""
+    """Return `wanted` of the indices in `order`, and give each task its share.
+
+    The number of a task's prompts differs from its share by less than one (systematic sampling). If a task has too few
+    prompts, prompts of other tasks take their places.
+    """
     pools: dict[str, list[int]] = {}
     for i in order:
         pools.setdefault(prompts[i].task, []).append(i)
     names = [str(n) for n in rng.permutation(sorted(pools))]
     shares = np.cumsum([weights.get(n, 1.0) for n in names])
     points = (np.arange(wanted) + rng.random()) / wanted * shares[-1]
-    found = []
+    selected = []
     for k in np.searchsorted(shares, points, side="right"):
         if pools[names[k]]:
-            found.append(pools[names[k]].pop())
-    rest = [i for name in names for i in pools[name]]  # a task with few prompts is used up
-    return found + rest[: wanted - len(found)]
+            selected.append(pools[names[k]].pop())
+    # a task with too few prompts is used up, and other tasks fill its share
+    rest = [i for name in names for i in pools[name]]
+    return selected + rest[: wanted - len(selected)]

@@ -1,4 +1,7 @@
-"""A finished run, evaluated again as it evaluated itself: the same base, policy, prompts, seeds and sizes."""
+"""Evaluate a finished run again, exactly as the run did at its end.
+
+Base model, policy, prompts, seeds and sizes are the same.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ WEIGHTS = Path("lora") / lora.WEIGHT_NAME
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Run folder with a policy to take away: `config` is the run's, `summary` its own figures ({} without any)."""
+    """Folder of a finished run, which has exported a policy.
+
+    The field `config` is the run's configuration. The field `summary` has the run's own figures, or is empty.
+    """
 
     folder: Path
     config: AnyRunConfig
@@ -37,7 +43,7 @@ class FinishedRun:
         """Read a run folder, before a model is loaded.
 
         Raises:
-            RunFolderError: the folder holds no run, or none that has left a policy.
+            RunFolderError: the folder has no run, or its run has not exported a policy.
         """
         config = read_config(folder)
         if not (folder / "pipeline").is_dir() and not (folder / WEIGHTS).is_file():
@@ -51,7 +57,10 @@ class FinishedRun:
         return cls(folder, config, summary)
 
     def load(self, device: str) -> TextToImageModel:
-        """Load the base model with the policy, merged if the run merged it, and a student's scheduler."""
+        """Load the base model with the policy, and for students their scheduler.
+
+        The LoRA is merged into the weights if the run sampled with merged weights.
+        """
         c = self.config.model
         moved = (self.folder / "pipeline").is_dir()
         model = load_model(
@@ -78,9 +87,9 @@ class FinishedRun:
         return model
 
     def evaluate(self, device: str, *, on_images: OnImages | None = None) -> Evaluation:
-        """Draw the held-out prompts and score them, as the run did at its end.
+        """Sample the held-out prompts and score the images, as the run did at its end.
 
-        Blocks are not compiled: where the run compiled them, pixels may differ by rounding.
+        Blocks are not compiled. If the run compiled them, pixels may differ by rounding.
         """
         reward, watched = held_out_rewards(self.config)
         prompts = held_out_prompts(self.config)
@@ -106,7 +115,7 @@ def read_config(folder: Path) -> AnyRunConfig:
     """Return the configuration of a run folder.
 
     Raises:
-        RunFolderError: the folder holds no run, or its configuration cannot be read.
+        RunFolderError: the folder has no run, or its configuration cannot be read.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -120,7 +129,7 @@ def read_config(folder: Path) -> AnyRunConfig:
 
 
 def run_of(lora_source: str | None) -> Path | None:
-    """Return the run folder that a LoRA lies in; None for a LoRA from elsewhere."""
+    """Return the run folder that contains a LoRA, or None if there is none."""
     if lora_source is None:
         return None
     for folder in Path(lora_source).absolute().parents:
@@ -130,7 +139,7 @@ def run_of(lora_source: str | None) -> Path | None:
 
 
 def drawn_otherwise(config: AnyRunConfig, drawing: EvaluationConfig, prompts: str) -> list[str]:
-    """Return the drawing settings that differ from a run's, as "name: the run's, here"."""
+    """Return the sampling settings that differ from a run's, as "name: VALUE_OF_RUN, VALUE here"."""
     names = (
         *("num_inference_steps", "guidance_scale", "solver", "seed"),
         *("images_per_prompt", "images_per_task"),

@@ -1,4 +1,4 @@
-"""A whole run from a configuration: load, score, align, score again, and leave a folder that explains itself."""
+"""Execute a whole run: load the model, evaluate it, train it, evaluate it again, write the report."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ GRID_IMAGES = 12
 
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
-    """Load the base model in its frozen dtype with the attention and memory settings of the configuration."""
+    """Load a run's frozen base model, with its attention and memory settings."""
     c = config.model
     model = load_model(
         c.name,
@@ -73,7 +73,11 @@ def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageMode
 
 
 def set_attention_backend(model: TextToImageModel, backend: str) -> None:
-    """ConfigError where the backend is unknown, not installed, or would be ignored by this family."""
+    """Set the attention backend of a model.
+
+    Raises:
+        ConfigError: the backend is unknown or not installed, or the model's family would ignore it.
+    """
     processors = getattr(model.denoiser, "attn_processors", {}).values()
     if not any(hasattr(p, "_attention_backend") for p in processors):
         raise ConfigError(
@@ -88,7 +92,7 @@ def set_attention_backend(model: TextToImageModel, backend: str) -> None:
 
 @dataclass
 class Run:
-    """The parts of one run, ready to start."""
+    """Parts of one run, ready to start."""
 
     config: AnyRunConfig
     accelerator: Accelerator
@@ -98,21 +102,23 @@ class Run:
     eval_prompts: Sequence[Prompt]
     trainer: Trainer
     pace: Pace
-    """What of the run fits into its time."""
+    """Numbers of updates and images that fit into the run's time."""
     resumed_after: int = 0
-    """The update that an earlier sitting ended with."""
+    """Number of the last update of an earlier sitting, 0 without one."""
     compiled: bool = False
-    """Whether an update was made in this sitting, which compiles."""
+    """True once this sitting has made an update, which compiles the denoiser's blocks."""
     before: Evaluation = field(init=False)
-    """Of the reference: what win rates compare with."""
+    """Evaluation of the reference, which win rates compare with."""
 
     @classmethod
     def prepare(cls, config: AnyRunConfig) -> Run:
-        """Everything that can fail for a user's reason fails here, before the first image."""
+        """Load and check everything that a run needs.
+
+        Errors that a user can mend are raised here, before the first image is sampled.
+        """
         budget = budget_of(config)
-        accelerator = trackers.make_accelerator(
-            config
-        )  # first: it decides on which device rewards are made
+        # before the rewards, whose device the accelerator determines
+        accelerator = trackers.make_accelerator(config)
         inputs = read_inputs(config)
         if accelerator.is_main_process:
             for notice in inputs.notices:
@@ -129,14 +135,15 @@ class Run:
             trainer.say(
                 "compiling the denoiser's blocks, once for each size: the first images and the first update take longer"
             )
-        accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
+        # every process must have checked the folder before one writes to it
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             folder.claim(config, inputs.digests)
         pace = Pace(trainer, accelerator, budget)
         return cls(config, accelerator, model, reward, watched, inputs.held_out, trainer, pace)
 
     def execute(self) -> dict[str, Any]:
-        """Train to the end and return what `summary.json` holds."""
+        """Train to the end, export the policy, and return the content of `summary.json`."""
         started = time.perf_counter()
         self.trainer.prepare()
         if self.trainer.resume():
@@ -164,43 +171,50 @@ class Run:
         return summary
 
     def _reference(self) -> Evaluation:
-        """How the reference does: measured when a run begins, and kept for when it is resumed. Of its images those that
-        a report shows."""
+        """Evaluate the base model once per run, and cache the result for resumed runs.
+
+        Only the images shown in the report are kept.
+        """
         file = self.trainer.folder.path / BEFORE
         how = self.pace.evaluation(lora.REFERENCE)
-        c = self.config  # what else matters the folder has checked: it belongs to one configuration
         pipeline = self.trainer.drawn_model(lora.REFERENCE).pipeline
         weights = of_pipeline(pipeline)
         rewards = [self.reward, self.held_out_reward]
         prompts = repeat_prompts(self.eval_prompts, how)
         rows = shown(len(prompts))
+        # The run folder guarantees that every other setting is unchanged.
         key = {
             "base": [weights, dict(pipeline.scheduler.config)],
             "drawn": [to_dict(how), self.trainer.size],
             "rewards": [[r.weights, [vars(x.card) for x in r.rewards.values()]] for r in rewards],
             "shown": rows,
         }
-        main = self.accelerator.is_main_process  # which tells the others: all score, or none
-        found = broadcast_object_list([kept(file, prompts, key=key) if main else None])[0]
-        if found is not None:
-            return found
-        self._say(f"scoring {c.model.name} before training")
+        # The main process decides for all, so that either all of them evaluate or none.
+        main = self.accelerator.is_main_process
+        evaluation = broadcast_object_list([kept(file, prompts, key=key) if main else None])[0]
+        if evaluation is not None:
+            return evaluation
+        self._say(f"scoring {self.config.model.name} before training")
         failures = self.failures
         with self.pace.evaluating():
-            found = self._scored(lora.REFERENCE).thinned(rows)
-        # what a reward could not score now it may be able to when the run is resumed
+            evaluation = self._scored(lora.REFERENCE).thinned(rows)
+        # With failed rewards the result is not cached: a resumed run may be able to score these images.
         if main and self.failures == failures:
-            keep(found, file, key=key)
-        return found
+            keep(evaluation, file, key=key)
+        return evaluation
 
     def _scored(self, policy: str) -> Evaluation:
-        """An evaluation at the run's beginning or end; RewardError where no image of it has a reward."""
-        found = self._evaluate(policy)
-        if found.failed == len(found.prompts):
+        """Evaluate a policy before or after training.
+
+        Raises:
+            RewardError: no image has a reward.
+        """
+        evaluation = self._evaluate(policy)
+        if evaluation.failed == len(evaluation.prompts):
             raise RewardError(
                 f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
             )
-        return found
+        return evaluation
 
     def _train(self) -> None:
         trainer, main = self.trainer, self.accelerator.is_main_process
@@ -238,7 +252,8 @@ class Run:
                 if finding is not None:
                     trainer.answer(finding)
                     bar.n = trainer.progress.update
-                    log = [r for r in log if r["update"] <= bar.n]  # without what was rolled back
+                    # without the rows of updates that were rolled back
+                    log = [r for r in log if r["update"] <= bar.n]
                     last = self._ended(log)
         trackers.finish(self.accelerator)
         if number:
@@ -250,42 +265,47 @@ class Run:
                 self._say(f"reward {name} could not score {count} images; they were left out")
 
     def _announce_compilation(self) -> None:
-        """Say after the first update of a sitting how much of the time was compilation."""
+        """Print how long compilation took, after the first update of a sitting."""
         seconds = compiling_seconds() if self.config.model.compile else 0.0
         if seconds >= 1 and not self.compiled:
             self._say(f"compiled in {seconds:.0f} s; the next updates take their usual time")
         self.compiled = True
 
     def _ended(self, log: Sequence[dict[str, Any]]) -> bool:
-        """Return whether no further update is to be made."""
+        """Return whether training ends: as planned, out of time, or with everything learnt."""
         planned = self.trainer.progress.update >= self.pace.updates
         return planned or self._out_of_time() or self.trainer.ended(log) is not None
 
     def _look(self, row: dict[str, Any], *, last: bool) -> None:
-        """Evaluate and draw samples where they are due after an update; the last is evaluated after training."""
+        """Evaluate the policy and save samples if they are due after an update.
+
+        The last update is not evaluated here, because the evaluation after training follows.
+        """
         c = self.config.training
         if c.eval_every and row["update"] % c.eval_every == 0 and not last:
-            found = self._evaluate(self.trainer.policy)
-            row["evaluation"] = found.to_dict() | self.trainer.validate() | self._wins(found)
+            evaluation = self._evaluate(self.trainer.policy)
+            row["evaluation"] = (
+                evaluation.to_dict() | self.trainer.validate() | self._wins(evaluation)
+            )
         main = self.accelerator.is_main_process
         if main and c.sample_every and row["update"] % c.sample_every == 0:
             self._save_grid(row["update"])
 
     def _out_of_time(self) -> bool:
-        """One answer for all processes: each has a clock of its own."""
+        """Return whether `training.max_minutes` are over, by the clock of the main process for all processes."""
         limit = self.config.training.max_minutes
         if limit is None:
             return False
         return broadcast_object_list([self.trainer.progress.seconds > 60 * limit])[0]
 
     def _draw_some(self, prompts: Sequence[Prompt]) -> None:
-        """Draw and score one image of the reference for each of some prompts."""
+        """Sample and score one image of the base model for each of some prompts."""
         self._evaluate(lora.REFERENCE, prompts)
 
     def _evaluate(self, policy: str, prompts: Sequence[Prompt] | None = None) -> Evaluation:
-        """Evaluate a policy on the held-out prompts, or on one image for each of some.
+        """Evaluate a policy on the held-out prompts, or with one image for each of `prompts`.
 
-        Every process evaluates a whole copy: simple, and the images do not depend on their number.
+        Every process makes the whole evaluation, so that its images do not depend on the number of processes.
         """
         how = self.pace.evaluation(policy)
         if prompts is not None:
@@ -307,19 +327,19 @@ class Run:
 
     @property
     def failures(self) -> dict[str, int]:
-        """Images that a reward could not score."""
+        """Number of images that each reward could not score, by the reward's name."""
         return {**self.reward.failures, **self.held_out_reward.failures}
 
     def _score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> RewardOutput:
-        """The trained reward, with the held-out ones among its details."""
+        """Score images with the trained reward, and add the held-out rewards to the details."""
         return score_with(self.reward, self.held_out_reward)(images, prompts, metadata)
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
         with self.trainer.drawing(self.trainer.policy):
-            found = evaluate_model(
+            evaluation = evaluate_model(
                 self.trainer.model,
                 prompts,
                 no_reward,
@@ -331,13 +351,16 @@ class Run:
             )
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
-        grid = image_grid(found.images, columns=6, captions=found.texts)
+        grid = image_grid(evaluation.images, columns=6, captions=evaluation.texts)
         with aside(folder / f"{update:06d}.png") as file:
             grid.save(file)
-        trackers.log_images(self.accelerator, found.images, grid=grid, update=update)
+        trackers.log_images(self.accelerator, evaluation.images, grid=grid, update=update)
 
     def _wins(self, found: Evaluation) -> dict[str, Any]:
-        """How often its images are better than the reference's of the same noise."""
+        """Return the share of images with a higher reward than the base model's.
+
+        An image is compared with the base model's image from the same noise.
+        """
         prompts = [p.text for p in found.prompts]
         wins = win_rate(found.rewards, self.before.rewards, prompts)
         return {"win_rate": None if wins is None else wins.to_dict()}
@@ -377,11 +400,11 @@ class Run:
 
 
 def run(config: AnyRunConfig) -> dict[str, Any]:
-    """Prepare and execute a run; its folder is locked meanwhile.
+    """Prepare and execute a run, with its folder locked.
 
     Raises:
-        RunFolderError: another process runs in the folder, or the disk or the memory is full, wherever that is noticed.
-        Interrupted: a signal ended the run; the message says from where it goes on.
+        RunFolderError: another process runs in the folder, the disk is full, or the memory is full.
+        Interrupted: a signal ended the run. The message says at which update the same command continues.
     """
     folder = RunFolder(config.output_dir)
     try:

@@ -1,4 +1,7 @@
-"""The folder of a run: its configuration, log, checkpoints, grids and results. It belongs to one configuration."""
+"""Read and write the folder of a run: configuration, log, checkpoints, samples and results.
+
+A run folder belongs to one configuration.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from diffalign.core.files import contents, write_text
 from diffalign.training import checkpoint
 from diffalign.training.budget import BUDGET
 
-# Settings that decide how long or how a run is watched, not what it computes: a resumed run may change them.
+# A resumed run may change these settings. They determine how long a run takes and how it is watched, but not what it
+# computes.
 FREE = {
     "output_dir",
     "training.num_updates",
@@ -44,26 +48,31 @@ FREE = {
     "pairs.micro_batch_size",
     "latents.micro_batch_size",
     "latents.cache",
-    "pairs.source",  # the cache knows what it was made from
+    # the manifest of the cache names the pairs that it was made from
+    "pairs.source",
     "pairs.cache",
 }
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 PROMPTS = "prompts.json"
 BEFORE = "before.safetensors"
-"""How the reference does on held-out prompts."""
+"""File with the base model's evaluation on held-out prompts."""
 ALIGNED, ALIGNMENT_FACTS = "aligned.safetensors", "aligned.json"
-"""Both ends of a model that was moved into another latent space, made before the first update."""
+"""Files with a DC-Gen run's aligned embedder and last layer, and the alignment's figures."""
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 PREPARED = (CONFIG, PROMPTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES)
-"""What a run leaves that ended before its first update. `before.safetensors` knows what it belongs to."""
+"""Files and folders that a run may leave if it ends before its first update.
+
+They are deleted if another configuration takes over the folder. `before.safetensors` stays: its key names what it was
+made with.
+"""
 
 
 class RunFolderError(UserError, RuntimeError):
-    """A folder that this run must not write to."""
+    """Folder that this run must not write to, or that has no readable run."""
 
 
 class RunFolder:
-    """Paths and files of one run; only the main process may write."""
+    """Folder of one run. Only the main process may write to it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -74,11 +83,11 @@ class RunFolder:
 
     @property
     def newest_checkpoint(self) -> Path | None:
-        """The newest finished checkpoint."""
+        """Newest finished checkpoint, or None."""
         return checkpoint.latest(self.checkpoints)
 
     def saved(self) -> str:
-        """Return, for who interrupts the run, what is saved and where the same command goes on."""
+        """Return a text for an interrupted run: what is saved, and where the same command continues."""
         good = self.newest_checkpoint
         if good is None:
             return f"no update of {self.path} is saved; the same command begins with the first"
@@ -87,17 +96,19 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether an update was made; before that, the folder belongs to no configuration."""
+        """True once an update was made. Before, the folder belongs to no configuration."""
         return self.newest_checkpoint is not None or bool(self.read_log())
 
     def check(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
-        """Check that the folder is new, or of a run that may go on with this configuration. Writes nothing.
+        """Check that the folder is new, or belongs to a run with this configuration.
+
+        Nothing is written.
 
         Args:
-            prompts: settings to digests of what they led to.
+            prompts: digests of prompts and reward files, by the setting that names them.
 
         Raises:
-            RunFolderError: the folder belongs to something else; the message lists what differs.
+            RunFolderError: the folder belongs to another run, or to no run. The message lists the differences.
         """
         if (self.path / CONFIG).is_file():
             if self.begun and (lines := self._differences(config)):
@@ -117,9 +128,10 @@ class RunFolder:
             )
 
     def claim(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
-        """Check the folder, create it and note down its configuration and the digests of its prompts.
+        """Check and create the folder, and write the configuration and the digests.
 
-        A folder in which no update was made is taken over by another configuration, without what was prepared there.
+        A folder in which no update was made can be taken over by another configuration. Files that the earlier one
+        prepared are deleted.
         """
         self.check(config, prompts)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -135,31 +147,35 @@ class RunFolder:
             self.write(PROMPTS, json.dumps(prompts, indent=1))
 
     def _differences(self, config: AnyRunConfig) -> list[str]:
-        """Return the settings that differ from the folder's and that a resumed run may not change."""
+        """Return changed settings that a resumed run may not change, as texts."""
         file = self.path / CONFIG
         try:
-            there = yaml.safe_load(file.read_text(encoding="utf-8"))
-            # settings that are newer than the run have their defaults there
-            there = to_dict(decode(there))
+            stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+            # decoding gives settings that did not exist when the run began their defaults
+            stored = to_dict(decode(stored))
         except yaml.YAMLError as error:
             raise RunFolderError(f"{file} is not readable: {error}") from error
         except ConfigError as error:
             raise RunFolderError(f"{file} is no configuration of this version: {error}") from error
         free = FREE
         if config.optimizer.lr_scheduler != "constant":
-            free = FREE - {"training.num_updates"}  # the schedule ends where the run does
-        return [d for d in differences(there, to_dict(config)) if d.partition(":")[0] not in free]
+            # the learning rate's schedule depends on the number of updates
+            free = FREE - {"training.num_updates"}
+        return [d for d in differences(stored, to_dict(config)) if d.partition(":")[0] not in free]
 
     def _changed_prompts(self, prompts: Mapping[str, str]) -> str | None:
-        """Return the first setting whose prompts have changed; runs of old versions have noted none and pass."""
+        """Return the first setting whose prompts or reward file have changed, or None.
+
+        Run folders of old versions have no digests, and pass.
+        """
         file = self.path / PROMPTS
         if not file.is_file():
             return None
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
+            stored = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunFolderError(f"{file} is not readable: {error}") from error
-        return next((s for s, digest in prompts.items() if there.get(s, digest) != digest), None)
+        return next((s for s, digest in prompts.items() if stored.get(s, digest) != digest), None)
 
     def _clear(self) -> None:
         for name in PREPARED:
@@ -170,7 +186,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> Path:
-        """Write a text file aside and rename it."""
+        """Write a text file under another name and rename it: it is never half written."""
         file = self.path / name
         write_text(file, text, durable=True)
         return file
@@ -183,7 +199,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All whole rows; a last line cut by a crash is left out."""
+        """Return all rows of the log. A last line that a crash has truncated is skipped."""
         file = self.path / LOG
         if not file.is_file():
             return []
@@ -196,23 +212,26 @@ class RunFolder:
         return rows
 
     def rewind_log(self, update: int) -> None:
-        """Drop rows of updates after `update`, which a resumed run makes again."""
+        """Delete the log rows of updates after `update`, which a resumed run makes again."""
         rows = [r for r in self.read_log() if r["update"] <= update]
         self.write(LOG, "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a finished run's folder to the next free `NAME.N`, and return that; None where no run is finished.
+    """Rename a finished run's folder to the next free `NAME.N`, and return the new path.
+
+    Return None if the folder has no finished run.
 
     Raises:
-        LockError: another process runs there.
+        LockError: another process is running in the folder.
     """
     if not (folder / SUMMARY).is_file():
         return None
     number = 1
-    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
+    # raises LockError if a process is evaluating the run again
     with locks.hold(folder):
-        pass  # nobody is evaluating it again
-    folder.rename(kept)
-    return kept
+        pass
+    folder.rename(target)
+    return target

@@ -9,17 +9,21 @@ from torch import Tensor
 
 
 class Sums:
-    """Sums and counts of named metrics, kept on the device until they are read."""
+    """Sums and counts of named metrics, which stay on the device until they are read."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.table = torch.zeros(len(names), 2, device=device)
         self.names = list(names)
 
     def add(self, name: str, values: Tensor) -> None:
+        """Add the values (B,) of a metric."""
         row = self.table[self.names.index(name)]
         row += torch.stack([values.sum(), torch.full_like(values[0], values.numel())])
 
     def means(self) -> dict[str, float]:
-        """Mean of each metric that was added; of all processes, where `table` has been summed over them."""
+        """Return the mean of each metric that was added.
+
+        The means are those of all processes if `table` has been summed over them.
+        """
         pairs = zip(self.names, self.table.tolist(), strict=True)
         return {name: total / count for name, (total, count) in pairs if count}

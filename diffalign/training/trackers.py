@@ -1,4 +1,7 @@
-"""Experiment trackers through accelerate (tensorboard, wandb, trackio, ...), beside the run folder's own log."""
+"""Log a run to experiment trackers through accelerate (tensorboard, wandb, trackio, ...).
+
+The run folder's own log is written in any case.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ PROJECT = "diffalign"
 
 
 def make_accelerator(config: AnyRunConfig) -> Accelerator:
-    """The process's accelerator with the configured trackers; ConfigError for one that is unknown or not installed.
+    """Return the process's accelerator with the configured trackers.
 
-    (accelerate itself leaves out what is not installed without a word.)
+    The trackers are checked here, because accelerate silently ignores trackers that are not installed.
+
+    Raises:
+        ConfigError: a tracker is unknown or not installed.
     """
     names = config.training.trackers
     installed = [str(name) for name in get_available_trackers()]
@@ -33,26 +39,31 @@ def make_accelerator(config: AnyRunConfig) -> Accelerator:
 
 
 def start(accelerator: Accelerator, config: AnyRunConfig) -> None:
-    """Open the trackers with the whole configuration as their parameters."""
+    """Open the trackers, with the whole configuration as the run's parameters."""
     if config.training.trackers:
         accelerator.init_trackers(PROJECT, config=dict(_flat(to_dict(config))))
 
 
 def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
-    """The numbers of a row of the log, at its update."""
+    """Send the numbers of a log row to the trackers; its update is the step."""
     values = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-    found = row.get("evaluation", {})
-    scores = {**found.get("means", {}), **found.get("tasks", {})}
-    if found.get("win_rate"):
-        scores["win_rate"] = found["win_rate"]["rate"]
+    evaluation = row.get("evaluation", {})
+    scores = {**evaluation.get("means", {}), **evaluation.get("tasks", {})}
+    if evaluation.get("win_rate"):
+        scores["win_rate"] = evaluation["win_rate"]["rate"]
     values |= {f"evaluation/{name}": score for name, score in scores.items()}
-    values |= {name: score for name, score in found.items() if name.startswith("validation/")}
+    values |= {name: score for name, score in evaluation.items() if name.startswith("validation/")}
     accelerator.log(values, step=row["update"])
 
 
 def log_images(accelerator: Accelerator, images: Tensor, *, grid: Image.Image, update: int) -> None:
-    """Images (N, 3, H, W) uint8, for the trackers that take images; `grid`, all in one picture, for one that takes no
-    more than that."""
+    """Send sample images to the trackers that accept images.
+
+    Args:
+        images: images (N, 3, H, W) uint8.
+        grid: one picture of all images, for trackio, which accepts a single picture.
+        update: number of the update.
+    """
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -61,20 +72,21 @@ def log_images(accelerator: Accelerator, images: Tensor, *, grid: Image.Image, u
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": values}, step=update, **options)
             elif tracker.name == "trackio":
-                import trackio  # optional
+                # an optional dependency
+                import trackio
 
-                # one picture, as in `samples`: trackio drops a list of them with no more than a warning
+                # trackio ignores a list of images with a warning, so it gets the grid
                 tracker.log({"samples": trackio.Image(grid)}, step=update)
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Close the trackers; what is still in their buffers is written."""
+    """Close the trackers, which writes their buffers."""
     if accelerator.trackers:
         accelerator.end_training()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys; trackers take numbers and texts only."""
+    """Flatten a mapping to dotted keys. The values become numbers and texts, as trackers need."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, dict):

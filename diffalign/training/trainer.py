@@ -1,4 +1,7 @@
-"""What every loop that trains a LoRA has: adapters, optimizer, progress, checkpoints, a step on summed gradients."""
+"""Base class of trainers, which all train a LoRA.
+
+It has the adapters, the optimizer, progress, checkpoints and the step on summed gradients.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,19 @@ from diffalign.training.sums import Sums
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message says since when and from where it can be resumed."""
+    """Training that cannot continue. The message names the last checkpoint or update that is saved."""
 
 
 @dataclass
 class Progress:
-    """What outlives a process: finished updates, optimizer steps, seconds of training, and how often the run was rolled
-    back: each time halves the learning rate."""
+    """Counters of a run, which checkpoints store.
+
+    Attributes:
+        update: number of finished updates.
+        step: number of optimizer steps.
+        seconds: seconds of training.
+        rollbacks: number of rollbacks, each of which halves the learning rate.
+    """
 
     update: int = 0
     step: int = 0
@@ -46,7 +55,7 @@ class Progress:
 
 @dataclass
 class Trainer(ABC):
-    """One run of one loop; a subclass says what an update is."""
+    """Trainer of one run. A subclass defines what an update is."""
 
     config: AnyRunConfig
     model: TextToImageModel
@@ -54,13 +63,13 @@ class Trainer(ABC):
     folder: RunFolder
     progress: Progress = field(default_factory=Progress, kw_only=True)
     time_plan: TimePlan = field(default=TimePlan(), kw_only=True)
-    """Number of updates that fit into `training.total_minutes`, once that is known."""
+    """Plan of the updates and images that fit into `training.total_minutes`."""
 
     policies: ClassVar[tuple[str, ...]] = (lora.AVERAGED,)
-    """Adapters besides the current one; all are in a checkpoint."""
+    """Names of the adapters besides the current one. A checkpoint has all of them."""
     forwards: ForwardCounter = field(init=False)
     advice: ClassVar[str] = ""
-    """What else helps against a gradient that is not finite."""
+    """Further advice for errors about a gradient that is not finite."""
 
     @classmethod
     def of_run(
@@ -71,13 +80,17 @@ class Trainer(ABC):
         folder: RunFolder,
         inputs: Inputs,
     ) -> Trainer:
-        """Return the trainer of a run; a method that needs prompts or rewards takes them from `inputs`."""
+        """Return the trainer of a run.
+
+        Methods that need prompts or rewards override this function and take them from `inputs`.
+        """
         return cls(config, model, accelerator, folder)
 
     def __post_init__(self) -> None:
         c = self.config
         self.size = image_size(c, self.model)
-        self.model.latent_shape(*self.size)  # a clear error now rather than at the first images
+        # called for its errors: they should come now rather than at the first image
+        self.model.latent_shape(*self.size)
         self.parameters = lora.attach(
             self.model.denoiser,
             rank=c.lora.rank,
@@ -98,26 +111,32 @@ class Trainer(ABC):
         )
 
     def prepare(self) -> None:  # noqa: B027
-        """Whatever takes long and comes before the first update; it goes on where it was interrupted."""
+        """Do the long work that precedes the first update, or continue it after an interruption."""
 
     @abstractmethod
     def train_update(self) -> dict[str, Any]:
-        """One update; returns the row of the log, with its number as `update`."""
+        """Train one update, and return its row of the log.
+
+        The row has the number of the update as `update`.
+        """
 
     @abstractmethod
     def full_batches(self) -> dict[bool, set[int]]:
-        """Rows of the denoiser's full batches, with gradient (True) and without: what is worth compiling for."""
+        """Return the sizes of the denoiser's full batches, which are worth compiling for.
+
+        The keys say whether a forward has a gradient.
+        """
 
     def validate(self) -> dict[str, float]:
-        """What an evaluation holds besides scores of images."""
+        """Return validation metrics, which an evaluation reports besides the scores of images."""
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """What the summary says besides."""
+        """Return the method's own figures for the summary."""
         return {}
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
-        """What of a row the progress bar shows."""
+        """Return the figures of a log row that the progress bar shows."""
         return {}
 
     def say(self, text: str) -> None:
@@ -126,61 +145,73 @@ class Trainer(ABC):
             console.say(text)
 
     def watch(self, log: list[dict[str, Any]], before: Mapping[str, float]) -> Any:
-        """Look for what is wrong after an update, and note warnings in the log's last row.
+        """Look for faults of the run, and store warnings in the last log row.
 
-        Returns what `answer` is to be told, or None.
+        The method is called after every update.
 
         Args:
+            log: rows of the log.
             before: means of the evaluation before training.
+
+        Returns:
+            The finding that `answer` reacts to, or None.
         """
         return None
 
     def answer(self, finding: Any) -> None:  # noqa: B027
-        """Do what the configuration wants about what `watch` has found; the update is logged and saved by then.
+        """React to a finding of `watch` as configured.
+
+        The update is logged before, and a checkpoint saved if one is due.
 
         Raises:
-            TrainingError: the run is to end.
+            TrainingError: the reaction is to end the run.
         """
 
     def ended(self, log: Sequence[Mapping[str, Any]]) -> str | None:
-        """Return why training ends before its planned updates, or None."""
+        """Return the reason why training ends before its planned updates, or None."""
         return None
 
     @property
     def policy(self) -> str:
-        """The policy that is evaluated and saved."""
+        """Name of the policy that is evaluated and exported."""
         return lora.AVERAGED if self.config.training.ema_max else lora.CURRENT
 
     def drawing(self, policy: str) -> AbstractContextManager[None]:
-        """The context in which images of a policy are made."""
+        """Return the context in which the denoiser samples as a policy."""
         context = lora.merged if self.config.drawing.merge_lora else lora.policy
         return context(self.model.denoiser, policy)
 
     def drawn_model(self, policy: str) -> TextToImageModel:
-        """The model that draws as a policy."""
+        """Return the model that samples images of a policy."""
         return self.model
 
     def evaluation(self, policy: str) -> EvaluationConfig:
-        """How a policy draws held-out prompts."""
+        """Return the sampling settings of a policy's evaluations."""
         return self.config.evaluation
 
     def export(self, folder: Path) -> None:
-        """Write what a user takes away; the LoRA of the policy that is evaluated, as `lora/`."""
+        """Save the result of the run: the evaluated policy's LoRA, as `lora/`."""
         lora.export_lora(
             self.model.denoiser, self.model.pipeline, folder / "lora", name=self.policy
         )
 
     @property
     def planned_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run, as configured."""
         return self.config.training.num_updates
 
     def step(self, number: int, *, index: int) -> float:
-        """Sum the gradients of all processes and apply them; returns their norm before clipping. `index` is that of the
-        optimizer step in the run, from 0.
+        """Sum the gradients of all processes, and take an optimizer step.
+
+        Args:
+            number: number of the update, for errors.
+            index: number of the optimizer step in the run, from 0.
+
+        Returns:
+            The norm of the gradient before clipping.
 
         Raises:
-            TrainingError: the gradient is not finite; it is not applied.
+            TrainingError: the gradient is not finite. It is not applied.
         """
         norm = self._reduce_gradients()
         if not math.isfinite(norm):
@@ -206,11 +237,14 @@ class Trainer(ABC):
     def finish(
         self, number: int, sums: Sums, *, started: float, count: int, unit: str
     ) -> dict[str, Any]:
-        """The optimizer step of an update whose gradients are there, and its row of the log.
+        """Take the only optimizer step of an update, and return its row of the log.
 
         Args:
-            started: of the update, by `time.perf_counter`.
-            count: pairs or images of all processes together; `unit` says which, "pair" or "image".
+            number: number of the update.
+            sums: this process's sums of metrics.
+            started: time at which the update began, by `time.perf_counter`.
+            count: number of pairs or images of the update, over all processes.
+            unit: "pair" or "image".
         """
         sums.table = self.accelerator.reduce(sums.table, "sum")
         norm = self.step(number, index=number - 1)
@@ -231,10 +265,13 @@ class Trainer(ABC):
         }
 
     def resume(self) -> bool:
-        """Continue from the newest whole checkpoint of the run folder, if there is one.
+        """Load the newest undamaged checkpoint of the run folder, if there is one.
+
+        Returns:
+            True if a checkpoint was loaded.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: all checkpoints are damaged.
         """
         path = processes.on_main(lambda: checkpoint.load_newest(self.folder.checkpoints))
         if path is None:
@@ -245,11 +282,13 @@ class Trainer(ABC):
         return True
 
     def roll_back(self, good: int) -> None:
-        """Return to the newest checkpoint that is no later than update `good`, drop later ones, halve the rate.
+        """Load the newest checkpoint of update `good` at most, and halve the learning rate.
+
+        Later checkpoints are deleted.
 
         Raises:
-            TrainingError: there is none.
-            CheckpointError: there are some, and all are damaged.
+            TrainingError: there is no such checkpoint.
+            CheckpointError: all such checkpoints are damaged.
         """
         path = processes.on_main(
             lambda: checkpoint.load_newest(self.folder.checkpoints, until=good)
@@ -265,7 +304,8 @@ class Trainer(ABC):
         if self.accelerator.is_main_process:
             checkpoint.drop_after(path)
         self.accelerator.wait_for_everyone()
-        self.save()  # an interruption must not undo the rollback
+        # an interruption must not undo the rollback
+        self.save()
 
     def _load(self, path: Path) -> None:
         update, tensors, state = checkpoint.load(path)
@@ -277,7 +317,7 @@ class Trainer(ABC):
             self.folder.rewind_log(update)
 
     def save(self) -> None:
-        """Write a checkpoint (main process only; every process holds the same state)."""
+        """Save a checkpoint in the main process. Every process has the same state."""
         if self.accelerator.is_main_process:
             tensors = {
                 name: lora.adapter_state(self.model.denoiser, name)
@@ -298,9 +338,10 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
 
     def _reduce_gradients(self) -> float:
-        """Sum over processes, clip, return the norm before clipping."""
+        """Sum the gradients over processes, clip them, and return the norm before clipping."""
         for parameter in self.parameters:
-            if parameter.grad is None:  # a process without images still takes part
+            # a process without images must take part in the sum, too
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(parameter.grad)
@@ -308,8 +349,14 @@ class Trainer(ABC):
 
 
 def lr_factor(step: float, config: OptimizerConfig, *, total: int) -> float:
-    """Share of the learning rate at optimizer step `step` (from 0) of `total`: a function of nothing else, so that a
-    resumed run needs no state of a scheduler."""
+    """Return the fraction of the learning rate at an optimizer step.
+
+    The fraction depends on the step alone, so that a resumed run needs no state of a scheduler.
+
+    Args:
+        step: number of the optimizer step, from 0.
+        total: number of optimizer steps of the whole run.
+    """
     warmup = config.warmup_updates
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""Preference pairs: their records, the tables that they come from, and what is made of them."""
+"""Preference pairs: their records, source tables, caches and recorded states."""
 
 from diffalign.data.pairs.records import PreferencePair, Skipped, held_out, read_pairs
 

@@ -1,4 +1,7 @@
-"""Preference pairs as `diffalign precompute` leaves them: latents of both images, and states of their inversion."""
+"""Cache of preference pairs that `diffalign precompute` encoded.
+
+It holds latents of both images, and states of their inversion.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ OPTIONAL = ("states", "grid_index", "reference_error", "time_ids")
 
 
 class PairCache(ShardCache):
-    """One row a pair."""
+    """Cache with one row per pair."""
 
     rows = "pairs"
     setting = "pairs.cache"
 
     def batch(self, pairs: Sequence[int], device: torch.device | str = "cpu") -> PreferenceBatch:
-        """Pairs by their numbers, latents and states in float32."""
+        """Return pairs by number, with latents and states in float32."""
         columns, embeds = self.columns(pairs, device)
         floats = {
             k: v if k == "grid_index" else v.float() for k, v in columns.items() if k in OPTIONAL

@@ -48,10 +48,10 @@ class Rewards(Protocol):
 
 @dataclass(frozen=True)
 class PairOptions:
-    """Choice of pairs of a prompt's images, and their weights.
+    """Rules that choose and weight pairs of a prompt's images.
 
     Raises:
-        UsageError: `rankdpo` weighs all pairs of a ranking, and they are not all picked.
+        UsageError: the weights are `rankdpo`, which need all pairs of a ranking, and `pick` is not "all".
     """
 
     pick: str = "best_worst"
@@ -64,20 +64,25 @@ class PairOptions:
 
 
 def by_place(image: CaptionedImage) -> str:
-    """Name of a prompt's folder in GenEval's layout: prompts of the same text stay apart."""
+    """Return the name of a prompt's folder in GenEval's layout.
+
+    Prompts with the same text have different folders.
+    """
     return image.path.parents[1].name
 
 
 def by_caption(image: CaptionedImage) -> str:
-    """Caption of an image."""
+    """Return the caption of an image."""
     return image.prompt.text
 
 
 def comparable(images: Sequence[CaptionedImage], folder: Path) -> list[CaptionedImage]:
-    """Images of a folder whose caption others have, too: those that a reward can compare.
+    """Return the images whose caption at least one other image shares.
+
+    Only images of one caption can be compared.
 
     Raises:
-        UsageError: there are none.
+        UsageError: no two images share a caption.
     """
     counts = Counter(by_caption(image) for image in images if by_caption(image).strip())
     shared = [image for image in images if counts[by_caption(image)] > 1]
@@ -107,13 +112,15 @@ def make_pairs(
     group: Group = by_place,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score images (all processes together), write `pairs.jsonl` into `folder`, and return a summary.
+    """Score images, write `pairs.jsonl` into `folder`, and return a summary.
+
+    The processes share the images. Only the main process writes and returns a summary.
 
     Args:
-        group: gives images that are compared with each other the same text.
+        group: returns the same text for images that are compared with each other.
 
     Raises:
-        UsageError: no prompt has a better image.
+        UsageError: the images of every prompt have equal rewards.
     """
     mine = range(state.process_index, len(images), state.num_processes)
     rows = _score(
@@ -131,7 +138,7 @@ def _score(
     batch_size: int,
     progress: Progress | None,
 ) -> list[Row]:
-    """One row per image: its rewards and, where a reward looks for objects, the objects."""
+    """Return one row per image: its rewards and, if a reward detects objects, the objects."""
     detect: Detect | None = next(
         (r.detect for r in reward.rewards.values() if hasattr(r, "detect")), None
     )
@@ -159,12 +166,12 @@ def _score(
 
 
 def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions) -> dict[str, Any]:
-    """Write `pairs.jsonl`; UsageError where no prompt has a better image."""
+    """Write `pairs.jsonl`; raise UsageError if all images of every prompt score the same."""
     usable = [r for r in rows if "error" not in r]
     groups = groupby(usable, key=lambda r: r["group"])
     pairs = [row for _, group in groups for row in _pairs(folder, list(group), options)]
     if options.weights == "rankdpo" and pairs:
-        # a learning rate means the same with and without
+        # the mean weight is 1, so that a learning rate means the same with and without weights
         mean = sum(row["weight"] for row in pairs) / len(pairs)
         for row in pairs:
             row["weight"] /= mean
@@ -185,7 +192,7 @@ def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions)
 
 
 def _pairs(folder: Path, images: list[Row], options: PairOptions) -> list[Row]:
-    """The rows of one prompt's images."""
+    """Return the rows of the pairs of one prompt's images."""
     scores = [r["reward"] for r in images]
     pairs = choose_pairs(scores, pick=options.pick, min_gap=options.min_gap)
     rows = [_row(folder, images[a], images[b]) for a, b in pairs]
@@ -196,7 +203,7 @@ def _pairs(folder: Path, images: list[Row], options: PairOptions) -> list[Row]:
 
 
 def _row(folder: Path, better: Row, worse: Row) -> Row:
-    """A line of the layout that `pairs.source` calls diffalign."""
+    """Return the row of one pair, in the layout that `pairs.preset` calls diffalign."""
     both = (better, worse)
     row = {
         "prompt": better["prompt"],
@@ -212,6 +219,6 @@ def _row(folder: Path, better: Row, worse: Row) -> Row:
 
 
 def _name(file: Path, folder: Path) -> str:
-    """Path of an image from its table's folder on; absolute where it lies elsewhere."""
+    """Return an image's path relative to its table's folder, or absolute if it is outside."""
     inside = file.is_relative_to(folder)
     return str(file.relative_to(folder)) if inside else os.path.abspath(file)

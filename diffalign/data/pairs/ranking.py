@@ -1,4 +1,4 @@
-"""Preference pairs of scored images of one prompt."""
+"""Choice and weights of preference pairs of one prompt's scored images."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from itertools import combinations
 def choose_pairs(
     scores: Sequence[float], *, pick: str = "best_worst", min_gap: float = 0.0
 ) -> list[tuple[int, int]]:
-    """Pairs (better, worse) of images whose scores differ by more than `min_gap`.
+    """Return pairs (better, worse) of images whose scores differ by more than `min_gap`.
 
-    NaN is no score.
+    Images with a NaN score make no pair. Of two images with equal scores the earlier one ranks first.
 
     Args:
-        scores: of the images of one prompt.
+        scores: scores of one prompt's images.
         pick: "best_worst", at most one pair; "nested", the best with the worst, the second with the second worst and
-            so on, each image once; or "all" pairs. Of equal scores the earlier image stands first.
-        min_gap: pairs that differ by no more say little.
+            so on, each image once; or "all" pairs.
+        min_gap: largest difference of scores that makes no pair.
     """
     valid = [i for i, s in enumerate(scores) if math.isfinite(s)]
     order = sorted(valid, key=lambda i: -scores[i])
@@ -31,11 +31,11 @@ def choose_pairs(
 
 
 def rank_weights(scores: Sequence[float], pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """RankDPO's weight of each pair (a, b) of a prompt's images (Karthik et al. 2024).
+    """Return RankDPO's weight of each pair (a, b) of a prompt's images.
 
-    It is |G_a - G_b| |1 / D_a - 1 / D_b| with gain G = 2^score - 1 and discount D = log(1 + rank): pairs across the top
-    of the ranking count most. With all pairs, DPO's loss so weighted is RankDPO's. Scores are scaled to 0..1 within the
-    prompt.
+    The weight is |G_a - G_b| |1 / D_a - 1 / D_b| with gain G = 2^score - 1 and discount D = log(1 + rank). Scores are
+    scaled to 0..1 within the prompt. Pairs with an image at the top of the ranking weigh most. DPO's loss over all
+    pairs, with these weights, is RankDPO's loss. Source: Karthik et al. 2024.
     """
     valid = sorted((i for i, s in enumerate(scores) if math.isfinite(s)), key=lambda i: -scores[i])
     discount = {i: 1 / math.log(1 + rank) for rank, i in enumerate(valid, start=1)}

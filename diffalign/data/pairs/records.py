@@ -1,7 +1,7 @@
-"""Preference pairs: one record, whatever the votes looked like.
+"""Reader of preference pairs: one record class for all layouts of votes.
 
-A known layout is told by its columns; one of one's own is named with a column map. What is wrong with a single row is
-no reason to lose the others: it comes back as `Skipped`, to be counted.
+A published layout is recognised by its columns; a column map names the columns of a custom layout. A row that cannot be
+used is returned as `Skipped`, so that it can be counted and does not stop the others.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ from diffalign.data.tables import Row
 
 Image = Path | bytes
 MAX_RANKED = 256
-"""Images of one ranking: more would make tens of thousands of pairs of a row."""
+"""Largest number of images in one ranking; more would make tens of thousands of pairs."""
 CANONICAL = ("prompt", "image_0", "image_1", "label", "label_0", "label_1", "weight")
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two images of one prompt. `preference`: probability in 0..1 that the first is the better one (0.5: a tie);
-    `row`: number of its row in the source, `place` its name in messages."""
+    """Two images of one prompt, and the preference between them.
+
+    Attributes:
+        prompt: text of the prompt.
+        images: paths or contents of the two image files.
+        preference: probability in 0..1 that the first image is the better one; 0.5 for a tie.
+        row: number of the pair's row in the source.
+        place: name of the row in messages.
+        weight: weight of the pair in the loss.
+        metadata: remaining columns of the row.
+    """
 
     prompt: str
     images: tuple[Image, Image]
@@ -41,7 +50,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row, or a pair of it, that cannot be used, and why."""
+    """Row, or one of its pairs, that cannot be used, and the reason."""
 
     row: int
     place: str
@@ -53,16 +62,17 @@ class _Unusable(ValueError):
 
 
 def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePair | Skipped]:
-    """All pairs of a source in order, from those of row `start` on.
+    """Yield the pairs of a source in order, beginning with row `start`.
 
-    Images are not opened yet.
+    Images are not opened.
 
     Raises:
-        PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
+        PairsError: the source does not exist or is not readable, or its first row fits no layout.
     """
     layout = check_pairs(config)
     numbered = enumerate(rows(config.source, start=start), start)
-    if layout.per_image:  # rows of one prompt follow each other
+    # such a table has the images of one prompt in consecutive rows
+    if layout.per_image:
         groups = groupby(numbered, key=lambda pair: _prompt_id(pair[1]))
         parts = (list(group) for _, group in groups)
     else:
@@ -72,15 +82,15 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
 
 
 def _prompt_id(row: Row) -> Any:
-    """Key of the rows of one prompt; a row that cannot be read stands alone."""
+    """Return the key that a prompt's rows share; an unreadable row has its own key."""
     return object() if row.problem else row.columns.get("prompt_id")
 
 
 def check_pairs(config: PairsConfig) -> Layout:
-    """Layout of a source, told by its first row.
+    """Return the layout of a source, recognised by its first row.
 
     Raises:
-        PairsError: there is no such source, it is not readable, or its first row has the columns of no known layout.
+        PairsError: the source does not exist or is not readable, or its first row fits no layout.
     """
     if not config.source:
         raise PairsError("pairs.source: names no preference pairs; see docs/preferences.md")
@@ -88,17 +98,20 @@ def check_pairs(config: PairsConfig) -> Layout:
 
 
 def held_out(prompt: str, share: float) -> bool:
-    """Tell whether a prompt's pairs are held out: a function of the prompt alone."""
+    """Return True for a prompt whose pairs are held out, decided by its text."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Form of a table. `read` makes entries (prompt, images, preference, more) of a row.
+    """Layout of a table of votes.
 
-    Where rows are single images (`per_image`), it reads all rows of a prompt. `known_by` are the columns that tell the
-    layout from others and must be there."""
+    Attributes:
+        read: function from rows to entries (prompt, images, preference and optional fields).
+        known_by: required columns, which distinguish the layout from others.
+        per_image: True if a row is a single image; `read` then receives all rows of a prompt, else one row.
+    """
 
     read: Callable[[Sequence[Row]], Sequence[dict[str, Any]]]
     known_by: tuple[str, ...]
@@ -108,7 +121,7 @@ class Layout:
 def _pairs_of(
     layout: Layout, group: Sequence[Row], number: int, names: Mapping[str, str]
 ) -> Iterator[PreferencePair | Skipped]:
-    """Pairs of the rows that belong together; Skipped where they cannot be used."""
+    """Yield the pairs of rows that belong together, or Skipped if they cannot be used."""
     place = group[0].place
     try:
         group = [_renamed(row, names) for row in group]
@@ -123,7 +136,7 @@ def _pairs_of(
 
 
 def _entries(layout: Layout, group: Sequence[Row]) -> Sequence[dict[str, Any]]:
-    """Entries that a layout makes of rows; unexpected values make the rows unusable."""
+    """Return a layout's entries of rows; raise _Unusable for unexpected values."""
     try:
         return layout.read(group)
     except _Unusable:
@@ -139,7 +152,7 @@ def _check_columns(row: Row, layout: Layout) -> None:
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
-    """Row with our names of its columns."""
+    """Return a row whose columns have the names of the layout `diffalign`."""
     if row.problem:
         raise _Unusable(row.problem.partition(":")[0])
     missing = [theirs for theirs in names.values() if theirs not in row.columns]
@@ -175,7 +188,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _image(value: Any, row: Row, name: str) -> Image:
-    """Bytes, a path, or datasets' struct of both."""
+    """Return an image as bytes or a path; `datasets` has structs of both."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
@@ -191,7 +204,7 @@ def _two(row: Row, names: tuple[str, str]) -> tuple[Image, Image]:
 
 
 def _share(a: float, b: float, what: str) -> float:
-    """Votes to a probability; no vote at all says nothing."""
+    """Return the first image's share of the votes; raise _Unusable without votes."""
     if a < 0 or b < 0:
         raise _Unusable(f"{what} are negative")
     if a + b == 0:
@@ -199,7 +212,7 @@ def _share(a: float, b: float, what: str) -> float:
     return a / (a + b)
 
 
-# A layout makes entries (prompt, images, preference and perhaps more) of its rows.
+# Readers of the layouts: rows to entries (prompt, images, preference and optional fields).
 
 
 def _own(group: Sequence[Row]) -> list[dict[str, Any]]:
@@ -266,7 +279,7 @@ def _two_numbers(values: Any, name: str) -> tuple[float, float]:
 
 
 def _ranked(prompt: Any, images: Sequence[Image], ranks: Any) -> list[dict[str, Any]]:
-    """All pairs of a ranking in which a lower rank is better."""
+    """Return all pairs of a ranking in which a lower rank is better."""
     if len(images) > MAX_RANKED:
         raise _Unusable(f"a ranking of more than {MAX_RANKED} images")
     if not isinstance(ranks, list | tuple):
@@ -290,7 +303,8 @@ def _hpdv3(group: Sequence[Row]) -> list[dict[str, Any]]:
     p = 1.0
     if votes is not None and not isinstance(votes, list | tuple):
         raise _Unusable("choice_dist is no list")
-    if votes and len(votes) == 2:  # the first path is the preferred one, whatever the votes' order
+    # the first path is the preferred one, whatever the order of the votes
+    if votes and len(votes) == 2:
         a, b = sorted(_two_numbers(votes, "choice_dist"), reverse=True)
         p = _share(a, b, "votes")
     return [
@@ -311,7 +325,7 @@ def _rapidata(group: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _imagereward(group: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of single images of one prompt."""
+    """Return the pairs of one prompt, whose rows are single ranked images."""
     images = [_image(r.columns["image"], r, "image") for r in group]
     ranks = [r.columns["rank"] for r in group]
     return _ranked(group[0].columns["prompt"], images, ranks)
@@ -330,7 +344,7 @@ LAYOUTS = {
 
 
 def _layout(config: PairsConfig) -> Layout:
-    """Layout that is named, or the one whose columns the first row has.
+    """Return the layout that the settings name, or the one that fits the first row.
 
     Raises:
         PairsError: the first row lacks a column.
@@ -358,7 +372,7 @@ def _layout(config: PairsConfig) -> Layout:
 
 
 def _named_layout(config: PairsConfig) -> Layout | None:
-    """Layout that a configuration names, if it names one."""
+    """Return the layout that the settings name, or None."""
     if config.preset is not None:
         if config.preset not in LAYOUTS:
             raise PairsError(
@@ -372,7 +386,7 @@ def _named_layout(config: PairsConfig) -> Layout | None:
 
 
 def _first(config: PairsConfig) -> Row:
-    """First row that can be read."""
+    """Return the first row that can be read."""
     problem = ""
     for row in rows(config.source):
         if not row.problem:

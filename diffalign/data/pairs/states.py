@@ -1,4 +1,4 @@
-"""States of a model's own images on their way from noise, in files beside them."""
+"""Recorded sampler states of a model's own images, in files beside the images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from diffalign.data.pairs.tables import PairsError
 
 @dataclass(frozen=True)
 class RecordedStates:
-    """States of one image.
+    """Recorded states of one image, in the sampler's own dtype, so that nothing is rounded.
 
-    Clean `latents` (C, H, W) and `states` (K, C, H, W) at rising `timesteps` (K,) are as the sampler held them, so that
-    nothing is rounded. `reference_error` (K,): the model's at these states, its target what leads straight to the
-    latents; None where it drew with guidance. `made_by` says with what weights and settings.
+    Attributes:
+        latents: (C, H, W), clean.
+        states: (K, C, H, W), at rising timesteps.
+        timesteps: (K,).
+        made_by: weights and settings that generated the image.
+        reference_error: (K,), the model's error at the states, for the target that leads straight to the latents; None
+            if the image was generated with guidance.
     """
 
     latents: Tensor
@@ -30,17 +34,17 @@ class RecordedStates:
 
 
 def states_path(image: Path) -> Path:
-    """File of the states of an image in GenEval's layout."""
+    """Return the path of an image's states in GenEval's layout."""
     return image.parent.parent / "states" / f"{image.stem}.safetensors"
 
 
 def has_states(image: Path | bytes) -> bool:
-    """Tell whether a file of states stands beside an image."""
+    """Return True if an image has a file of recorded states."""
     return isinstance(image, Path) and states_path(image).is_file()
 
 
 def write_states(image: Path, recorded: RecordedStates) -> None:
-    """Whole or not at all."""
+    """Write the states of an image atomically."""
     place = states_path(image)
     place.parent.mkdir(exist_ok=True)
     columns = {k: v.contiguous() for k, v in vars(recorded).items() if isinstance(v, Tensor)}
@@ -49,10 +53,10 @@ def write_states(image: Path, recorded: RecordedStates) -> None:
 
 
 def read_states(image: Path | bytes) -> RecordedStates:
-    """Read the states of an image.
+    """Read the recorded states of an image.
 
     Raises:
-        PairsError: there are none, or the file is damaged.
+        PairsError: the image has no file of states, or the file is damaged.
     """
     name = str(image) if isinstance(image, Path) else "an image in a table"
     place = states_path(image) if isinstance(image, Path) else None

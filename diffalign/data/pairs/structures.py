@@ -1,8 +1,8 @@
-"""What an image shows, or a prompt asks for, as objects, attributes, relations and scores.
+"""Structure of an image or a prompt: objects, attributes, relations and scores.
 
-The schema of compositional preference data: one mapping for GenEval's metadata, for what a detector or the Shapes
-verifier found, and for scene graphs (items and relations, as LAION-SG has them). (Inversion-DPO's own set of 11,140
-images with structural annotations is not published, nor is its format.)
+This is the schema of compositional preference data. It represents GenEval's metadata, detections of a detector or of
+the Shapes verifier, and scene graphs (items and relations, as in LAION-SG). Neither Inversion-DPO's own set of 11,140
+images with structural annotations nor its format is published.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from diffalign.geneval.rules import Detection, relative_position
 
 
 class StructureError(UserError, ValueError):
-    """An annotation that is no structure; the message says where."""
+    """Annotation that is no valid structure; the message names the fault."""
 
 
 @dataclass(frozen=True)
 class StructuredObject:
-    """`count` objects of one kind (more than one only in what a prompt asks for); `box` (x1, y1, x2, y2) in pixels
-    where it was seen."""
+    """Object of an image, or objects of one kind that a prompt requires.
+
+    Attributes:
+        name: kind of the object.
+        attributes: attributes such as a colour.
+        count: number of objects; more than one only for prompts.
+        box: (x1, y1, x2, y2) in pixels, of a detected object.
+    """
 
     name: str
     attributes: tuple[str, ...] = ()
@@ -32,7 +38,7 @@ class StructuredObject:
 
 @dataclass(frozen=True)
 class Relation:
-    """`subject` stands in relation `predicate` to `object`, both numbers in the list of objects."""
+    """Relation between two objects, which are given by their numbers in the list of objects."""
 
     subject: int
     predicate: str
@@ -41,7 +47,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Structure:
-    """Objects, what holds between them, and named scores of the image."""
+    """Objects, relations between them, and named scores of the image."""
 
     objects: tuple[StructuredObject, ...]
     relations: tuple[Relation, ...] = ()
@@ -56,13 +62,18 @@ class Structure:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and mappings, for JSON."""
-        found = asdict(self)
-        return {**found, "objects": list(found["objects"]), "relations": list(found["relations"])}
+        """Return plain lists and mappings, for JSON."""
+        entries = asdict(self)
+        lists = {name: list(entries[name]) for name in ("objects", "relations")}
+        return {**entries, **lists}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Structure:
-        """The inverse of `to_dict`; StructureError where something is missing."""
+        """Build a structure from the result of `to_dict`.
+
+        Raises:
+            StructureError: a key is missing, or a value has the wrong type.
+        """
         try:
             objects = tuple(
                 StructuredObject(
@@ -83,7 +94,7 @@ class Structure:
 
 
 def of_prompt(metadata: Mapping[str, Any]) -> Structure:
-    """What a prompt of GenEval's asks for."""
+    """Return the structure that a GenEval prompt requires."""
     clauses = metadata["include"]
     objects = tuple(
         StructuredObject(c["class"], (c["color"],) if "color" in c else (), c["count"])
@@ -98,7 +109,10 @@ def of_prompt(metadata: Mapping[str, Any]) -> Structure:
 
 
 def of_image(detections: Sequence[Detection], scores: Mapping[str, float]) -> Structure:
-    """What was found in an image, with every relation of GenEval's that holds between two of its objects."""
+    """Return the structure of an image's detections.
+
+    It has every relation of GenEval that holds between two of the objects.
+    """
     objects = tuple(
         StructuredObject(d.name, (d.color,) if d.color else (), 1, tuple(d.box)) for d in detections
     )
@@ -113,7 +127,15 @@ def of_image(detections: Sequence[Detection], scores: Mapping[str, float]) -> St
 
 
 def of_scene_graph(graph: Mapping[str, Any]) -> Structure:
-    """Of `items` (item_id, label, attributes) and `relations` (item1, relation, item2) between their ids."""
+    """Return the structure of a scene graph.
+
+    Args:
+        graph: `items` with item_id, label and attributes, and `relations` with item1, relation and item2, where item1
+            and item2 are ids of items.
+
+    Raises:
+        StructureError: the graph lacks a key, or a relation names an unknown item.
+    """
     try:
         items = graph["items"]
         number = {item["item_id"]: i for i, item in enumerate(items)}
@@ -130,29 +152,36 @@ def of_scene_graph(graph: Mapping[str, Any]) -> Structure:
     return Structure(objects, relations)
 
 
-def satisfied(wanted: Structure, seen: Structure) -> dict[str, float]:
-    """Shares of what is wanted that an image shows, part by part: `objects` (enough of each kind), `attributes` (on as
-    many) and `relations` (between some two of the right kinds); a part that is not asked for is left out."""
+def satisfied(required: Structure, seen: Structure) -> dict[str, float]:
+    """Return the shares of a required structure that an image fulfils.
+
+    Returns:
+        `objects`, the share of kinds with enough objects; `attributes`, the share of kinds with enough objects that
+        have the attributes; `relations`, the share of relations between any two objects of the right kinds. The last
+        two are left out if nothing of the kind is required.
+    """
     kinds = [
         [o for o in seen.objects if o.name == w.name and set(w.attributes) <= set(o.attributes)]
-        for w in wanted.objects
+        for w in required.objects
     ]
-    named = [[o for o in seen.objects if o.name == w.name] for w in wanted.objects]
-    found = {
-        "objects": _share(len(n) >= w.count for n, w in zip(named, wanted.objects, strict=True))
+    named = [[o for o in seen.objects if o.name == w.name] for w in required.objects]
+    shares = {
+        "objects": _share(len(n) >= w.count for n, w in zip(named, required.objects, strict=True))
     }
-    asked = [i for i, w in enumerate(wanted.objects) if w.attributes]
-    if asked:
-        found["attributes"] = _share(len(kinds[i]) >= wanted.objects[i].count for i in asked)
-    if wanted.relations:
-        there = {
+    attributed = [i for i, w in enumerate(required.objects) if w.attributes]
+    if attributed:
+        shares["attributes"] = _share(
+            len(kinds[i]) >= required.objects[i].count for i in attributed
+        )
+    if required.relations:
+        triples = {
             (seen.objects[r.subject], r.predicate, seen.objects[r.object]) for r in seen.relations
         }
-        found["relations"] = _share(
-            any((a, r.predicate, b) in there for a in kinds[r.subject] for b in kinds[r.object])
-            for r in wanted.relations
+        shares["relations"] = _share(
+            any((a, r.predicate, b) in triples for a in kinds[r.subject] for b in kinds[r.object])
+            for r in required.relations
         )
-    return found
+    return shares
 
 
 def _share(values: Any) -> float:

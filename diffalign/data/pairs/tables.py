@@ -1,7 +1,6 @@
-"""Tables of preference data: which files a source has, and their rows one by one, always in the same order.
+"""Tables of preference data: the files of a source, and their rows in a fixed order.
 
-The first rows can be left out without being read, so that a pass over hundreds of gigabytes goes on where it was
-interrupted.
+The first rows can be skipped without being read, so that a pass over hundreds of gigabytes can be resumed.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class PairsError(UserError, ValueError):
 
 
 def tables(source: str | Path) -> list[Path]:
-    """Files of a source, in order; of a dataset with splits those to train on.
+    """Return the tables of a source, in order; of a dataset only the training split.
 
-    What is left out is logged.
+    Files that are left out are logged.
 
     Raises:
-        PairsError: there are none.
+        PairsError: the source does not exist, or holds no table.
     """
     path = Path(source)
     if path.is_file():
@@ -56,10 +55,10 @@ def tables(source: str | Path) -> list[Path]:
 
 
 def rows(source: str | Path, *, start: int = 0) -> Iterator[Row]:
-    """All rows from number `start` on.
+    """Yield the rows of a source, beginning with row `start`.
 
     Raises:
-        PairsError: there is no table, or a table as a whole cannot be read.
+        PairsError: the source has no table, or a whole table cannot be read.
     """
     number = 0
     for file in tables(source):
