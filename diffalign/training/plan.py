@@ -71,7 +71,9 @@ def check_prompts(
                 f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, names)}"
             )
     if all(weights.get(name, 1.0) == 0 for name in names):
-        raise UsageError("prompts.task_weights: every task of the prompts has weight 0")
+        raise UsageError(
+            "prompts.task_weights: every task of the prompts has weight 0. Give one of them a weight above 0"
+        )
     notices = []
     if absent:
         notices.append(

@@ -217,8 +217,8 @@ class Trainer(ABC):
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient of update {number} is not finite and was not applied; the last checkpoint is "
-                f"{checkpoint.latest(self.folder.checkpoints) or 'none'}. The same command would meet it again: "
-                f"start{' in another output_dir' if self.folder.begun else ''} with a lower "
+                f"{checkpoint.latest(self.folder.checkpoints) or 'none'}. The same command will fail in the same way. "
+                f"Start{' in another output_dir' if self.folder.begun else ''} with a lower "
                 f"optimizer.learning_rate{self.advice}"
             )
         most = self.config.training.num_updates
@@ -295,8 +295,8 @@ class Trainer(ABC):
         )
         if path is None:
             raise TrainingError(
-                f"no checkpoint of update {good} or before it is left to roll back to: keep more of them "
-                "(training.keep_checkpoints) or write them more often (training.checkpoint_every)"
+                f"no checkpoint of update {good} or before is left to roll back to. Keep more checkpoints "
+                "(training.keep_checkpoints) or save them more often (training.checkpoint_every)"
             )
         rollbacks, seconds = self.progress.rollbacks + 1, self.progress.seconds
         self._load(path)

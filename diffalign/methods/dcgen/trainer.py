@@ -57,11 +57,13 @@ class LatentTrainer(Trainer):
         self.base = self.model
         if not isinstance(self.base.noise, RectifiedFlow):
             raise UsageError(
-                f"model.name: a {self.base.family} model is no rectified flow; SD3, FLUX and SANA can be moved"
+                f"model.name={c.model.name}: a {self.base.family} model is no rectified flow. DC-Gen trains SD3, FLUX "
+                "and SANA models"
             )
         if c.training.images_per_update < self.accelerator.num_processes:
             raise UsageError(
-                f"training.images_per_update is {c.training.images_per_update}: fewer images than processes"
+                f"training.images_per_update is {c.training.images_per_update}: fewer images than processes "
+                f"({self.accelerator.num_processes}). Start fewer processes, or raise the setting"
             )
         size = image_size(c, self.base)
         # called for its errors: they should come before the base model is scored
@@ -91,7 +93,8 @@ class LatentTrainer(Trainer):
         self.images, self.kept = self.cache.split(c.latents.validation)
         if not self.images:
             raise ImageFolderError(
-                "latents.validation: every prompt is kept for validation; use a smaller share or more images"
+                f"latents.validation={c.latents.validation}: every prompt is kept for validation. Use a smaller share "
+                "or more images"
             )
         self.order = EpochOrder(
             self.images, size=c.training.images_per_update, seed=c.training.seed

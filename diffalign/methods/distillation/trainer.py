@@ -105,13 +105,14 @@ class DistillationTrainer(Trainer):
         c, world = self.config, self.accelerator.num_processes
         if c.teacher.prompts_per_update < world:
             raise UsageError(
-                f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes"
+                f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes ({world}). "
+                "Start fewer processes, or raise the setting"
             )
         check_prompts(self.prompts, c)
         if self.model.costs_a_forward(c.evaluation.guidance_scale):
             raise UsageError(
-                f"evaluation.guidance_scale: a student of {c.model.name} has the teacher's guidance "
-                "(teacher.guidance_scale) in its weights and draws without; leave it out"
+                f"evaluation.guidance_scale: a student of {c.model.name} learns the teacher's guidance "
+                "(teacher.guidance_scale) and samples without guidance. Remove the setting"
             )
         self.scheduler = student_scheduler(self.model, c.algorithm.type)
         self.coarse = self._student_grid()

@@ -130,8 +130,8 @@ class ForwardProcessUpdate(PolicyUpdate):
         if self.parts[-1].stop > enough:
             raise UsageError(
                 f"algorithm.noise=rollout: after the last {len(self.grid) - enough} of {len(self.grid)} steps no noise "
-                "is left, and they lead where the model itself says: needs algorithm.timestep_stop="
-                f"{math.floor(100 * enough / len(self.grid)) / 100:g} or less"
+                "is left, so that their states have no target but the model's own prediction. Set "
+                f"algorithm.timestep_stop={math.floor(100 * enough / len(self.grid)) / 100:g} or less"
             )
 
     def sampler(self, update: int) -> Any:

@@ -85,14 +85,15 @@ class OnlineTrainer(Trainer):
         c = self.config
         if not isinstance(self.model.noise, RectifiedFlow):
             raise UsageError(
-                f"algorithm.type: {c.algorithm.type} is for rectified flows (SD3, FLUX, SANA), and {c.model.name} is a "
-                f"{self.model.family} model"
+                f"algorithm.type: {c.algorithm.type} trains rectified flows (SD3, FLUX, SANA), but {c.model.name} is a "
+                f"{self.model.family} model. Use a recipe for that family"
             )
         super().__post_init__()
         images = c.rollout.images_per_update
         if images < self.accelerator.num_processes:
             raise UsageError(
-                f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes"
+                f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes "
+                f"({self.accelerator.num_processes}). Start fewer processes, or raise one of the two settings"
             )
         check_prompts(self.prompts, c)
         self.rollouts = RolloutMaker(
@@ -110,7 +111,8 @@ class OnlineTrainer(Trainer):
         guided = self.model.costs_a_forward(reference_guidance)
         if reference_guidance is not None and not (guided or self.model.guidance_is_embedded):
             raise UsageError(
-                f"algorithm.reference_guidance_scale: {c.model.name} knows no guidance of {reference_guidance}"
+                f"algorithm.reference_guidance_scale={reference_guidance}: {c.model.name} does not support guidance. "
+                "Remove the setting"
             )
         settings = UpdateSettings(
             grid=scheduler.timesteps,
@@ -125,11 +127,13 @@ class OnlineTrainer(Trainer):
         if isinstance(c.algorithm, FlowGRPOConfig):
             if c.rollout.merge_lora:
                 raise UsageError(
-                    "rollout.merge_lora: Flow-GRPO scores its own steps, which the very policy it trains must have made"
+                    "rollout.merge_lora=true cannot be combined with Flow-GRPO: merged weights round differently, and "
+                    "the likelihood ratio would be wrong. Set it to false"
                 )
             if c.rollout.solver != "default":
                 raise UsageError(
-                    "rollout.solver: Flow-GRPO's steps are the default solver's; only losses on clean latents are free"
+                    f"rollout.solver={c.rollout.solver} cannot be combined with Flow-GRPO, which trains on its own "
+                    "sampling steps. Set it to default"
                 )
             return TrajectoryUpdate(self.model, c.algorithm, settings)
         if isinstance(c.algorithm, ForwardProcessConfig):

@@ -83,7 +83,8 @@ class TrajectoryUpdate(PolicyUpdate):
         self.config = config
         if model.costs_a_forward(settings.guidance_scale):
             raise UsageError(
-                "rollout.guidance_scale: Flow-GRPO's likelihoods are those of the policy without guidance; leave it out"
+                f"rollout.guidance_scale={settings.guidance_scale}: Flow-GRPO computes likelihoods of the policy "
+                "without guidance. Remove the setting"
             )
         self.sigmas = settings.sigmas.float().cpu()
         self.stop = min(round(config.window_stop * len(settings.grid)), self._stochastic_steps())

@@ -47,7 +47,8 @@ def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
     solver = config.pairs.inversion.solver or default_solver(model)
     if solver == "fireflow" and not isinstance(model.noise, RectifiedFlow):
         raise UsageError(
-            "pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX, SANA)"
+            "pairs.inversion.solver: fireflow is for rectified flows (SD3, FLUX, SANA), but "
+            f"{config.model.name} is a {model.family} model. Use midpoint"
         )
     return solver
 

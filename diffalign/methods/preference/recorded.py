@@ -41,7 +41,8 @@ class RecordedSource:
     def __post_init__(self) -> None:
         if self.config.pairs.random_flip:
             raise UsageError(
-                f"pairs.random_flip: not with pairs.inversion.solver={RECORDED}, whose states are of images as drawn"
+                f"pairs.random_flip=true cannot be combined with pairs.inversion.solver={RECORDED}: the recorded "
+                "states are those of unflipped images. Set it to false"
             )
         self.weights = of_pipeline(self.model.pipeline)
         self.shape = tuple(self.model.latent_shape(*image_size(self.config, self.model)))
@@ -65,7 +66,10 @@ class RecordedSource:
             for recorded in both:
                 self._check(recorded, pair)
             if not torch.equal(both[0].timesteps, both[1].timesteps):
-                raise PairsError(f"{pair.place}: its images' states are of different timesteps")
+                raise PairsError(
+                    f"{pair.place}: the states of its two images have different timesteps. Sample both images with the "
+                    "same number of steps, or choose another pairs.inversion.solver"
+                )
             records += both
         return records
 
@@ -78,13 +82,14 @@ class RecordedSource:
             )
         if tuple(recorded.latents.shape) != self.shape:
             raise PairsError(
-                f"{pair.place}: its latents are {tuple(recorded.latents.shape)}, not {self.shape}: another size"
+                f"{pair.place}: its recorded latents are {tuple(recorded.latents.shape)}, and this run's are "
+                f"{self.shape}: another size. Train with the pairs' size, or choose another pairs.inversion.solver"
             )
         usable = len(self.usable(recorded))
         if usable < self.config.states:
             raise PairsError(
                 f"{pair.place}: {usable} states with at least pairs.inversion.min_noise were recorded of an image, "
-                f"fewer than pairs.inversion.states ({self.config.states})"
+                f"fewer than pairs.inversion.states ({self.config.states}). Lower that setting, or record more states"
             )
 
     def usable(self, recorded: RecordedStates) -> Tensor:
@@ -107,7 +112,7 @@ class RecordedSource:
             wrong = float(times[distance.amin(1).argmax()])
             raise PairsError(
                 f"{pair.place}: a state at timestep {wrong:g} is not on the grid of pairs.inversion.steps="
-                f"{self.config.pairs.inversion.steps}: as many as `diffalign pairs --num_inference_steps` had"
+                f"{self.config.pairs.inversion.steps}. Set it to the --num_inference_steps of `diffalign pairs`"
             )
         return distance.argmin(1)
 

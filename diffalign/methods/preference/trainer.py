@@ -36,7 +36,8 @@ class PreferenceTrainer(Trainer):
         world = self.accelerator.num_processes
         if c.training.pairs_per_update < world:
             raise UsageError(
-                f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes"
+                f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes ({world}). "
+                "Start fewer processes, or raise the setting"
             )
         self.update = PreferenceUpdate(
             self.model,
@@ -53,7 +54,8 @@ class PreferenceTrainer(Trainer):
         self.pairs, self.kept = self.cache.split(self.config.pairs.validation)
         if not self.pairs:
             raise PairsError(
-                "pairs.validation: every prompt is kept for validation; use a smaller share or more pairs"
+                f"pairs.validation={self.config.pairs.validation}: every prompt is kept for validation. Use a smaller "
+                "share or more pairs"
             )
         c = self.config.training
         self.chosen = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
