@@ -1,8 +1,8 @@
-"""`TextToImageModel`: one diffusers pipeline as an algorithm sees it.
+"""Interface between algorithms and a diffusers pipeline (`TextToImageModel`).
 
-An algorithm knows prompts, latents, timesteps and model predictions. Everything else that differs between families
-(packed latents, pooled embeddings, guidance embeddings, schedules that depend on the resolution) stays behind this
-class. A new family is one file that fills in the abstract methods, and one line in `registry.py`.
+Algorithms use prompts, latents, timesteps and model predictions only. This class hides all other differences between
+families: packed latents, pooled embeddings, guidance embeddings, schedules that depend on the resolution. A new family
+is one file that implements the abstract methods, and one line in `registry.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
 from diffalign.types import PromptEmbeds
 
-# The eight attention projections of a joint block: what the released AWM and Flow-GRPO train.
+# The eight attention projections of a joint block, which the releases of AWM and Flow-GRPO train.
 JOINT_ATTENTION = (
     "attn.to_q",
     "attn.to_k",
@@ -37,33 +37,35 @@ JOINT_ATTENTION = (
 
 
 class TextToImageModel(ABC):
-    """A stock pipeline, its trainable denoiser, and how to talk to it."""
+    """Stock pipeline with a trainable denoiser, behind the interface of all families."""
 
     family: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
-    """Suffixes of the linear layers that carry a LoRA by default."""
+    """Name suffixes of the linear layers that carry a LoRA by default."""
     max_sequence_length: int
-    """Tokens of the long text encoder (T5), where the family has one: as many as the stock pipeline's default, or fewer
-    where its tokenizer says so."""
+    """Largest number of tokens of the long text encoder (T5).
+
+    It is the stock pipeline's default, or fewer if the tokenizer allows fewer.
+    """
     long_tokenizer: ClassVar[str | None] = None
-    """What the pipeline calls that encoder's tokenizer."""
+    """Name of the long text encoder's tokenizer in the pipeline; None without one."""
 
     ends: ClassVar[Ends | None] = None
-    """First and last layer of a denoiser that can be moved into another latent space."""
+    """Names of the first and last layer; None for families that cannot be moved."""
     deep_pipeline: ClassVar[str] = ""
-    """The class of `pipelines.dcgen` that then draws with it."""
+    """Class of `pipelines.dcgen` that generates with a moved denoiser; empty if there is none."""
     patch_size: int = 1
-    """Side of the patch of latents that makes a token."""
+    """Side of the patch of latents that forms one token."""
     takes_time_ids: bool = False
-    """The denoiser is told an image's original size and crop (SDXL)."""
+    """True if an image's original size and crop are inputs of the denoiser (SDXL)."""
     latents_dtype: ClassVar[torch.dtype | None] = None
-    """In which the stock pipeline draws noise; None: that of the prompt embeddings."""
+    """Dtype in which the stock pipeline samples noise; None for that of the prompt embeddings."""
     latents_affine: ClassVar[str] = "shift"
-    """The reading of the autoencoder's configuration by the stock pipeline: one of `codec.AFFINES`."""
+    """Convention of the latents' scale in the stock pipeline: one of `codec.AFFINES`."""
     upcasts_vae: ClassVar[bool] = False
-    """The stock pipeline heeds the autoencoder's `force_upcast`."""
+    """True if the stock pipeline honours the autoencoder's `force_upcast`."""
     guidance_is_embedded: bool = False
-    """Guidance is an input of the denoiser (FLUX.1-dev) and not a second forward."""
+    """True if guidance is an input of the denoiser (FLUX.1-dev), not a second forward."""
 
     def __init__(
         self,
@@ -83,10 +85,10 @@ class TextToImageModel(ABC):
 
     @classmethod
     def path_of(cls, scheduler: Any) -> Path:
-        """The path that a model with that scheduler predicts along.
+        """Return the diffusion path that a model with this scheduler predicts on.
 
         Raises:
-            UsageError: the scheduler is not one of this family's path.
+            UsageError: the scheduler does not belong to this family's kind of path.
         """
         config = scheduler.config
         flow = (
@@ -103,7 +105,7 @@ class TextToImageModel(ABC):
 
     @property
     def denoiser(self) -> ModelMixin:
-        """The trainable module."""
+        """Trainable module of the pipeline, a transformer or a U-Net."""
         return self.pipeline.transformer
 
     @property
@@ -111,16 +113,19 @@ class TextToImageModel(ABC):
         return self.denoiser.device
 
     def costs_a_forward(self, guidance_scale: float | None) -> bool:
-        """Whether this guidance needs negative embeddings and a second forward."""
+        """Return True if this guidance needs negative embeddings and a second forward."""
         return not self.guidance_is_embedded and guidance_scale is not None and guidance_scale > 1
 
     def forward_rows(self, images: int, guidance_scale: float | None) -> int:
-        """Rows of the denoiser's forward for so many images."""
+        """Return the number of rows in the denoiser's forward for so many images."""
         return images * (2 if self.costs_a_forward(guidance_scale) else 1)
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels when none is given: the stock pipeline's, unless the model is known better."""
+        """Default image size (height, width) in pixels.
+
+        It is the stock pipeline's default, unless the constructor received another one.
+        """
         if self._default_size is not None:
             return self._default_size
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
@@ -128,12 +133,12 @@ class TextToImageModel(ABC):
 
     @classmethod
     def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
-        """Tell by configurations whether a model is for a few steps without guidance."""
+        """Return True if the configurations are those of a few-step student without guidance."""
         return False
 
     @classmethod
     def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
-        """Latents along a side by default, where the stock class fixes a wrong number."""
+        """Return the default side in latents, or None to keep the stock class's."""
         return None
 
     @abstractmethod
@@ -149,8 +154,13 @@ class TextToImageModel(ABC):
         guidance_scale: float | None = None,
         negative_embeds: PromptEmbeds | None = None,
     ) -> Tensor:
-        """Model prediction (B, C, H, W) for noisy latents (B, C, H, W) at timesteps (B,) of the scheduler's scale; with
-        classifier-free guidance where that is above 1."""
+        """Return the model prediction (B, C, H, W), with classifier-free guidance above 1.
+
+        Args:
+            noisy_latents: (B, C, H, W).
+            timesteps: (B,), in the scheduler's scale.
+            negative_embeds: B rows, needed for guidance above 1.
+        """
         if guidance_scale is None or guidance_scale <= 1:
             return self.forward(noisy_latents, timesteps, embeds)
         if negative_embeds is None:
@@ -164,13 +174,18 @@ class TextToImageModel(ABC):
 
     @abstractmethod
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """The denoiser's own prediction, without guidance by a second forward."""
+        """Return the denoiser's prediction (B, C, H, W), without classifier-free guidance."""
 
     def random_inputs(
         self, rows: int, height: int, width: int
     ) -> tuple[Tensor, Tensor, PromptEmbeds]:
-        """Arguments of `forward` for so many images, on the denoiser's device and in its dtype: for what depends on
-        shapes alone, such as memory and time."""
+        """Return random arguments of `forward`, to measure memory and time.
+
+        They are on the denoiser's device and in its dtype.
+
+        Args:
+            rows: batch size.
+        """
         options: dict[str, Any] = {"device": self.device, "dtype": self.denoiser.dtype}
         length, features, pooled = self.prompt_shape()
         embeds = PromptEmbeds(
@@ -181,23 +196,29 @@ class TextToImageModel(ABC):
         return latents, torch.full((rows,), 500.0, device=self.device), embeds
 
     def image_seq_len(self, height: int, width: int) -> int:
-        """Image tokens that the denoiser sees at this resolution (a U-Net: places)."""
+        """Return the number of image tokens at this resolution, for a U-Net of latent positions."""
         step = self.pixels_per_token
         return (height // step) * (width // step)
 
     @property
     def pixels_per_token(self) -> int:
-        """Of a side of the image."""
+        """Side in pixels of the image area that one token covers."""
         return int(self.patch_size * self.pipeline.vae_scale_factor)
 
     def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
-        """Changes of the denoiser's configuration for the latents of a codec, one token of which replaces `ratio` of
-        the old ones along a side."""
+        """Return the changes of the denoiser's configuration for the latents of a codec.
+
+        Args:
+            ratio: number of old tokens per side that one token of the codec replaces.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def prompt_shape(self) -> tuple[int, int, int]:
-        """(S, D, P) of the prompt embeddings: tokens, their width, and the width of the pooled one (0: none)."""
+        """Return the sizes (S, D, P) of the prompt embeddings.
+
+        They are the number of tokens, their width, and the width of the pooled embedding (0 for none).
+        """
 
     @property
     @abstractmethod
@@ -205,11 +226,15 @@ class TextToImageModel(ABC):
 
     @property
     def granularity(self) -> int:
-        """Pixels of which height and width must be multiples."""
+        """Number of pixels that height and width must be multiples of."""
         return self.pixels_per_token
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of one image; UsageError where the model cannot make that size."""
+        """Return the shape (C, H, W) of one image's latents.
+
+        Raises:
+            UsageError: the model cannot generate images of this size.
+        """
         step, scale = self.granularity, self.pipeline.vae_scale_factor
         if height <= 0 or width <= 0 or height % step or width % step:
             near = tuple(max(step, round(side / step) * step) for side in (height, width))
@@ -220,7 +245,7 @@ class TextToImageModel(ABC):
         return self.latent_channels, height // scale, width // scale
 
     def scheduler_at(self, num_inference_steps: int, *, height: int, width: int) -> Any:
-        """A fresh copy of the pipeline's scheduler with its timesteps set as the stock pipeline sets them."""
+        """Return a copy of the pipeline's scheduler, with the stock pipeline's timesteps."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
         if scheduler.config.get("use_dynamic_shifting"):
@@ -229,11 +254,11 @@ class TextToImageModel(ABC):
         return scheduler
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
-        """What the stock pipeline passes to `set_timesteps` besides the number of steps."""
+        """Return further arguments that the stock pipeline passes to `set_timesteps`."""
         return {}
 
     def shifted(self, sigmas: Tensor, *, height: int, width: int) -> Tensor:
-        """Noise levels (N,) of a flow as the pipeline's scheduler shifts them for images of that size."""
+        """Return noise levels (N,) of a flow after the scheduler's shift for this image size."""
         config = self.pipeline.scheduler.config
         if config.get("use_dynamic_shifting"):
             mu = dynamic_shift(config, self.image_seq_len(height, width))
@@ -243,30 +268,33 @@ class TextToImageModel(ABC):
 
     @property
     def codec(self) -> LatentCodec:
-        """Between pixels and the denoiser's tokens."""
+        """Codec that converts between pixels and the denoiser's latents."""
         vae, reads = self.pipeline.vae, self.latent_channels
         prefix = reads if self.deep and reads < vae.config.latent_channels else None
         return self.codec_of(vae, patch_size=self.patch_size, prefix=prefix)
 
     def codec_of(self, vae: Any, *, patch_size: int = 1, prefix: int | None = None) -> LatentCodec:
-        """The codec of an autoencoder under the pipelines of this family."""
+        """Return the codec of an autoencoder, with the conventions of this family."""
         return LatentCodec(vae, patch_size, prefix, self.latents_affine, self.upcasts_vae)
 
     @property
     def deep(self) -> bool:
-        """It was moved into other latents."""
+        """True if the model was moved into another latent space."""
         return bool(self.deep_pipeline) and type(self.pipeline).__name__ == self.deep_pipeline
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) to images (B, 3, H, W) uint8, as the stock pipeline makes them."""
+        """Decode latents like the stock pipeline, to images (B, 3, H, W) uint8."""
         return self.decode_checked(latents)[0]
 
     def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The images, and (B,) whether all of an image's numbers are finite."""
+        """Decode latents to images and a mask (B,) of those whose values are all finite."""
         return self.codec.decode_checked(latents)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) uint8 to latents (B, C, H, W), normalised; of a posterior the mode."""
+        """Encode images (B, 3, H, W) uint8 to normalised latents (B, C, H, W).
+
+        A posterior is replaced by its mode.
+        """
         return self.codec.encode(images)
 
     def to(self, device: torch.device | str) -> TextToImageModel:
@@ -275,10 +303,10 @@ class TextToImageModel(ABC):
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int, **kwargs: Any) -> None:
-    """The scheduler's own `set_timesteps`; `sigmas` among the arguments stand for the number of steps.
+    """Call the scheduler's `set_timesteps`; `sigmas` replace the number of steps.
 
     Raises:
-        UsageError: the scheduler makes no such number of steps.
+        UsageError: the scheduler does not support this number of steps.
     """
     name = type(scheduler).__name__
     if num_inference_steps < 1:
@@ -296,7 +324,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, **kwargs: Any) -> No
 
 
 def dynamic_shift(config: Any, image_seq_len: int) -> float:
-    """`mu` of FLUX's resolution-dependent schedule: linear in the number of image tokens."""
+    """Return `mu` of FLUX's resolution-dependent schedule, linear in the image tokens."""
     x0, x1 = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     y0, y1 = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return y0 + (y1 - y0) / (x1 - x0) * (image_seq_len - x0)

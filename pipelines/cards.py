@@ -1,4 +1,4 @@
-"""Cards of models: the drawing settings that their makers publish, or that a folder remembers."""
+"""Cards of models: default generation settings, published by their makers or saved in a folder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from diffalign.pipelines.places import look
 from diffalign.pipelines.registry import MODELS, available, resolve
 
 CARD = "diffalign_card.json"
-"""The file in a pipeline's folder."""
+"""Name of the card's file in a pipeline's folder."""
 FEW_STEPS = 4
 STUDENTS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers that only few-step students have."""
 
 
 class CardError(UserError, ValueError):
-    """A card that is damaged."""
+    """Card whose file is damaged."""
 
 
 @dataclass(frozen=True)
 class DrawingCard:
-    """Steps, guidance, size, batch and dtype where nobody asks for others.
+    """Default settings of generation with one model: steps, guidance, size, batch and dtype.
 
-    `guidance_scale` None: no second forward (FLUX: its own default embedding). `height` and `width` None: the model's
-    own size in pixels.
+    A `guidance_scale` of None means no second forward (for FLUX its default embedding). A `height` or `width` of None
+    means the model's own size in pixels.
     """
 
     num_inference_steps: int
@@ -49,7 +49,7 @@ class DrawingCard:
         """Read a card.
 
         Raises:
-            CardError: it is damaged; the message says where.
+            CardError: the file is damaged; the message names it.
         """
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ class DrawingCard:
         return self
 
     def updated(self, flags: Mapping[str, Any]) -> DrawingCard:
-        """The card with the settings that are given; those that are None stay."""
+        """Return a copy with the flags that are not None."""
         names = {f.name for f in fields(self)}
         return replace(self, **{k: v for k, v in flags.items() if k in names and v is not None})
 
@@ -120,8 +120,10 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-3-medium-diffusers": DrawingCard(28, 7.0, 4, 1024, 1024),
     "stabilityai/stable-diffusion-3.5-large-turbo": DrawingCard(FEW_STEPS, None, 2, 1024, 1024),
 }
-"""Cards by name or hub id, as the models' own pages on the hub advise. Batches are for one GPU. One dtype for all:
-every family draws in bfloat16, on CPUs, too."""
+"""Cards by name or hub id, as recommended on the models' pages of the hub.
+
+Batch sizes are for one GPU. All cards have the dtype bfloat16, which every family supports, on CPUs, too.
+"""
 
 
 def card_of(name: str, *, revision: str | None = None) -> DrawingCard:
@@ -131,8 +133,8 @@ def card_of(name: str, *, revision: str | None = None) -> DrawingCard:
         name: a name of `diffalign list models`, a folder, a .safetensors file or a hub id.
 
     Raises:
-        UnknownModel: there is no such model.
-        CardError: its folder's card is damaged.
+        UnknownModel: the model does not exist.
+        CardError: the card in the model's folder is damaged.
     """
     spec = resolve(name)
     if name in available() and name in PUBLISHED:
@@ -157,7 +159,7 @@ def card_of(name: str, *, revision: str | None = None) -> DrawingCard:
 
 
 def _published(source: str) -> DrawingCard | None:
-    """The card of a hub id that has a name."""
+    """Return the published card of a hub id, or None."""
     if source in PUBLISHED:
         return PUBLISHED[source]
     names = [n for n, s in MODELS.items() if s.source == source and s.lora is None]
@@ -165,7 +167,7 @@ def _published(source: str) -> DrawingCard | None:
 
 
 def _derived(place: Any, revision: str | None) -> DrawingCard:
-    """Make a card of the stock call's own defaults, or of those of few-step students."""
+    """Return a card with the defaults of the stock call, or those of few-step students."""
     from diffalign.pipelines.loading import open_folder, pipeline_class
     from diffalign.pipelines.registry import family_of
 
@@ -187,7 +189,7 @@ def _derived(place: Any, revision: str | None) -> DrawingCard:
 
 
 def _pixels(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
-    """Side of a model's images, about: what a batch costs goes by it."""
+    """Return the approximate side of a model's images in pixels, to estimate a batch's cost."""
     side = denoiser.get("sample_size")
     if not isinstance(side, int):
         return int(vae.get("sample_size") or 1024)

@@ -1,4 +1,7 @@
-"""Regional torch.compile of a denoiser with static shapes: a batch of another size is no other compilation."""
+"""Compilation of a denoiser's blocks with static shapes.
+
+Smaller batches are padded so that they do not trigger a recompilation.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,27 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 POSITIONS = ("img_ids", "txt_ids")
 VARIANTS = 64
-"""Compilations of one block class at most."""
+"""Largest number of compilations of one block class."""
 
 
 def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> bool:
-    """Compile every block of the denoiser's lists by itself; blocks that are alike share one compilation. Adapters may
-    be attached, switched and merged afterwards.
+    """Compile each block in the denoiser's lists; equal blocks share one compilation.
 
-    `sizes`: rows of the batches that are worth a compilation, with gradient (True) and without. A smaller batch (the
-    last of an evaluation, an update without its uninformative groups) is filled up to the next of them.
+    Adapters may be attached, switched and merged afterwards.
 
-    Returns False, with a warning, on a machine that cannot compile: the denoiser then works as before.
+    Args:
+        sizes: batch sizes to compile for, with gradient (True) and without (False). A smaller batch, such as the last
+            of an evaluation or an update without its uninformative groups, is padded to the next of these sizes.
+
+    Returns:
+        False, with a warning, on a machine that cannot compile; the denoiser then works as before.
     """
     problem = _why_not(denoiser)
     if problem is not None:
         logger.warning("model.compile: going on without, slower: %s", problem)
         return False
-    # blocks that differ (the last of SD3 has no context) and every policy and mode are variants of one function; beyond
-    # the limit torch falls back to eager
+    # unequal blocks (the last of SD3 has no context), policies and modes are variants of one function, and torch falls
+    # back to eager beyond the limit
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
     for block in blocks(denoiser):
@@ -45,27 +51,32 @@ def compiling_seconds() -> float:
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer, or those of a U-Net's two sides: the entries of its lists."""
+    """Return the blocks in the denoiser's lists: of a transformer, or of a U-Net's two sides."""
     return [b for part in denoiser.children() if isinstance(part, nn.ModuleList) for b in part]
 
 
 def _why_not(denoiser: nn.Module) -> str | None:
-    """The reason why nothing can be compiled here: no blocks, or a trivial function fails."""
+    """Return the reason why compilation is impossible, or None.
+
+    The reasons are a denoiser without lists of blocks, and a trivial function that fails to compile.
+    """
     if not blocks(denoiser):
         return "the denoiser has no list of blocks"
     try:
         device = next(denoiser.parameters()).device
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
-    except Exception as error:  # whatever is missing: compiler, headers, triton
+    # a compiler, headers or triton may be missing, and each raises another error
+    except Exception as error:
         text = str(error).strip() or type(error).__name__
         return f"torch.compile fails here: {text.splitlines()[0]}"
     return None
 
 
 class _PaddedBatches:
-    """Hooks that fill a batch up to the next size with its first row, and cut the output: rows do not know each other.
+    """Hooks that pad a batch with its first row, and cut the output.
 
-    Depends on the batch alone, not on those before it, so that a resumed run computes the same.
+    Rows do not influence each other. The padded size depends on this batch only, not on earlier batches, so that a
+    resumed run computes the same.
     """
 
     def __init__(self, denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> None:
@@ -73,13 +84,14 @@ class _PaddedBatches:
         denoiser.register_forward_pre_hook(self._pad, with_kwargs=True)
         denoiser.register_forward_hook(self._cut, with_kwargs=True)
         self._rows: int | None = None
-        """Of a call whose batch was filled up."""
+        """Number of rows in the current call before padding; None without padding."""
 
     def _pad(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = batch_rows(args, kwargs)
-        sizes = self._sizes[torch.is_grad_enabled()]  # each mode is a compilation of its own
+        # each mode has its own compilations
+        sizes = self._sizes[torch.is_grad_enabled()]
         size = next((s for s in sizes if s >= rows), rows)
         self._rows = None if size == rows else rows
         if size == rows:
@@ -98,13 +110,15 @@ class _PaddedBatches:
 
 
 def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a call of a diffusers denoiser."""
+    """Return the batch size of a call of a diffusers denoiser."""
     return len(args[0] if args else kwargs["hidden_states"])
 
 
 def _fill(name: str, value: Any, rows: int, size: int) -> Any:
-    """`value` with `size` rows, if it has a batch dimension; position ids have none. Further conditions of U-Nets
-    are in a mapping."""
+    """Pad an argument to `size` rows if it has a batch dimension.
+
+    Position ids have none. Further conditions of U-Nets are in a mapping, which is padded entry by entry.
+    """
     if isinstance(value, dict):
         return {key: _fill(key, part, rows, size) for key, part in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0 or name in POSITIONS:

@@ -1,7 +1,7 @@
-"""Stock pipelines over a deeply compressed autoencoder: one token for each place of its latents.
+"""Stock pipelines with a deeply compressed autoencoder, one token per latent position.
 
-Transformer, autoencoder and scheduler are stock classes. A saved folder carries this file, which needs nothing but
-diffusers, so that it loads in any environment:
+Transformer, autoencoder and scheduler are stock classes. A saved folder contains a copy of this file, which imports
+diffusers only, so that the folder loads in any environment:
 
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 """
@@ -27,21 +27,25 @@ BINS = {
     2048: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
     4096: pipeline_sana.ASPECT_RATIO_4096_BIN,
 }
-"""Sizes of SANA's images by the side of a square one, in pixels."""
+"""Image sizes of SANA by aspect ratio, for each square side in pixels."""
 
 
 def compression_of(vae):
-    """Pixels of a side of the image for one of the latents."""
+    """Return the number of pixels per side of the image area that one latent covers."""
     if hasattr(vae, "spatial_compression_ratio"):
         return vae.spatial_compression_ratio
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-_Pipeline: Any = object  # to a type checker: whatever a stock pipeline has
+# type checkers accept every attribute of a stock pipeline
+_Pipeline: Any = object
 
 
 def _fill_up(channels):
-    """Zeros for the channels that a denoiser of a prefix (DC-AE 1.5) does not make."""
+    """Return a hook that pads latents with zero channels up to `channels`.
+
+    A denoiser of the first channels (DC-AE 1.5) does not generate the others.
+    """
 
     def hook(decoder, arguments):
         latents = arguments[0]
@@ -52,12 +56,15 @@ def _fill_up(channels):
 
 
 class DeepLatents(_Pipeline):
-    """What the pipelines share. `image_size` is the side in pixels of what they draw by default, `max_sequence_length`
-    the number of text tokens and `codec` what tells the autoencoder that the denoiser was trained with; all stand in
-    `model_index.json`."""
+    """Base of the pipelines in this file.
+
+    Three settings are stored in `model_index.json`: `image_size`, the default side of images in pixels;
+    `max_sequence_length`, the number of text tokens; and `codec`, the properties of the autoencoder that the denoiser
+    was trained with.
+    """
 
     def _use(self, vae, image_size, max_sequence_length, codec):
-        """Take the autoencoder in, after the stock pipeline has been set up without one."""
+        """Add the autoencoder, after the stock pipeline was initialised without one."""
         reads = None if self.transformer is None else self.transformer.config.in_channels
         if None not in (vae, reads) and vae.config.latent_channels < reads:
             raise ValueError(
@@ -65,15 +72,15 @@ class DeepLatents(_Pipeline):
                 f"{vae.config.latent_channels}: it is another autoencoder"
             )
         if None not in (vae, codec):
-            for name, here in (
+            for name, present in (
                 ("autoencoder", type(vae).__name__),
                 ("compression", compression_of(vae)),
                 ("channels", self.transformer.config.in_channels),
                 ("scale", vae.config.scaling_factor),
             ):
-                if codec[name] != here:
+                if codec[name] != present:
                     raise ValueError(
-                        f"this model was trained with another autoencoder: {name} was {codec[name]}, not {here}"
+                        f"this model was trained with another autoencoder: {name} was {codec[name]}, not {present}"
                     )
         if vae is not None and reads is not None and vae.config.latent_channels > reads:
             vae.decoder.register_forward_pre_hook(_fill_up(vae.config.latent_channels))
@@ -83,7 +90,8 @@ class DeepLatents(_Pipeline):
         )
         self.vae_scale_factor = 32 if vae is None else compression_of(vae)
         if vae is not None and getattr(vae.config, "shift_factor", None) is None:
-            vae.register_to_config(shift_factor=0.0)  # stock pipelines read it; not saved
+            # stock pipelines read it; `save_pretrained` removes it again
+            vae.register_to_config(shift_factor=0.0)
         self.default_sample_size = (
             image_size or 32 * self.vae_scale_factor
         ) // self.vae_scale_factor
@@ -98,13 +106,14 @@ class DeepLatents(_Pipeline):
                 f"{near[0]} and {near[1]}"
             )
 
-    def _text_length(self, asked):
+    def _text_length(self, length):
         trained = self.config.max_sequence_length
-        if None not in (asked, trained) and asked != trained:
+        if None not in (length, trained) and length != trained:
             raise ValueError(
-                f"`max_sequence_length` is {asked}, but this model was trained with {trained} text tokens; leave it out"
+                f"`max_sequence_length` is {length}, but this model was trained with {trained} text "
+                "tokens; leave it out"
             )
-        return asked or trained
+        return length or trained
 
     def _given(self, shape, latents, dtype, device):
         if tuple(latents.shape) != tuple(shape):
@@ -124,7 +133,7 @@ class DeepLatents(_Pipeline):
         generator,
         latents=None,
     ):
-        """(B, C, h, w): those that are given, or noise."""
+        """Return the latents (B, C, h, w) of the caller, or noise."""
         f = self.vae_scale_factor
         channels = self.transformer.config.in_channels
         shape = (batch_size, channels, int(height) // f, int(width) // f)
@@ -136,15 +145,15 @@ class DeepLatents(_Pipeline):
 
     @classmethod
     def _dict_from_json_file(cls, *args, **kwargs):
-        """With the plain name of the class, which is there already: `from_pretrained` then runs no code that lies in a
-        folder."""
-        found = super()._dict_from_json_file(*args, **kwargs)
-        if isinstance(found.get("_class_name"), list):
-            found["_class_name"] = found["_class_name"][1]
-        return found
+        """Return a configuration with the plain name of the class."""
+        # this class exists already, and with a plain name `from_pretrained` runs no code from the folder
+        config = super()._dict_from_json_file(*args, **kwargs)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+        return config
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As the stock method; the folder names this file and holds it."""
+        """Save like the stock method, with a copy of this file that the folder names."""
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
                 "save the folder first and upload it as a whole: it holds a file of code"
@@ -164,12 +173,12 @@ class DeepLatents(_Pipeline):
 
 
 def _edit(file, change):
-    found = change(json.loads(file.read_text(encoding="utf-8")))
-    file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class DCGenFluxPipeline(DeepLatents, FluxPipeline):
-    """`FluxPipeline`; `latents`, where they are given, are packed as there: (B, h w, C)."""
+    """FluxPipeline over deep latents; an argument `latents` is packed, (B, h w, C)."""
 
     def __init__(
         self,
@@ -202,7 +211,8 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
     def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
         self._check_size(height, width)
         factor = self.vae_scale_factor
-        self.vae_scale_factor = 1  # the stock check only warns of sizes, in patches of two
+        # the stock check only warns about sizes, and counts in patches of two
+        self.vae_scale_factor = 1
         try:
             super().check_inputs(prompt, prompt_2, 2 * height, 2 * width, *args, **kwargs)
         finally:
@@ -228,7 +238,7 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
         generator,
         latents=None,
     ):
-        """Packed latents, and their position ids."""
+        """Return packed latents (B, h w, C) and their position ids."""
         h, w = int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
         channels = self.transformer.config.in_channels
         ids = self._prepare_latent_image_ids(batch_size, h, w, device, dtype)
@@ -247,7 +257,7 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
 
 
 class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline`."""
+    """StableDiffusion3Pipeline over deep latents."""
 
     def __init__(
         self,
@@ -293,8 +303,11 @@ class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
 
 
 class DCGenSanaPipeline(DeepLatents, SanaPipeline):
-    """`SanaPipeline`, which takes the table of aspect ratios for the size that it draws by default: the stock one goes
-    by the side of the latents, and a deeper autoencoder halves that."""
+    """SanaPipeline over deep latents.
+
+    It selects the table of aspect ratios by the default image size. The stock pipeline selects it by the side of the
+    latents, which a deeper autoencoder halves.
+    """
 
     def __init__(
         self,
@@ -330,13 +343,13 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
         **kwargs,
     ):
         side = self.config.image_size or 1024
-        asked = height or side, width or side
-        size, bins = asked, BINS.get(side)
+        target = height or side, width or side
+        size, bins = target, BINS.get(side)
         binned = use_resolution_binning and bins is not None
         if binned:
-            size = self.image_processor.classify_height_width_bin(*asked, ratios=bins)
-        # what is cut to size afterwards comes as a tensor first
-        tensor = binned and size != asked and output_type != "latent"
+            size = self.image_processor.classify_height_width_bin(*target, ratios=bins)
+        # images that are cropped afterwards are returned as a tensor first
+        tensor = binned and size != target and output_type != "latent"
         self._check_size(*size)
         output = super().__call__(
             *args,
@@ -349,7 +362,7 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
         )
         if tensor:
             images = self.image_processor.resize_and_crop_tensor(
-                2 * output.images - 1, asked[1], asked[0]
+                2 * output.images - 1, target[1], target[0]
             )
             output.images = self.image_processor.postprocess(images, output_type=output_type)
         return output if return_dict else (output.images,)

@@ -1,4 +1,4 @@
-"""FLUX.1: packed latents, rotary position ids, guidance as an embedding, T5 tokens with a pooled CLIP vector."""
+"""FLUX.1: packed latents, rotary position ids, embedded guidance, T5 and pooled CLIP."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ DEFAULT_GUIDANCE = 3.5
 
 @torch.no_grad()
 def fold_guidance(transformer: FluxTransformer2DModel, scale: float) -> FluxTransformer2DModel:
-    """The same network for one guidance scale, without that input: FLUX.1-schnell's layout from FLUX.1-dev's.
+    """Return a copy of the transformer for one guidance scale, without the guidance input.
 
-    The embedding of a constant is a constant, which the bias of the time embedding can hold.
+    FLUX.1-dev's layout becomes that of FLUX.1-schnell. The embedding of a constant scale is a constant, which is added
+    to the bias of the time embedding.
 
     Raises:
-        UsageError: it has no guidance embedding.
+        UsageError: the transformer has no guidance embedding.
     """
     if not transformer.config.guidance_embeds:
         raise UsageError("fold_guidance: this transformer has no guidance embedding to fold")
@@ -34,16 +35,16 @@ def fold_guidance(transformer: FluxTransformer2DModel, scale: float) -> FluxTran
     weight = embed.guidance_embedder.linear_1.weight
     guidance = torch.tensor([1000 * scale], dtype=torch.float32, device=weight.device)
     constant = embed.guidance_embedder(embed.time_proj(guidance).to(weight.dtype))[0]
-    found = type(transformer).from_config(transformer.config, guidance_embeds=False)
+    folded = type(transformer).from_config(transformer.config, guidance_embeds=False)
     state = {k: v for k, v in transformer.state_dict().items() if "guidance_embedder" not in k}
     bias = "time_text_embed.timestep_embedder.linear_2.bias"
     state[bias] = (state[bias].float() + constant.float()).to(state[bias].dtype)
-    found.to(dtype=weight.dtype, device=weight.device).load_state_dict(state)
-    return found.eval()
+    folded.to(dtype=weight.dtype, device=weight.device).load_state_dict(state)
+    return folded.eval()
 
 
 class FluxModel(TextToImageModel):
-    """`FluxPipeline` behind the common interface; latents are unpacked outside of it."""
+    """FluxPipeline behind the common interface, with unpacked latents."""
 
     family = "flux"
     lora_targets = JOINT_ATTENTION
@@ -55,18 +56,20 @@ class FluxModel(TextToImageModel):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Its transformer has no size of its own; the autoencoder's is that of FLUX.1's pipeline, 1024 px."""
+        """Default image size (height, width) in pixels, from the autoencoder."""
+        # the transformer names no size; the autoencoder's is that of FLUX.1's pipeline, 1024 pixels
         side = self.pipeline.vae.config.sample_size
         return self._default_size or (side, side)
 
     @classmethod
     def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
-        """Tell by FLUX.1-schnell's layout, which has no input for guidance."""
+        """Return True for FLUX.1-schnell's layout, which has no guidance input."""
         return denoiser.get("guidance_embeds") is False
 
     @classmethod
     def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
-        """The autoencoder's own size: the stock class has 128, whatever the folder says."""
+        """Return the autoencoder's default side in latents."""
+        # the stock class fixes 128 for every folder
         side = pipeline.vae.config.get("sample_size") if pipeline.vae is not None else None
         return side // pipeline.vae_scale_factor if isinstance(side, int) else None
 
@@ -75,7 +78,7 @@ class FluxModel(TextToImageModel):
         return bool(self.denoiser.config.guidance_embeds)
 
     def costs_a_forward(self, guidance_scale: float | None) -> bool:
-        """Never: guidance is embedded, or the model (FLUX.1-schnell) has none."""
+        """Return False: guidance is embedded, or the model (FLUX.1-schnell) has none."""
         return False
 
     @torch.no_grad()
@@ -94,8 +97,13 @@ class FluxModel(TextToImageModel):
         guidance_scale: float | Tensor | None = None,
         negative_embeds: PromptEmbeds | None = None,
     ) -> Tensor:
-        """`guidance_scale`, one number or (B,), is embedded (default 3.5, as in the pipeline): no second forward."""
-        del negative_embeds  # guidance is distilled into the model
+        """Return the prediction (B, C, H, W), with guidance as an input of the denoiser.
+
+        Args:
+            guidance_scale: one number or (B,); None for 3.5, the default of the pipeline.
+            negative_embeds: ignored, because guidance is distilled into the model.
+        """
+        del negative_embeds
         return self.forward(noisy_latents, timesteps, embeds, guidance_scale=guidance_scale)
 
     def forward(
@@ -134,7 +142,7 @@ class FluxModel(TextToImageModel):
         return self.denoiser.config.in_channels // self.patch_size**2
 
     def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
-        """The stock `patch_size` is 1 already: the pipeline packs."""
+        """Return the changes for a codec's latents; the stock `patch_size` is 1 already."""
         return {"in_channels": codec.token_channels, "out_channels": None}
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
@@ -144,13 +152,13 @@ class FluxModel(TextToImageModel):
 
 
 class DCGenFluxModel(FluxModel):
-    """`DCGenFluxPipeline`: a place of the latents is a token."""
+    """DCGenFluxPipeline behind the common interface; each latent position is a token."""
 
     patch_size = 1
 
     @classmethod
     def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
-        """Read from the folder by the class itself."""
+        """Return None: the pipeline class reads the size from its folder."""
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""Folders of pipelines in other forms: weights of a variant, encoders that are not there."""
+"""Pipeline folders with variants of weights or without optional components."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WEIGHTS = re.compile(
     r"(?:\.(?P<legacy>[A-Za-z_]\w*))?\.(?P<suffix>safetensors|bin)"
 )
 PREFERRED = ("fp16", "bf16")
-"""Variants, where there are several."""
+"""Variants of weights in the order of preference."""
 WEIGHTLESS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor")
 CAN_BE_MISSING = ("text_encoder_3", "tokenizer_3")
-"""Components that a stock pipeline draws without, though its class lists them as required."""
+"""Components that a stock pipeline can run without, although its class requires them."""
 
 
 def files_of(folder: str | Path) -> tuple[str, ...]:
-    """Paths of a folder's files, relative to it."""
+    """Return the paths of a folder's files in its subfolders, relative to it."""
     root = Path(folder)
     return tuple(p.relative_to(root).as_posix() for p in root.glob("*/*") if p.is_file())
 
@@ -31,16 +31,18 @@ def files_of(folder: str | Path) -> tuple[str, ...]:
 def options(
     index: Mapping[str, Any], files: Iterable[str], *, where: str, passed: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that its folder calls for: `variant`, and None for components that are not there.
+    """Return the arguments of `from_pretrained` that a folder needs.
+
+    They are `variant`, and None for each optional component that is missing.
 
     Args:
-        index: `model_index.json`.
+        index: content of `model_index.json`.
         files: paths in the folder.
-        where: its name in messages.
-        passed: components that are passed, and not looked for.
+        where: name of the folder in messages.
+        passed: components that the caller passes, which need no files.
 
     Raises:
-        UnknownModel: a component is missing that is needed.
+        UnknownModel: a required component is missing.
     """
     by_part: dict[str, list[str]] = {}
     for file in files:
@@ -79,7 +81,7 @@ def _optional(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _variant(holders: Mapping[str, list[str]], where: str) -> str | None:
-    """The variant of the components' weights; None where all have plain ones."""
+    """Return the variant that all components' weights have, or None for plain weights."""
     choices: set[str] | None = None
     for part, names in holders.items():
         matches = [m for m in map(WEIGHTS.fullmatch, names) if m]
@@ -100,7 +102,7 @@ def _variant(holders: Mapping[str, list[str]], where: str) -> str | None:
 
 
 def _check_shards(part: str, names: list[str], matches: list[re.Match[str]], where: str) -> None:
-    """Weights in several files need the index that says which tensor lies where."""
+    """Raise UnknownModel if weights in several files have no index of their tensors."""
     shards = [m for m in matches if m["shard"]]
     whole = [m for m in matches if not m["shard"]]
     if shards and not whole and not any(n.endswith(".json") and ".index." in n for n in names):

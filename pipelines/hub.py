@@ -1,4 +1,4 @@
-"""The hub: asked once whether a model is there, and what its refusals mean to a user."""
+"""Queries to the hub for models, and messages for its errors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 from diffalign.pipelines.places import INDEX, UnknownModel
 
 TIMEOUT = 10.0
-"""Seconds until a hub that does not answer counts as unreachable."""
+"""Seconds after which a hub that does not answer counts as unreachable."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model on the hub: `files` by their paths, those of the cache where the hub cannot be reached."""
+    """Model repository on the hub.
+
+    Attributes:
+        files: paths of its files; those in the local cache if the hub cannot be reached.
+        reachable: True if the hub answered.
+    """
 
     files: tuple[str, ...]
     reachable: bool
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`: nothing is asked again of a hub that did not answer."""
+        """Arguments of `from_pretrained` that avoid further requests to an unreachable hub."""
         return {} if self.reachable else {"local_files_only": True}
 
 
@@ -34,10 +39,10 @@ def repository(
     token: str | bool | None = None,
     cache_dir: str | None = None,
 ) -> Repository:
-    """Ask the hub once; where it does not answer, look into the cache.
+    """Query the hub for a model once, or list the local cache without an answer.
 
     Raises:
-        UnknownModel: the hub has no such model, or does not show it; the message says what to do.
+        UnknownModel: the hub has no such model, or denies access; the message says what to do.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -59,7 +64,7 @@ def repository(
             raise UnknownModel(refusal(error, source, revision)) from error
         return Repository(cached_files(source, revision, cache_dir), reachable=False)
     except Exception as error:
-        # which HTTP library raises depends on the version of the hub's client
+        # the HTTP library that raises depends on the version of the hub's client
         if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
             raise
         return Repository(cached_files(source, revision, cache_dir), reachable=False)
@@ -69,7 +74,7 @@ def repository(
 def cached_files(
     source: str, revision: str | None = None, cache_dir: str | None = None
 ) -> tuple[str, ...]:
-    """List the files of a model in the cache of this machine."""
+    """Return the paths of a model's files in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     indices = [
@@ -91,10 +96,10 @@ def fetch_index(
     token: str | bool | None = None,
     cache_dir: str | None = None,
 ) -> Path:
-    """The `model_index.json` of a model on the hub, in the cache of this machine.
+    """Download the `model_index.json` of a model, and return its path in the local cache.
 
     Raises:
-        UnknownModel: there is none, or it is not shown; the message says what to do.
+        UnknownModel: the model has no such file, or the hub denies access; the message says what to do.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -127,12 +132,12 @@ def fetch_index(
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status of a refusal."""
+    """Return the HTTP status of an error, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def refusal(error: BaseException, source: str, revision: str | None = None) -> str:
-    """One line: why the hub gives nothing, and what to do."""
+    """Return one line with the reason of the hub's error and advice."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -157,7 +162,7 @@ def refusal(error: BaseException, source: str, revision: str | None = None) -> s
 
 
 def unreachable(source: str) -> str:
-    """One line for a model that is neither here nor to be had."""
+    """Return one line for a missing model while the hub is unreachable."""
     return (
         f"{source} is no folder or file here, is not in the hub's cache, and the hub cannot be reached: check the "
         f"spelling and the network (HF_HUB_OFFLINE, proxies), or `hf download {source}` on a machine that reaches it "

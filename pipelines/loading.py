@@ -1,4 +1,4 @@
-"""Pipelines from folders and hub ids, packed weights and Q-Sched's factors among them."""
+"""Loading of pipelines from folders and hub ids, with packed weights and Q-Sched's factors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from diffalign.schedulers.stock import scheduler_like
 
 logger = logging.getLogger(__name__)
 QUANTISED = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Components that may be."""
+"""Components that may have quantised weights."""
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-"""Arguments of `from_pretrained` that say where files are."""
+"""Arguments of `from_pretrained` that select files on the hub."""
 
 
 UNREADABLE = (
     *(OSError, SafetensorError, ImportError, NotImplementedError, ValueError, UnpicklingError),
     *(RuntimeError, AttributeError, KeyError, IndexError, TypeError),
 )
-"""Errors of the libraries at files that are missing, damaged or of another model."""
+"""Errors that the libraries raise for files that are missing, damaged or of another model."""
 
 
 class _ModelConfig(ConfigMixin):
@@ -50,16 +50,19 @@ class _SchedulerConfig(ConfigMixin):
 
 @dataclass(frozen=True)
 class Folder:
-    """A pipeline in diffusers' layout before its weights are read: `source` is a folder or a hub id."""
+    """Pipeline in diffusers' layout whose weights are not read yet.
+
+    The `source` is a folder or a hub id.
+    """
 
     source: str
     index: dict[str, Any]
     options: dict[str, Any]
-    """Arguments of `from_pretrained`: what the folder calls for and what was given."""
+    """Arguments of `from_pretrained`: those that the folder needs and those of the caller."""
 
     @property
     def where(self) -> dict[str, Any]:
-        """The arguments that say where files are."""
+        """Arguments of `from_pretrained` that select files on the hub."""
         return {k: v for k, v in self.options.items() if k in HUB_OPTIONS}
 
     @property
@@ -67,7 +70,7 @@ class Folder:
         return class_name(self.index, f"{self.source}/{INDEX}")
 
     def component_config(self, part: str) -> dict[str, Any] | None:
-        """A component's `config.json`; None where there is none."""
+        """Return a component's configuration, or None if it cannot be read."""
         kind = _SchedulerConfig if part == "scheduler" else _ModelConfig
         try:
             config = kind.load_config(self.source, subfolder=part, **self.where)
@@ -76,7 +79,7 @@ class Folder:
         return config if isinstance(config, dict) else None
 
     def scheduler(self) -> Any:
-        """Make the scheduler from its configuration; None where that names no class of diffusers."""
+        """Build the scheduler; return None if its configuration names no diffusers class."""
         config = self.component_config("scheduler") or {}
         entry = self.index.get("scheduler") or [None, None]
         kind = getattr(diffusers, str(config.get("_class_name") or entry[1]), None)
@@ -87,13 +90,13 @@ class Folder:
 
 
 def open_folder(place: Place, arguments: Mapping[str, Any]) -> Folder:
-    """Look at a pipeline's folder or hub id, and at what its loading needs.
+    """Read the index of a pipeline's folder or hub id, and collect its loading arguments.
 
     Args:
-        arguments: of `from_pretrained`, components among them.
+        arguments: arguments of `from_pretrained`, including components.
 
     Raises:
-        UnknownModel: it is not there, not shown, damaged or not complete.
+        UnknownModel: the pipeline does not exist, access is denied, or it is damaged or incomplete.
     """
     revision = arguments.get("revision") or place.revision
     if place.kind == "folder":
@@ -114,11 +117,12 @@ def open_folder(place: Place, arguments: Mapping[str, Any]) -> Folder:
 
 
 def check_backends(folder: Folder) -> None:
-    """Refuse weights that nothing here can run, before they are read: what diffusers says of them depends on the
-    backend and seldom names a package.
+    """Check that quantised weights can run on this machine, before they are read.
+
+    The errors of diffusers depend on the backend and seldom name the missing package.
 
     Raises:
-        UsageError: a package or a device is missing; the message says which.
+        UsageError: a package or a device is missing; the message names it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for part in set(QUANTISED) & set(folder.index) - set(folder.options):
@@ -132,17 +136,17 @@ def check_backends(folder: Folder) -> None:
 
 
 def pipeline_class(name: str) -> Any:
-    """A class by its name: of this suite, else of diffusers."""
+    """Return the pipeline class of this name, from this suite or else from diffusers."""
     return getattr(dcgen, name, None) or getattr(diffusers, name)
 
 
 def from_folder(folder: Folder) -> Any:
-    """Load the pipeline.
+    """Load a pipeline.
 
-    Where the folder names a class of this suite, that one is taken: no code that lies there is run.
+    If the folder names a class of this suite, the installed class is used, and no code in the folder runs.
 
     Raises:
-        UnknownModel: its files cannot be read.
+        UnknownModel: the pipeline's files cannot be read.
     """
     loader = getattr(dcgen, folder.class_name, DiffusionPipeline)
     with readable(folder.source):
@@ -151,10 +155,10 @@ def from_folder(folder: Folder) -> Any:
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
-    """Errors of the libraries that read a model as one line.
+    """Convert errors of the libraries that read a model into one line.
 
     Raises:
-        UnknownModel: instead of them.
+        UnknownModel: a library failed in this block.
     """
     try:
         yield
@@ -173,8 +177,12 @@ def readable(source: str) -> Iterator[None]:
 
 
 def as_student(pipeline: Any, *, lora: str | None = None, scheduler: str | None = None) -> None:
-    """Make a few-step model of a base: a LoRA, added into the denoiser's weights, and another scheduler, as
-    `schedulers.stock` reads it."""
+    """Turn a base model into a few-step model, in place.
+
+    Args:
+        lora: LoRA to merge into the denoiser's weights.
+        scheduler: name of the new scheduler, in the notation of `schedulers.stock`.
+    """
     if lora is not None:
         merge_lora(pipeline, lora)
     if scheduler is not None:
@@ -182,13 +190,15 @@ def as_student(pipeline: Any, *, lora: str | None = None, scheduler: str | None 
 
 
 def apply_factors(pipeline: Any) -> None:
-    """Wrap a scheduler whose configuration holds Q-Sched's factors. Those of other weights stay out of force, with a
-    warning."""
+    """Wrap a scheduler whose configuration holds Q-Sched's factors.
+
+    Factors of other weights are not applied, with a warning.
+    """
     if pipeline.scheduler.config.get(KEY) is None:
         return
     try:
-        found = of_denoiser(pipeline)
+        fingerprint = of_denoiser(pipeline)
     except UnknownWeights as error:
         logger.warning("Q-Sched's factors are in force unchecked: %s", error)
-        found = None
-    pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=found)
+        fingerprint = None
+    pipeline.scheduler = QSched.wrap(pipeline.scheduler, fingerprint=fingerprint)

@@ -1,4 +1,4 @@
-"""Pipelines whose weights hold their LoRA."""
+"""Merging of a LoRA into a pipeline's weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from diffalign.schedulers.stock import scheduler_like
 def merge(
     pipeline: Any, lora: Lora, *, scheduler: str | None = None, fold_guidance: float | None = None
 ) -> None:
-    """Add a LoRA into a pipeline's weights, in place and in float32.
+    """Merge a LoRA into a pipeline's weights, in place and in float32.
 
-    `scheduler`: another one, as `read_scheduler` reads it. `fold_guidance`: fold the embedding of this guidance scale
-    into the weights, as FLUX.1-schnell has it.
+    Args:
+        scheduler: name or folder of a new scheduler, see `read_scheduler`.
+        fold_guidance: guidance scale whose embedding is folded into the weights, as in FLUX.1-schnell.
 
     Raises:
-        UsageError: the LoRA does not fit, the pipeline is quantised, it has no guidance to fold, or there is no such
-            scheduler.
+        UsageError: the LoRA does not fit, the pipeline is quantised, it has no guidance to fold, or the scheduler does
+            not exist.
     """
     merge_lora(pipeline, lora)
     if fold_guidance is not None:
@@ -45,7 +46,7 @@ def merge(
 def merged_card(
     model: str, *, scheduler: str | None = None, guidance: float | None = None
 ) -> DrawingCard:
-    """The card of a merged model; arguments as of `merge`."""
+    """Return the card of a merged model; see `merge` for the arguments."""
     card = card_of(model)
     if scheduler is not None and (Path(scheduler) / CARD).is_file():
         student = DrawingCard.load(Path(scheduler) / CARD)
@@ -60,10 +61,10 @@ def merged_card(
 
 
 def read_scheduler(name: str, own: Any) -> Any:
-    """Load a scheduler by folder, or make one by class.
+    """Load a scheduler from a folder, or build one from a class name.
 
-    A folder holds `scheduler_config.json`, which names the class. A class of diffusers gets the configuration of `own`
-    and the options behind its name: "TCDScheduler,timestep_spacing=trailing".
+    A folder holds `scheduler_config.json`, which names the class. A class of diffusers is built with the configuration
+    of `own` and the options after its name: "TCDScheduler,timestep_spacing=trailing".
 
     Raises:
         UsageError: the folder holds no scheduler, or diffusers has no such class.

@@ -1,4 +1,4 @@
-"""A model moved into another latent space, before anything of it is trained."""
+"""Move of a model into another latent space, before training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ AUTOENCODERS = {"shapes-dc": "an AutoencoderDC f16c32 for Shapes; ships with dif
 
 
 def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = False) -> Any:
-    """An AutoencoderDC or AutoencoderKL.
+    """Load an AutoencoderDC or AutoencoderKL.
 
     Args:
-        name: one that ships, a folder or a hub id; a pipeline's is found in its subfolder `vae`.
-        meta: its configuration alone, on the meta device.
+        name: a name that ships, a folder or a hub id; of a pipeline the subfolder `vae` is read.
+        meta: read the configuration only, and build the autoencoder on the meta device.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the autoencoder cannot be loaded.
     """
     source = str(CHECKPOINTS / name) if name in AUTOENCODERS else name
     try:
@@ -46,7 +46,10 @@ def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = Fal
 
 
 def _place(source: str) -> dict[str, Any]:
-    """Where the autoencoder of a folder or hub id lies: itself, or a pipeline's subfolder."""
+    """Return the arguments that locate the autoencoder in a folder or hub id.
+
+    They name the subfolder `vae` of a pipeline.
+    """
     if Path(source).is_dir():
         return {"subfolder": "vae"} if (Path(source) / "vae").is_dir() else {}
     place = look(source, setting="path")
@@ -67,10 +70,13 @@ def _kind(source: str, options: dict[str, Any]) -> Any:
 
 
 def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: tuple[int, int]) -> int:
-    """Of the model's tokens along a side, how many one of the codec's replaces.
+    """Return how many of the model's tokens per side one token of the codec replaces.
+
+    Args:
+        size: (height, width) of the images in pixels.
 
     Raises:
-        UsageError: no whole number, or the size is none of the codec's.
+        UsageError: the ratio is no whole number, or the codec does not support the size.
     """
     height, width = size
     if height % codec.pixels_per_token or width % codec.pixels_per_token:
@@ -91,12 +97,15 @@ def move_model(
     shift: str = "pixels",
     channels: int | None = None,
 ) -> TextToImageModel:
-    """A drop-in pipeline of the same text encoders and blocks over `vae`; its first and last layers are zeros.
+    """Return a pipeline with the model's text encoders and blocks over another autoencoder.
+
+    The first and the last layer of its denoiser are zeros.
 
     Args:
-        size: (height, width) in pixels of the images that it is for.
-        channels: only so many of the autoencoder's first ones (`LatentCodec.prefix`).
-        shift: "pixels" or "tokens": whether noise levels depend on the one or the other, as the base's do.
+        vae: autoencoder of the new latent space.
+        size: (height, width) of the images in pixels.
+        shift: "pixels" or "tokens", the quantity that keeps the base model's noise schedule.
+        channels: number of leading channels of the autoencoder to use (`LatentCodec.prefix`).
 
     Raises:
         UsageError: the family cannot be moved, or the sizes do not fit.

@@ -1,4 +1,4 @@
-"""Places of models: the one function that tells a name, a path and a hub id apart."""
+"""Places of models: distinction of names, paths and hub ids."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 class UnknownModel(UserError, ValueError):
-    """A model that is not there, or whose family is not supported."""
+    """Model that does not exist, or whose family is not supported."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a model.
+    """Place of a model on this machine or the hub.
 
-    Args:
+    Attributes:
         kind: "folder" in diffusers' layout, "file" (a single .safetensors), or "hub".
-        source: its path, or a hub id.
-        revision: of a hub id: a branch, a tag or a commit.
+        source: path, or hub id.
+        revision: branch, tag or commit of a hub id.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class Place:
 
 
 def look(name: str, *, setting: str = "model.name") -> Place | None:
-    """Tell what a path or a hub id names; None: neither of the two.
+    """Return the place of a path or a hub id, or None for other names.
 
     A path that exists is never a hub id.
 
     Raises:
-        UnknownModel: a path that holds no model, or that does not exist.
+        UnknownModel: the path does not exist or holds no model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -66,7 +66,7 @@ def look(name: str, *, setting: str = "model.name") -> Place | None:
 
 
 def _nearest(path: Path) -> str:
-    """Name what lies beside a path that does not exist."""
+    """Return a hint about a missing path: the most similar name beside it."""
     parent = path.parent
     if not parent.is_dir():
         return f"; neither does {parent}" if parent.name else ""
@@ -114,10 +114,10 @@ def _file(path: Path, setting: str) -> Place:
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """A pipeline's `model_index.json`.
+    """Read a pipeline's `model_index.json`.
 
     Raises:
-        UnknownModel: it is damaged; the message says where.
+        UnknownModel: the file is damaged; the message names it.
     """
     file = Path(folder) / INDEX
     try:
@@ -129,7 +129,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_index(index: Any, where: object) -> dict[str, Any]:
-    """Check a `model_index.json` that has been read."""
+    """Return the content of a `model_index.json`, or raise UnknownModel if it is invalid."""
     if not isinstance(index, dict):
         raise UnknownModel(f"{where} is damaged: an object was expected, not {_short(index)}")
     class_name(index, where)
@@ -145,7 +145,8 @@ def check_index(index: Any, where: object) -> dict[str, Any]:
 
 
 def class_name(index: Mapping[str, Any], where: object = INDEX) -> str:
-    """The class of a pipeline's `model_index.json`: a folder that brings its own code names file and class."""
+    """Return the class name in a pipeline's `model_index.json`."""
+    # a folder with its own code names a file and a class
     name = index.get("_class_name")
     if isinstance(name, list) and len(name) == 2:
         name = name[1]

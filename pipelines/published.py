@@ -1,6 +1,6 @@
-"""Published configurations of named models, for what depends on shapes alone.
+"""Published configurations of named models, for uses that depend on shapes only.
 
-Sizes on the meta device, memory forecasts without the hub, speed and memory with random weights.
+The uses are sizes on the meta device, memory forecasts without the hub, and measurements with random weights.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ SAME = {
     "pcm-sd1.5": "sd1.5",
     "sdxl-turbo": "sdxl",
 }
-"""Named models with the layout of another."""
+"""Named models that have the layout of another named model."""
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 CLIP_L |= {"num_hidden_layers": 12, "projection_dim": 768}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20}
@@ -134,13 +134,16 @@ KL_16 = {**KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_c
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Length of a tokenizer, which is all that sizes depend on."""
+    """Substitute for a tokenizer that only knows its length, which sizes depend on."""
 
     model_max_length: int
 
 
 def denoiser(name: str, *, device: str = "meta", **changes: Any) -> Any:
-    """Return a published layout in bfloat16, with random weights where the device has any."""
+    """Return a denoiser of a published layout in bfloat16.
+
+    Its weights are random, except on the meta device, where it has none.
+    """
     kind, published = LAYOUTS[name]
     with torch.device(device):
         model = kind(**{**published, **changes})
@@ -149,12 +152,15 @@ def denoiser(name: str, *, device: str = "meta", **changes: Any) -> Any:
 
 
 def is_published(name: str) -> bool:
-    """Return True where `pipeline` knows the model."""
+    """Return True for the name of a model that `pipeline` can build."""
     return SAME.get(name, name) in LAYOUTS
 
 
 def pipeline(name: str) -> Any:
-    """Return a named model's pipeline on the meta device, in bfloat16; its tokenizers know their length alone."""
+    """Return a named model's pipeline on the meta device, in bfloat16.
+
+    Its tokenizers only know their length.
+    """
     name = SAME.get(name, name)
     with torch.device("meta"):
         parts = _encoders(name)

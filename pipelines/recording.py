@@ -1,4 +1,4 @@
-"""What a sampler passes through on its way: inverted states of its own images, without an inversion."""
+"""Recording of the sampler's states, which replace inverted states of generated images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from diffalign.pipelines.sampling import Generators, Step, scheduler_step
 
 @dataclass(frozen=True)
 class Recording:
-    """Of B images in N steps, on the CPU, as the sampler held them: `noisy`, what the denoiser read, and `model_pred`,
-    what it predicted (B, N, C, H, W), or None; `latents` (B, C, H, W) after the last step."""
+    """Recorded states of B images in N steps, on the CPU, in the sampler's dtype.
+
+    Attributes:
+        noisy: (B, N, C, H, W), inputs of the denoiser.
+        model_pred: (B, N, C, H, W), predictions of the denoiser, or None.
+        latents: (B, C, H, W), after the last step.
+    """
 
     noisy: Tensor
     model_pred: Tensor | None
@@ -23,8 +28,10 @@ class Recording:
 
 @dataclass
 class Recorder:
-    """A `step` for `sampling.sample` that also remembers, batch after batch, until it is asked; `predictions`, too, or
-    states alone."""
+    """Step for `sampling.sample` that also records states until `take` is called.
+
+    With `predictions` it records the model's predictions, too.
+    """
 
     step: Step = scheduler_step
     predictions: bool = True
@@ -37,7 +44,8 @@ class Recorder:
             self._batches.append(([], [], []))
         noisy, preds, ends = self._batches[-1]
         shown = latents
-        if hasattr(scheduler, "scale_model_input"):  # latents may be held in other units
+        # some schedulers hold latents in other units than the denoiser reads
+        if hasattr(scheduler, "scale_model_input"):
             shown = scheduler.scale_model_input(latents, scheduler.timesteps[i])
         following = self.step(i, model_pred, latents, scheduler, generator)
         noisy.append(shown.cpu())
@@ -47,12 +55,12 @@ class Recorder:
         return following
 
     def around(self, step: Step | None) -> Recorder:
-        """The same, of another step than the scheduler's own."""
+        """Record `step` instead of the scheduler's step, and return self."""
         self.step = step or scheduler_step
         return self
 
     def take(self) -> Recording:
-        """All batches since it was asked last."""
+        """Return the batches recorded since the last call, concatenated."""
         batches, self._batches = self._batches, []
         noisy, preds, ends = zip(*batches, strict=True)
         return Recording(

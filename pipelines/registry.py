@@ -1,4 +1,7 @@
-"""Models by name, families by pipeline class. Strings until one is used: listing loads neither torch nor diffusers."""
+"""Registry of models by name, and of families by pipeline class.
+
+Entries are strings until one is used, so that listing loads neither torch nor diffusers.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,20 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A named model: where it is, and what its pipeline does not know about itself."""
+    """Entry of a named model: its source, and settings that its pipeline does not store."""
 
     source: str
     description: str
     max_sequence_length: int | None = None
     lora: str | None = None
-    """Of a student that is published as one, merged into the weights; behind a colon the file in it."""
+    """LoRA that is merged into the base model to make a published student.
+
+    The file in its repository follows after a colon.
+    """
     revision: str | None = None
-    """Of a hub id: a branch, a tag or a commit."""
+    """Branch, tag or commit of a hub id."""
     scheduler: str | None = None
-    """Of a student, where its base has another, as `schedulers.stock` reads it."""
+    """Scheduler of a student, if it differs from its base's, in the notation of `schedulers.stock`."""
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -100,19 +106,19 @@ MODELS = {
 
 
 def available() -> dict[str, ModelSpec]:
-    """Named models; those that ship with the suite only where their files are there."""
+    """Return the named models; leave out shipped models whose files are missing."""
     return {
         n: s for n, s in MODELS.items() if not s.source.startswith("package:") or _path(s).is_dir()
     }
 
 
 def resolve(name: str) -> ModelSpec:
-    """The specification of a name, a folder, a single file or a hub id.
+    """Return the entry of a name, a folder, a single file or a hub id.
 
     A hub id is `owner/name` or `owner/name@revision`.
 
     Raises:
-        UnknownModel: nothing of that kind.
+        UnknownModel: the name is none of these.
     """
     specs = available()
     if name in specs:
@@ -129,7 +135,7 @@ def resolve(name: str) -> ModelSpec:
 
 
 def family_of(pipeline_class: str) -> type[TextToImageModel]:
-    """The family that drives a diffusers pipeline class."""
+    """Return the family of a diffusers pipeline class, or raise UnknownModel."""
     if pipeline_class not in FAMILIES:
         raise UnknownModel(
             f"pipeline class {pipeline_class} is not supported; supported are {', '.join(FAMILIES)}"
@@ -139,17 +145,19 @@ def family_of(pipeline_class: str) -> type[TextToImageModel]:
 
 
 def load_pipeline(source: str, **kwargs: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained`, with what stock diffusers leaves lying in a folder of this suite put to use:
-    weights packed by `diffalign quantize`, and the factors that `diffalign qsched` found for the scheduler.
+    """Load a diffusers pipeline, with packed weights and Q-Sched's factors if it has them.
+
+    It extends `DiffusionPipeline.from_pretrained`, which reads neither the weights packed by `diffalign quantize` nor
+    the scheduler's factors of `diffalign qsched`.
 
     Args:
         source: a name of `diffalign list models`, a folder, a .safetensors file or a hub id.
-        kwargs: of `from_pretrained`, such as `torch_dtype`: float32, unless it is given. (Left to themselves diffusers
-            loads its parts in float32 and transformers its own in the dtype of their files, and the two do not fit.)
+        kwargs: arguments of `from_pretrained`. The default of `torch_dtype` is float32, because diffusers would load
+            its parts in float32 and transformers its own in the dtype of their files, which do not fit together.
 
     Raises:
-        UnknownModel: nothing is there, or not all of it.
-        UserError: the backend that its weights are quantised with is missing, or its factors are damaged.
+        UnknownModel: the model does not exist or is incomplete.
+        UserError: the backend of quantised weights is missing, or the factors are damaged.
     """
     from torch import float32
 
@@ -188,9 +196,9 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
 
 
 def load_named(name: str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline by a name of `available()`, a folder, a single file or a hub id.
+    """Load a diffusers pipeline by name, folder, single file or hub id.
 
-    A named student has its LoRA and scheduler. `kwargs` and errors are those of `load_pipeline`.
+    A named student gets its LoRA and its scheduler. Arguments and errors are those of `load_pipeline`.
     """
     spec = available().get(name)
     if spec is None:
@@ -217,8 +225,12 @@ def load_model(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> TextToImageModel:
-    """Load a stock pipeline by name, folder or hub id, and wrap it in its family. `dtype` defaults to bfloat16; further
-    arguments are of `from_pretrained`."""
+    """Load a pipeline by name, folder or hub id, and wrap it in its family.
+
+    Args:
+        dtype: dtype of the weights; None for bfloat16.
+        kwargs: further arguments of `from_pretrained`.
+    """
     import torch
 
     spec = resolve(name)
@@ -244,11 +256,11 @@ def check_pipeline(
     revision: str | None = None,
     arguments: Mapping[str, Any] = NOTHING,
 ) -> None:
-    """Refuse a pipeline that is not supported before its weights are read: by its class and its scheduler.
+    """Check that a pipeline is supported, by its class and scheduler; read no weights.
 
     Raises:
-        UnknownModel: its family is not supported, or its files are not there.
-        UsageError: its scheduler is not one that its family's models can be trained and drawn with.
+        UnknownModel: the family is not supported, or files are missing.
+        UsageError: models of the family cannot be used with the scheduler.
     """
     from diffalign.pipelines.loading import open_folder
     from diffalign.schedulers.stock import scheduler_like
@@ -264,12 +276,12 @@ def check_pipeline(
 
 
 def check_steps(name: str, num_inference_steps: int) -> None:
-    """Refuse a number of steps that a model's scheduler does not make, before loading.
+    """Check that a model's scheduler supports a number of steps, before loading.
 
-    The hub is not asked: of a model that is not here yet nothing is checked.
+    The hub is not queried, so a model that is not on this machine yet is not checked.
 
     Raises:
-        UsageError: it does not make so many; the message says why.
+        UsageError: the scheduler does not support the number; the message gives the reason.
     """
     from diffalign.pipelines import hub
     from diffalign.pipelines.base import set_timesteps
@@ -285,7 +297,8 @@ def check_steps(name: str, num_inference_steps: int) -> None:
     local = {"revision": spec.revision, "local_files_only": True}
     try:
         scheduler = open_folder(place, local).scheduler()
-    except UnknownModel:  # what is in the cache may be a part
+    # the cache may hold a part of a model only
+    except UnknownModel:
         if place.kind == "hub":
             return
         raise
@@ -304,9 +317,9 @@ def load_meta_model(
     revision: str | None = None,
     max_sequence_length: int | None = None,
 ) -> TextToImageModel:
-    """Build the same model with all modules on the meta device: configurations are read, weights are not.
+    """Build the model of `load_model` on the meta device, without reading weights.
 
-    Models that are known by name have their published configurations, without a look at the hub.
+    Named models use the published configurations, so that the hub is not queried.
     """
     import diffusers
     import torch
@@ -352,10 +365,9 @@ def load_meta_model(
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype or torch.bfloat16)
-    told = {
-        k: index[k] for k in ("image_size", "max_sequence_length") if k in index
-    }  # of moved ones
-    pipeline = pipeline_class(folder.class_name)(**parts, **told)
+    # pipelines of moved models have these settings
+    settings = {k: index[k] for k in ("image_size", "max_sequence_length") if k in index}
+    pipeline = pipeline_class(folder.class_name)(**parts, **settings)
     as_student(pipeline, scheduler=spec.scheduler)
     return _wrap(pipeline, spec, max_sequence_length)
 
@@ -366,24 +378,24 @@ def wrap_pipeline(
     max_sequence_length: int | None = None,
     default_size: tuple[int, int] | None = None,
 ) -> TextToImageModel:
-    """A pipeline that is loaded already, in its family."""
+    """Wrap a loaded pipeline in its family."""
     return family_of(type(pipeline).__name__)(
         pipeline, max_sequence_length=max_sequence_length, default_size=default_size
     )
 
 
 def checked(model: TextToImageModel, source: str) -> TextToImageModel:
-    """A moved model with the autoencoder and the text tokens that it was trained with.
+    """Return a model after checking it against its training, if it was moved.
 
     Raises:
-        CodecError: it has others.
+        CodecError: the autoencoder or the number of text tokens differs from that in training.
     """
     from diffalign.latents.codec import CodecError
 
-    told = model.pipeline.config.get("codec")
-    if told is None:
+    trained = model.pipeline.config.get("codec")
+    if trained is None:
         return model
-    model.codec.check(told, where=source)
+    model.codec.check(trained, where=source)
     tokens = model.pipeline.config.max_sequence_length
     if tokens not in (None, model.max_sequence_length):
         raise CodecError(
@@ -403,7 +415,7 @@ def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> Te
 
 
 def _source(spec: ModelSpec) -> str:
-    """A folder or a hub id."""
+    """Return the folder or the hub id of a model."""
     return str(_path(spec)) if spec.source.startswith("package:") else spec.source
 
 

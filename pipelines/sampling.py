@@ -1,4 +1,4 @@
-"""From prompts to images with a family's own scheduler: what the stock pipeline does, in batches, seed by seed."""
+"""Sampling of images like the stock pipeline, in batches, with a seed per image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffalign.types import PromptEmbeds
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Step = Callable[[int, Tensor, Tensor, Any, Generators], Tensor]
-"""(number of the step, model_pred, latents, scheduler, generator) to the next latents."""
+"""Function (number of the step, model_pred, latents, scheduler, generator) -> next latents."""
 
 
 def initial_latents(
@@ -29,7 +29,11 @@ def initial_latents(
     generator: Generators,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(n, C, H, W) standard normal noise, drawn as the stock pipeline draws it (one generator, or one an image)."""
+    """Return standard normal noise (n, C, H, W), sampled like the stock pipeline does.
+
+    Args:
+        generator: one generator for all images, or one per image.
+    """
     shape = (n, *model.latent_shape(height, width))
     generators = list(generator) if isinstance(generator, Sequence) else generator
     return randn_tensor(shape, generator=generators, device=model.device, dtype=dtype)
@@ -38,8 +42,8 @@ def initial_latents(
 def scheduler_step(
     i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Generators
 ) -> Tensor:
-    """The scheduler's own step. One that is stochastic draws from the generator, where it can: without it would from
-    torch's, and images would not be a matter of their seed."""
+    """Take the scheduler's step, with the generator if the step accepts one."""
+    # without the generator, a stochastic step would use torch's, and images would not depend on their seed only
     options: dict[str, Any] = dict(step_options(scheduler))
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
@@ -48,16 +52,17 @@ def scheduler_step(
 
 
 def step_options(scheduler: Any) -> dict[str, float]:
-    """What stock pipelines give every step besides: no noise of their own accord, where TCD's default is some."""
+    """Return `eta=0` for schedulers that accept it."""
+    # stock pipelines pass it to every step; TCD would otherwise add noise
     return {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
 
 
 @dataclass
 class Sampling:
-    """A batch on its way: what does not change from step to step.
+    """Settings of sampling one batch, which do not change between steps.
 
-    `guidance_scale` None or 1 means no classifier-free guidance (FLUX: its default guidance embedding); otherwise
-    `negative_embeds` has B rows. Sizes in pixels.
+    A `guidance_scale` of None or 1 means no classifier-free guidance (for FLUX its default guidance embedding). Above 1
+    `negative_embeds` has B rows. Height and width are in pixels.
     """
 
     model: TextToImageModel
@@ -74,8 +79,10 @@ class Sampling:
         )
 
     def start(self, generator: Generators = None, latents: Tensor | None = None) -> Tensor:
-        """Noise (B, C, H, W) as the scheduler wants it: those of U-Nets may hold latents in other units than the
-        denoiser reads."""
+        """Return initial latents (B, C, H, W) in the scheduler's units.
+
+        Schedulers of U-Nets may hold latents in other units than the denoiser reads.
+        """
         if latents is None:
             latents = initial_latents(
                 self.model,
@@ -88,13 +95,16 @@ class Sampling:
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def scaled(self, i: int, latents: Tensor) -> Tensor:
-        """What the denoiser reads at step `i`; some schedulers insist on being asked before a step."""
+        """Return latents in the units of the denoiser's input at step `i`.
+
+        Some schedulers require this call before every step.
+        """
         if not hasattr(self.scheduler, "scale_model_input"):
             return latents
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[i])
 
     def predict(self, i: int, latents: Tensor) -> Tensor:
-        """The denoiser's prediction (B, C, H, W) at step `i`."""
+        """Return the model's prediction (B, C, H, W) at step `i`."""
         return self.model.predict(
             self.scaled(i, latents),
             self.scheduler.timesteps[i].expand(len(self.embeds)),
@@ -111,7 +121,7 @@ class Sampling:
         step: Step | None = None,
         first_pred: Tensor | None = None,
     ) -> Tensor:
-        """Clean latents; arguments as of `sample`."""
+        """Return clean latents (B, C, H, W); see `sample` for the arguments."""
         latents = self.start(generator, latents)
         step = step or scheduler_step
         for i in range(len(self.scheduler.timesteps)):
@@ -139,10 +149,14 @@ def sample(
     step: Step | None = None,
     first_pred: Tensor | None = None,
 ) -> Tensor:
-    """Clean latents (B, C, H, W) for B prompts. With the same generator, the stock pipeline's image for image.
+    """Return clean latents (B, C, H, W) for B prompts.
 
-    `guidance_scale` as in `Sampling`. `step` takes the place of the scheduler's own. `first_pred` (B, C, H, W) is the
-    first prediction where it is known already.
+    They equal those of the stock pipeline with the same generator.
+
+    Args:
+        guidance_scale: see `Sampling`.
+        step: replaces the scheduler's step.
+        first_pred: (B, C, H, W), the prediction at the first step, if it is already computed.
     """
     size = height or model.default_size[0], width or model.default_size[1]
     run = Sampling(model, embeds, num_inference_steps, *size, guidance_scale, negative_embeds)
@@ -166,7 +180,7 @@ class EmbedCache:
         rows = []
         for text in texts:
             row = self._store.pop(text, None)
-            # most recent last
+            # the most recent prompt is last
             self._store[text] = self.model.encode_prompt([text]).to("cpu") if row is None else row
             rows.append(self._store[text])
         while len(self._store) > max(self.size, len(set(texts))):
@@ -190,10 +204,17 @@ def generate(
     step: Step | None = None,
     on_images: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clean latents (B, C, H, W) and images (B, 3, H, W) uint8 on the CPU; image i depends on its seed alone. An image
-    whose pixels are not all finite has latents of NaN.
+    """Generate clean latents and images for B prompts.
 
-    `on_images` gets the images of each micro-batch, and their place among all, as soon as they are there.
+    Image i depends on its own seed only. The latents of an image are NaN if its pixels are not all finite.
+
+    Args:
+        prompt_index: (B,), row of each image's prompt in `embeds`.
+        seeds: seeds of the B images.
+        on_images: receives the images of each micro-batch and their slice of the batch when they are generated.
+
+    Returns:
+        Latents (B, C, H, W), and images (B, 3, H, W) uint8 on the CPU.
     """
     latents, images = [], []
     for start in range(0, len(seeds), micro_batch_size):
@@ -216,7 +237,8 @@ def generate(
                 step=step,
             )
             decoded, finite = model.decode_checked(clean)
-            clean[~finite] = torch.nan  # in 8 bits it could no longer be seen
+            # 8-bit images cannot show values that are not finite
+            clean[~finite] = torch.nan
             images.append(decoded.cpu())
         latents.append(clean)
         if on_images is not None:

@@ -1,4 +1,7 @@
-"""SANA: linear attention on deep-compressed latents, Gemma's tokens with a mask behind a written instruction."""
+"""SANA: linear attention on deep-compressed latents, with an instruction before prompts.
+
+The text encoder is Gemma, whose tokens have a mask.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,23 @@ from diffalign.latents.move import Ends
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
 
-# what the stock pipeline writes before every prompt (Xie et al. 2024, section 3.1), of the diffusers that is installed
+# instruction that the stock pipeline of the installed diffusers puts before prompts (Xie et al. 2024, section 3.1)
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
 STOCK_STEP = 32
-"""Pixels: the stock pipeline refuses sides that are no multiples of it, whatever the autoencoder."""
+"""Number of pixels that the stock pipeline requires sides to be multiples of."""
 
 
 class SanaModel(TextToImageModel):
-    """`SanaPipeline` behind the common interface, without its binning of resolutions: a size is made as asked for."""
+    """SanaPipeline behind the common interface, without its binning of resolutions.
+
+    Images have exactly the requested size.
+    """
 
     family = "sana"
     ends = Ends("patch_embed.proj", "proj_out")
     deep_pipeline = "DCGenSanaPipeline"
-    # Both attentions of a block whole, as the released AWM trains SD3's. diffusers' script for LoRA on SANA leaves out
-    # the output; `lora.targets: [to_q, to_k, to_v]` is that.
+    # All projections of both attentions in a block, as AWM's release trains those of SD3. diffusers' LoRA script for
+    # SANA leaves out the output projection, which is `lora.targets: [to_q, to_k, to_v]`.
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     max_sequence_length = 300
     latents_dtype = torch.float32
@@ -42,16 +48,16 @@ class SanaModel(TextToImageModel):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The instruction stands before every prompt but the empty one, which is what the stock pipeline guides away
-        from."""
-        said = [i for i, prompt in enumerate(prompts) if prompt]
+        """Embed B prompts, with the instruction before every prompt that is not empty."""
+        # the empty prompt is the stock pipeline's negative prompt, which has no instruction
+        filled = [i for i, prompt in enumerate(prompts) if prompt]
         empty = [i for i, prompt in enumerate(prompts) if not prompt]
         parts = [
             self._encode([prompts[i] for i in rows], instruction)
-            for rows, instruction in ((said, INSTRUCTION.default), (empty, None))
+            for rows, instruction in ((filled, INSTRUCTION.default), (empty, None))
             if rows
         ]
-        return PromptEmbeds.cat(parts)[torch.tensor([*said, *empty]).argsort()]
+        return PromptEmbeds.cat(parts)[torch.tensor([*filled, *empty]).argsort()]
 
     def _encode(self, prompts: list[str], instruction: list[str] | None) -> PromptEmbeds:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
@@ -64,7 +70,8 @@ class SanaModel(TextToImageModel):
         return PromptEmbeds(embeds, prompt_attention_mask=mask)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """Float32, as the stock pipeline steps, whatever the denoiser's dtype."""
+        """Return the denoiser's prediction (B, C, H, W) in float32."""
+        # the stock pipeline takes its steps in float32 for every dtype of the denoiser
         dtype = self.denoiser.dtype
         return self.denoiser(
             hidden_states=noisy_latents.to(dtype),

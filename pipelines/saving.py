@@ -1,4 +1,4 @@
-"""Save a pipeline so that stock diffusers loads it in one dtype."""
+"""Saving of a pipeline so that stock diffusers loads all its parts in one dtype."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from diffalign.pipelines.cards import DrawingCard
 
 DTYPE = "float32"
-"""The dtype in which diffusers loads its own models by default."""
+"""Dtype in which diffusers loads its own models by default."""
 
 
 def save_pipeline(
     pipeline: Any, folder: str | Path, *, card: DrawingCard | None = None, **kwargs: Any
 ) -> None:
-    """Write a pipeline's folder for `DiffusionPipeline.from_pretrained(folder)` without further arguments.
+    """Save a pipeline so that `DiffusionPipeline.from_pretrained` needs only its folder.
 
     Args:
-        card: how the model is drawn with by default, for the verbs of this suite.
-        kwargs: of `save_pretrained`.
+        card: default settings of generation, for the verbs of this suite.
+        kwargs: arguments of `save_pretrained`.
     """
     pipeline.save_pretrained(folder, **kwargs)
     agree_on_dtype(folder)
@@ -28,10 +28,10 @@ def save_pipeline(
 
 
 def agree_on_dtype(folder: str | Path) -> None:
-    """Tell transformers to load a folder's text encoders in the default dtype of diffusers.
+    """Set the dtype in the configurations of a folder's text encoders to diffusers' default.
 
-    Version 5 of transformers reads `dtype` from a model's configuration, diffusers loads float32: left to themselves a
-    folder's parts do not fit together. The weights stay what they are; a dtype that is asked for wins.
+    Version 5 of transformers reads `dtype` from a model's configuration while diffusers loads float32, so that the
+    parts of a folder would not fit together. The weights do not change, and an explicit dtype still takes precedence.
     """
     for file in sorted(Path(folder).glob("*/config.json")):
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def agree_on_dtype(folder: str | Path) -> None:
 
 
 def _set_dtype(config: dict[str, Any]) -> bool:
-    """Set the dtype of a configuration and of those inside it; say whether that changed it."""
+    """Set the dtype of a configuration and of nested ones; return True if it changed."""
     changed = False
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and value != DTYPE:

@@ -16,7 +16,7 @@ from diffalign.types import PromptEmbeds
 
 
 class SDModel(TextToImageModel):
-    """`StableDiffusionPipeline` behind the common interface."""
+    """StableDiffusionPipeline behind the common interface."""
 
     family = "sd"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -33,7 +33,11 @@ class SDModel(TextToImageModel):
 
     @classmethod
     def path_of(cls, scheduler: Any) -> VariancePreserving:
-        """The path of the scheduler's own noise schedule; errors as of the base class."""
+        """Return the variance-preserving path of the scheduler's noise schedule.
+
+        Raises:
+            UsageError: the scheduler has no such schedule, or another kind of prediction.
+        """
         table = getattr(scheduler, "alphas_cumprod", None)
         predicted = scheduler.config.get("prediction_type", "epsilon")
         if table is None:

@@ -16,7 +16,7 @@ from diffalign.types import PromptEmbeds
 
 
 class SD3Model(TextToImageModel):
-    """`StableDiffusion3Pipeline` behind the common interface."""
+    """StableDiffusion3Pipeline behind the common interface."""
 
     family = "sd3"
     ends = Ends("pos_embed.proj", "proj_out")
@@ -70,7 +70,8 @@ class SD3Model(TextToImageModel):
         return int(self.denoiser.config.patch_size)
 
     def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
-        """The table of positions stays: it depends on the tokens along a side of `sample_size`, which stay as many."""
+        """Return the changes of the denoiser's configuration for the latents of a codec."""
+        # the table of positions depends on the tokens per side of `sample_size`, whose number does not change
         config = self.denoiser.config
         return {
             "in_channels": codec.channels,

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and an image's sizes as a condition of its own."""
+"""Stable Diffusion XL: two text encoders, and image sizes as a condition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.types import PromptEmbeds
 
 
 class SDXLModel(SDModel):
-    """`StableDiffusionXLPipeline` behind the common interface."""
+    """StableDiffusionXLPipeline behind the common interface."""
 
     family = "sdxl"
     takes_time_ids = True
@@ -22,13 +22,16 @@ class SDXLModel(SDModel):
 
     @classmethod
     def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
-        """Tell by SDXL Turbo's scheduler."""
+        """Return True for the scheduler of SDXL Turbo."""
         name, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
         return (name, spacing) == ("EulerAncestralDiscreteScheduler", "trailing")
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The empty prompt is zeros where the pipeline says so (`force_zeros_for_empty_prompt`): SDXL learned that."""
+        """Embed B prompts; the empty prompt is zeros if the pipeline says so.
+
+        The pipeline's setting is `force_zeros_for_empty_prompt`, with which SDXL was trained.
+        """
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
@@ -39,7 +42,10 @@ class SDXLModel(SDModel):
         return PromptEmbeds(embeds, pooled)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """Embeds without `time_ids` stand for images that were never cropped or resized."""
+        """Return the denoiser's prediction (B, C, H, W).
+
+        Embeddings without `time_ids` are those of images that were neither cropped nor resized.
+        """
         time_ids = embeds.time_ids
         if time_ids is None:
             scale = self.pipeline.vae_scale_factor

@@ -1,4 +1,7 @@
-"""Models in a single .safetensors file, as ComfyUI and civitai have them: weights without their configuration."""
+"""Loading of models from a single .safetensors file, which has no configuration.
+
+ComfyUI and civitai use such files.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +34,21 @@ KINDS = {
         ("sd3", "sd35_medium", "sd35_large", "flux-dev", "flux-schnell", "sana"), "DiT"
     ),
 }
-"""Model types of diffusers' single files that this suite has a family for."""
+"""Model types of single files in diffusers that this suite supports."""
 DENOISERS = (
     *("model.diffusion_model.", "double_blocks.", "joint_blocks.", "transformer_blocks."),
     *("down_blocks.", "blocks."),
 )
 AUTOENCODERS = ("first_stage_model.", "vae.")
 LAYOUT = ("*.json", "*/*.json", "*/*.txt", "*/*.model")
-"""Files of a pipeline's folder that are no weights."""
+"""Patterns of the files in a pipeline's folder that hold no weights."""
 
 
 def header(path: str) -> dict[str, torch.Tensor]:
-    """A file's tensors on the meta device: names and shapes.
+    """Return a file's tensors by name, on the meta device.
 
     Raises:
-        UnknownModel: it is no .safetensors file, holds a LoRA, or no denoiser.
+        UnknownModel: the file is no .safetensors file, holds a LoRA, or holds no denoiser.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -66,10 +69,10 @@ def header(path: str) -> dict[str, torch.Tensor]:
 
 
 def base_of(path: str) -> str:
-    """The hub id whose configuration a file's weights have.
+    """Return the hub id of the model whose configuration fits a file's weights.
 
     Raises:
-        UnknownModel: of a family that is not supported.
+        UnknownModel: the family of the model is not supported.
     """
     kind = infer_diffusers_model_type(header(path))
     if kind not in KINDS:
@@ -80,11 +83,12 @@ def base_of(path: str) -> str:
 
 
 def layout_of(path: str, config: str | None = None) -> Place:
-    """The folder with the configurations and tokenizers of a file's model: `config`, else a folder beside the file that
-    is named like it, else that of its base on the hub.
+    """Return the folder with the configurations and tokenizers of a file's model.
+
+    It is `config`, else a folder beside the file with the file's name, else that of the base model on the hub.
 
     Raises:
-        UnknownModel: there is none; the message says what is needed.
+        UnknownModel: no such folder can be found; the message says what is needed.
     """
     beside = Path(path).with_suffix("")
     if config is None and (beside / INDEX).is_file():
@@ -110,14 +114,14 @@ def layout_of(path: str, config: str | None = None) -> Place:
 
 
 def load_single_file(path: str, *, config: str | None = None, **kwargs: Any) -> Any:
-    """The pipeline of a file; what it does not hold comes from its base.
+    """Load a pipeline from a file; load components that it lacks from its base model.
 
     Args:
         config: a folder or hub id with the model's configuration (see `layout_of`).
-        kwargs: of `from_single_file`, such as `torch_dtype`; components among them are taken as they are.
+        kwargs: arguments of `from_single_file`, such as `torch_dtype` or loaded components.
 
     Raises:
-        UnknownModel: it cannot be read, or its configuration or a component is missing.
+        UnknownModel: the file cannot be read, or the configuration or a component is missing.
     """
     tensors = header(path)
     layout = layout_of(path, config)
@@ -137,7 +141,7 @@ def load_single_file(path: str, *, config: str | None = None, **kwargs: Any) -> 
 
 
 def _missing(tensors: dict[str, torch.Tensor], index: dict[str, Any]) -> list[str]:
-    """Components with weights that a file does not hold."""
+    """Return the components with weights that a file lacks."""
     parts = []
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list) or entry[0] is None:
@@ -156,7 +160,7 @@ def _missing(tensors: dict[str, torch.Tensor], index: dict[str, Any]) -> list[st
 
 
 def _from_base(part: str, entry: list[str], path: str, layout: Place, dtype: Any) -> Any:
-    """Load a component from the base; None for one that a pipeline draws without."""
+    """Load a component from the base model; return None for a missing optional one."""
     kind = getattr(import_module(entry[0]), entry[1])
     try:
         base = base_of(path)

@@ -1,4 +1,4 @@
-"""Steps that need fewer evaluations of the denoiser than the scheduler's own, on the scheduler's own timesteps."""
+"""Solvers that need fewer steps than the scheduler, on timesteps of the scheduler."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from diffalign.diffusion.paths import Path, RectifiedFlow
 
 
 class AdamsBashforth:
-    """Two-step Adams-Bashforth in sigma, its first step Euler's: second order for a rectified flow.
+    """Two-step Adams-Bashforth solver in sigma, second order for a rectified flow.
 
-    On a Gaussian, whose flow is known in closed form, 12 of its steps on SD3's grid are as exact as 64 of Euler's, and
-    below 20 steps it is closer than diffusers' UniPC, whose variable is the log of a signal-to-noise ratio that begins
-    at zero (tests/test_solvers.py). Forgets the past at step 0, so that one object serves any number of batches.
+    The first step is Euler's. On a Gaussian, whose flow has a closed form, 12 steps on SD3's grid are as exact as 64
+    Euler steps. Below 20 steps the solver is closer than diffusers' UniPC, whose variable is the log of a
+    signal-to-noise ratio that begins at zero (tests/test_solvers.py). Step 0 resets the solver, so that one object
+    serves any number of batches.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class AdamsBashforth:
 
 
 def solver_step(name: str, path: Path) -> AdamsBashforth | None:
-    """The `step` for `sampling.sample` that a recipe names; None is the scheduler's own.
+    """Return the step for `sampling.sample` of a solver's name, or None for the scheduler's.
 
     Raises:
         UsageError: the solver is not for models on this path.

@@ -1,4 +1,7 @@
-"""The command line: one file per verb. Domain code lives in the other rooms, and knows no flags."""
+"""Command line, with one file per verb.
+
+Domain code lives in the other packages and does not know flags.
+"""
 
 from diffalign.cli.main import main
 

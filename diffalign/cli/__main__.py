@@ -1,4 +1,4 @@
-"""`python -m diffalign.cli`."""
+"""Entry point of `python -m diffalign.cli`."""
 
 import sys
 

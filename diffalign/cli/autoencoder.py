@@ -66,7 +66,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, save the autoencoder in diffusers' layout, and print how well it reconstructs."""
+    """Train an autoencoder, save it in diffusers' layout, and print its quality."""
     from dataclasses import fields
 
     import torch

@@ -1,4 +1,7 @@
-"""Errors of libraries and of the network as one line with advice, with the flags that users type."""
+"""Conversion of library and network errors into one line with advice.
+
+Names of arguments in messages become the flags that users type.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 from diffalign.core.errors import UserError
 
 NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
-"""Libraries whose errors are those of a connection or of a server."""
+"""Libraries whose errors mean that a connection or a server failed."""
 HUB = {
     "GatedRepoError": "the model is gated: accept its licence on its page of huggingface.co, then run `hf auth login`",
     "RepositoryNotFoundError": "no such repository on huggingface.co, or it is private: check the name, or run "
@@ -25,11 +28,14 @@ HUB = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the files are not in the local cache: unset it once to "
     "download them, or name a local folder",
 }
-"""Errors of huggingface_hub, and what to do."""
+"""Advice for each error class of huggingface_hub."""
 
 
 def library_line(error: BaseException | None) -> str | None:
-    """Return one line for an error of a library, a server or a file's content; None for every other error."""
+    """Return one line for an error of a library, a server or a file's content.
+
+    Return None for every other error.
+    """
     while error is not None and not isinstance(error, UserError):
         line = _line(error)
         if line is not None:
@@ -62,21 +68,25 @@ def _line(error: BaseException) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first sentence of an error's message, in one line."""
+    """Return the first 300 characters of an error's message, in one line."""
     return " ".join(str(error).split())[:300]
 
 
 def name_flags(text: str, flags: Mapping[str, str]) -> str:
-    """Replace names of arguments, in backticks or before the first colon, by the flags that users type.
+    """Replace names of arguments in a message by the flags that users type.
 
-    The other rooms name arguments: they do not know who calls them.
+    A name stands in backticks, or at the beginning before a colon. Domain code names arguments, because it does not
+    know who calls it.
+
+    Args:
+        flags: flag of each argument.
     """
     text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), text)
     return re.sub(r"^(\w+)(?==|: | must )", lambda match: flags.get(match[1], match[1]), text)
 
 
 def report_to_launcher(line: str) -> None:
-    """Give torchrun the line: its own report, which ends the output of a launch, then shows it."""
+    """Pass an error line to torchrun, whose final report then shows it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file or not line:
         return

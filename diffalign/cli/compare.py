@@ -1,4 +1,4 @@
-"""`diffalign evaluate wins` and `evaluate report`: folders of images beside each other."""
+"""`diffalign evaluate wins` and `evaluate report`: comparison of image folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_wins(parser: Parser) -> None:
 
 
 def run_wins(args: argparse.Namespace) -> None:
-    """Count how often the images of --images are preferred to those of the same name in --against."""
+    """Count how often images of --images are preferred to their namesakes in --against."""
     from diffalign.cli.output import print_win_rates, write_result
     from diffalign.cli.rewards import load_rewards
     from diffalign.core import console
@@ -67,7 +67,7 @@ def add_report(parser: Parser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    """Write a page that compares the folders of --folders; with --rewards their images are scored first."""
+    """Write a page that compares folders of images, scored first if --rewards is set."""
     from diffalign.cli.output import emit
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError

@@ -15,7 +15,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train the recipe `demo`. A finished demo is kept under another name, an interrupted one is continued."""
+    """Train the recipe `demo`.
+
+    A finished demo is renamed first; an interrupted one is resumed.
+    """
     from diffalign.cli.train import train_config
     from diffalign.config import load
     from diffalign.training.run_folder import set_aside

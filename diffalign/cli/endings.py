@@ -1,4 +1,4 @@
-"""How a command ends that does not end by itself: one line and an exit status for each kind of error."""
+"""Conversion of errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from diffalign.core.interruption import Interrupted, name_of
 
 
 def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[str, int] | None:
-    """Return the line to print and the exit status; None for a fault of the program, which shows its traceback."""
+    """Return the line to print and the exit status of an error.
+
+    Return None for a fault of the program, so that its traceback is shown.
+    """
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        kept = (
+        note = (
             "the same command goes on from where it was" if verb.resumes else "nothing is resumed"
         )
-        return f"interrupted ({name_of(number)}): {str(error) or kept}", 128 + number
+        return f"interrupted ({name_of(number)}): {str(error) or note}", 128 + number
     if isinstance(error, ReportedError):
         return "", 2
     if isinstance(error, UserError):
@@ -35,7 +38,7 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
 
 
 def memory_advice(args: argparse.Namespace) -> str:
-    """Return the flags of a verb that make it need less memory, with their present values."""
+    """Return advice that names the flags of a verb that reduce its memory use."""
     parts = []
     if getattr(args, "batch_size", 1) > 1:
         parts.append(f"a smaller --batch_size (now {args.batch_size})")

@@ -1,4 +1,7 @@
-"""`diffalign evaluate`: what is measured is a verb below it. `evaluate model` scores a model on prompts."""
+"""`diffalign evaluate`, with one verb below it per kind of evaluation.
+
+This file has `evaluate model`, which scores a model on prompts.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ def add_flags(parser: Parser) -> None:
         parser, "--images_per_task", None, "images of each task, instead of --images_per_prompt"
     )
     options.add_output(parser)
-    # a folder is meant for `evaluate rewards`: the error says so
+    # accepted only so that the error can point to `evaluate rewards`
     parser.add_argument("--images", type=types.path, default=None, help=argparse.SUPPRESS)
     options.add_model(parser)
     options.add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw images of prompts and score them."""
+    """Generate images of prompts, score them, and print the scores."""
     from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.cli.output import print_scores, write_result
     from diffalign.cli.rewards import load_rewards
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate_run(args: argparse.Namespace) -> None:
-    """Evaluate the policy of --run as the run did, and print the run's own figure beside it."""
+    """Evaluate the policy of --run with the run's settings, and print the run's own score."""
     import torch
 
     from diffalign.cli.output import print_scores, write_result
@@ -102,14 +105,14 @@ def _evaluate_run(args: argparse.Namespace) -> None:
 
     parser = Parser(add_help=False)
     add_flags(parser)
-    given = [
+    conflicts = [
         f"`{name}`"
         for name, default in vars(parser.parse_args([])).items()
         if name not in ("run", "output") and getattr(args, name, default) != default
     ]
-    if given:
+    if conflicts:
         raise UsageError(
-            f"run: draws with the settings of the run in {args.run}; leave out {', '.join(given)}, "
+            f"run: draws with the settings of the run in {args.run}; leave out {', '.join(conflicts)}, "
             "or name the LoRA with `lora` instead"
         )
     finished = FinishedRun.read(args.run)

@@ -54,7 +54,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare generated images with a reference by FID and its relatives, or save their statistics."""
+    """Compare generated images with a reference by FID and related distances.
+
+    With --save_statistics also save the features of the generated images.
+    """
     from diffalign.cli.output import print_scores, write_result
     from diffalign.core import console, processes
     from diffalign.core.errors import UsageError
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     on_shapes = (args.reference or "").startswith("shapes:") or (
         args.images is None and args.model.startswith("shapes-")
     )
-    # before a network is downloaded, a model loaded or an image drawn: are all files there?
+    # check all files before a network is downloaded, a model loaded or an image generated
     if args.save_statistics is not None:
         args.save_statistics = statistics_path(args.save_statistics)
     batch = args.batch_size or options.BATCH_SIZE
@@ -83,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
         generated = generated_side(
             args.images or _generation(args), batch_size=batch, progress=progress
         )
-        state = processes.current()  # first: it says which GPU is this process's
+        # before the network, because joining the processes selects this process's GPU
+        state = processes.current()
         network = load_network(args.network or ("shapes_clip" if on_shapes else "inception"))
         reference = reference and reference(network)
         features = generated(network, state)
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if other is not None:
         n, m = features.moments.n, other.moments.n or "unknown"
         title = f"{n} images against {m} of {args.reference}, {features.network}"
-        # the spread over subsets is 0 where they are all of the images; the interval is not
+        # the spread over subsets is 0 if a subset holds all images; the interval is not
         shown = {name: value for name, value in distances.items() if name != "kid_std"}
         print_scores(title, shown, result["intervals"])
         for warning in result["warnings"]:
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_generated(args: argparse.Namespace) -> None:
-    """Read --generated as --images for a folder of images, and as --model for all else."""
+    """Copy --generated to --images if it is a folder of images, else to --model."""
     from diffalign.core.errors import UsageError
 
     if args.generated is None:
@@ -121,7 +125,7 @@ def _read_generated(args: argparse.Namespace) -> None:
 
 
 def _generation(args: argparse.Namespace) -> Generation:
-    """Return how --model draws the generated side."""
+    """Return the model, prompts and settings that generate the images to compare."""
     from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fid_sides import Generation

@@ -24,7 +24,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write every image as PNG as soon as it is made, and a grid of all at the end."""
+    """Write every image as PNG when it is generated, then a grid of all."""
     from diffalign.cli.models import batching, evaluation, load, settle_drawing
     from diffalign.cli.output import emit
     from diffalign.core import console

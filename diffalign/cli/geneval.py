@@ -30,7 +30,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the missing images of a GenEval folder, or take a folder that exists, and score it."""
+    """Score a folder in GenEval's layout, and generate its missing images first.
+
+    With --images the folder is scored as it is.
+    """
     from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.output import print_scores, write_result
     from diffalign.core import console, processes

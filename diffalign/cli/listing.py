@@ -18,13 +18,13 @@ METHODS = {
     "consistency": "Latent consistency (few-step student)",
     "dcgen": "DC-Gen (deeply compressed latents)",
 }
-"""Types of algorithms and how they are titled."""
+"""Title of each type of algorithm."""
 NEEDS_CUDA = "(CUDA)"
-"""Ends the description of a recipe that needs a GPU."""
+"""Ending of the description of a recipe that needs a GPU."""
 
 
 def add_flags(parser: Parser) -> None:
-    """Add what is listed."""
+    """Add the argument that selects the list."""
     parser.add_argument(
         "what",
         choices=("recipes", "rewards", "models", "benches"),
@@ -33,7 +33,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print recipes, rewards, models or benches, one per line."""
+    """Print recipes, rewards, models or benchmarks, one per line."""
     from diffalign.cli.output import emit
 
     groups = _recipes() if args.what == "recipes" else {"": _rows(args.what)}
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _recipes() -> Mapping[str, Mapping[str, str]]:
-    """Return recipes by method and hardware: those for a laptop come first."""
+    """Return recipes grouped by method and hardware; groups for a laptop come first."""
     from diffalign.config import describe_recipes, load
 
     groups: dict[tuple[bool, int], dict[str, str]] = {}

@@ -1,4 +1,7 @@
-"""The command line's entry point. torch is imported inside the verb that needs it, so `--help` answers at once."""
+"""Entry point of the command line.
+
+Only verbs that need torch import it, inside their `run`, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ def _add_verbs(parser: Parser, verbs: Sequence[Verb], *, dest: str) -> None:
 
 
 def spell_out(argv: Sequence[str]) -> list[str]:
-    """Put the lower verb behind its verb: `evaluate --images DIR rewards`, and `evaluate` alone."""
+    """Move a lower verb behind its verb, and add it if it is missing.
+
+    Examples are `evaluate --images DIR rewards`, and `evaluate` alone.
+    """
     words = list(argv)
     verb = next((v for v in VERBS if v.verbs and words[:1] == [v.name]), None)
     if verb is None or set(words[1:2]) & {"-h", "--help"}:
@@ -101,13 +107,17 @@ def spell_out(argv: Sequence[str]) -> list[str]:
         value = words[i - 1].startswith("--") and "=" not in words[i - 1]
         if word in names and not value:
             return [verb.name, word, *words[1:i], *words[i + 1 :]]
+    # the parser refuses a misspelt name
     if words[1:] and not words[1].startswith("-"):
-        return words  # a misspelt name, which the parser refuses
+        return words
     return [verb.name, verb.verbs[0].name, *words[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; an error is one line, a traceback only with --verbose."""
+    """Run one command and return its exit status.
+
+    An error prints one line, and a traceback only with --verbose.
+    """
     parser = build_parser()
     words = spell_out(sys.argv[1:] if argv is None else argv)
     try:
@@ -133,7 +143,7 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             verb.run(args)
             sys.stdout.flush()
     except BrokenPipeError:
-        # the reader, such as `head`, has gone; what is left in the buffer has no taker
+        # the reader, such as `head`, has ended, so that the rest of the buffer cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KeyboardInterrupt, Exception) as error:
@@ -149,7 +159,11 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
 
 
 def _print_error(line: str, *, expected: bool = True) -> None:
-    """Print an error: the first process, and every process whose own memory, disk or network failed."""
+    """Print an error of this process.
+
+    An expected error is printed by the first process only. A failure of memory, disk or network is printed by every
+    process that it hits.
+    """
     rank = os.environ.get("RANK", "0")
     if line and (rank == "0" or not expected):
         print(line if rank == "0" else f"process {rank}: {line}", file=console.stderr())
@@ -157,7 +171,7 @@ def _print_error(line: str, *, expected: bool = True) -> None:
 
 
 def _check_alone(verb: Verb) -> None:
-    """Raise UsageError where several processes run a verb that shares no work."""
+    """Raise UserError if several processes run a verb that shares no work."""
     if "LOCAL_RANK" in os.environ:
         from diffalign.core.processes import launched
 

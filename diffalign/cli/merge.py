@@ -31,7 +31,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Save a pipeline whose weights hold the LoRA: it loads and runs without adapters, at the base's speed."""
+    """Save a pipeline with the LoRA merged into its weights.
+
+    The pipeline loads and runs without adapters, at the speed of the base model.
+    """
     from diffalign.cli.models import load
     from diffalign.cli.output import emit, suggest
     from diffalign.core import console

@@ -1,4 +1,7 @@
-"""The model and the drawing that the shared flags describe. Imports torch: verbs import it inside `run`."""
+"""Model and generation settings that the shared flags describe.
+
+The module imports torch, so verbs import it inside `run`.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from diffalign.tuning.evaluator import Drawing
 
 
 def settle_drawing(args: argparse.Namespace) -> DrawingCard:
-    """Fill in what the flags leave open of how --model draws, from the model's card, and say how it draws.
+    """Complete the generation settings from the model's card, and print them.
 
     Raises:
-        UsageError: the model's scheduler makes no such number of steps.
+        UsageError: the model's scheduler does not support the number of steps.
     """
     card = card_of(args.model).updated(vars(args))
     check_steps(args.model, card.num_inference_steps)
@@ -35,7 +38,8 @@ def settle_drawing(args: argparse.Namespace) -> DrawingCard:
 
 
 def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel:
-    """Load the model of --model, with --lora as adapters; sizes and the LoRA are checked before the model is read."""
+    """Load the model of --model, with --lora as adapters."""
+    # sizes and the LoRA are checked before the model's weights are read
     check_drawing(args)
     lora = read_lora(args.lora) if adapters and args.lora is not None else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,26 +50,27 @@ def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel
 
 
 def check_drawing(args: argparse.Namespace) -> None:
-    """Raise UsageError for sizes that the model cannot draw, from its configuration alone."""
+    """Raise UsageError for sizes that the model cannot generate; read no weights."""
     height, width = (getattr(args, side, None) for side in ("height", "width"))
     if height is None and width is None:
         return
     try:
         plan = load_meta_model(args.model, dtype=dtype_of(args))
-    except Exception:  # loading the model itself says what is wrong
+    # loading the model reports the same error in full
+    except Exception:
         return
     own = plan.default_size
     plan.latent_shape(height or own[0], width or own[1])
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    """Return the dtype of --dtype."""
+    """Return the torch dtype that --dtype names."""
     dtype: torch.dtype = getattr(torch, args.dtype)
     return dtype
 
 
 def evaluation(args: argparse.Namespace) -> EvaluationConfig:
-    """Return how images are drawn."""
+    """Return the settings of image generation."""
     return EvaluationConfig(
         num_inference_steps=args.num_inference_steps,
         solver=args.solver,
@@ -77,13 +82,13 @@ def evaluation(args: argparse.Namespace) -> EvaluationConfig:
 
 
 def drawing(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how --model draws images, for a result."""
+    """Return the settings of image generation that a result records."""
     names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
     return {name: getattr(args, name) for name in names}
 
 
 def made_with(args: argparse.Namespace) -> dict[str, Any]:
-    """Return how a folder of samples is made, for its settings file."""
+    """Return the settings that a folder of samples records in its settings file."""
     return {
         **drawing(args),
         "model_fingerprint": of_place(args.model),
@@ -99,15 +104,15 @@ def made_with(args: argparse.Namespace) -> dict[str, Any]:
 
 def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Load the prompts, and print how many are used if --max_prompts leaves some out."""
-    found = load_prompts(args.prompts)
-    few = spread(found, args.max_prompts)
-    if len(few) < len(found):
-        print(f"{len(few)} of {len(found)} prompts are used (--max_prompts)")
+    prompts = load_prompts(args.prompts)
+    few = spread(prompts, args.max_prompts)
+    if len(few) < len(prompts):
+        print(f"{len(few)} of {len(prompts)} prompts are used (--max_prompts)")
     return few
 
 
 def batching(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the sizes and the precision of drawing."""
+    """Return image size, batch size and precision of generation."""
     return {
         "height": args.height,
         "width": args.width,
@@ -117,14 +122,18 @@ def batching(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImageModel | None:
-    """Load the model of --reference beside `model`; None where there is none."""
+    """Load the model of --reference onto the device of `model`, or return None without it."""
     if args.reference is None:
         return None
     return load_model(args.reference, dtype=dtype_of(args), device=model.device)
 
 
 def calibration_drawing(args: argparse.Namespace, *, mixed_precision: str | None = None) -> Drawing:
-    """Return how calibration images are drawn; the precision follows --dtype unless it is given."""
+    """Return the settings that generate calibration images.
+
+    Args:
+        mixed_precision: replaces the precision that follows from --dtype.
+    """
     return Drawing(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,

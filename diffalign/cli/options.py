@@ -11,12 +11,12 @@ from diffalign.cli import types
 from diffalign.cli.parser import Parser
 
 BATCH_SIZE = 64
-"""Images per batch where images are scored, not drawn."""
+"""Default number of images per batch for scoring."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_screen(parser: Parser, *, results: bool) -> None:
-    """Add how much is shown."""
+    """Add --verbose, and --json for verbs with results."""
     group = parser.add_argument_group("output on the screen")
     group.add_argument(
         "-v",
@@ -39,7 +39,12 @@ def add_model(
     lora: Callable[[str], str] = types.lora,
     required_lora: bool = False,
 ) -> None:
-    """Add --model, --lora and --dtype; `lora`: the type of --lora."""
+    """Add --model, --lora and --dtype.
+
+    Args:
+        lora: type of the value of --lora.
+        required_lora: make --lora mandatory.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -66,9 +71,12 @@ def add_model(
 
 
 def add_drawing(parser: Parser, *, solver: bool = True) -> None:
-    """Add how images are drawn; the model's card fills in the rest (`models.settle_drawing`).
+    """Add the flags of image generation.
 
-    solver: the verb can draw with another solver than the model's own.
+    The model's card completes flags that are not set (`models.settle_drawing`).
+
+    Args:
+        solver: add --solver, which replaces the model's own solver.
     """
     group = parser.add_argument_group("how images are drawn")
     group.add_argument(
@@ -126,9 +134,9 @@ def add_batch_size(parser: argparse._ActionsContainer) -> None:
 def add_count(
     parser: argparse._ActionsContainer, flag: str, default: int | None, text: str, *, low: int = 1
 ) -> None:
-    """Add a whole number of at least `low`."""
-    told = text if default is None else f"{text} (default: %(default)s)"
-    parser.add_argument(flag, type=types.count(low), default=default, metavar="N", help=told)
+    """Add a flag whose value is a whole number of at least `low`."""
+    help_text = text if default is None else f"{text} (default: %(default)s)"
+    parser.add_argument(flag, type=types.count(low), default=default, metavar="N", help=help_text)
 
 
 def add_images(parser: Parser, *, required: bool = False, text: str | None = None) -> None:
@@ -145,7 +153,7 @@ def add_images(parser: Parser, *, required: bool = False, text: str | None = Non
 
 
 def add_prompts(parser: Parser, default: str | None, **more: Any) -> None:
-    """Add --prompts and --max_prompts."""
+    """Add --prompts."""
     parser.add_argument(
         "--prompts",
         type=types.place,
@@ -168,7 +176,7 @@ def add_rewards(parser: Parser, default: str | None = "verifier") -> None:
 
 
 def add_output(parser: Parser) -> None:
-    """Add where the result of an evaluation is written."""
+    """Add --output, the file of an evaluation's result."""
     parser.add_argument(
         "--output",
         type=types.output_file,
@@ -185,7 +193,7 @@ def add_output_dir(
     *,
     kind: Callable[[str], Path] = types.output_folder,
 ) -> None:
-    """Add --output_dir; `kind`: the type that checks the folder."""
+    """Add --output_dir, whose type `kind` checks the folder."""
     parser.add_argument(
         "--output_dir",
         type=kind,

@@ -1,4 +1,4 @@
-"""The output of verbs: tables for people, JSON for programs, and the command to try next."""
+"""Output of verbs: tables for people, JSON for programs, and a suggested next command."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from diffalign.core.errors import UsageError
 from diffalign.core.files import write_text
 
 _programs: list[TextIO] = []
-"""Standard output, while only JSON is written there."""
+"""Standard output stream while it is reserved for JSON; else empty."""
 
 
 @contextmanager
 def screen(*, json_only: bool) -> Iterator[None]:
-    """Send all that is printed to stderr where standard output is for JSON alone."""
+    """Redirect printed text to stderr if standard output is reserved for JSON."""
     if json_only:
         _programs.append(sys.stdout)
     try:
@@ -32,13 +32,13 @@ def screen(*, json_only: bool) -> Iterator[None]:
 
 
 def emit(result: Mapping[str, Any]) -> None:
-    """Print a result as one line of JSON where `--json` asks for it."""
+    """Print a result as one line of JSON if --json is set."""
     if _programs:
         print(json.dumps(result), file=_programs[-1], flush=True)
 
 
 def suggest(*words: object) -> None:
-    """Print the command to try next; None among the words is left out."""
+    """Print a command to run next, made of all words but None."""
     command = shlex.join(["diffalign", *(str(w) for w in words if w is not None)])
     print(f"next: {command}")
 
@@ -48,33 +48,34 @@ def print_scores(
     scores: Mapping[str, float],
     intervals: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print a table of scores, with the 95 % interval and number of images of those that have one."""
-    known = intervals or {}
+    """Print a table of scores; `intervals` adds 95 % intervals and numbers of images."""
+    by_name = intervals or {}
     rows = []
     for name, value in scores.items():
-        found = known.get(name, {})
-        rows.append((name, f"{value:.3f}", bounds(found), str(found["n"]) if "n" in found else ""))
-    if not known:
+        interval = by_name.get(name, {})
+        count = str(interval["n"]) if "n" in interval else ""
+        rows.append((name, f"{value:.3f}", bounds(interval), count))
+    if not by_name:
         print_table(title, ("", "score"), [[row[:2] for row in rows]])
         return
     print_table(title, ("", "score", "95 % interval", "n"), [rows])
 
 
 def print_win_rates(title: str, rates: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the share of pairs that are won under each reward; a share within noise is grey."""
+    """Print the share of pairs won under each reward; a share within noise is grey."""
     rows = [
         tuple(
-            _grey(cell, found["within_noise"])
+            _grey(cell, rate["within_noise"])
             for cell in (
                 name,
-                f"{found['rate']:.3f}",
-                bounds(found),
-                str(found["pairs"]),
-                str(found["ties"]),
-                "within noise" if found["within_noise"] else "",
+                f"{rate['rate']:.3f}",
+                bounds(rate),
+                str(rate["pairs"]),
+                str(rate["ties"]),
+                "within noise" if rate["within_noise"] else "",
             )
         )
-        for name, found in rates.items()
+        for name, rate in rates.items()
     ]
     print_table(title, ("", "pairs won", "95 % interval", "pairs", "ties", " "), [rows])
 
@@ -95,13 +96,13 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     title = f"held-out prompts, {summary['updates']} updates on {summary['device']}"
     print_table(title, ("", "before", "after", "change", "95 % interval", "n", " "), parts)
     trained, resumed = summary["training_seconds"], summary.get("resumed_after", 0)
-    taken = f"{summary['seconds']:.0f} s with its evaluations"
+    total = f"{summary['seconds']:.0f} s with its evaluations"
     if resumed:
         print(
-            f"training {trained:.0f} s in all sittings; this one, after update {resumed}, {taken}"
+            f"training {trained:.0f} s in all sittings; this one, after update {resumed}, {total}"
         )
     else:
-        print(f"training {trained:.0f} s, in all {taken}")
+        print(f"training {trained:.0f} s, in all {total}")
 
 
 def _change_row(
@@ -111,15 +112,15 @@ def _change_row(
     if change is None:
         return (*row, f"{after - before:+.3f}", "", "", "")
     noise = change["within_noise"]
-    told = (f"{change['value']:+.3f}", bounds(change, sign="+"), str(change["n"]))
-    return (*row, *(_grey(t, noise) for t in (*told, "within noise" if noise else "")))
+    cells = (f"{change['value']:+.3f}", bounds(change, sign="+"), str(change["n"]))
+    return (*row, *(_grey(t, noise) for t in (*cells, "within noise" if noise else "")))
 
 
-def bounds(found: Mapping[str, Any], *, sign: str = "") -> str:
-    """Return the interval of a result as text; empty where there is none."""
-    low, high = found.get("low"), found.get("high")
+def bounds(interval: Mapping[str, Any], *, sign: str = "") -> str:
+    """Return an interval as text: "unknown" without bounds, empty for an empty mapping."""
+    low, high = interval.get("low"), interval.get("high")
     if low is None or high is None:
-        return "unknown" if found else ""
+        return "unknown" if interval else ""
     return f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 
@@ -130,7 +131,10 @@ def _grey(text: str, is_grey: bool) -> str:
 def print_table(
     title: str, columns: Sequence[str], parts: Sequence[Sequence[tuple[str, ...]]]
 ) -> None:
-    """Print a table whose `parts` are separated by lines; columns with a title hold numbers."""
+    """Print a table whose `parts` are separated by lines.
+
+    Columns with a title hold numbers and are aligned to the right.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -145,7 +149,7 @@ def print_table(
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result as JSON where a file is named, print it with `--json`, and say where it is."""
+    """Print a result with --json, and write it to `path` as JSON, if set."""
     emit(result)
     if path is None:
         return

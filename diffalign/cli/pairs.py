@@ -57,7 +57,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw missing images or read those of --images, score them, and write pairs."""
+    """Score images and write preference pairs.
+
+    The images are those of --images; without it missing images are generated first.
+    """
     from diffalign.cli.output import emit, suggest
     from diffalign.core import console, processes
     from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
@@ -106,7 +109,7 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
 
 
 def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
-    """Draw missing images in --output_dir, and return all of them with the rewards."""
+    """Generate missing images in --output_dir, and return all images and the rewards."""
     from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
     from diffalign.cli.rewards import load_rewards
     from diffalign.core import console

@@ -1,4 +1,4 @@
-"""The parser of the command line: no abbreviations, ranges of numbers, hints for misspelt names."""
+"""Parser of the command line, with hints for misspelt names and no abbreviations."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from diffalign.core.errors import UserError
 from diffalign.core.nearest import nearest
 
 WIDTH = 100
-"""Columns of the description in `--help`; examples below it keep their lines."""
+"""Width in columns of the description in `--help`; examples below it are not wrapped."""
 
 
 class Misused(UserError):
-    """A value that a flag does not take; the parser of the verb shows its usage."""
+    """Value that a flag does not accept; the verb's parser then shows its usage."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors name the flag, the value and the nearest valid name."""
+    """ArgumentParser whose errors name the flag, the value and the nearest valid name."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert a value; an error of the flag's type gets the flag's name."""
+        """Convert a value, and put the flag's name in front of errors."""
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(arg_string)
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raise ArgumentError for a value that is no choice."""
+        """Raise ArgumentError for a value that is not among the choices."""
         if action.choices is not None and value not in action.choices:
             hint = nearest(str(value), [str(c) for c in action.choices])
             kind = "verb" if isinstance(action, argparse._SubParsersAction) else "value"
@@ -47,14 +47,14 @@ class Parser(argparse.ArgumentParser):
             )
 
     def unknown(self, arguments: list[str]) -> NoReturn:
-        """Exit with the usage and the nearest flag for arguments that the parser does not know."""
+        """Exit with the usage and the nearest flag for unknown arguments."""
         name = next((a for a in arguments if a.startswith("-")), "").partition("=")[0]
         flags = [f for a in self._actions for f in a.option_strings if f.startswith("--")]
         hint = ""
         if name:
             bare = {f.removeprefix("--"): f for f in flags}
-            told = nearest(name.lstrip("-").replace("-", "_"), bare)
-            hint = re.sub(r"did you mean '(\w+)'", r"did you mean --\1", told)
+            hint = nearest(name.lstrip("-").replace("-", "_"), bare)
+            hint = re.sub(r"did you mean '(\w+)'", r"did you mean --\1", hint)
             hint = hint if "did you mean" in hint else ""
         self.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
 
@@ -65,7 +65,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class SpellingParser(Parser):
-    """A parser that knows the spelling of commands only: values are not checked, places need not exist."""
+    """Parser that checks the spelling of commands, but no values.
+
+    Paths in the commands need not exist.
+    """
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
@@ -75,7 +78,7 @@ class SpellingParser(Parser):
 
 
 def flag_of(action: argparse.Action) -> str:
-    """Return what a user types for an argument."""
+    """Return an argument as a user types it: its flag, or its name if it has none."""
     return action.option_strings[-1] if action.option_strings else str(action.dest)
 
 
@@ -86,5 +89,5 @@ def _stderr() -> Any:
 
 
 def name_argument(flag: str, problem: str) -> str:
-    """Return a problem with its flag in front."""
+    """Return a message with the flag in front."""
     return f"{flag} {problem}" if problem.startswith("must ") else f"{flag}: {problem}"

@@ -9,7 +9,7 @@ from diffalign.cli.verb import Verb
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fill the cache of a recipe, and print what is in it."""
+    """Fill the cache of a recipe, and print its counts."""
     from diffalign.cli.output import emit, suggest
     from diffalign.config import load
     from diffalign.core import processes
@@ -18,8 +18,8 @@ def run(args: argparse.Namespace) -> None:
     cache = fill_cache(load(args.recipe, args.settings))
     if processes.current().is_main_process:
         counts = {k: v for k, v in cache.manifest.items() if k != "key"}
-        told = ", ".join(f"{k} {v}" for k, v in counts.items() if isinstance(v, int | float))
-        print(f"cache: {cache.folder} ({told})")
+        numbers = ", ".join(f"{k} {v}" for k, v in counts.items() if isinstance(v, int | float))
+        print(f"cache: {cache.folder} ({numbers})")
         suggest("train", args.recipe, *args.settings)
         emit({"cache": str(cache.folder), **counts})
 

@@ -86,7 +86,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search, print the factors, and write them where the model is, or a copy of the model with them."""
+    """Search the factors, print them, and write them into the model or a copy."""
     from diffalign.cli.models import (
         calibration_drawing,
         chosen_prompts,

@@ -54,7 +54,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Quantise, save, and print how large and how fast the copy is."""
+    """Quantise a model, save the copy, and print its size and speed."""
     from diffalign.cli.models import (
         calibration_drawing,
         chosen_prompts,

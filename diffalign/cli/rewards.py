@@ -1,4 +1,7 @@
-"""The rewards that --rewards names. Imports numpy: verbs import it inside `run`."""
+"""Loading of the rewards that --rewards names.
+
+The module imports numpy, so verbs import it inside `run`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from diffalign.rewards.composition import CompositeReward
 
 
 def load_rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
-    """Load comma-separated rewards, ready to score prompts with this metadata."""
+    """Load comma-separated rewards, and check that they can score prompts with this metadata."""
     reward = _choose(names)
     reward.check_metadata(metadata)
     reward.prepare()
@@ -20,7 +23,10 @@ def load_rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> Composite
 
 
 def load_usable_rewards(names: str, images: Sequence[CaptionedImage]) -> CompositeReward:
-    """Load those of comma-separated rewards that can score an image, and say which are left out and why."""
+    """Load the comma-separated rewards that can score the images.
+
+    The others are left out, with a message that gives the reason.
+    """
     reward = _choose(names)
     texts, metadata = [i.prompt.text for i in images], [i.prompt.metadata for i in images]
     for name, reason in reward.leave_out_unusable(texts, metadata).items():
@@ -29,7 +35,7 @@ def load_usable_rewards(names: str, images: Sequence[CaptionedImage]) -> Composi
 
 
 def _choose(names: str) -> CompositeReward:
-    chosen = [name.strip() for name in names.split(",") if name.strip()]
-    if not chosen:
+    selected = [name.strip() for name in names.split(",") if name.strip()]
+    if not selected:
         raise UsageError("rewards: names none")
-    return CompositeReward.from_config(dict.fromkeys(chosen, 1.0), setting="rewards")
+    return CompositeReward.from_config(dict.fromkeys(selected, 1.0), setting="rewards")

@@ -45,7 +45,10 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until interrupted; clients need the token of DIFFALIGN_REWARD_TOKEN where it is set."""
+    """Serve rewards until interrupted.
+
+    If DIFFALIGN_REWARD_TOKEN is set, clients must send it as their token.
+    """
     from diffalign.rewards.serving import serve
 
     names = [n.strip() for n in args.rewards.split(",") if n.strip()]

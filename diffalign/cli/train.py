@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_recipe(parser: Parser) -> None:
-    """Add the recipe, whose settings can be overridden."""
+    """Add the recipe argument."""
     parser.add_argument("recipe", help="name from `diffalign list recipes`, or a YAML file")
 
 
@@ -30,7 +30,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the recipe before torch is imported, then print its settings or train it."""
+    """Check a recipe before torch is imported, then print its settings or train it."""
     from diffalign import config as configuration
     from diffalign.core.files import check_target
     from diffalign.pipelines import registry as models
@@ -55,19 +55,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def dry_run(config: AnyRunConfig) -> Iterator[str]:
-    """Yield what a run needs and what is to be noticed, without loading weights."""
+    """Yield the memory forecast and the notices of a run, without loading weights."""
     from diffalign.training.forecast import forecast_of
     from diffalign.training.inputs import read_inputs
     from diffalign.training.memory_fit import describe, free_memory
 
-    # before the inputs: a forecast is wanted while the prompts are still to be written
+    # before the inputs, so that there is a forecast even if the prompts do not exist yet
     yield from describe(config, free_memory(), lambda c: forecast_of(c, processes=1))
     for notice in read_inputs(config).notices:
         yield f"note: {notice}"
 
 
 def train_config(config: AnyRunConfig) -> None:
-    """Train a configuration; print its memory forecast, its result and where that is."""
+    """Train a configuration, and print its memory forecast, its result and the result's paths."""
     from diffalign.cli.output import emit, print_summary
     from diffalign.core import console, processes
     from diffalign.training.forecast import forecast_of
@@ -95,7 +95,7 @@ def train_config(config: AnyRunConfig) -> None:
 
 
 def results_of(config: AnyRunConfig) -> list[str]:
-    """Return where the results of a finished run are, and the command to try next."""
+    """Return lines with the paths of a run's results and a suggested next command."""
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.report import usage
     from diffalign.training.run_folder import REPORT, RunFolder

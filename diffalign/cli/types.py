@@ -1,4 +1,4 @@
-"""Types of flags: each converts a text, and refuses what cannot work before anything is loaded.
+"""Types of flags: functions that convert and check a text before anything is loaded.
 
 They raise UsageError without the flag's name, which the parser puts in front.
 """
@@ -13,13 +13,13 @@ from diffalign.core.errors import UsageError, UserError
 from diffalign.core.files import check_target
 
 SEEDS = 2**63
-"""Seeds lie below: they are stored as signed 64-bit integers."""
+"""Upper bound (exclusive) of seeds, which are stored as signed 64-bit integers."""
 RUNS = "runs"
-"""Folder of results by default, so never the owner of a hub id."""
+"""Default folder of results, therefore never read as the owner of a hub id."""
 
 
 def count(low: int = 1, high: int | None = None) -> Callable[[str], int]:
-    """Return the type of a whole number of at least `low`, and at most `high`."""
+    """Return the type of a whole number from `low` to `high`."""
 
     def convert(text: str) -> int:
         try:
@@ -35,7 +35,7 @@ def count(low: int = 1, high: int | None = None) -> Callable[[str], int]:
 def number(
     low: float | None = None, *, high: float | None = None, above: float | None = None
 ) -> Callable[[str], float]:
-    """Return the type of a finite number of at least `low`, at most `high` and greater than `above`."""
+    """Return the type of a finite number from `low` to `high` and greater than `above`."""
 
     def convert(text: str) -> float:
         try:
@@ -62,26 +62,26 @@ def _check_range(value: float, text: str, *, low: float | None, high: float | No
 
 
 def seed(text: str) -> int:
-    """Convert a seed, a whole number of 0 to 2**63 - 1."""
+    """Convert a seed, a whole number from 0 to 2**63 - 1."""
     return count(0, SEEDS - 1)(text)
 
 
 def path(text: str) -> Path:
-    """Convert a path; `~` is the home folder, also where the shell leaves it alone."""
+    """Convert a path, and expand `~`, which the shell may have left alone."""
     if not text:
         raise UsageError("must not be empty")
     return Path(text).expanduser()
 
 
 def place(text: str) -> str:
-    """Convert a name, a path or a hub id; only a path can begin with `~`."""
+    """Convert a name, a path or a hub id; expand `~` in a path."""
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def expand_home(setting: str) -> str:
-    """Expand `~/` behind the equals sign of `--key=~/path`, where shells leave it alone."""
-    key, given, value = setting.partition("=")
-    if given and value.startswith("~"):
+    """Expand `~/` in `--key=~/path`, where shells leave it alone."""
+    key, equals, value = setting.partition("=")
+    if equals and value.startswith("~"):
         return f"{key}={Path(value).expanduser()}"
     return str(Path(setting).expanduser()) if setting.startswith("~") else setting
 
@@ -96,7 +96,7 @@ def input_folder(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """Convert the path of a folder that is written into, and made where it is missing."""
+    """Convert the path of a folder to write into; it need not exist."""
     folder = path(text)
     _check_writable(folder)
     return folder
@@ -112,14 +112,14 @@ def new_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Convert the path of a file that is written."""
+    """Convert the path of a file to write."""
     file = path(text)
     _check_writable(file, folder=False)
     return file
 
 
 def _check_writable(place: Path, *, folder: bool = True) -> None:
-    """Raise UsageError where a folder or a file cannot be made or written into."""
+    """Raise UsageError if a folder or a file cannot be created or written."""
     try:
         check_target(place, setting="", folder=folder)
     except UsageError as error:
@@ -140,7 +140,7 @@ def model(text: str) -> str:
 
 
 def lora(text: str) -> str:
-    """Convert a LoRA: a folder, a file, or a hub id with an optional file behind a colon."""
+    """Convert a LoRA: a folder, a file, or a hub id with an optional `:FILE`."""
     name = place(text)
     repository = name.rpartition(":")[0] or name
     if any(Path(p).exists() for p in (name, repository)):
@@ -154,7 +154,7 @@ def lora(text: str) -> str:
 
 
 def refused(reason: str) -> Callable[[str], str]:
-    """Return the type of a flag that the verb cannot take; the error says why."""
+    """Return the type of a flag that a verb refuses for this reason."""
 
     def refuse(text: str) -> str:
         raise UsageError(reason)
@@ -163,11 +163,14 @@ def refused(reason: str) -> Callable[[str], str]:
 
 
 def check_hub_id(name: str, local: str) -> None:
-    """Raise UsageError for a path that does not exist and cannot be a hub id; names without a slash pass."""
+    """Raise UsageError for a missing path that cannot be a hub id.
+
+    Names without a slash pass.
+    """
     owner, slash, rest = name.partition("/")
     if not slash or Path(name).exists():
         return
-    # where the first part is a folder here, the rest of the path is mistyped
+    # if the first part is an existing folder, the rest of the path is mistyped
     if owner in ("", ".", "..", RUNS) or "/" in rest or not rest or Path(owner).is_dir():
         raise UsageError(f"{name} does not exist; name {local} or a hub id (owner/name)")
 
@@ -183,12 +186,12 @@ def named_folder(text: str) -> str:
     """Convert `DIR` or `NAME=DIR`, where the folder must exist."""
     if Path(text).expanduser().is_dir():
         return str(path(text))
-    name, given, folder = text.rpartition("=")
-    return f"{name}{given}{input_folder(folder)}"
+    name, equals, folder = text.rpartition("=")
+    return f"{name}{equals}{input_folder(folder)}"
 
 
 def is_image_folder(text: str) -> bool:
-    """Return whether a text names a folder that is no model."""
+    """Return True for the path of a folder that is not a model."""
     folder = path(text)
     return folder.is_dir() and not (folder / "model_index.json").is_file()
 
@@ -204,7 +207,7 @@ def generated(text: str) -> str:
 
 
 def reference(text: str) -> str:
-    """Convert a folder of images, a .npz file, or the name of prompts of Shapes."""
+    """Convert a reference: a folder of images, a .npz file, or a prompt set of Shapes."""
     if text.startswith("shapes:"):
         return text
     file = path(text)

@@ -1,4 +1,4 @@
-"""The record that a verb of the command line is."""
+"""Record that describes a verb of the command line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from diffalign.cli.parser import Parser
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. `add_flags` and its module stay free of torch; `run` imports what it needs.
+    """Verb of the command line.
 
-    shares: several processes may share its work.
-    resumes: the same command continues an interrupted one.
-    takes_settings: flags that the parser does not know are settings of a recipe (`args.settings`).
-    has_result: it has a result for programs, which `--json` prints.
-    quiet: other libraries' messages are shown with `--verbose` only.
+    The module of a verb does not import torch; its `run` imports what it needs.
+
+    Attributes:
+        shares: several processes may share the work.
+        resumes: the same command continues an interrupted one.
+        takes_settings: unknown flags are settings of a recipe (`args.settings`).
+        has_result: the verb has a result for programs, which `--json` prints.
+        quiet: messages of other libraries are shown with `--verbose` only.
     """
 
     name: str
@@ -32,4 +35,4 @@ class Verb:
     has_result: bool = True
     quiet: bool = True
     verbs: tuple[Verb, ...] = ()
-    """Verbs below this one; the first is meant where none is named."""
+    """Verbs below this one; the first is the default."""

@@ -38,7 +38,10 @@ MAX_WAITING = 500_000_000
 """Largest number of pixel values that `batches` holds while it collects images of one size."""
 MAX_PIXELS = 2**30
 MAX_PNG_TEXT = 2**28
-"""Largest size in bytes of a text in a PNG; all texts together may have four times that."""
+"""Largest size in bytes of a text or profile in a PNG.
+
+All texts and profiles of a file together may have four times that size.
+"""
 
 
 class ImageFolderError(UserError, ValueError):
