@@ -16,7 +16,7 @@ HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
 
 class AestheticHead(nn.Module):
-    """sac+logos+ava1-l14-linearMSE: linear layers with dropout between them, and no activation."""
+    """Head `sac+logos+ava1-l14-linearMSE`: linear layers with dropout and no activation."""
 
     def __init__(self, width: int = 768) -> None:
         super().__init__()
@@ -29,19 +29,22 @@ class AestheticHead(nn.Module):
         self.layers = nn.Sequential(*parts)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """(B, D) of length 1 to (B,)."""
+        """Return scores (B,) of embeddings (B, D) of length 1."""
         return self.layers(embeddings).squeeze(-1)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> AestheticHead:
-        """From the released tensors `layers.N.weight` and `layers.N.bias`."""
+        """Build the head from the released tensors `layers.N.weight` and `layers.N.bias`."""
         head = cls(width=state["layers.0.weight"].shape[1])
         head.load_state_dict(dict(state))
         return head.eval().requires_grad_(False)
 
 
 class AestheticReward(ClipReward):
-    """Does not look at the prompt. The head's weights are those that TRL's DDPO used."""
+    """Aesthetic score of an image, independent of its prompt.
+
+    The head's weights are those that TRL's DDPO used.
+    """
 
     needs_prompt = False
     card = RewardCard(

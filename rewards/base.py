@@ -1,4 +1,4 @@
-"""The interface of rewards: a score of images for prompts, and its provenance."""
+"""Interface of rewards: scores of images for prompts, and their provenance."""
 
 from __future__ import annotations
 
@@ -19,64 +19,69 @@ Metadata = Mapping[str, Any]
 
 
 class RewardError(UserError, RuntimeError):
-    """No image at all could be scored, or a reward cannot work with these prompts."""
+    """Reward that cannot score any image, or that does not support these prompts."""
 
 
 @dataclass(frozen=True)
 class RewardCard:
-    """The account: a run records it beside its numbers."""
+    """Description of a reward, which a run records with its scores."""
 
     name: str
     description: str
     model_id: str | None = None
     """Hub id of the weights; None for a reward without weights."""
     revision: str | None = None
-    """Commit of that repository. Where only a loaded model knows it, `prepare` writes it here."""
+    """Commit of the weights' repository; `prepare` sets it if only the loaded model knows it."""
     auxiliary: Mapping[str, str | None] = field(default_factory=dict)
-    """Hub ids and commits of further parts, such as a tokenizer or a head."""
+    """Commits of further parts, such as a tokenizer or a head, by hub id."""
     input_size: int | None = None
-    """Pixels per side that the model sees; None for the image's own size."""
+    """Side in pixels of the model's input; None for the image's own size."""
     raw_range: tuple[float, float] | None = (0.0, 1.0)
-    """Least and largest raw score; None where nobody knows."""
+    """Smallest and largest raw score; None if they are unknown."""
     scale: float = 1.0
     offset: float = 0.0
-    """Normalised reward = (raw - offset) * scale, about 1 for ordinary images."""
+    """Offset of the normalised reward, (raw - offset) * scale, about 1 for ordinary images."""
     license: str = "Apache-2.0"
 
 
 class Reward(ABC):
-    """Subclass, set `card`, implement `score`; see CONTRIBUTING."""
+    """Base class of rewards; subclasses set `card` and implement `score` (see CONTRIBUTING)."""
 
     card: ClassVar[RewardCard]
     required_metadata: ClassVar[tuple[str, ...]] = ()
     """Keys that every prompt's metadata must have."""
     needs_prompt: ClassVar[bool] = False
-    """The prompt's text decides: without one a score means nothing."""
+    """True if the score depends on the prompt's text and needs one."""
 
     def prepare(self) -> None:  # noqa: B027 - most rewards have nothing to load
-        """Load what the reward needs, before the first image. RewardError where it is not to be had."""
+        """Load models before the first image.
+
+        Raises:
+            RewardError: a model cannot be loaded.
+        """
 
     @abstractmethod
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """Raw scores of B images.
+        """Return the raw scores of B images.
 
         Args:
             images: (B, 3, H, W) uint8.
-            prompts, metadata: B each.
+            prompts: B texts.
+            metadata: B mappings.
         """
 
     def declare(self, **fields: Any) -> None:
-        """Write on this instance's card what is not known before weights are loaded."""
+        """Set fields of this instance's card that are unknown before weights are loaded."""
         self.card = replace(self.card, **fields)  # type: ignore[misc]
 
     def normalize(self, raw: Any) -> Any:
-        """Raw scale to the common one."""
+        """Return raw scores on the common scale of all rewards."""
         return (raw - self.card.offset) * self.card.scale
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
-        """RewardError naming the first prompt that lacks what this reward needs."""
+        """Raise RewardError for the first prompt whose metadata lacks a required key."""
         for row, entry in enumerate(metadata):
             missing = [key for key in self.required_metadata if key not in entry]
             if missing:
@@ -89,7 +94,7 @@ class Reward(ABC):
 def one_by_one(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> RewardOutput:
-    """One bad image must not cost the batch: score each alone, NaN for those that fail."""
+    """Score each image alone, with NaN for those that fail."""
     from diffalign.rewards.function import as_output
 
     nothing = RewardOutput(np.full(1, np.nan, np.float32))

@@ -1,4 +1,7 @@
-"""CLIP as rewards use it: cosines of image and text embeddings, without Pillow, each different prompt embedded once."""
+"""Cosines of CLIP's image and text embeddings, which rewards are computed from.
+
+Images are preprocessed without Pillow, and each distinct prompt is embedded once.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from diffalign.types import RewardOutput
 
 MICRO_BATCH = 64
 TEXTS = 4096
-"""Embeddings of prompts that are kept."""
+"""Largest number of cached prompt embeddings."""
 
 
 class ClipScorer:
-    """A `CLIPModel`, its tokenizer and its preprocessing."""
+    """CLIP model with its tokenizer and its preprocessing."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, preprocessing: Preprocessing | None = None
@@ -33,7 +36,7 @@ class ClipScorer:
             size=model.config.vision_config.image_size
         )
         self.scale = model.logit_scale.float().exp().item()
-        """exp(logit_scale): what CLIP's training multiplies cosines with."""
+        """Factor exp(logit_scale) of the cosines in CLIP's training."""
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
@@ -46,11 +49,15 @@ class ClipScorer:
         processor_id: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ClipScorer:
-        """Weights of `model_id` at `revision` (default: the known one) in `dtype` (default: `tower_dtype`); tokenizer
-        and preprocessing of `processor_id`, where that is another one.
+        """Load a model, its tokenizer and its preprocessing.
+
+        Args:
+            revision: commit of the weights; None for that in `weights.REVISIONS`.
+            processor_id: repository of tokenizer and preprocessing, if it is another one.
+            dtype: dtype of the model; None for `tower_dtype`.
 
         Raises:
-            RewardError: the weights are neither on this machine nor to be had from the hub.
+            RewardError: the weights are not on this machine and cannot be downloaded.
         """
         processor = processor_id or model_id
         commit = revision_of(model_id, revision)
@@ -62,24 +69,35 @@ class ClipScorer:
             return cls(model, tokenizer, preprocessing(config)).place(dtype)
 
     def place(self, dtype: torch.dtype | None = None) -> ClipScorer:
-        """Onto this process's device, in `dtype` or `tower_dtype`; `scale` was read in float32 before that."""
+        """Move the model to this process's device, in `dtype` or `tower_dtype`.
+
+        The attribute `scale` was computed in float32 before.
+        """
         self.model.to(device(), dtype or tower_dtype())
         return self
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, D) float32 of length 1."""
+        """Return embeddings (B, D) float32 of length 1, of images (B, 3, H, W) uint8."""
         return torch.cat([self._embed(self._pixels(part)) for part in images.split(MICRO_BATCH)])
 
     @torch.no_grad()
     def crop_features(self, crops: Sequence[Tensor]) -> Tensor:
-        """B images (3, H, W) uint8 of any sizes to (B, D) float32 of length 1."""
+        """Return embeddings (B, D) float32 of length 1, of images of any sizes.
+
+        Args:
+            crops: B images (3, H, W) uint8.
+        """
         pixels = torch.cat([self._pixels(crop[None]) for crop in crops])
         return torch.cat([self._embed(part) for part in pixels.split(MICRO_BATCH)])
 
     @torch.no_grad()
     def pooled_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, W) float32: the vision tower's pooled output, before the projection."""
+        """Return the vision tower's pooled output (B, W) float32, before the projection.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+        """
         parts = [self._pixels(part) for part in images.split(MICRO_BATCH)]
         vision = self.model.vision_model
         return torch.cat([vision(pixel_values=p).pooler_output.float() for p in parts])
@@ -92,7 +110,10 @@ class ClipScorer:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts to (B, D) float32 of length 1; what is beyond the model's context is cut."""
+        """Return embeddings (B, D) float32 of length 1, of B prompts.
+
+        Prompts are truncated to the model's context.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self._texts]
         if len(self._texts) + len(new) > TEXTS:
             self._texts, new = {}, list(dict.fromkeys(prompts))
@@ -110,12 +131,15 @@ class ClipScorer:
         return torch.stack([self._texts[p] for p in prompts])
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) float32 between each image and its prompt."""
+        """Return the cosines (B,) float32 between each image and its prompt."""
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)
 
 
 class ClipReward(Reward):
-    """A reward on a CLIP model. Subclasses say which (`load`) and what it is worth (`raw`)."""
+    """Base class of rewards on a CLIP model.
+
+    Subclasses load the model (`load`) and compute raw scores (`raw`).
+    """
 
     needs_prompt: ClassVar[bool] = True
 
@@ -132,12 +156,12 @@ class ClipReward(Reward):
         _ = self.scorer
 
     def load(self) -> ClipScorer:
-        """The model of the card."""
+        """Load the model that the card names."""
         assert self.card.model_id is not None
         return ClipScorer.from_pretrained(self.card.model_id, revision=self.card.revision)
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) raw scores."""
+        """Return raw scores (B,)."""
         raise NotImplementedError
 
     def score(
@@ -147,10 +171,10 @@ class ClipReward(Reward):
 
 
 def preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """From a preprocessor_config.json of CLIP's image processor.
+    """Return the preprocessing that a preprocessor_config.json of CLIP describes.
 
     Raises:
-        RewardError: it asks for what CLIP does not do.
+        RewardError: the configuration has steps that CLIP does not have.
     """
     size, crop = config.get("size", 224), config.get("crop_size", 224)
     size = size.get("shortest_edge") if isinstance(size, dict) else size

@@ -1,4 +1,7 @@
-"""CLIP-IQA (Wang et al. 2023, arXiv 2207.12396), "quality": is an image nearer to a good photo than to a bad one?"""
+"""Image quality by CLIP-IQA (Wang et al. 2023, arXiv 2207.12396).
+
+The score compares an image with the texts of a good and of a bad photo.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ LOGIT_SCALE = 100.0
 
 
 class ClipIqaReward(ClipReward):
-    """As torchmetrics computes it with CLIP ViT-L/14, whose weights `clip_score` has, too. The paper's own network is a
-    ResNet-50 without position embedding."""
+    """CLIP-IQA as in torchmetrics, with CLIP ViT-L/14, which `clip_score` uses, too.
+
+    The paper's own network is a ResNet-50 without position embedding.
+    """
 
     needs_prompt: ClassVar[bool] = False
     card = RewardCard(

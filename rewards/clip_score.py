@@ -1,4 +1,7 @@
-"""CLIPScore (Hessel et al. 2021) as torchmetrics scales it: 100 max(cos, 0) with CLIP ViT-L/14."""
+"""CLIPScore (Hessel et al. 2021) on the scale of torchmetrics.
+
+The score is 100 max(cos, 0) with CLIP ViT-L/14.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from diffalign.rewards.weights import CLIP_L, REVISIONS
 
 
 class ClipScoreReward(ClipReward):
-    """How well image and prompt agree; the paper's own scale is 2.5 max(cos, 0) with ViT-B/32."""
+    """Agreement of an image with its prompt.
+
+    The paper's own scale is 2.5 max(cos, 0) with ViT-B/32.
+    """
 
     card = RewardCard(
         name="clip_score",

@@ -1,4 +1,7 @@
-"""Several rewards as one: {name: weight}, each normalised first; a failure is a NaN, counted, never a silent 0."""
+"""Weighted sum of several normalised rewards.
+
+A failed score is NaN and is counted; it is never a silent 0.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,19 @@ logger = logging.getLogger(__name__)
 class CompositeReward:
     """Weighted sum of normalised rewards.
 
-    The `details` of its output hold every part's normalised values under the part's name, the raw ones under "name/raw"
-    where they differ, and its further details under "name/detail". An image for which a part failed has NaN in that
-    part and in the sum; so has an image without a prompt in a part that judges by the prompt. `failures` counts them.
+    The `details` of its output hold the normalised values of each reward under its name, the raw ones under "name/raw"
+    if they differ, and its further details under "name/detail". An image that a reward failed to score is NaN in that
+    reward and in the sum. So is an image without a prompt, if the reward needs one. The attribute `failures` counts
+    them.
     """
 
     def __init__(self, rewards: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-        """Combine rewards by name: instances, classes, or functions of (images, prompts, metadata), see `function`."""
+        """Combine rewards by name.
+
+        Args:
+            rewards: instances, classes, or functions of (images, prompts, metadata), see `function`.
+            weights: weight of each reward.
+        """
         self.rewards: dict[str, Reward] = {n: as_reward(r, name=n) for n, r in rewards.items()}
         self.weights = dict(weights)
         self.failures: dict[str, int] = dict.fromkeys(rewards, 0)
@@ -36,27 +45,31 @@ class CompositeReward:
     def from_config(
         cls, weights: Mapping[str, float], *, setting: str = "rewards"
     ) -> CompositeReward:
-        """Built-in and installed rewards by name; an unknown one is an error that names `setting`."""
+        """Combine built-in and installed rewards by name.
+
+        Raises:
+            UnknownReward: a name is unknown; the message begins with `setting`.
+        """
         for name in weights:
             registry.check_name(name, setting=setting)
         return cls({name: registry.create(name) for name in weights}, weights)
 
     def prepare(self) -> None:
-        """Load what the rewards need; RewardError where it is not to be had."""
+        """Load the models of all rewards, or raise RewardError."""
         for reward in self.rewards.values():
             reward.prepare()
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
-        """RewardError for the first prompt that lacks what one of the rewards needs."""
+        """Raise RewardError for the first prompt whose metadata a reward cannot use."""
         for reward in self.rewards.values():
             reward.check_metadata(metadata)
 
     def leave_out_unusable(
         self, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> dict[str, str]:
-        """Drop the rewards that can score none of these images, and return why, by name.
+        """Drop rewards that can score none of these images, and return the reasons by name.
 
-        The others are prepared.
+        The remaining rewards are prepared.
 
         Raises:
             RewardError: no reward can score an image.
@@ -77,7 +90,7 @@ class CompositeReward:
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """(B,) weighted sums; NaN wherever a part of them failed."""
+        """Return weighted sums (B,), NaN for images that a reward failed to score."""
         total = np.zeros(len(prompts), np.float32)
         details: dict[str, np.ndarray] = {}
         for name, reward in self.rewards.items():
@@ -108,7 +121,7 @@ class CompositeReward:
     def _attempt(
         self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """All at once; one by one where that fails."""
+        """Score all images at once, or one by one if that fails."""
         reward = self.rewards[name]
         try:
             part = as_output(reward.score(images, prompts, metadata), n=len(prompts), name=name)
@@ -129,7 +142,7 @@ class CompositeReward:
 
 
 def _check_any(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
-    """RewardError of the first image where all have one."""
+    """Raise the first image's RewardError if the reward can score no image."""
     first: RewardError | None = None
     for text, entry in zip(prompts, metadata, strict=True):
         try:
@@ -147,7 +160,7 @@ def _check_any(reward: Reward, prompts: Sequence[str], metadata: Sequence[Metada
 
 
 def _at(rows: Sequence[int], n: int, part: RewardOutput) -> RewardOutput:
-    """The output of `rows` as that of n images, NaN for the others."""
+    """Spread the output of `rows` over n images, with NaN for the others."""
 
     def spread(values: np.ndarray) -> np.ndarray:
         column = np.full(n, np.nan, np.float32)

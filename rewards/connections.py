@@ -1,4 +1,4 @@
-"""HTTP connections of the reward service: those without a request are bounded in time and number."""
+"""HTTP connections of the reward service, bounded in number and idle time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10.0
-"""Time for a request's line and headers, from the connection or from the answer before."""
+"""Seconds for a request's line and headers, since the connection or the previous answer."""
 MAX_CONNECTIONS = 256
-"""Open connections; beyond, the oldest without a request is closed for a new one."""
+"""Largest number of open connections; beyond it a new one closes the oldest idle one."""
 MAX_HEADER = 16_384
-"""Bytes of a request's line and headers."""
+"""Largest size in bytes of a request's line and headers."""
 
 
 class BoundedConnection(H11Protocol):
-    """A connection of uvicorn that is closed when no request arrives on it."""
+    """Connection of uvicorn that is closed if no request arrives in time."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -25,7 +25,7 @@ class BoundedConnection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             idle: list[Any] = [c for c in self.connections if c is not self and not c.is_busy()]
-            # those of the longest wait are due first
+            # the connection that has waited longest is due first
             victim = min(idle, key=lambda c: c.due(), default=self)
             victim.transport.abort()
         self._wait()
@@ -42,11 +42,11 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def is_busy(self) -> bool:
-        """Return whether a request has arrived whose answer is not complete."""
+        """Return True while a request is answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def due(self) -> float:
-        """Return the loop's time at which the connection is given up."""
+        """Return the event loop's time at which the idle connection is closed."""
         return self._waiting.when() if self._waiting is not None else self.loop.time()
 
     def _wait(self) -> None:
@@ -64,7 +64,11 @@ class BoundedConnection(H11Protocol):
 
 
 def make_server(app: Any, **kwargs: Any) -> uvicorn.Server:
-    """Return a server of an ASGI application with bounded connections; `kwargs` are of `uvicorn.Config`."""
+    """Return a server of an ASGI application with bounded connections.
+
+    Args:
+        kwargs: arguments of `uvicorn.Config`.
+    """
     config = uvicorn.Config(
         app,
         log_level="error",

@@ -1,4 +1,4 @@
-"""Rewards that look for objects and then apply GenEval's rules: what finds the objects is all they differ in."""
+"""Base class of rewards that detect objects and then apply GenEval's rules."""
 
 from __future__ import annotations
 
@@ -15,30 +15,38 @@ from diffalign.types import RewardOutput
 
 
 class DetectionReward(Reward):
-    """Needs GenEval metadata (`include`); subclasses say what they know and find it."""
+    """Reward that applies GenEval's rules to detected objects.
+
+    It needs GenEval metadata (`include`). Subclasses name the classes that they know, and detect objects.
+    """
 
     required_metadata = ("include",)
     classes: ClassVar[Sequence[str]]
     colors: ClassVar[Sequence[str]]
     compat: ClassVar[bool] = False
-    """The continuous score with the position bug of its release."""
+    """True for the continuous score with the position bug of its release."""
 
     @abstractmethod
     def detect(self, images: Tensor, metadata: Sequence[Metadata]) -> list[list[Detection]]:
-        """For each of B images (B, 3, H, W) uint8 the objects that count, best first; those whose class the prompt
-        gives a colour have theirs."""
+        """Return the relevant objects of each image, the best first.
+
+        Objects have a colour if the prompt names a colour for their class.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+        """
 
     def value(self, verdict: Verdict) -> float:
-        """The raw score."""
+        """Return the raw score of a verdict."""
         return verdict.score
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        found = self.detect(images, metadata)
+        detections = self.detect(images, metadata)
         verdicts = [
             judge(objects, entry, compat=self.compat)
-            for objects, entry in zip(found, metadata, strict=True)
+            for objects, entry in zip(detections, metadata, strict=True)
         ]
         return RewardOutput(
             np.array([self.value(v) for v in verdicts], np.float32),
@@ -58,7 +66,7 @@ class DetectionReward(Reward):
                 )
 
     def _problem(self, entry: Metadata) -> str | None:
-        """What keeps it from judging a prompt, or None."""
+        """Return the reason why the reward cannot judge a prompt, or None."""
         include, exclude = entry["include"], entry.get("exclude", [])
         if not isinstance(include, list) or not include:
             return "`include` must be a list of at least one object"

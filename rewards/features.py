@@ -1,4 +1,7 @@
-"""Networks whose features FID and its kin compare; a distance without its network's name means nothing."""
+"""Networks whose features FID and related distances compare.
+
+Distances are comparable only for the same network, so a result names it.
+"""
 
 from __future__ import annotations
 
@@ -23,35 +26,39 @@ INCEPTION_URL = (
     "weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_HASH = "6726825d"
-"""First letters of the file's sha256, as its name has them."""
+"""First digits of the sha256 of Inception's weights, which their file name contains."""
 
 
 class UnknownNetwork(UserError, ValueError):
-    """No feature network has this name."""
+    """Name of a feature network that does not exist."""
 
 
 class FeatureNetwork(ABC):
-    """Images to features."""
+    """Network from images to features."""
 
     name: str
     weights: str
     resize: str
-    """What happens to an image's size, in words."""
+    """Description of the resizing of images."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, D) float32 on the CPU."""
+        """Return features (B, D) float32 on the CPU, of images (B, 3, H, W) uint8."""
 
 
 class InceptionFeatures(FeatureNetwork):
-    """FID's own: the numbers of torch-fidelity."""
+    """Features of FID's own Inception v3, equal to those of torch-fidelity."""
 
     name = "inception"
     weights = "TensorFlow's Inception v3 of 2015-12-05, pool_3, as ported by torch-fidelity"
     resize = "299 x 299, bilinear as in TensorFlow 1 (no antialiasing)"
 
     def __init__(self, file: str | None = None) -> None:
-        """`file`: the released weights where they are on this machine already."""
+        """Load the weights.
+
+        Args:
+            file: released weights on this machine; None downloads them.
+        """
         model = FIDInception()
         try:
             with loading(file or INCEPTION_URL):
@@ -79,7 +86,7 @@ class InceptionFeatures(FeatureNetwork):
 
 
 class ClipFeatures(FeatureNetwork):
-    """CLIP's image embeddings: those of CMMD."""
+    """Image embeddings of CLIP, which CMMD compares."""
 
     name = "clip"
     weights = f"{CLIP_L_336} at {REVISIONS[CLIP_L_336][:12]}"
@@ -93,7 +100,10 @@ class ClipFeatures(FeatureNetwork):
 
 
 class ShapesFeatures(FeatureNetwork):
-    """What shapes-clip sees, before the projection to where texts live; where no Inception is at hand."""
+    """Image features of shapes-clip, before the projection to the space of texts.
+
+    They replace Inception's features without a download.
+    """
 
     name = "shapes_clip"
     weights = "shapes-clip, pooled output of the vision tower"
@@ -114,11 +124,11 @@ NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
 
 
 def load_network(name: str) -> FeatureNetwork:
-    """By name; "inception:FILE" reads Inception's weights from a file.
+    """Load a feature network by name; "inception:FILE" reads Inception's weights from a file.
 
     Raises:
         UnknownNetwork: no network has this name.
-        RewardError: its weights are not to be had.
+        RewardError: the weights cannot be loaded.
     """
     kind, _, file = name.partition(":")
     if kind not in NETWORKS or (file and kind != InceptionFeatures.name):

@@ -1,4 +1,4 @@
-"""How clean a Shapes image is, whatever it shows: quality without a prompt, beside the verifier's obedience."""
+"""Cleanness of a Shapes image: a quality reward that ignores the prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from diffalign.types import RewardOutput
 
 
 class FlatnessReward(Reward):
-    """1 minus the mean distance of a pixel to the nearest of the world's colours, as a share of the longest distance
-    between two of them; what the renderer draws has 0.99, for its outlines are smooth."""
+    """Closeness of an image's pixels to the colours of the Shapes world.
+
+    The score is 1 minus the mean distance of a pixel to the nearest colour, divided by the longest distance between two
+    colours. Rendered images score 0.99, because their outlines are smooth.
+    """
 
     card = RewardCard(
         name="flatness",

@@ -1,4 +1,4 @@
-"""A plain function as a reward, and what a reward of any kind may return."""
+"""Functions as rewards, and conversion of any reward's return value."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from diffalign.types import RewardOutput
 
 
 class FunctionReward(Reward):
-    """A function of (images, prompts, metadata) as a reward.
+    """Reward that calls a function of (images, prompts, metadata).
 
-    images: (B, 3, H, W) uint8, RGB, on the CPU or the model's device; prompts: B texts; metadata: B mappings, empty
-    where a prompt file has none. It returns B numbers (a list, an array or a tensor), higher is better; NaN for an
-    image that it cannot score. The numbers are used as they are: their weight is the recipe's.
+    The function receives images (B, 3, H, W) uint8 RGB on the CPU or the model's device, B texts, and B mappings, which
+    are empty if a prompt file has no metadata. It returns B numbers (a list, an array or a tensor): higher is better,
+    and NaN marks an image that it cannot score. The numbers are not normalised; the recipe weights them.
     """
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
@@ -37,17 +37,17 @@ class FunctionReward(Reward):
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """Return what the function returns for B images; see the class."""
+        """Return the function's values for B images; see the class."""
         return as_output(
             self.function(images, prompts, metadata), n=len(prompts), name=self.card.name
         )
 
 
 def as_output(value: Any, *, n: int, name: str) -> RewardOutput:
-    """Return the answer of a reward for n images as a `RewardOutput` of float32.
+    """Convert a reward's return value for n images to a `RewardOutput` of float32.
 
     Raises:
-        RewardShapeError: it is none: no numbers, or not n of them.
+        RewardShapeError: the value does not consist of n numbers.
     """
     if isinstance(value, RewardOutput):
         values, details = value.values, value.details
@@ -78,14 +78,17 @@ def _column(value: Any, *, n: int, name: str) -> np.ndarray:
 
 
 class RewardShapeError(RewardError):
-    """A reward's answer is not one number for each image: a mistake in its code, whatever the images."""
+    """Return value of a reward that is not one number per image.
+
+    It is a mistake in the reward's code and occurs for all images.
+    """
 
 
 def as_reward(value: Any, *, name: str) -> Reward:
     """Return an instance of a reward from a class, an instance or a function.
 
     Raises:
-        RewardError: it is none of them, or its class cannot be made without arguments.
+        RewardError: the value is none of these, or its class needs arguments.
     """
     if isinstance(value, Reward):
         return value
@@ -96,7 +99,7 @@ def as_reward(value: Any, *, name: str) -> Reward:
             )
         try:
             reward = value()
-        # whatever somebody's code raises
+        # a user's code may raise any error
         except Exception as error:
             raise RewardError(
                 f"reward {name!r}: {value.__name__}() raised {type(error).__name__}: {error}"

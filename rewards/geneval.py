@@ -1,4 +1,7 @@
-"""GenEval (Ghosh et al. 2023) as a reward: objects by Mask2Former, their colours by CLIP, then the rules."""
+"""GenEval (Ghosh et al. 2023) as a reward.
+
+Mask2Former detects objects, CLIP classifies their colours, and GenEval's rules judge them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from diffalign.rewards.weights import CLIP_L, REVISIONS
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 GROUND = 0x99
-"""Grey that takes the place of everything outside an object's mask."""
+"""Grey value that replaces pixels outside an object's mask."""
 TEXTS = (
     "a photo of a {color} {name}",
     "a photo of a {color}-colored {name}",
@@ -26,8 +29,10 @@ TEXTS = (
 
 
 class GenEvalReward(DetectionReward):
-    """The continuous score of Flow-GRPO, with partial credit; details: it again, and the verdicts `correct` (official)
-    and `strict` (exact numbers)."""
+    """Continuous score of Flow-GRPO, with partial credit.
+
+    The details hold the score and the verdicts `correct` (official) and `strict` (exact numbers).
+    """
 
     card = RewardCard(
         name="geneval",
@@ -52,7 +57,8 @@ class GenEvalReward(DetectionReward):
             self.declare(revision=self._detector.revision)
         self._clip = self._clip or ClipScorer.from_pretrained(
             CLIP_L,
-            revision=REVISIONS[CLIP_L],  # as the rewards on it ask: they share it
+            # the same arguments as in other rewards on this model, so that they share it
+            revision=REVISIONS[CLIP_L],
         )
 
     def detect(self, images: Tensor, metadata: Sequence[Metadata]) -> list[list[Detection]]:
@@ -61,12 +67,12 @@ class GenEvalReward(DetectionReward):
         everything = self._detector(images, threshold=THRESHOLD)
         objects: list[list[Detection]] = []
         coloured: list[tuple[int, int, Tensor]] = []  # image, object, crop
-        for image, found, entry in zip(images, everything, metadata, strict=True):
-            asked = [*entry.get("include", ()), *entry.get("exclude", ())]
-            in_color = {c["class"] for c in asked if "color" in c}
-            rows = _asked_for(found, {c["class"] for c in asked})
+        for image, instances, entry in zip(images, everything, metadata, strict=True):
+            clauses = [*entry.get("include", ()), *entry.get("exclude", ())]
+            in_color = {c["class"] for c in clauses if "color" in c}
+            rows = _asked_for(instances, {c["class"] for c in clauses})
             coloured += [
-                (len(objects), i, crop(image, found.masks[row], d.box))
+                (len(objects), i, crop(image, instances.masks[row], d.box))
                 for i, (row, d) in enumerate(rows)
                 if d.name in in_color
             ]
@@ -78,21 +84,24 @@ class GenEvalReward(DetectionReward):
         return [confident(o, e) for o, e in zip(objects, metadata, strict=True)]
 
     def _colors(self, crops: Sequence[Tensor], names: Sequence[str]) -> list[str]:
-        """The nearest colour of each crop."""
+        """Return the colour of each crop that CLIP ranks highest."""
         if not crops:
             return []
         assert self._clip is not None
-        found = []
+        nearest = []
         for features, name in zip(self._clip.crop_features(crops), names, strict=True):
             texts = [t.format(color=c, name=name) for t in TEXTS for c in COLORS]
             means = self._clip.text_features(texts).view(len(TEXTS), len(COLORS), -1).mean(0)
             means = means / means.norm(dim=-1, keepdim=True)
-            found.append(COLORS[int((means @ features).argmax())])
-        return found
+            nearest.append(COLORS[int((means @ features).argmax())])
+        return nearest
 
 
 class GenEvalCompatReward(GenEvalReward):
-    """With the position bug of Flow-GRPO's and AWM's release, for numbers that compare with theirs."""
+    """GenEval reward with the position bug of Flow-GRPO's and AWM's releases.
+
+    Its scores are comparable with those of the releases.
+    """
 
     card = replace(
         GenEvalReward.card,
@@ -103,15 +112,22 @@ class GenEvalCompatReward(GenEvalReward):
 
 
 def crop(image: Tensor, mask: Tensor, box: Sequence[float]) -> Tensor:
-    """(3, H, W) uint8, mask (H, W) bool to the box (3, h, w), grey outside the mask."""
+    """Crop an image to a box (3, h, w), grey outside the mask.
+
+    Args:
+        image: (3, H, W) uint8.
+        mask: (H, W) bool.
+    """
     x1, y1, x2, y2 = (round(v) for v in box)
     alone = image.where(mask.to(image.device), torch.full_like(image, GROUND))
     return alone[:, y1:y2, x1:x2]
 
 
-def _asked_for(found: Instances, names: set[str]) -> list[tuple[int, Detection]]:
-    """Row of each object of these classes, and the object."""
-    rows = zip(found.labels.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
+def _asked_for(instances: Instances, names: set[str]) -> list[tuple[int, Detection]]:
+    """Return the objects of these classes and their rows."""
+    rows = zip(
+        instances.labels.tolist(), instances.boxes.tolist(), instances.scores.tolist(), strict=True
+    )
     return [
         (row, Detection(CLASSES[label], tuple(box), score))
         for row, (label, box, score) in enumerate(rows)

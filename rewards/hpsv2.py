@@ -1,4 +1,7 @@
-"""Human Preference Score v2 and v2.1 (Wu et al. 2023): CLIP ViT-H/14 trained on human choices; the raw cosine."""
+"""Human Preference Score v2 and v2.1 (Wu et al. 2023).
+
+The model is CLIP ViT-H/14, trained on human choices; the raw score is the cosine.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ VISION_HEADS, TEXT_HEADS = 16, 16
 
 
 class HPSv21Reward(ClipReward):
-    """v2.1. Its tables print 100 times this; v2 and v2.1 do not compare with each other."""
+    """Human Preference Score v2.1.
+
+    Published tables show 100 times this score. Scores of v2 and v2.1 are not comparable.
+    """
 
     file: ClassVar[str] = "HPS_v2.1_compressed.pt"
     card = RewardCard(
@@ -51,7 +57,7 @@ class HPSv21Reward(ClipReward):
 
 
 class HPSv2Reward(HPSv21Reward):
-    """v2, the first release."""
+    """Human Preference Score v2, the first release."""
 
     file = "HPS_v2_compressed.pt"
     card = replace(
@@ -60,6 +66,6 @@ class HPSv2Reward(HPSv21Reward):
 
 
 def read(path: Path) -> CLIPModel:
-    """The model of a released checkpoint: open_clip's state dict under `state_dict`."""
+    """Load the model of a released checkpoint, which holds open_clip's `state_dict`."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return build(state.get("state_dict", state), vision_heads=VISION_HEADS, text_heads=TEXT_HEADS)

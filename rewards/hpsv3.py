@@ -1,7 +1,8 @@
-"""HPSv3 (Ma et al. 2025): Qwen2-VL-7B reads a questionnaire about an image, a head on one token says mean and variance.
+"""Human Preference Score v3 (Ma et al. 2025).
 
-`hpsv3.txt` is the questionnaire that the weights were trained with, letter by letter (MizzenAI/HPSv3, MIT). Images are
-resized to about 200,704 pixels in multiples of 28, as the release does; only transformers is needed.
+Qwen2-VL-7B reads a questionnaire about an image, and a head on one token predicts mean and variance of the score. The
+file `hpsv3.txt` is the exact questionnaire that the weights were trained with (MizzenAI/HPSv3, MIT). Images are resized
+to about 200,704 pixels in multiples of 28, as in the release. Only transformers is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MICRO_BATCH = 8
 
 
 class RewardModel(nn.Module):
-    """Qwen2-VL without its vocabulary head, and the head on the reward token, in float32."""
+    """Qwen2-VL with a float32 head on the reward token instead of its vocabulary head."""
 
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
@@ -51,20 +52,21 @@ class RewardModel(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(width, HEAD[0]),
             nn.ReLU(),
-            nn.Identity(),  # a dropout while it was trained
+            # a dropout in training
+            nn.Identity(),
             nn.Linear(*HEAD),
             nn.ReLU(),
             nn.Linear(HEAD[1], 2),
         )
 
     def forward(self, inputs: Mapping[str, Tensor], reward_token: int) -> Tensor:
-        """(B, 2): mean, and logarithm of the variance."""
+        """Return mean and logarithm of the variance, (B, 2)."""
         hidden = self.base(**inputs).last_hidden_state
         return self.head(hidden[inputs["input_ids"] == reward_token].float())
 
 
 class HPSv3Reward(Reward):
-    """The mean; unbounded, ordinary images lie between 0 and 12."""
+    """Mean of HPSv3's score, which is unbounded and 0 to 12 for ordinary images."""
 
     needs_prompt = True
     card = RewardCard(
@@ -105,29 +107,31 @@ class HPSv3Reward(Reward):
         assert tokenizer is not None
         where = next(model.parameters()).device
         token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-        found = []
+        means = []
         for start in range(0, len(prompts), MICRO_BATCH):
             part = slice(start, start + MICRO_BATCH)
             inputs = encode(tokenizer, model.base.config, images[part].to(where), prompts[part])
             inputs["pixel_values"] = inputs["pixel_values"].to(model.base.dtype)
-            found.append(model({k: v.to(where) for k, v in inputs.items()}, token)[:, 0])
-        return RewardOutput(torch.cat(found).cpu().numpy())
+            means.append(model({k: v.to(where) for k, v in inputs.items()}, token)[:, 0])
+        return RewardOutput(torch.cat(means).cpu().numpy())
 
 
 def with_reward_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer, which now knows the token that the head reads."""
+    """Add the token that the head reads to a tokenizer, and return the tokenizer."""
     tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def build(config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype) -> RewardModel:
-    """The model of the released tensors, whose names are those of several versions of transformers.
+    """Build the model from the released tensors.
+
+    Their names are those of several versions of transformers.
 
     Raises:
-        RewardError: tensors are missing, or are not those of HPSv3.
+        RewardError: tensors are missing, or do not belong to HPSv3.
     """
-    found = {}
+    renamed = {}
     for name, value in state.items():
         if name.startswith("lm_head."):
             continue
@@ -136,19 +140,21 @@ def build(config: Qwen2VLConfig, state: Mapping[str, Tensor], dtype: torch.dtype
         new = re.sub(r"^rm_head\.", "head.", new)
         if not new.startswith(("base.", "head.")):
             raise RewardError(f"{name} is no tensor of HPSv3")
-        found[new] = value
-    words = found.get("base.language_model.embed_tokens.weight")
+        renamed[new] = value
+    words = renamed.get("base.language_model.embed_tokens.weight")
     if words is None:
         raise RewardError("the checkpoint of HPSv3 has no embeddings of tokens")
-    config.text_config.vocab_size = len(words)  # the reward token made it grow
-    with torch.device("meta"):  # seven billion random numbers would take minutes and 28 GB
+    # the reward token has enlarged the vocabulary
+    config.text_config.vocab_size = len(words)
+    # initialising seven billion random numbers would take minutes and 28 GB
+    with torch.device("meta"):
         model = RewardModel(config)
-    missing, unexpected = model.load_state_dict(found, strict=False, assign=True)
+    missing, unexpected = model.load_state_dict(renamed, strict=False, assign=True)
     if missing or unexpected:
         raise RewardError(
             f"the checkpoint of HPSv3 lacks {missing[:3]} or has too many tensors: {unexpected[:3]}"
         )
-    # what is computed and not stored
+    # these tensors are computed, not stored
     base = model.base
     base.language_model.rotary_emb = type(base.language_model.rotary_emb)(config.text_config)
     base.visual.rotary_pos_emb = type(base.visual.rotary_pos_emb)(config.vision_config)
@@ -165,7 +171,7 @@ def encode(
     images: Tensor,
     prompts: Sequence[str],
 ) -> dict[str, Tensor]:
-    """What Qwen2-VL reads: tokens of the questionnaire about each image, and the images' patches."""
+    """Return the inputs of Qwen2-VL: the questionnaire's tokens and the images' patches."""
     vision = config.vision_config
     pixels, grid = picture(images, vision)
     pads = IMAGE_TOKEN * (grid[0] * grid[1] // vision.spatial_merge_size**2)
@@ -183,26 +189,36 @@ def encode(
 
 
 def picture(images: Tensor, vision: Qwen2VLVisionConfig) -> tuple[Tensor, tuple[int, int]]:
-    """(B, 3, H, W) uint8 to the patches of all images (B * rows * columns, numbers of a patch), and (rows, columns)."""
+    """Return the patches of images, and the grid (rows, columns) of each image.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+
+    Returns:
+        Patches (B * rows * columns, values per patch), and the grid.
+    """
     unit = vision.patch_size * vision.spatial_merge_size
     height, width = resized(*images.shape[-2:], unit=unit)
     pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
-    found = patches(
-        pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    )
-    return found, (height // vision.patch_size, width // vision.patch_size)
+    rows = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    return rows, (height // vision.patch_size, width // vision.patch_size)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
-    """The caption with a space inside of whatever would be read as a token of the chat ("<|Reward|>", "<|image_pad|>"):
-    a second reward token would be scored in place of the first, a second image token has no pixels."""
+    """Return a caption with a space inside every special token, such as "<|Reward|>".
+
+    A second reward token would be scored in place of the first, and a second image token ("<|image_pad|>") has no
+    pixels.
+    """
     for token in tokenizer.get_added_vocab():
         caption = caption.replace(token, f"{token[0]} {token[1:]}")
     return caption
 
 
 def resized(height: int, width: int, *, unit: int) -> tuple[int, int]:
-    """Multiples of `unit` near the image's proportions, of about 256 units squared.
+    """Return height and width in multiples of `unit`, close to the image's proportions.
+
+    Their product is about 256 units squared.
 
     Raises:
         RewardError: one side is more than 200 times the other.
@@ -221,8 +237,16 @@ def resized(height: int, width: int, *, unit: int) -> tuple[int, int]:
 
 
 def patches(pixels: Tensor, size: int, merge: int, frames: int) -> Tensor:
-    """(B, 3, H, W) to (B * H/size * W/size, 3 * frames * size^2): square groups of `merge`^2 patches one after the
-    other, every image `frames` times in time."""
+    """Cut images into patches, in square groups of `merge`^2 patches.
+
+    Every image is repeated for `frames` frames.
+
+    Args:
+        pixels: (B, 3, H, W).
+
+    Returns:
+        Patches (B * H/size * W/size, 3 * frames * size^2).
+    """
     b, c, h, w = pixels.shape
     rows, columns = h // size // merge, w // size // merge
     x = pixels.view(b, c, rows, merge, size, columns, merge, size)

@@ -1,4 +1,4 @@
-"""Requests that are tried again: what may pass, later each time."""
+"""HTTP requests with retries after temporary failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import requests
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Names of this machine."""
+"""Host names of this machine."""
 
 
 def session_for(url: str) -> requests.Session:
@@ -29,10 +29,10 @@ def session_for(url: str) -> requests.Session:
 
 @dataclass
 class Patience:
-    """Attempts to make.
+    """Settings of retries.
 
-    There are `retries` that follow the first, after `first_wait` seconds and then twice as long each.
-    Answers of `statuses` are tried again.
+    The first of `retries` follows after `first_wait` seconds, and each further one after twice the time. Answers with
+    one of `statuses` are retried.
     """
 
     retries: int = 4
@@ -49,11 +49,11 @@ def ask(
     timeout: float,
     message: Any = None,
 ) -> requests.Response:
-    """The answer, whatever its status in the end.
+    """Send a request, with retries, and return the last answer, whatever its status.
 
     Raises:
-        requests.RequestException: no connection, after all attempts, or no answer within `timeout` seconds: then what
-            was asked for may still be at work, and asking again would make it worse.
+        requests.RequestException: every attempt to connect failed, or no answer came within `timeout` seconds. After a
+            timeout there is no retry, because the server may still work on the request.
     """
     for attempt in range(patience.retries + 1):
         last = attempt == patience.retries

@@ -1,6 +1,7 @@
-"""ImageReward v1.0 (Xu et al. 2023): BLIP reads the prompt while it looks at the image, a small head says how good.
+"""ImageReward v1.0 (Xu et al. 2023): a small head on BLIP's text encoder.
 
-The released checkpoint is BLIP's own layout (timm's names for the image tower); it is read as transformers' BLIP.
+The text encoder attends to the image. The released checkpoint has BLIP's own layout (timm's names for the image tower)
+and is converted to transformers' BLIP.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from diffalign.types import RewardOutput
 MODEL_ID, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over the authors' validation set: scores are about standard normal."""
+"""Mean and standard deviation of the head's output on the authors' validation set.
+
+Scores are therefore about standard normal.
+"""
 MAX_LENGTH = 35
 VISION_HEADS, TEXT_HEADS = 16, 12
 MICRO_BATCH = 32
@@ -61,16 +65,25 @@ VISION = {
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's image tower, its text encoder that attends to the image, and the head on the text's first token."""
+    """BLIP's image tower and text encoder, with a head on the first token.
+
+    The text encoder attends to the image.
+    """
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
         super().__init__()
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head = AestheticHead(text.hidden_size)  # the same layers, dropouts and all
+        # the head has the same layers, including dropouts
+        self.head = AestheticHead(text.hidden_size)
 
     def forward(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        """(B, 3, 224, 224) normalised and B tokenised prompts to (B,) scores, the head's arithmetic in float32."""
+        """Return scores (B,); the head computes in float32.
+
+        Args:
+            pixels: (B, 3, 224, 224), normalised.
+            tokens: B tokenised prompts.
+        """
         seen = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
         x = self.text(
             input_ids=tokens["input_ids"],
@@ -81,14 +94,14 @@ class ImageRewardModel(nn.Module):
         return (self.head(x.float()) - MEAN) / STD
 
     def place(self, dtype: torch.dtype | None = None) -> ImageRewardModel:
-        """Onto this process's device, the towers in `dtype` or `tower_dtype`."""
+        """Move the model to this process's device, its towers in `dtype` or `tower_dtype`."""
         for tower in (self.vision, self.text):
             tower.to(dtype or tower_dtype())
         return self.to(device())
 
 
 class ImageReward(Reward):
-    """Raw scores, about -2 .. 2."""
+    """ImageReward's raw score, about -2 to 2."""
 
     needs_prompt = True
     card = RewardCard(
@@ -129,7 +142,7 @@ class ImageReward(Reward):
         assert tokenizer is not None
         where = next(model.parameters()).device
         preprocess = Preprocessing(model.vision.config.image_size)
-        found = []
+        scores = []
         for start in range(0, len(prompts), MICRO_BATCH):
             part = slice(start, start + MICRO_BATCH)
             tokens = tokenizer(
@@ -139,40 +152,43 @@ class ImageReward(Reward):
                 max_length=MAX_LENGTH,
                 return_tensors="pt",
             ).to(where)
-            found.append(model(preprocess(images[part].to(where)), tokens))
-        return RewardOutput(torch.cat(found).cpu().numpy())
+            scores.append(model(preprocess(images[part].to(where)), tokens))
+        return RewardOutput(torch.cat(scores).cpu().numpy())
 
 
 def build(
     state: Mapping[str, Tensor], *, vision_heads: int = VISION_HEADS, text_heads: int = TEXT_HEADS
 ) -> ImageRewardModel:
-    """The model of the released tensors; all sizes but the numbers of heads follow from them.
+    """Build the model from the released tensors.
+
+    All sizes but the numbers of heads follow from the tensors.
 
     Raises:
-        RewardError: tensors are missing, or are not those of ImageReward.
+        RewardError: tensors are missing, or do not belong to ImageReward.
     """
     converted = convert_names(state)
-    with init_empty_weights(include_buffers=False):  # what would be drawn is replaced
+    # random initial weights would be replaced
+    with init_empty_weights(include_buffers=False):
         model = ImageRewardModel(*_configs(converted, vision_heads, text_heads))
     model.load_state_dict(converted, strict=True, assign=True)
     return model.float().eval().requires_grad_(False)
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """From the release's names; what BLIP needed for its own training is left out."""
-    found: dict[str, Tensor] = {}
+    """Convert the release's names to those of transformers; drop tensors of BLIP's training."""
+    converted: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith("blip.visual_encoder."):
-            found[f"vision.{_vision_name(name.removeprefix('blip.visual_encoder.'))}"] = value
+            converted[f"vision.{_vision_name(name.removeprefix('blip.visual_encoder.'))}"] = value
         elif name.startswith("blip.text_encoder."):
             rest = name.removeprefix("blip.text_encoder.")
             if not rest.endswith("position_ids"):  # a buffer
-                found[f"text.{rest}"] = value
+                converted[f"text.{rest}"] = value
         elif name.startswith("mlp.layers."):
-            found[f"head.{name.removeprefix('mlp.')}"] = value
+            converted[f"head.{name.removeprefix('mlp.')}"] = value
         elif not name.startswith("blip."):
             raise RewardError(f"{name} is no tensor of ImageReward")
-    return found
+    return converted
 
 
 def _vision_name(name: str) -> str:

@@ -1,8 +1,9 @@
-"""The Inception v3 of FID: TensorFlow's of 2015 as torch-fidelity, torchmetrics and pytorch-fid have it in torch.
+"""Inception v3 of FID: TensorFlow's network of 2015 in torch.
 
-The original is no textbook Inception: its average pooling leaves the border out of the mean, its last block pools by
-the maximum, it has 1008 classes, and images are resized as TensorFlow 1 did (no half-pixel centres, no antialiasing).
-Szegedy et al. 2016; Heusel et al. 2017. Keys are those of the released weights.
+It equals those of torch-fidelity, torchmetrics and pytorch-fid. The network differs from the published Inception: its
+average pooling leaves the border out of the mean, its last block pools by the maximum, and it has 1008 classes. Images
+are resized as in TensorFlow 1 (no half-pixel centres, no antialiasing). Keys are those of the released weights.
+Sources: Szegedy et al. 2016; Heusel et al. 2017.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def _tall(channels: int, out: int) -> BasicConv2d:
 
 
 class InceptionA(nn.Module):
-    """35 x 35: 1 x 1, 5 x 5, two of 3 x 3, pooling."""
+    """Block at 35 x 35.
+
+    Its branches are 1 x 1, 5 x 5, double 3 x 3, and pooling.
+    """
 
     def __init__(self, channels: int, pool_features: int) -> None:
         super().__init__()
@@ -67,7 +71,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """35 x 35 to 17 x 17."""
+    """Block that reduces 35 x 35 to 17 x 17."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +86,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17 x 17: 7 x 7 as rows and columns."""
+    """Block at 17 x 17 with 7 x 7 convolutions split into rows and columns."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
@@ -105,7 +109,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """17 x 17 to 8 x 8."""
+    """Block that reduces 17 x 17 to 8 x 8."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,7 +127,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 x 8; the network's last block pools by the maximum."""
+    """Block at 8 x 8; the last one of the network pools by the maximum."""
 
     def __init__(self, channels: int, *, last: bool) -> None:
         super().__init__()
@@ -153,7 +157,10 @@ class InceptionE(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """(B, 3, H, W) uint8 to (B, 2048) float32, the average pool's output."""
+    """Network from images to the output of the average pool.
+
+    Images are (B, 3, H, W) uint8, features (B, 2048) float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +180,8 @@ class FIDInception(nn.Module):
         self.Mixed_7a = InceptionD(768)
         self.Mixed_7b = InceptionE(1280, last=False)
         self.Mixed_7c = InceptionE(2048, last=True)
-        self.fc = nn.Linear(FEATURES, 1008)  # in the released weights; features do not need it
+        # part of the released weights, not used for features
+        self.fc = nn.Linear(FEATURES, 1008)
 
     def forward(self, images: Tensor) -> Tensor:
         x = (resize_like_tensorflow1(images.float(), SIZE, SIZE) - 128) / 128
@@ -185,7 +193,10 @@ class FIDInception(nn.Module):
 
 
 def resize_like_tensorflow1(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) to (B, C, height, width), bilinear with pixel i of the result at i H / height of the source."""
+    """Resize images (B, C, H, W) to (B, C, height, width) bilinearly, like TensorFlow 1.
+
+    Pixel i of the result lies at i H / height of the source.
+    """
 
     def along(x: Tensor, length: int) -> Tensor:
         before = x.shape[-1]

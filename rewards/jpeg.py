@@ -1,4 +1,7 @@
-"""Compressibility (DDPO, Black et al. 2023): a reward without weights, and a warning about what rewards can ask for."""
+"""JPEG compressibility (DDPO, Black et al. 2023), a reward without weights.
+
+It also shows that a reward can ask for something undesirable.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ QUALITY = 95
 
 
 class JpegReward(Reward):
-    """Minus the size in kilobytes as JPEG of quality 95."""
+    """Negative size in kilobytes of an image as JPEG of quality 95."""
 
     card = RewardCard(
         name="jpeg",

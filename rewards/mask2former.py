@@ -1,8 +1,8 @@
-"""Objects in images by Mask2Former (Cheng et al. 2022): GenEval's detector, with transformers' weights.
+"""Object detection by Mask2Former (Cheng et al. 2022), with transformers' weights.
 
-GenEval's own weights are mmdet's; these have the same design (Swin-S, COCO instances) and other numbers, so a result
-names them. transformers' post-processing shrinks every mask to 384 x 384 pixels; here mask logits are interpolated to
-the image's size, as mmdet does.
+GenEval's own weights are mmdet's. These weights have the same design (Swin-S, COCO instances) and other values, so
+results name them. The post-processing of transformers shrinks every mask to 384 x 384 pixels; this module interpolates
+mask logits to the image's size, like mmdet.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ MICRO_BATCH = 8
 
 @dataclass(frozen=True)
 class Instances:
-    """Objects of one image: `labels` (N,) class numbers, `scores` (N,) in 0..1, `boxes` (N, 4) x1, y1, x2, y2 in pixels
-    with x2, y2 one past the last, `masks` (N, H, W) bool."""
+    """Objects of one image.
+
+    Attributes:
+        labels: (N,), numbers of the classes.
+        scores: (N,), in 0..1.
+        boxes: (N, 4), x1, y1, x2, y2 in pixels, with x2 and y2 one past the last pixel.
+        masks: (N, H, W) bool.
+    """
 
     labels: Tensor
     scores: Tensor
@@ -36,8 +42,11 @@ class Instances:
 
 @dataclass(frozen=True)
 class DetectorPreprocessing(Preprocessing):
-    """The shortest side to `size` unless the longest would pass `longest`, both up to multiples of `divisor`, bilinear
-    as Pillow does it; then (x / 255 - mean) / std."""
+    """Preprocessing of Mask2Former: bilinear resizing like Pillow's, then normalisation.
+
+    The shortest side becomes `size`, unless the longest would exceed `longest`; both are rounded up to multiples of
+    `divisor`. Pixels become (x / 255 - mean) / std.
+    """
 
     size: int = 800
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -46,12 +55,12 @@ class DetectorPreprocessing(Preprocessing):
     divisor: int = 32
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, 3, H', W') uint8."""
+        """Resize images (B, 3, H, W) uint8 to (B, 3, H', W') uint8."""
         height, width = self.resized(*images.shape[-2:])
         return resize(images, height, width, resample="bilinear")
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """H', W' of an image."""
+        """Return the size (H', W') of a resized image."""
         short, long = sorted((height, width))
         exact = min(float(self.size), self.longest * short / long)
         shortest = round(exact)
@@ -65,8 +74,10 @@ class DetectorPreprocessing(Preprocessing):
 
 
 class ObjectDetector:
-    """A Mask2Former for instances, computing in `dtype`: its weights and the places that it samples at stay float32,
-    for a place in bfloat16 would be half a pixel off."""
+    """Mask2Former for instances, computing in `dtype`.
+
+    Weights and sampling positions stay float32, because a position in bfloat16 would be half a pixel off.
+    """
 
     def __init__(
         self,
@@ -82,11 +93,15 @@ class ObjectDetector:
 
     @classmethod
     def from_pretrained(cls, model_id: str, *, revision: str | None = None) -> ObjectDetector:
-        """Weights from a folder or the hub, there of `revision` or the newest commit, which `revision` of the result
-        names.
+        """Load weights from a folder or the hub.
+
+        The attribute `revision` of the result names the commit.
+
+        Args:
+            revision: commit on the hub; None for the one in `weights.REVISIONS`, else the newest.
 
         Raises:
-            RewardError: they are not to be had.
+            RewardError: the weights cannot be loaded.
         """
         with loading(model_id):
             commit = revision_of(model_id, revision) or newest(model_id)
@@ -97,8 +112,12 @@ class ObjectDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, threshold: float) -> list[Instances]:
-        """All objects of B images (B, 3, H, W) uint8 whose score is above `threshold`, on the CPU."""
-        found: list[Instances] = []
+        """Return the objects with a score above `threshold`, on the CPU.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+        """
+        results: list[Instances] = []
         for part in images.split(MICRO_BATCH):
             pixels = self.preprocessing(part.to(self.model.device))
             with torch.autocast(
@@ -109,26 +128,27 @@ class ObjectDetector:
             for classes, masks in zip(
                 output.class_queries_logits, output.masks_queries_logits, strict=True
             ):
-                found.append(instances(classes.float(), masks.float(), size, threshold=threshold))
-        return found
+                results.append(instances(classes.float(), masks.float(), size, threshold=threshold))
+        return results
 
 
 def instances(
     class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int], *, threshold: float
 ) -> Instances:
-    """Objects of one image.
+    """Return the objects of one image.
 
     Args:
-        class_logits: (Q, C + 1), the last is "no object".
+        class_logits: (Q, C + 1), the last class is "no object".
         mask_logits: (Q, h, w) of the queries, at any resolution.
-        size: H, W of the image.
-        threshold: least score, which is the class's probability times the mean probability of its mask's pixels. As in
-            mmdet, the Q best pairs of query and class are looked at.
+        size: (H, W) of the image.
+        threshold: smallest score, which is the class's probability times the mean probability of its mask's pixels. As
+            in mmdet, the Q best pairs of query and class are considered.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     queries, classes = probabilities.shape
     scores, index = probabilities.flatten().topk(min(queries, probabilities.numel()))
-    index = index[scores > threshold]  # a mask's mean probability is at most 1
+    # safe before the masks count, because a mask's mean probability is at most 1
+    index = index[scores > threshold]
     scores, labels, query = scores[: len(index)], index % classes, index // classes
     if len(index) == 0:
         empty = torch.zeros(0)
@@ -144,7 +164,10 @@ def instances(
 
 
 def boxes(masks: Tensor) -> Tensor:
-    """(N, H, W) bool, none of them empty, to (N, 4) float: x1, y1, x2, y2, the last two one past the last pixel."""
+    """Return the boxes (N, 4) of masks (N, H, W), none of which is empty.
+
+    A box is x1, y1, x2, y2 in float, with x2 and y2 one past the last pixel.
+    """
     ends = []
     for dim in (1, 2):  # columns, then rows
         line = masks.any(dim).int()

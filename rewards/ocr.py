@@ -1,4 +1,7 @@
-"""Is the text of the prompt in the image? Read by PP-OCR through rapidocr, whose models are in its wheel."""
+"""Rendering of the prompt's text in the image, read by PP-OCR.
+
+The library rapidocr has the models in its wheel.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ _QUOTED = re.compile(r'["\u201c]([^"\u201c\u201d]+)["\u201d]')
 
 
 class OcrReward(Reward):
-    """The text is `text` of the metadata, else what stands between the first double quotes of the prompt.
+    """Similarity of the text in an image to the text that the prompt asks for.
 
-    1 where it is in what was read, else 1 - min(edits, n) / n for n letters: the score of Flow-GRPO and AWM, without
-    spaces and capitals. Theirs reads with PaddleOCR 2.9.1: values compare within one reader only.
+    The target is `text` of the metadata, else the text in the first double quotes of the prompt. The score is 1 if the
+    image contains the target, else 1 - min(edits, n) / n for n letters, without spaces and capitals. Flow-GRPO and AWM
+    use the same score with PaddleOCR 2.9.1; scores of different readers are not comparable.
     """
 
     card = RewardCard(
@@ -39,7 +43,7 @@ class OcrReward(Reward):
         if self._engine is None:
             from rapidocr import RapidOCR
 
-            # every process of this machine has an engine of its own
+            # every process of this machine has its own engine
             threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             self._engine = RapidOCR(
                 params={
@@ -61,7 +65,7 @@ class OcrReward(Reward):
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """NaN for a prompt that asks for no text."""
+        """Return scores (B,), NaN for prompts without a target text."""
         self.prepare()
         values = []
         for pixels, prompt, entry in zip(
@@ -72,13 +76,13 @@ class OcrReward(Reward):
         return RewardOutput(np.array(values, np.float32))
 
     def read(self, pixels: np.ndarray) -> str:
-        """All text of a (H, W, 3) uint8 image, line after line."""
-        found = self._engine(np.ascontiguousarray(pixels[:, :, ::-1]))  # the engine's order is BGR
-        return " ".join(found.txts or ())
+        """Return the text in an image (H, W, 3) uint8, its lines joined by spaces."""
+        result = self._engine(np.ascontiguousarray(pixels[:, :, ::-1]))  # the engine's order is BGR
+        return " ".join(result.txts or ())
 
 
 def wanted_text(prompt: str, metadata: Metadata) -> str:
-    """The text that the image should show; empty where there is none."""
+    """Return the text that the image should show, or an empty text."""
     if metadata.get("text"):
         return _plain(str(metadata["text"]))
     match = _QUOTED.search(prompt)
@@ -86,7 +90,7 @@ def wanted_text(prompt: str, metadata: Metadata) -> str:
 
 
 def similarity(read: str, target: str) -> float:
-    """0..1; `target` is plain and not empty."""
+    """Return the similarity in 0..1 of two texts; `target` is plain and not empty."""
     read = _plain(read)
     if target in read:
         return 1.0

@@ -1,4 +1,7 @@
-"""Checkpoints of open_clip as transformers' `CLIPModel`: the names, and the projections that are fused there."""
+"""Conversion of open_clip checkpoints to transformers' `CLIPModel`.
+
+Names change, and fused projections are split.
+"""
 
 from __future__ import annotations
 
@@ -45,35 +48,40 @@ _FUSED = re.compile(r"^((?:visual\.)?transformer\.resblocks)\.(\d+)\.attn\.in_pr
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names to those of `CLIPModel`.
+    """Convert open_clip's names to those of `CLIPModel`.
 
     Raises:
-        RewardError: a name that open_clip's ViT models do not have.
+        RewardError: a name does not occur in open_clip's ViT models.
     """
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for name, value in state.items():
         if name == "attn_mask":  # a buffer
             continue
         if name in NAMES:
-            found[NAMES[name]] = value
+            converted[NAMES[name]] = value
         elif name in PROJECTIONS:
-            found[PROJECTIONS[name]] = value.T.contiguous()
+            converted[PROJECTIONS[name]] = value.T.contiguous()
         elif match := _FUSED.match(name):
             tower, layer, kind = match.groups()
             for part, rows in zip("qkv", value.chunk(3), strict=True):
-                found[f"{TOWERS[tower]}.{layer}.self_attn.{part}_proj.{kind}"] = rows.contiguous()
+                converted[f"{TOWERS[tower]}.{layer}.self_attn.{part}_proj.{kind}"] = (
+                    rows.contiguous()
+                )
         elif (match := _BLOCK.match(name)) and match[3] in LAYER:
             tower, layer, part, kind = match.groups()
-            found[f"{TOWERS[tower]}.{layer}.{LAYER[part]}.{kind}"] = value
+            converted[f"{TOWERS[tower]}.{layer}.{LAYER[part]}.{kind}"] = value
         else:
             raise RewardError(f"{name} is no tensor of a CLIP checkpoint in open_clip's layout")
-    return found
+    return converted
 
 
 def build(
     state: Mapping[str, Tensor], *, vision_heads: int, text_heads: int, hidden_act: str = "gelu"
 ) -> CLIPModel:
-    """The model of a checkpoint, in float32; all sizes but the numbers of heads follow from its tensors."""
+    """Build the model of a checkpoint in float32.
+
+    All sizes but the numbers of heads follow from the tensors.
+    """
     converted = convert_names(state)
     patch = converted["vision_model.embeddings.patch_embedding.weight"]
     positions = len(converted["vision_model.embeddings.position_embedding.weight"])
@@ -104,7 +112,8 @@ def build(
             "bos_token_id": len(tokens) - 2,
         },
     )
-    with init_empty_weights(include_buffers=False):  # a billion random numbers would take minutes
+    # initialising a billion random numbers would take minutes
+    with init_empty_weights(include_buffers=False):
         model = CLIPModel(config)
     missing, unexpected = model.load_state_dict(converted, strict=False, assign=True)
     missing = [name for name in missing if not name.endswith("position_ids")]

@@ -1,6 +1,7 @@
-"""Rewards of one's own by name: "my_reward.py:brightness" in a file, "my_package.module:Name" in a package.
+"""Custom rewards by name.
 
-Names are checked without running or importing anything; the file runs when the reward is made.
+A name is "my_reward.py:brightness" in a file, or "my_package.module:Name" in a package. Names are checked without
+running or importing the code; a file runs when the reward is created.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ _NAME = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attri
 
 
 class UnknownReward(UserError, ValueError):
-    """No reward has this name."""
+    """Name of a reward that does not exist."""
 
 
 def is_own(name: str) -> bool:
-    """Return whether a name is that of a file or a module."""
+    """Return True if a name refers to a file or a module."""
     return ":" in name or name.endswith(".py")
 
 
 def attribute_of(name: str) -> str:
-    """Return the last part of an own reward's name; other names as they are."""
+    """Return the last part of a custom reward's name; return other names unchanged."""
     match = _NAME.fullmatch(name)
     return match["attribute"] if match else name
 
 
 def digest(name: str) -> str | None:
-    """Return the sha256 of a reward's file. None where the name names no file."""
+    """Return the sha256 of a reward's file, or None if the name has no file."""
     match = _NAME.fullmatch(name)
     if match is None or not match["place"].endswith(".py"):
         return None
@@ -47,17 +48,17 @@ def digest(name: str) -> str | None:
 
 
 def check(name: str, *, setting: str = "rewards") -> None:
-    """Check that the file or module is there, and that a file defines the name.
+    """Check that the file or module exists, and that a file defines the name.
 
     Raises:
-        UnknownReward: it does not; the message has the nearest name that is there.
+        UnknownReward: it does not; the message names the nearest defined name.
     """
     place, attribute = _split(name, setting)
     if not place.endswith(".py"):
         try:
             with _importable(Path.cwd()):
                 spec = importlib.util.find_spec(place)
-        # packages above the module run, whatever they raise
+        # packages above the module run, and may raise any error
         except Exception:
             spec = None
         if spec is None:
@@ -80,10 +81,12 @@ def check(name: str, *, setting: str = "rewards") -> None:
 
 
 def load(name: str, *, setting: str = "rewards") -> Any:
-    """Run the file, or import the module, and return what the name stands for: a class, a function or an instance.
+    """Run the file or import the module, and return the named object.
+
+    The object is a class, a function or an instance.
 
     Raises:
-        UnknownReward: it is not there, or raises as it is imported.
+        UnknownReward: the object does not exist, or the import fails.
     """
     check(name, setting=setting)
     place, attribute = _split(name, setting)
@@ -93,7 +96,7 @@ def load(name: str, *, setting: str = "rewards") -> Any:
         else:
             with _importable(Path.cwd()):
                 module = importlib.import_module(place)
-    # whatever somebody's code raises
+    # a user's code may raise any error
     except Exception as error:
         raise UnknownReward(
             f"{setting}: {name}: {place} raised {type(error).__name__} as it was imported: {one_line(error)}"
@@ -136,7 +139,7 @@ def _check_attribute(name: str, defined: Iterable[str], setting: str) -> None:
 
 
 def _defined(tree: ast.Module) -> list[str]:
-    """Return the names that a module's statements define, as far as they can be seen."""
+    """Return the names that a module's statements visibly define."""
     names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -149,7 +152,7 @@ def _defined(tree: ast.Module) -> list[str]:
 
 
 def _run(path: Path) -> ModuleType:
-    """Run a file as a module of its own, with its folder to import from."""
+    """Run a file as a module that can import from its folder."""
     path = path.resolve()
     key = f"diffalign_own_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(key, path)
@@ -167,7 +170,7 @@ def _run(path: Path) -> ModuleType:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Import from this folder as well, as a script does from its own."""
+    """Make modules of a folder importable in this block, as for a script in it."""
     sys.path.append(str(folder))
     try:
         yield

@@ -1,4 +1,7 @@
-"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 trained on users' choices; logit scale x cosine, about 17 - 24."""
+"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 trained on users' choices.
+
+The score is logit scale x cosine, about 17 to 24.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ MODEL_ID = "yuvalkirstain/PickScore_v1"
 
 
 class PickScoreReward(ClipReward):
-    """Normalised by 26, as Flow-GRPO and AWM do."""
+    """PickScore, normalised by 26 as in Flow-GRPO and AWM."""
 
     card = RewardCard(
         name="pickscore",

@@ -1,5 +1,6 @@
-"""Image preprocessing of CLIP-like models on uint8 tensors: bit for bit what Pillow makes of the same pixels, in
-batches and on any device, without a trip through Pillow.
+"""Image preprocessing of CLIP-like models on uint8 tensors.
+
+Results equal Pillow's bit for bit, and are computed in batches on any device without Pillow.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PRECISION_BITS = 22
-"""Pillow's weights are integers in units of 2^-22."""
+"""Fraction bits of Pillow's weights, which are integers in units of 2^-22."""
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 BAND = 32
-"""Pixels of the result that are computed in one product: few enough that most of their row is not multiplied by 0."""
+"""Number of result pixels per matrix product, small enough to skip most zero weights."""
 CHUNK = 16_000_000
-"""Values that are resized at a time: eight bytes each, a few times over."""
+"""Number of values that are resized at a time.
+
+Each value needs eight bytes in each of a few copies.
+"""
 
 
 def _kernel(x: float, resample: str, a: float = -0.5) -> float:
@@ -36,8 +40,10 @@ def _kernel(x: float, resample: str, a: float = -0.5) -> float:
 
 @lru_cache(maxsize=64)
 def _weights(before: int, after: int, start: int, count: int, resample: str) -> Tensor:
-    """(count, before) float64 integers: Pillow's fixed-point weights of one axis from `before` to `after` pixels, for
-    `count` of them from `start` (libImaging/Resample.c)."""
+    """Return Pillow's fixed-point weights of one axis, (count, before) integers in float64.
+
+    They resize `before` to `after` pixels, for `count` result pixels from `start` on. Source: libImaging/Resample.c.
+    """
     scale = before / after
     stretch = max(scale, 1.0)
     support = SUPPORT[resample] * stretch
@@ -46,9 +52,9 @@ def _weights(before: int, after: int, start: int, count: int, resample: str) -> 
         center = (start + row + 0.5) * scale
         low = max(0, int(center - support + 0.5))
         high = min(before, int(center + support + 0.5))
-        found = [_kernel((x - center + 0.5) / stretch, resample) for x in range(low, high)]
-        total = sum(found)
-        fixed = [v / total * (1 << PRECISION_BITS) for v in found]
+        taps = [_kernel((x - center + 0.5) / stretch, resample) for x in range(low, high)]
+        total = sum(taps)
+        fixed = [v / total * (1 << PRECISION_BITS) for v in taps]
         table[row, low:high] = torch.tensor([math.trunc(v + math.copysign(0.5, v)) for v in fixed])
     return table
 
@@ -57,7 +63,10 @@ def _weights(before: int, after: int, start: int, count: int, resample: str) -> 
 def _bands(
     before: int, after: int, start: int, count: int, resample: str, device: torch.device
 ) -> list[tuple[slice, Tensor]]:
-    """The table of `_weights` in bands of BAND rows: the columns that are not zero, and (columns, rows) of them."""
+    """Split the table of `_weights` into bands of BAND rows.
+
+    A band is the slice of its columns that are not zero, and their weights (columns, rows).
+    """
     table = _weights(before, after, start, count, resample)
     bands = []
     for rows in table.split(BAND):
@@ -68,7 +77,8 @@ def _bands(
 
 
 def _along_width(images: Tensor, width: int, start: int, count: int, resample: str) -> Tensor:
-    """(..., W) uint8 to `count` of `width` columns; sums of 255 x 2^22 x taps are exact in float64."""
+    """Resize (..., W) uint8 to `width` columns, and return `count` of them from `start` on."""
+    # sums of 255 x 2^22 x taps are exact in float64
     if images.shape[-1] == width:
         return images[..., start : start + count]
     bands = _bands(images.shape[-1], width, start, count, resample, images.device)
@@ -85,30 +95,39 @@ def resize(
     resample: str = "bicubic",
     crop: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """(B, C, H, W) uint8 to (B, C, height, width) uint8, equal to `PIL.Image.resize` bit for bit ("bicubic" or
-    "bilinear").
+    """Resize images (B, C, H, W) uint8, bit for bit like `PIL.Image.resize`.
 
-    Unless one side grows and the other shrinks: newer versions of Pillow then resize the height first. `crop` (top,
-    left, height, width): only that part of the result is computed.
+    The result differs if one side grows and the other shrinks, because newer versions of Pillow then resize the height
+    first.
+
+    Args:
+        resample: "bicubic" or "bilinear".
+        crop: (top, left, height, width), the only part of the result to compute.
+
+    Returns:
+        Images (B, C, height, width) uint8, or the crop of them.
     """
     top, left, rows, columns = crop or (0, 0, height, width)
-    found = []
+    parts = []
     for part in images.split(max(1, CHUNK // images[0].numel())):
         across = _along_width(part, width, left, columns, resample).transpose(-1, -2)
-        found.append(_along_width(across, height, top, rows, resample).transpose(-1, -2))
-    return torch.cat(found)
+        parts.append(_along_width(across, height, top, rows, resample).transpose(-1, -2))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The shortest side to `size` by bicubic interpolation, the central square of it, then (x / 255 - mean) / std."""
+    """Preprocessing of CLIP: resize the shortest side to `size`, crop the central square.
+
+    Interpolation is bicubic. Pixels become (x / 255 - mean) / std.
+    """
 
     size: int = 224
     mean: Sequence[float] = OPENAI_MEAN
     std: Sequence[float] = OPENAI_STD
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to (B, 3, size, size) uint8."""
+        """Resize and crop images (B, 3, H, W) uint8 to (B, 3, size, size) uint8."""
         height, width = images.shape[-2:]
         short = min(height, width)
         height, width = (int(self.size * side / short) for side in (height, width))
@@ -120,7 +139,7 @@ class Preprocessing:
         return self.normalize(self.pixels(images).float() / 255)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1."""
+        """Normalise images (B, 3, H, W) in 0..1."""
         mean, std = (
             torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std)
         )
@@ -129,7 +148,10 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class LetterboxPreprocessing(Preprocessing):
-    """HPS's: the longest side to `size` by antialiased bicubic interpolation of floats, black to a square."""
+    """Preprocessing of HPS: resize the longest side to `size`, pad with black to a square.
+
+    Interpolation is bicubic and antialiased, on floats.
+    """
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, 3, size, size) float32, normalised."""

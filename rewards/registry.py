@@ -1,7 +1,8 @@
-"""Rewards by name. Strings until one is used: listing them imports neither torch nor a model.
+"""Registry of rewards by name.
 
-A name is one of the list, an entry point of an installed package, `remote:` and the address of a service, or that of a
-class or function of one's own (`rewards.own`).
+Entries are strings until one is used, so that listing them imports neither torch nor a model. A name is a built-in one,
+an entry point of an installed package, `remote:` with the address of a service, or that of a custom class or function
+(`rewards.own`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ SUMMARIES = {
 
 
 def available() -> dict[str, str]:
-    """Name -> "module:Class" of the built-in rewards and those of installed packages."""
+    """Return name and "module:Class" of built-in rewards and those of installed packages."""
     targets = dict(BUILT_IN)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         targets.setdefault(point.name, point.value)
@@ -68,7 +69,11 @@ def available() -> dict[str, str]:
 
 
 def check_name(name: str, *, setting: str = "rewards") -> None:
-    """UnknownReward with the nearest valid name; `setting` is where the name comes from."""
+    """Raise UnknownReward, with the nearest valid name, for an unknown reward.
+
+    Args:
+        setting: setting that holds the name, for the message.
+    """
     if name.startswith(REMOTE):
         return
     targets = available()
@@ -85,9 +90,10 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
 
 
 def create(name: str) -> Reward:
-    """Return an instance of the named reward. Its weights load now or at its first score.
+    """Return an instance of the named reward.
 
-    The card of a reward in a file of one's own has the file's digest as its revision.
+    Its weights are loaded now or at its first score. The card of a reward in a user's file has the file's digest as its
+    revision.
     """
     check_name(name)
     if name.startswith(REMOTE):

@@ -1,4 +1,7 @@
-"""A reward of a service (`rewards.service`): "remote:http://HOST:PORT/NAME". The token is in DIFFALIGN_REWARD_TOKEN."""
+"""Client of a reward service (`rewards.service`), as a reward.
+
+Its name is "remote:http://HOST:PORT/NAME". The environment variable DIFFALIGN_REWARD_TOKEN holds the token.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ logger = logging.getLogger(__name__)
 TOKEN = "DIFFALIGN_REWARD_TOKEN"
 PATIENCE = Patience()
 TIMEOUT = 330.0
-"""Seconds to wait for an answer, until the service has said what it allows itself."""
+"""Seconds to wait for an answer before the service has reported its own time limit."""
 MARGIN = 30.0
 BATCH_BYTES = 64_000_000
-"""Pixels of a request, three bytes each: what is more is sent in parts."""
+"""Largest number of bytes of pixels per request; larger batches are split."""
 BATCH_IMAGES = 256
 
 
 class RemoteReward(Reward):
-    """A reward of a service; what it cannot score is NaN, and counted."""
+    """Reward that a service computes; images that it cannot score are NaN and counted."""
 
     def __init__(self, url: str) -> None:
-        """`url` with the reward's name as its last part."""
+        """Address the reward that is the last part of `url`."""
         base, _, name = url.removeprefix(REMOTE).rstrip("/").rpartition("/")
         if not base.startswith(("http://", "https://")) or not name:
             raise RewardError(f"{url!r}: expected {REMOTE}http://HOST:PORT/NAME")
@@ -44,7 +47,11 @@ class RemoteReward(Reward):
         self.card = RewardCard(name=url, description=f"{name} at {base}")  # type: ignore[misc]
 
     def prepare(self) -> None:
-        """Check once that the service is there and that images arrive as sent. RewardError where not."""
+        """Check once that the service answers, and that images arrive unchanged.
+
+        Raises:
+            RewardError: the service does not answer, or scores a test image differently.
+        """
         if self._ready:
             return
         try:
@@ -97,7 +104,8 @@ class RemoteReward(Reward):
             )
 
     def check_metadata(self, metadata: Sequence[Metadata]) -> None:
-        self.prepare()  # what it needs is known there
+        # the service reports the required metadata
+        self.prepare()
         super().check_metadata(metadata)
 
     def score(
@@ -121,7 +129,7 @@ class RemoteReward(Reward):
             return RewardOutput(np.full(len(prompts), np.nan, np.float32))
 
     def _ask(self, method: str, path: str, message: Any = None) -> Any:
-        """The answer's JSON."""
+        """Send a request and return the JSON of the answer."""
         answer = ask(
             self.session,
             method,

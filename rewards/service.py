@@ -1,11 +1,13 @@
-"""A reward service: rewards behind HTTP, for those that need a GPU or an environment of their own.
+"""HTTP service for rewards that need their own GPU or environment.
+
+Start it with this command:
 
     diffalign serve-rewards --rewards pickscore,ocr --port 8100
 
-and in a recipe `rewards: {"remote:http://127.0.0.1:8100/pickscore": 1.0}`. GET /health names the rewards, POST /NAME
-scores (`wire.encode_request`). It listens on loopback unless told otherwise, and there answers only who calls it by a
-loopback name; it can ask for a token; it bounds requests in bytes, time and number (`rewards.uploads`,
-`rewards.connections`), and answers whatever it gets.
+A recipe then has `rewards: {"remote:http://127.0.0.1:8100/pickscore": 1.0}`. GET /health names the rewards, and POST
+/NAME scores images (`wire.encode_request`). By default the service listens on loopback and answers only requests to a
+loopback host name. It can require a token. Requests are limited in bytes, time and number (`rewards.uploads`,
+`rewards.connections`), and every request gets an answer.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from diffalign.rewards.uploads import Parsing, Question, Refusal, Uploads
 
 logger = logging.getLogger(__name__)
 LONGEST = 200
-"""Letters of an error in the log."""
+"""Largest number of characters of an error in the log."""
 
 
 @dataclass
 class Served:
-    """A reward and the one thread that may use it: models are not made for two at a time."""
+    """Reward and its only thread, because models do not support concurrent use."""
 
     reward: Reward
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -46,7 +48,7 @@ class Served:
     reported: set[str] = field(default_factory=set)
 
     def report(self, error: Exception, images: int) -> None:
-        """Log a failure in one line, each kind once: what clients send must not fill the log."""
+        """Log each kind of failure once, in one line, so that the log stays short."""
         kind = type(error).__name__
         level = logging.DEBUG if kind in self.reported else logging.WARNING
         self.reported.add(kind)
@@ -58,10 +60,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of requests.
+    """Limits of requests.
 
-    They are `max_bytes` of one request and `max_total` of all that are held; seconds of an upload; seconds of scoring
-    (`timeout`, but for the rewards that `timeouts` names); how many requests may wait for one reward.
+    They are the bytes of one request (`max_bytes`) and of all requests in memory (`max_total`), the seconds of an
+    upload, the seconds of scoring (`timeout`, or a reward's own in `timeouts`), and the number of requests that may
+    wait for one reward.
     """
 
     max_bytes: int = 256_000_000
@@ -72,7 +75,7 @@ class Limits:
     timeouts: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, name: str) -> float:
-        """Return the seconds of one reward."""
+        """Return the time limit of one reward in seconds."""
         return self.timeouts.get(name, self.timeout)
 
 
@@ -83,14 +86,14 @@ def build_app(
     limits: Limits | None = None,
     hosts: Collection[str] = LOOPBACK,
 ) -> FastAPI:
-    """The service. Every reward has scored the golden image when this returns.
+    """Return the web application, after every reward has scored the golden image.
 
     Args:
-        rewards: by name, ready to score.
-        token: what `Authorization: Bearer ...` must carry; None asks for nothing.
-        limits: of a request.
-        hosts: names by which a service without a token may be called; a page in a browser that reaches it by another
-            name (DNS rebinding) is refused.
+        rewards: prepared rewards by name.
+        token: token that `Authorization: Bearer ...` must carry; None requires no token.
+        limits: limits of requests.
+        hosts: valid host names of requests to a service without a token. A web page that reaches the service by
+            another name (DNS rebinding) is refused.
     """
     bounds = limits or Limits()
     uploads = Uploads(
@@ -171,7 +174,7 @@ def build_app(
 
 
 def _describe(entry: Served) -> dict[str, Any]:
-    """Return what a client has to know of a reward."""
+    """Return the description of a reward for clients."""
     reward = entry.reward
     return {
         "card": dataclasses.asdict(reward.card),
@@ -182,7 +185,7 @@ def _describe(entry: Served) -> dict[str, Any]:
 
 
 def _golden(reward: Reward) -> dict[str, Any] | None:
-    """The golden image's reward; None where a reward cannot score it."""
+    """Return a reward's output for the golden image, or None if it cannot score it."""
     try:
         value = reward.score(*wire.golden())
         return wire.encode_output(as_output(value, n=1, name=reward.card.name))
@@ -198,7 +201,8 @@ def _golden(reward: Reward) -> dict[str, Any] | None:
 
 def _host_name(header: str) -> str:
     """Return the name in a Host header, without the port."""
-    if header.startswith("["):  # IPv6
+    # an IPv6 address
+    if header.startswith("["):
         return header.partition("]")[0].removeprefix("[").lower()
     return header.partition(":")[0].lower()
 

@@ -1,4 +1,4 @@
-"""Start a reward service: check the arguments, load the rewards, listen."""
+"""Start of a reward service: check the arguments, load the rewards, listen."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ DEFAULT_TIMEOUT = 300.0
 
 
 def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes: int) -> None:
-    """Serve rewards until interrupted; clients need the token of DIFFALIGN_REWARD_TOKEN where it is set.
+    """Serve rewards until interrupted.
+
+    If DIFFALIGN_REWARD_TOKEN is set, clients must send it as their token.
 
     Args:
-        timeout: seconds of scoring, as `read_timeout` reads them.
-        max_bytes: limit of a request.
+        timeout: seconds of scoring, see `read_timeout`.
+        max_bytes: largest size of a request in bytes.
 
     Raises:
         UsageError: the service could be reached from outside without a token, no reward is named, or the port is taken.
@@ -62,7 +64,7 @@ def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the port before anything is loaded."""
+    """Bind the port before anything is loaded."""
     if not 0 <= port <= PORTS:
         raise UsageError(f"port={port}: a port is a number from 0 (any that is free) to {PORTS}")
     try:
@@ -77,7 +79,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def read_timeout(text: str, names: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """Seconds for all rewards and for those that are named: of "60", "pickscore=60,ocr=10" or both, "60,ocr=10".
+    """Return the default time limit in seconds, and those of named rewards.
+
+    Args:
+        text: "60", "pickscore=60,ocr=10", or both as in "60,ocr=10".
 
     Raises:
         UsageError: a part is no positive number, or names a reward that is not served.

@@ -1,4 +1,7 @@
-"""Agreement of a Shapes image and its caption by `shapes-clip`: a learned reward, independent of the exact verifier."""
+"""Agreement of a Shapes image with its caption, measured by `shapes-clip`.
+
+The reward is learned and independent of the exact verifier.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,17 @@ WEIGHTS_SHA256 = "87ef6a788795ee839c458fa71c2578ac65c1fdc9d8b577f8cfed072988cdcd
 
 
 class ShapesClipReward(ClipReward):
-    """The cosine: for looking at what a policy trained on the verifier does under other eyes, or for training on."""
+    """Cosine of shapes-clip, as a held-out reward of policies trained on the verifier.
+
+    It can also be trained on.
+    """
 
     card = RewardCard(
         name="shapes_clip",
         description="cosine of shapes-clip, a tiny CLIP trained on Shapes",
         model_id="shapes-clip",
-        revision=WEIGHTS_SHA256,  # it is in this package
+        # the weights ship with this package
+        revision=WEIGHTS_SHA256,
         input_size=64,
         raw_range=(-1.0, 1.0),
     )

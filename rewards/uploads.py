@@ -1,4 +1,4 @@
-"""Requests on their way to the reward service: bounded in bytes, in time, and in what their JSON can hold."""
+"""Uploads of requests to the reward service, limited in bytes, time and JSON structure."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from diffalign.rewards import wire
 
 BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 LARGE = 4_000_000
-"""Bytes from which a request is parsed apart from the small ones."""
+"""Size in bytes from which a request is parsed separately from small ones."""
 Question = tuple[Tensor, list[str], list[dict[str, Any]]]
 """Images (B, 3, H, W) uint8, B prompts, B metadata."""
 MAX_OTHER = 1_000_000
-"""Bytes of a request besides letters, digits and base64's signs.
+"""Largest number of bytes in a request besides letters, digits and base64's signs.
 
 Images are base64 and all else is short, so this bounds brackets, commas, escapes and blanks, on which the time and
 memory of parsing depend.
@@ -29,7 +29,7 @@ memory of parsing depend.
 
 
 class Refusal(Exception):
-    """An answer other than 200."""
+    """Answer with another status than 200."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -38,7 +38,7 @@ class Refusal(Exception):
 
 @dataclass
 class Upload:
-    """The bytes of one request that have arrived."""
+    """Received bytes of one request."""
 
     content: bytearray = field(default_factory=bytearray)
     other: int = 0
@@ -47,24 +47,24 @@ class Upload:
 
 
 class Uploads:
-    """All requests that are held at a time, together at most `max_total` bytes.
+    """Requests in memory, together at most `max_total` bytes.
 
-    Where a new part would go beyond, the largest unfinished request is given up.
+    If a new part would exceed that limit, the largest unfinished request is dropped.
     """
 
     def __init__(self, *, max_bytes: int, max_total: int, seconds: float) -> None:
-        """Bound each request to `max_bytes` and `seconds` of upload."""
+        """Limit each request to `max_bytes` and `seconds` of upload."""
         self.max_bytes, self.max_total, self.seconds = max_bytes, max_total, seconds
         self._held: list[Upload] = []
 
     @property
     def total(self) -> int:
-        """Bytes that are held now."""
+        """Number of bytes in memory."""
         return sum(len(u.content) for u in self._held)
 
     @contextmanager
     def open(self) -> Iterator[Upload]:
-        """Hold a request until its answer is made."""
+        """Keep a request in memory until the block ends."""
         upload = Upload()
         self._held.append(upload)
         try:
@@ -76,11 +76,12 @@ class Uploads:
         """Read a request to its end.
 
         Raises:
-            Refusal: 413 too large, 408 too slow, 503 given up for others.
+            Refusal: 413 too large, 408 too slow, 503 dropped for other requests.
         """
         try:
             async with asyncio.timeout(self.seconds):
-                async for part in stream:  # a length in the header may lie
+                # bytes are counted, because a length in the header may be wrong
+                async for part in stream:
                     self._take(upload, part)
         except TimeoutError as error:
             raise Refusal(408, f"the request did not arrive within {self.seconds:g} s") from error
@@ -108,7 +109,7 @@ class Uploads:
 
 
 class Parsing:
-    """Threads that parse requests, large ones apart from small ones and from rewards."""
+    """Threads that parse requests, separate for large and small ones, and not those of rewards."""
 
     def __init__(self) -> None:
         self._small = ThreadPoolExecutor(2)
@@ -118,7 +119,7 @@ class Parsing:
         """Return images, prompts and metadata.
 
         Raises:
-            Refusal: 400 no JSON, 422 not what `wire.encode_request` makes.
+            Refusal: 400 no JSON, 422 not the format of `wire.encode_request`.
         """
         pool = self._large if len(content) > LARGE else self._small
         return await asyncio.get_running_loop().run_in_executor(pool, _parse, content)

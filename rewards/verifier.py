@@ -1,4 +1,7 @@
-"""The exact verifier of Shapes as a reward: GenEval's continuous score, with the strict verdict in the details."""
+"""Exact verifier of the Shapes world as a reward.
+
+The score is GenEval's continuous one, with the strict verdict in the details.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from diffalign.shapes.world import COLORS, KINDS
 
 
 class VerifierReward(DetectionReward):
-    """Needs GenEval metadata (`include`) and an image of the Shapes world."""
+    """Verifier's score, for GenEval metadata (`include`) and images of the Shapes world."""
 
     card = RewardCard(
         name="verifier",
@@ -28,5 +31,8 @@ class VerifierReward(DetectionReward):
         return [detect(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
 
     def value(self, verdict: Verdict) -> float:
-        """Mean of the score and of the official verdict, so that only an image that is wholly right earns 1."""
+        """Return the mean of the continuous score and the official verdict.
+
+        Only a completely correct image has 1.
+        """
         return (verdict.score + verdict.correct) / 2

@@ -1,7 +1,7 @@
-"""A vision-language model as a judge, over OpenAI's chat completions (vLLM, SGLang, ...).
+"""Vision-language model as a judge, over OpenAI's chat completions (vLLM, SGLang, ...).
 
-DIFFALIGN_JUDGE_URL (such as http://127.0.0.1:8000/v1), DIFFALIGN_JUDGE_MODEL, and DIFFALIGN_JUDGE_KEY where one is
-needed. An answer without a score is NaN, never 0.
+The environment variables are DIFFALIGN_JUDGE_URL (such as http://127.0.0.1:8000/v1), DIFFALIGN_JUDGE_MODEL, and
+DIFFALIGN_JUDGE_KEY for a service that needs a key. An answer without a score is NaN, never 0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ TIMEOUT = 120.0
 
 
 class VlmJudgeReward(Reward):
-    """0 .. 10 as the judge says, at temperature 0; several images at a time."""
+    """Score 0 to 10 of a vision-language model, at temperature 0.
+
+    Several images are judged at a time.
+    """
 
     needs_prompt = True
     card = RewardCard(
@@ -52,7 +55,11 @@ class VlmJudgeReward(Reward):
         self.url = self.model = ""
 
     def prepare(self) -> None:
-        """Check that the endpoint answers and knows the model. RewardError where it does not."""
+        """Check that the endpoint answers and has the model.
+
+        Raises:
+            RewardError: the endpoint does not answer, or lacks the model.
+        """
         if self.model:
             return
         url, model = os.environ.get(URL, "").rstrip("/"), os.environ.get(MODEL, "")
@@ -119,7 +126,7 @@ class VlmJudgeReward(Reward):
 
 
 def read_score(text: str) -> float:
-    """Return the last score of an answer. NaN where there is none or it is out of range."""
+    """Return the last score in an answer, or NaN without a valid one."""
     scores = _SCORE.findall(text)
     value = float(scores[-1]) if scores else float("nan")
     return value if 0 <= value <= HIGHEST else float("nan")

@@ -1,4 +1,4 @@
-"""Weights of reward models: of which commit, from a folder or the hub, in which precision, or one clear error."""
+"""Weights of reward models: their commits, files, devices and dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffalign.rewards.base import RewardError
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 LAION_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Whose tokenizer and preprocessing models on CLIP ViT-H/14 were trained with."""
+"""Repository of the tokenizer and preprocessing of models on CLIP ViT-H/14."""
 REVISIONS = {
     CLIP_L: "32bd64288804d66eefd0ccbe215aa642df71cc41",
     CLIP_L_336: "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
@@ -27,33 +27,44 @@ REVISIONS = {
     "Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac",
     "trl-lib/ddpo-aesthetic-predictor": "cf4bd10345610935a80a5d3be9a3133c50f121e4",
 }
-"""Commits of the hub's repositories that are read: what others push there later changes no number here."""
+"""Pinned commits of repositories on the hub, so that later pushes change no score."""
 
 
-def revision_of(model_id: str, given: str | None = None) -> str | None:
-    """The commit to ask the hub for: the `given` one, else the known one; None for a folder of this machine, which has
-    none, and for repositories that are not in REVISIONS."""
-    return None if Path(model_id).is_dir() else given or REVISIONS.get(model_id)
+def revision_of(model_id: str, revision: str | None = None) -> str | None:
+    """Return the commit to load from the hub: `revision`, else the one in REVISIONS.
+
+    Return None for a folder on this machine, and for repositories without either.
+    """
+    return None if Path(model_id).is_dir() else revision or REVISIONS.get(model_id)
 
 
 def file_of(model_id: str, name: str) -> Path:
-    """A file of a folder of this machine, or of a repository of the hub at its known commit."""
+    """Return the path of a file in a local folder or a hub repository.
+
+    A hub repository is read at its pinned commit.
+    """
     if Path(model_id).is_dir():
         return Path(model_id) / name
     return Path(hf_hub_download(model_id, name, revision=revision_of(model_id)))
 
 
 def newest(model_id: str) -> str | None:
-    """The commit of a repository's newest state (without network: of what was read last); None for a folder."""
+    """Return the newest commit of a repository, or None for a folder.
+
+    Without a network it is the commit that was read last.
+    """
     if Path(model_id).is_dir():
         return None
-    return Path(hf_hub_download(model_id, "config.json")).parent.name  # .../snapshots/COMMIT/
+    # the path ends in snapshots/COMMIT/config.json
+    return Path(hf_hub_download(model_id, "config.json")).parent.name
 
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """RewardError for anything that goes wrong inside: no network, no such file, a file that is cut or of another
-    kind."""
+    """Convert every error in this block into a RewardError.
+
+    Causes are a missing network or file, and a file that is truncated or of another kind.
+    """
     try:
         yield
     except RewardError:
@@ -64,12 +75,15 @@ def loading(what: str) -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """Where rewards are computed: this process's GPU, else the CPU."""
+    """Return the device that rewards run on: this process's GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def tower_dtype() -> torch.dtype:
-    """Of the large networks: bfloat16 on CUDA. Logit scales, normalisation and heads stay in float32."""
+    """Return the dtype of large networks: bfloat16 on CUDA, else float32.
+
+    Logit scales, normalisation and heads stay in float32.
+    """
     return torch.bfloat16 if device().type == "cuda" else torch.float32

@@ -1,4 +1,7 @@
-"""Messages of reward services and their clients: JSON, images as PNG, never pickle and never JPEG."""
+"""Messages between reward services and clients: JSON with images as PNG.
+
+They never contain pickles, nor lossy JPEG.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,23 @@ from diffalign.types import RewardOutput
 
 MAX_PIXELS = 4096 * 4096
 MAX_TOTAL = 2**29
-"""Pixels of a request: 1.5 GB when they are unpacked."""
+"""Largest number of pixels of a request, which are 1.5 GB when decoded."""
 MAX_IMAGES = 1024
 MAX_TEXT = 100_000
 PNG = "iVBORw0KGgo"
-"""Base64 of a PNG's first bytes."""
+"""First bytes of a PNG file in base64."""
 BLOCK = 4_000_000
-"""Letters of base64 that are decoded at a time; a multiple of four."""
+"""Number of base64 characters that are decoded at a time, a multiple of four."""
 
 
 class WireError(ValueError):
-    """A foreign message. The text says what is wrong and repeats nothing of it."""
+    """Message of another format; the error's text repeats no part of it."""
 
 
 def encode_request(
     images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """(B, 3, H, W) uint8 with prompts and metadata as what JSON can hold."""
+    """Convert images (B, 3, H, W) uint8, prompts and metadata to values for JSON."""
     return {
         "images": [encode_image(image) for image in images],
         "prompts": list(prompts),
@@ -47,7 +50,7 @@ def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]
     """Read a request.
 
     Raises:
-        WireError: anything is not as it should be.
+        WireError: the request does not have the format of `encode_request`.
     """
     if not isinstance(message, dict):
         raise WireError("expected an object with images, prompts and metadata")
@@ -77,15 +80,16 @@ def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]
 
 
 def encode_image(image: Tensor) -> str:
-    """(3, H, W) uint8 to PNG to base64."""
+    """Convert an image (3, H, W) uint8 to PNG in base64."""
     buffer = io.BytesIO()
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    picture.save(buffer, format="PNG", compress_level=1)  # time matters more than bytes
+    # time matters more than bytes
+    picture.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def decode_image(text: Any) -> Tensor:
-    """Base64 to PNG to (3, H, W) uint8."""
+    """Convert PNG in base64 to an image (3, H, W) uint8."""
     return _decode(_content(text))
 
 
@@ -104,7 +108,7 @@ def _content(text: Any) -> bytes:
 
 @contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
-    """Yield a PNG of which only the header is read. WireError for whatever goes wrong with it."""
+    """Yield an opened PNG whose header is read; convert every error to WireError."""
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -135,7 +139,7 @@ def _decode(content: bytes) -> Tensor:
 
 
 def encode_output(output: RewardOutput) -> dict[str, Any]:
-    """Numbers, null for what is not finite."""
+    """Convert a reward's output to values for JSON; numbers that are not finite are null."""
     columns = {"": output.values, **output.details}
     numbers = {
         name: [float(v) if math.isfinite(v) else None for v in values]
@@ -167,7 +171,7 @@ def decode_output(message: Any, *, n: int) -> RewardOutput:
 
 
 def golden() -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Return an image that only a lossless way keeps, with a prompt and metadata."""
+    """Return an image that any lossy transfer would change, with a prompt and metadata."""
     x = torch.arange(64)
     noise = (
         x[None, :, None] * 97 + x[None, None, :] * 57 + torch.arange(3)[:, None, None] * 131

@@ -55,6 +55,7 @@ PLAIN: tuple[str, ...] = (
     "diffalign/tuning",
     "diffalign/types",
     "pipelines",
+    "rewards",
     "scripts/launching",
     "scripts/shapes/autoencoder",
     "scripts/shapes/build",
