@@ -118,7 +118,13 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 
 CLIP_L |= {"num_hidden_layers": 12, "projection_dim": 768}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20}
 CLIP_G |= {"num_hidden_layers": 32, "projection_dim": 1280}
-T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+T5_XXL: dict[str, Any] = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+}
 T5_XXL |= {"feed_forward_proj": "gated-gelu", "vocab_size": 32128}
 GEMMA_2B = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
 GEMMA_2B |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}

@@ -24,7 +24,8 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
-            idle: list[Any] = [c for c in self.connections if c is not self and not c.is_busy()]
+            others: list[Any] = [c for c in self.connections if c is not self]
+            idle = [connection for connection in others if not connection.is_busy()]
             # the connection that has waited longest is due first
             victim = min(idle, key=lambda c: c.due(), default=self)
             victim.transport.abort()

@@ -24,7 +24,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None) -> None:
         self.function = function
-        name = name or getattr(function, "__name__", type(function).__name__)
+        name = name or str(getattr(function, "__name__", type(function).__name__))
         self.card = RewardCard(  # type: ignore[misc]
             name=name,
             description=(inspect.getdoc(function) or "a function of images, prompts and metadata")

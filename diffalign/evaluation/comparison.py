@@ -161,11 +161,11 @@ def difference(a: Compared, b: Compared, name: str, *, task: bool) -> Difference
     names = [n for n in mine if n in other]
     if not names:
         return None
-    values = [np.array([scores[n] for n in names], np.float64) for scores in (mine, other)]
+    first, second = (np.array([s[n] for n in names], np.float64) for s in (mine, other))
     prompts, tasks = _prompts(a, names), [a.images[n].prompt.task for n in names]
     if task and name == OVERALL:
-        return intervals.task_difference(*values, prompts, tasks).get(OVERALL)
-    return intervals.difference(*values, prompts)
+        return intervals.task_difference(first, second, prompts, tasks).get(OVERALL)
+    return intervals.difference(first, second, prompts)
 
 
 def _interval(side: Compared, name: str, *, task: bool) -> intervals.Estimate | None:

@@ -115,7 +115,8 @@ def mean(values: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
     if _are_shares(x):
         low, high = wilson(value, _independent(value, spread, n=len(x), groups=len(count)))
         return Estimate(value, low, high, len(x), different)
-    return Estimate(value, *spread.bounds(), len(x), different)
+    low, high = spread.bounds()
+    return Estimate(value, low, high, len(x), different)
 
 
 def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) -> Difference | None:
@@ -229,7 +230,7 @@ def _groups(prompts: Sequence[str]) -> np.ndarray:
 
 def _different(values: np.ndarray, prompts: Sequence[str]) -> int:
     """Return the number of different prompts that have a value."""
-    return len({prompts[i] for i in np.flatnonzero(np.isfinite(values))})
+    return len({prompts[int(i)] for i in np.flatnonzero(np.isfinite(values))})
 
 
 def _finite(values: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +239,7 @@ def _finite(values: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.
     rows = np.flatnonzero(np.isfinite(values))
     if len(rows) == 0:
         return values[rows], rows
-    return values[rows], _groups([prompts[i] for i in rows])
+    return values[rows], _groups([prompts[int(i)] for i in rows])
 
 
 def _are_shares(*columns: np.ndarray) -> bool:

@@ -176,9 +176,10 @@ class LatentCodec:
         if self.affine != "statistics":
             return {}
         raw = {n: getattr(self.vae.config, f"latents_{n}", None) for n in ("mean", "std")}
-        if None in raw.values():
+        lists = {name: values for name, values in raw.items() if values is not None}
+        if len(lists) < len(raw):
             return {}
-        return {name: [float(v) for v in values] for name, values in raw.items()}
+        return {name: [float(v) for v in values] for name, values in lists.items()}
 
     def normalized(self, latents: Tensor) -> Tensor:
         """Scale latents (B, C, h, w) of the autoencoder for the denoiser."""

@@ -150,6 +150,7 @@ def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
 def _fitted(layer: Layer, module: Any, name: str, source: str) -> Layer:
     """Return the layer with as many dimensions as the module's weight. UsageError where its sizes differ."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
     if isinstance(base, nn.Conv2d):
         sizes = (base.in_channels // base.groups, *base.kernel_size), (base.out_channels, 1, 1)
     else:

@@ -324,8 +324,8 @@ def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
 
     for part, layers in lora.parts.items():
         if part == TRANSFORMER:
-            _check_family(family)
-            for name, matrices in stacks.join(layers, names.TABLES[family], family=str(family)):
+            table = names.TABLES[_known_family(family)]
+            for name, matrices in stacks.join(layers, table, family=str(family)):
                 add(f"{KOHYA}{name}", Layer(*matrices))
             continue
         if part == UNET and family is not None:
@@ -338,6 +338,8 @@ def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_family(family: str | None) -> None:
-    if family not in names.TABLES:
+def _known_family(family: str | None) -> str:
+    """Return the family. UsageError if kohya's keys have no table for it."""
+    if family is None or family not in names.TABLES:
         raise UsageError(f"kohya's keys depend on the family: sd3 or flux, not {family!r}")
+    return family

@@ -161,9 +161,10 @@ def detect(image: np.ndarray) -> list[Detection]:
                 continue
             window = (labels[edge, side], amounts[edge, side], image[edge, side])
             kind, overlap = name_shape(_coverage(component, index, *window))
-            box = np.array([columns.start, rows.start, columns.stop, rows.stop]) * scale
+            edges = np.array([columns.start, rows.start, columns.stop, rows.stop]) * scale
+            x1, y1, x2, y2 = map(float, edges)
             detections.append(
-                Detection(name=kind, box=tuple(map(float, box)), score=overlap, color=color)
+                Detection(name=kind, box=(x1, y1, x2, y2), score=overlap, color=color)
             )
     return detections
 

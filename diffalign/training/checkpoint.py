@@ -131,9 +131,9 @@ def load_newest(folder: Path, *, until: int | None = None) -> Path | None:
         except CheckpointError as error:
             damaged[path] = error
             continue
-        for other, error in damaged.items():
+        for other, reason in damaged.items():
             _put_away(other)
-            logger.warning("%s; it is now %s.damaged", error, other.name)
+            logger.warning("%s; it is now %s.damaged", reason, other.name)
         if damaged:
             logger.warning("going on from the checkpoint before: %s", path)
         return path

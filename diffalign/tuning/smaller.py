@@ -153,7 +153,7 @@ def _quantise(
 ) -> tuple[TextToImageModel, dict[str, str]]:
     """Quantise in place if the backend can, else by loading the model again."""
     name = resolve(settings.backend, device=model.device, model=model.denoiser)
-    options = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
+    options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
     backend = BACKENDS[name]
     if backend.is_packed or backend.settings:
         scales: dict[str, Any] = {}

@@ -55,7 +55,7 @@ class GuidanceDistillation(Pretraining):
         guidance = guidance.to(self.device)
         return latents, noise, timesteps, PromptEmbeds.cat([embeds, null]), guidance
 
-    def _loss(  # type: ignore[override]
+    def _loss(
         self,
         latents: Tensor,
         noise: Tensor,

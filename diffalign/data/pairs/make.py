@@ -36,8 +36,12 @@ Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
 class Rewards(Protocol):
     """The part of a `CompositeReward` that scores images."""
 
-    rewards: Mapping[str, Any]
     last_error: str | None
+
+    @property
+    def rewards(self) -> Mapping[str, Any]:
+        """Rewards by name."""
+        ...
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
