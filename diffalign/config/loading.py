@@ -111,7 +111,11 @@ def _alpha_of(own: Mapping[str, Any], base: Any) -> float | None:
     defaults = {"rank": LoraConfig.rank, "alpha": LoraConfig.alpha}
     defaults |= base if isinstance(base, Mapping) else {}
     numbers = [own.get("rank"), defaults["rank"], defaults["alpha"]]
-    valid = [float(n) for n in numbers if type(n) in (int, float) and n > 0]
+    valid = [
+        float(n)
+        for n in numbers
+        if isinstance(n, int | float) and not isinstance(n, bool) and n > 0
+    ]
     if "alpha" in own or len(valid) < len(numbers):
         return None
     rank, base_rank, base_alpha = valid

@@ -131,7 +131,8 @@ def steps(desc: str, names: Sequence[str]) -> Iterator[Callable[[], None]]:
 
     def advance() -> None:
         bar.update()
-        bar.set_postfix_str(names[bar.n] if bar.n < len(names) else "")
+        done = int(bar.n)
+        bar.set_postfix_str(names[done] if done < len(names) else "")
 
     try:
         yield advance

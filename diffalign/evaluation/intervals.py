@@ -113,8 +113,8 @@ def mean(values: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
     spread = _spread(total, count)
     different = _different(values, prompts)
     if _are_shares(x):
-        low, high = wilson(value, _independent(value, spread, n=len(x), groups=len(count)))
-        return Estimate(value, low, high, len(x), different)
+        shares = wilson(value, _independent(value, spread, n=len(x), groups=len(count)))
+        return Estimate(value, *shares, n=len(x), prompts=different)
     low, high = spread.bounds()
     return Estimate(value, low, high, len(x), different)
 

@@ -259,8 +259,8 @@ def _released(name: str, part: str) -> Place | None:
                 if numbers:
                     own = tuple(m.format(numbers[0]) for m in modules)
                     return Place(TRANSFORMER, own, released=True)
-    if part != TRANSFORMER and (own := _of_unet_release(name)) != name:
-        dotted = _split_words(own, UNET_WORDS)
+    if part != TRANSFORMER and (unet := _of_unet_release(name)) != name:
+        dotted = _split_words(unet, UNET_WORDS)
         return None if dotted is None else Place(UNET, (dotted,))
     return None
 
