@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def load(source: str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline, with packed weights and Q-Sched's factors in force where the folder has them.
+    """Load a diffusers pipeline, with packed weights and Q-Sched's factors if it has them.
 
     Args:
         source: a name of `diffalign list models`, a folder, a single file or a hub id.

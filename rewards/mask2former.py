@@ -147,7 +147,7 @@ def instances(
     probabilities = class_logits.softmax(-1)[:, :-1]
     queries, classes = probabilities.shape
     scores, index = probabilities.flatten().topk(min(queries, probabilities.numel()))
-    # safe before the masks count, because a mask's mean probability is at most 1
+    # the mask's factor is at most 1, so that pairs below the threshold can be dropped before it is computed
     index = index[scores > threshold]
     scores, labels, query = scores[: len(index)], index % classes, index // classes
     if len(index) == 0:

@@ -289,11 +289,50 @@ def test_of_folders_of_splits_the_training_one_is_read(tmp_path, caplog):
     assert "2 of other splits than train" in caplog.text
     assert [i.path.name for i in read_folder(tmp_path / "test")] == ["test.png"]
     (tmp_path / "bus").mkdir()
-    save(tmp_path / "bus" / "bus.png")  # trains and buses are no splits
+    save(tmp_path / "bus" / "bus.png")
+    save(tmp_path / "stray.png")
+    names = {i.path.name for i in read_folder(tmp_path)}
+    assert names == {"train.png", "bus.png", "stray.png"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["metadata.jsonl", None],
+)
+@pytest.mark.parametrize("above", ["", "cat/"])
+def test_images_of_other_splits_are_not_read_through_a_table_above(tmp_path, above, table, caplog):
+    names = [f"{above}train/1.png", f"{above}test/2.png", "3.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name)
+    if table:
+        rows = [json.dumps({"file_name": name, "text": "a"}) for name in names]
+        (tmp_path / table).write_text("\n".join(rows))
+    found = [i.path.relative_to(tmp_path).as_posix() for i in read_folder(tmp_path)]
+    assert sorted(found) == sorted([names[0], names[2]])
+    assert (
+        f"1 of other splits than train; name a split's own folder to read it ({names[1]})"
+        in caplog.text
+    )
+
+
+def test_folders_of_classes_are_no_splits(tmp_path):
+    for name in ("train", "bus", "toy_train", "test_tube"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "1.png")
     assert len(read_folder(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("names", [("train2017", "val2017"), ("train_images", "test_images")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train2017", "val2017"),
+        ("train_images", "test_images"),
+        ("pickTrain", "pickTest"),
+        ("coco_train", "coco_val2017"),
+        ("train", "test_set"),
+    ],
+)
 def test_splits_may_lie_deeper_and_carry_years(tmp_path, names):
     for name in names:
         (tmp_path / "images" / name / "a").mkdir(parents=True)

@@ -12,6 +12,7 @@ ROOMS = ("diffalign", "pipelines", "rewards", "scripts", "benchmarks")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 PLAIN: tuple[str, ...] = (
     "benchmarks",
+    "diffalign/__init__",
     "diffalign/algorithms",
     "diffalign/autoencoders",
     "diffalign/cli",

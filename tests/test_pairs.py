@@ -373,6 +373,7 @@ def test_damaged_text_in_a_tar_or_parquet_costs_its_row_alone(tmp_path):
         ],
         ["training/0.parquet", "eval/0.parquet"],
         ["train.PARQUET", "val.parquet"],
+        ["pickTrain-0.parquet", "pickTest-0.parquet"],
     ],
 )
 def test_of_a_dataset_with_splits_the_training_one_is_read(tmp_path, names, caplog):

@@ -101,7 +101,7 @@ def check_target(path: str | Path, *, setting: str = "output_dir", folder: bool 
         folder: False for the path of a file.
 
     Raises:
-        UsageError: the path lies below a file, is a file where a folder is due (or the reverse), or may not be written.
+        UsageError: the path is below a file, is a file instead of a folder (or the reverse), or cannot be written.
     """
     try:
         place = Path(os.path.abspath(path))

@@ -24,7 +24,7 @@ Cache = TypeVar("Cache", bound=ShardCache)
 def shards(
     items: Iterable[Any], *, first: int = 0, limit: int | None = None, size: int
 ) -> Iterator[Shard]:
-    """Cut a stream of items into shards of at least `size` items.
+    """Cut a stream of items into shards of at least `size` items; the last may be smaller.
 
     A shard ends with a row, so that it can be read without the shards before it.
 

@@ -31,6 +31,8 @@ OTHER_MEDIA = frozenset(
 SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"))
 QUIET = frozenset((".ds_store", ".git", ".gitattributes", ".gitignore", ".cache"))
 """Hidden names that are left out without a message."""
+DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json"))
+"""Names of JSON files that describe a dataset and hold no rows."""
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -52,11 +54,14 @@ class Folder:
     root: Path
     files: list[Path]
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    gone: set[Path] = field(default_factory=set)
+    """Files that were removed from the list; hidden ones never were in it."""
 
     def leave_out(self, paths: Iterable[Path], why: str) -> None:
         """Remove files from the list, with a reason for `report`."""
         gone = set(paths)
         if gone:
+            self.gone |= gone
             self.files = [p for p in self.files if p not in gone]
             names = sorted(p.relative_to(self.root).as_posix() for p in gone)
             self.left_out.setdefault(why, []).extend(names)
@@ -151,26 +156,42 @@ def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
 
 
 def _keep_training_folder(folder: Folder) -> None:
-    """Leave out other splits if all images lie in folders that are named after splits."""
-    images = folder.images
-    if not images:
-        return
-    base = Path(os.path.commonpath([p.parent for p in images]))
-    splits = {_split_of_folder(p, base) for p in images}
-    if None not in splits and "train" in splits and len(splits) > 1:
-        other = [
-            p
-            for p in folder.files
-            if p.is_relative_to(base) and _split_of_folder(p, base) not in (None, "train")
-        ]
-        folder.leave_out(other, "of other splits than train; name a split's own folder to read it")
+    """Leave out folders of other splits that lie beside a folder of the training split."""
+    beside: dict[tuple[Path, str], dict[str, set[Path]]] = {}
+    for place in {p.parent.relative_to(folder.root) for p in folder.images}:
+        # the last one is the folder itself, whose name says nothing about its images
+        for path in (place, *place.parents)[:-1]:
+            split, rest = _split_of_folder(path.name)
+            if split is not None:
+                splits = beside.setdefault((path.parent, rest), {})
+                splits.setdefault(split, set()).add(folder.root / path)
+    other = {
+        path
+        for splits in beside.values()
+        if "train" in splits
+        for split, paths in splits.items()
+        if split != "train"
+        for path in paths
+    }
+    folder.leave_out(
+        [p for p in folder.files if not other.isdisjoint(p.parents)],
+        "of other splits than train; name a split's own folder to read it",
+    )
 
 
-def _split_of_folder(path: Path, base: Path) -> str | None:
-    """Return the split that a folder below `base` is named after, such as val2017."""
-    top, *rest = path.relative_to(base).parts
-    match = re.fullmatch(r"([a-z]+?)[-_ ]?(?:images|imgs|set|data)?[-_ ]?\d*", top.lower())
-    return _WORDS.get(match[1]) if match and rest else None
+def _split_of_folder(name: str) -> tuple[str | None, str]:
+    """Return the split that a folder such as val2017 is named after, and the rest of its name."""
+    words = [re.sub(r"(images|imgs|set|data)$", "", word) for word in _words(name)]
+    place = next((i for i, word in enumerate(words) if word in _WORDS), None)
+    if place is None:
+        return None, ""
+    rest = [*words[:place], "*", *words[place + 1 :]]
+    return _WORDS[words[place]], " ".join(filter(None, rest))
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in lower case; a capital after a small letter begins a word."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def _grids(images: Sequence[Path]) -> list[Path]:
@@ -181,23 +202,28 @@ def _grids(images: Sequence[Path]) -> list[Path]:
 
 def split_of(path: Path) -> str | None:
     """Return the split that a word of a path names, such as data/train-00000.parquet."""
-    for word in re.split(r"[^a-z]+", path.as_posix().lower()):
+    for word in _words(path.as_posix()):
         if word in _WORDS:
             return _WORDS[word]
     return None
 
 
 def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
-    """Return the files of the training split, or all files without several splits."""
+    """Return the files of the training split and of no split, or all without several splits."""
+    describing = [p for p in files if p.name.lower() in DESCRIPTIONS]
+    if len(describing) < len(files):
+        folder.leave_out(describing, "describing a dataset")
+        files = [p for p in files if p not in describing]
     by_split: dict[str | None, list[Path]] = {}
     for file in files:
         by_split.setdefault(split_of(file.relative_to(folder.root)), []).append(file)
-    if "train" not in by_split or len(by_split) == 1:
-        if len(by_split) > 1:
+    splits = by_split.keys() - {None}
+    if "train" not in splits or len(splits) == 1:
+        if len(splits) > 1:
             names = ", ".join(files[0].name for files in by_split.values())
             text = f"files of several splits are read together ({names}, ...); name one to read it alone"
             say_once(folder.root, text)
         return list(files)
-    other = [p for split, rest in by_split.items() if split != "train" for p in rest]
+    other = [p for split in splits - {"train"} for p in by_split[split]]
     folder.leave_out(other, "of other splits than train; name a file to read it alone")
-    return by_split["train"]
+    return [p for p in files if split_of(p.relative_to(folder.root)) in ("train", None)]

@@ -85,7 +85,7 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
         if p.name == TABLES[0] and (entry := _geneval(p)) is not None
     }
     tables = _tables(listing, without=geneval)
-    rows = [row for table in tables for row in _captioned(table)]
+    rows = [row for table in tables for row in _captioned(table) if row.path not in listing.gone]
     named = {row.path for row in rows}
     below = {table.parent for table in tables}
     listing.leave_out(
