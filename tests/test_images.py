@@ -261,6 +261,16 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
     assert "3 named in no row of the table above them (2.jfif, 3.avif, ...)" in caplog.text
 
 
+def test_names_that_systems_and_programs_write_are_left_out(tmp_path):
+    names = ("__pycache__", "System Volume Information", "$RECYCLE.BIN", "~backup", "~1.png")
+    for name in names[:-1]:
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "1.png")
+    save(tmp_path / names[-1])
+    save(tmp_path / "1.png")
+    assert [i.path.name for i in read_folder(tmp_path)] == ["1.png"]
+
+
 def test_a_folder_of_drawn_images_has_captions_and_no_grid(tmp_path):
     for name in ("0000-a-cat.png", "0001-a-cat.png", "grid.png"):
         save(tmp_path / name)
@@ -295,10 +305,7 @@ def test_of_folders_of_splits_the_training_one_is_read(tmp_path, caplog):
     assert names == {"train.png", "bus.png", "stray.png"}
 
 
-@pytest.mark.parametrize(
-    "table",
-    ["metadata.jsonl", None],
-)
+@pytest.mark.parametrize("table", ["metadata.jsonl", None])
 @pytest.mark.parametrize("above", ["", "cat/"])
 def test_images_of_other_splits_are_not_read_through_a_table_above(tmp_path, above, table, caplog):
     names = [f"{above}train/1.png", f"{above}test/2.png", "3.png"]

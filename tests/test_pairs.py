@@ -344,6 +344,41 @@ def test_samples_of_a_tar_are_told_by_the_name_behind_the_last_slash(tmp_path, b
     assert found[0].images == (png(0), png(9))
 
 
+def samples(*keys):
+    members = {
+        "original_prompt.txt": b"a",
+        "jpg_0.jpg": png(0),
+        "jpg_1.jpg": png(9),
+        "label_0.txt": b"1",
+    }
+    return {f"{key}.{n}": v for key in keys for n, v in members.items()}
+
+
+@pytest.mark.parametrize("damage", ["header", "cut", "half a block"])
+def test_a_tar_that_is_damaged_or_cut_off_is_refused(tmp_path, damage):
+    file = tar(tmp_path / "a.tar", samples(1, 2, 3))
+    with tarfile.open(file) as archive:
+        start = archive.getmember("2.original_prompt.txt").offset
+    data = bytearray(file.read_bytes())
+    if damage == "header":
+        data[start : start + 512] = b"x" * 512
+    else:
+        del data[start + 256 * (damage == "half a block") :]
+    file.write_bytes(data)
+    why = (
+        f"is not readable: it is .* at byte {start}" if damage != "half a block" else "not readable"
+    )
+    with pytest.raises(PairsError, match=why):
+        list(rows(file))
+
+
+def test_members_of_a_tar_that_archivers_write_are_no_samples(tmp_path):
+    extra = {
+        f"{folder}/0.jpg_0.jpg": b"" for folder in ("PaxHeaders.0", "a/PaxHeaders", "__pycache__")
+    }
+    assert facts(read(tar(tmp_path / "a.tar", extra | samples(1)))) == [("a", 1.0)]
+
+
 def test_damaged_text_in_a_tar_or_parquet_costs_its_row_alone(tmp_path):
     members = {"jpg_0.jpg": png(0), "jpg_1.jpg": png(9), "label_0.txt": b"1"}
     prompts = {"1": b"a", "2": b"\xff", "3": b"c"}

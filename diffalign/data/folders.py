@@ -28,7 +28,12 @@ OTHER_MEDIA = frozenset(
     )
 )
 """Suffixes of media files that are not read, although a user may expect it."""
-SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"))
+SYSTEM_FOLDERS = (
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "recycler", "system volume information"),
+    *("lost+found", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "found.000"),
+)
+SYSTEM_NAME = re.compile("|".join((*map(re.escape, SYSTEM_FOLDERS), r"paxheaders(\.\d+)?")))
+"""Names in lower case that operating systems and archivers write."""
 QUIET = frozenset((".ds_store", ".git", ".gitattributes", ".gitignore", ".cache"))
 """Hidden names that are left out without a message."""
 DESCRIPTIONS = frozenset(("dataset_info.json", "dataset_infos.json", "dataset_dict.json"))
@@ -128,18 +133,19 @@ def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
             folders.clear()
             continue
         visited.add((facts.st_dev, facts.st_ino))
-        hidden = [n for n in (*folders, *names) if _is_hidden(n)]
+        hidden = [n for n in (*folders, *names) if is_hidden(n)]
         for name in hidden:
             if name.lower() not in QUIET:
                 path = Path(place, name).relative_to(root).as_posix()
                 left_out.setdefault("hidden or of the system", []).append(path)
-        folders[:] = [n for n in folders if not _is_hidden(n)]
-        files += [Path(place, n) for n in names if not _is_hidden(n)]
+        folders[:] = [n for n in folders if not is_hidden(n)]
+        files += [Path(place, n) for n in names if not is_hidden(n)]
     return Folder(root, sorted(files), left_out)
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+def is_hidden(name: str) -> bool:
+    """Return True for names of hidden files, and of files of operating systems and programs."""
+    return name.startswith((".", "~")) or SYSTEM_NAME.fullmatch(name.lower()) is not None
 
 
 def walk_images(root: Path, *, error: type[UserError] = FolderError) -> Folder:
@@ -180,7 +186,7 @@ def _keep_training_folder(folder: Folder) -> None:
 
 
 def _split_of_folder(name: str) -> tuple[str | None, str]:
-    """Return the split that a folder such as val2017 is named after, and the rest of its name."""
+    """Return the split in a folder's name, such as val2017, and the rest of the name."""
     words = [re.sub(r"(images|imgs|set|data)$", "", word) for word in _words(name)]
     place = next((i for i, word in enumerate(words) if word in _WORDS), None)
     if place is None:
@@ -190,7 +196,7 @@ def _split_of_folder(name: str) -> tuple[str | None, str]:
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of a name in lower case; a capital after a small letter begins a word."""
+    """Return the words of a name in lower case, also those of camel case."""
     return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
@@ -209,7 +215,7 @@ def split_of(path: Path) -> str | None:
 
 
 def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
-    """Return the files of the training split and of no split, or all without several splits."""
+    """Return all files, or those of no other split than train where train is among them."""
     describing = [p for p in files if p.name.lower() in DESCRIPTIONS]
     if len(describing) < len(files):
         folder.leave_out(describing, "describing a dataset")

@@ -17,11 +17,14 @@ from typing import Any
 
 from diffalign.core.errors import UserError
 from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
+from diffalign.data.folders import is_hidden
 
 SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv")
 TAR_IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_MEMBER = 512 * 1024**2
 """Largest size in bytes of a tar member; a longer one is no image."""
+PADDING = 1024**2
+"""Bytes that are read at once of the zeros at the end of a tar."""
 PARQUET_BATCH = 32
 
 
@@ -218,8 +221,23 @@ def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
                     yield None
                     continue
                 yield _sample(parts, partial(Row, file=file, number=number, name=key), archive)
+            _check_end(archive)
     except (tarfile.TarError, EOFError, OSError) as cause:
         raise error(f"{file} is not readable: {_first_line(cause)}") from cause
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise ReadError unless zeros follow the last member, because tarfile ends at any damage."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    place = f"at byte {archive.offset}"
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it is cut off {place}, where an end-of-archive block belongs")
+    while block:
+        if any(block):
+            raise tarfile.ReadError(f"it is damaged {place}, and what follows would be lost")
+        block = archive.fileobj.read(PADDING)
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -230,8 +248,7 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _is_hidden(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return any(p == "__MACOSX" or (p.startswith(".") and p not in (".", "..")) for p in parts)
+    return any(is_hidden(part) for part in PurePosixPath(name).parts if part != "..")
 
 
 def _sample(
