@@ -1,13 +1,16 @@
 """`diffalign pairs --images`: preference pairs of images that somebody has."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffalign import cli
-from diffalign.config import PairsConfig
+from diffalign.cli import pairs as verb
+from diffalign.cli.parser import Parser
+from diffalign.config import PairsConfig, load
 from diffalign.data.pairs.records import read_pairs
 
 
@@ -60,3 +63,38 @@ def test_what_cannot_be_compared_is_one_line(photos, tmp_path, capsys):
     assert pairs(photos, tmp_path / "out") == 2
     assert "has a caption, and pairs are of images of one caption" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model=shapes-sd3"], "inversion-dpo-shapes --pairs.source=p"),
+        (["--model=shapes-sd"], "inversion-dpo-shapes-sd --pairs.source=p"),
+        *(
+            (
+                [f"--model={name}", "--prompts=mine.txt"],
+                f"inversion-dpo-{name} --pairs.source=p --prompts.evaluation=PROMPTS.txt",
+            )
+            for name in ("sd1.5", "sdxl", "sd3.5-medium", "flux.1-dev")
+        ),
+        (
+            ["--model=org/mine", "--rewards=jpeg", "--prompts=shapes:train"],
+            "inversion-dpo --pairs.source=p --model.name=org/mine '--rewards={\"jpeg\": 1}' "
+            "--prompts.evaluation=shapes:held_out",
+        ),
+        (
+            ["--images=.", "--rewards=jpeg"],
+            "inversion-dpo --pairs.source=p --model.name=MODEL '--rewards={\"jpeg\": 1}' "
+            "--prompts.evaluation=PROMPTS.txt",
+        ),
+    ],
+)
+def test_the_next_command_names_the_recipe_of_the_model_that_drew(flags, words, capsys):
+    parser = Parser()
+    verb.add_flags(parser)
+    settings = verb._training(parser.parse_args([*flags, "--output_dir=p"]))
+    assert shlex.join(settings) == words
+    told = capsys.readouterr().out
+    assert ("your file of held-out prompts" in told) == ("PROMPTS.txt" in words)
+    filled = [w.replace("MODEL", "shapes-sd3") for w in settings[1:]]
+    assert load(settings[0], filled).pairs.source == "p"

@@ -37,6 +37,11 @@ def emit(result: Mapping[str, Any]) -> None:
         print(json.dumps(result), file=_programs[-1], flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def suggest(*words: object) -> None:
     """Print a command to run next, made of all words but None."""
     command = shlex.join(["diffalign", *(str(w) for w in words if w is not None)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffalign.cli import options, types
@@ -12,6 +13,16 @@ from diffalign.cli.verb import Verb
 if TYPE_CHECKING:
     from diffalign.data.images import CaptionedImage
     from diffalign.rewards.composition import CompositeReward
+
+RECIPE = "inversion-dpo"
+"""Recipe that trains on pairs; the recipes of single models have names that begin with it."""
+HELD_OUT = {"shapes:train": "shapes:held_out", "geneval:train": "geneval"}
+"""Held-out prompts of the prompts that pairs are made of."""
+PLACES = {
+    "MODEL": "the model to train (`diffalign list models`, a folder or an id of the Hugging Face Hub)",
+    "PROMPTS.txt": "your file of held-out prompts, one per line",
+}
+"""Words of the next command that stand for something of the user's."""
 
 
 def add_flags(parser: Parser) -> None:
@@ -61,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     The images are those of --images; without it missing images are generated first.
     """
-    from diffalign.cli.output import emit, suggest
+    from diffalign.cli.output import counted, emit, suggest
     from diffalign.core import console, processes
     from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
 
@@ -80,11 +91,36 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
     if state.is_main_process:
-        print(f"{result['pairs']} pairs of {result['prompts']} prompts in {result['file']}")
+        pairs, prompts = counted(result["pairs"], "pair"), counted(result["prompts"], "prompt")
+        print(f"{pairs} of {prompts} in {result['file']}")
         if result["unreadable"]:
-            print(f"{result['unreadable']} images could not be read")
-        suggest("train", "inversion-dpo", f"--pairs.source={args.output_dir}")
+            print(f"{counted(result['unreadable'], 'image')} could not be read")
+        suggest("train", *_training(args))
         emit(result)
+
+
+def _training(args: argparse.Namespace) -> list[str]:
+    """Return the recipe of the model that drew, and the settings that the recipe still needs; print what they are."""
+    import json
+
+    from diffalign.config import load, recipes
+    from diffalign.data.prompts import is_file
+
+    # images that somebody has are not of --model's making
+    model = None if args.images else args.model
+    names = [name for name in recipes() if name.startswith(f"{RECIPE}-")]
+    own = next((name for name in names if load(name).model.name == model), None)
+    settings = [f"--pairs.source={args.output_dir}"]
+    if own is None:
+        rewards = {name.strip(): 1 for name in args.rewards.split(",") if name.strip()}
+        settings += [f"--model.name={model or 'MODEL'}", f"--rewards={json.dumps(rewards)}"]
+    held_out = load(own or RECIPE).prompts.evaluation
+    if is_file(held_out) and not Path(held_out).is_file():
+        settings.append(f"--prompts.evaluation={HELD_OUT.get(args.prompts, 'PROMPTS.txt')}")
+    missing = [f"{text} is {what}" for text, what in PLACES.items() if text in " ".join(settings)]
+    if missing:
+        print(f"{own or RECIPE} needs more settings: {'; '.join(missing)}")
+    return [own or RECIPE, *settings]
 
 
 def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
