@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffalign.rewards.composition import CompositeReward
 
 RECIPE = "inversion-dpo"
-"""Recipe that trains on pairs; the recipes of single models have names that begin with it."""
+"""Recipe that trains on pairs, and the start of the names of its variants."""
 HELD_OUT = {"shapes:train": "shapes:held_out", "geneval:train": "geneval"}
 """Held-out prompts of the prompts that pairs are made of."""
 PLACES = {
@@ -100,7 +100,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _training(args: argparse.Namespace) -> list[str]:
-    """Return the recipe of the model that drew, and the settings that the recipe still needs; print what they are."""
+    """Return the recipe of the model that drew, and the settings that it needs.
+
+    Print what the user has to fill in.
+    """
     import json
 
     from diffalign.config import load, recipes
