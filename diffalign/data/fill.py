@@ -24,9 +24,9 @@ Cache = TypeVar("Cache", bound=ShardCache)
 def shards(
     items: Iterable[Any], *, first: int = 0, limit: int | None = None, size: int
 ) -> Iterator[Shard]:
-    """Cut a stream of items into shards of at least `size` items; the last may be smaller.
+    """Cut a stream of items into shards of at least `size` items.
 
-    A shard ends with a row, so that it can be read without the shards before it.
+    The last shard may be smaller. A shard ends with a row, so that it can be read without the shards before it.
 
     Args:
         first: number of the first shard.
