@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import cli, lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import files, formats, source
+from diffalign.lora import files, formats, names, source
 
 MODELS = {**tiny.MODELS, "sd": tiny.sd_model, "sdxl": tiny.sdxl_model}
 RANK, ALPHA = 2, 6.0
@@ -53,6 +53,10 @@ SPELLINGS = {
     "simpletuner": "lycoris_{flat}.lora_down.weight",
     "onetrainer": "lora_{kind}_{flat}.lora_down.weight",
     "processors": "{part}.{processor}_lora.down.weight",
+    "sharded": "{part}._fsdp_wrapped_module.{sharded}.lora_A.weight",
+    "a part of a program": "network.module.model.{name}.lora_A.weight",
+    "a program's kohya": "module.lora_unet__orig_mod_{flat}.lora_down.weight",
+    "named": "{name}.lora_down.default.weight",
 }
 
 
@@ -66,6 +70,7 @@ def test_every_spelling_is_the_same_update(family, spelling, tmp_path):
         part=part,
         name=name,
         flat=name.replace(".", "_"),
+        sharded=name.replace(".0.", ".0._checkpoint_wrapped_module.", 1),
         kind=part,
         processor=name.replace(".to_q", ".processor.to_q"),
     )
@@ -164,6 +169,11 @@ REFUSED = {
     "nan": ("{p}.alpha", torch.tensor(float("nan")), "not finite"),
     "two alphas": ("{p}.alpha", torch.ones(2), "alpha of .* is 2 numbers"),
     "one matrix": ("{root}elsewhere.lora_A.weight", torch.ones(2, 2), "has no lora_B"),
+    "bias": ("{p}.lora_B.bias", torch.ones(2), "lora_B.bias.*lora_bias=True"),
+    "bias of a named adapter": ("{p}.lora_B.default.bias", torch.ones(2), "lora_B.default.bias"),
+    "second matrix": ("{p}.lora.down.weight", torch.ones(2, 2), "lora.down.weight and .*lora_A"),
+    "second adapter": ("{p}.lora_A.old.weight", torch.ones(2, 2), "2 adapters .*without a name"),
+    "other layer's adapter": ("{root}x.lora_B.old.weight", torch.ones(2, 2), "2 adapters .*'old'"),
     "a stray tensor": ("something", torch.ones(2), "this is neither"),
 }
 
@@ -376,6 +386,24 @@ def test_only_flux_of_the_stock_loaders_takes_tensors_of_alpha(family, tmp_path)
     else:
         with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
             model.pipeline.load_lora_weights(state)
+
+
+@pytest.mark.parametrize("old", ["to_{}_lora.down", "{}_proj.lora_linear_layer.down"])
+@pytest.mark.parametrize("letter", ["q", "out"])
+def test_old_names_of_text_encoders_attention(old, letter):
+    layer = "text_model.encoder.layers.0.self_attn"
+    key = names.split_key(f"text_encoder.{layer}.{old.format(letter)}.weight")
+    assert key.kind == "down"
+    assert names.find_place(key.module) == names.Place("text_encoder", (f"{layer}.{letter}_proj",))
+
+
+@pytest.mark.parametrize("ends", ["default old", "default old default old"])
+def test_the_adapters_of_one_file_are_named(ends, tmp_path):
+    matrices = zip("ABAB", ends.split(), strict=False)
+    keys = [f"transformer.x_embedder.lora_{x}.{name}.weight" for x, name in matrices]
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="2 adapters \\('default', 'old'\\)"):
+        files.read_lora(str(tmp_path / "a.safetensors"))
 
 
 def test_the_same_place_under_two_names_is_an_error(tmp_path):

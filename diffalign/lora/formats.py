@@ -130,7 +130,9 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
         raise UsageError(
             f"{path} holds no LoRA: none of its {len(tensors)} tensors is a part of one{example}"
         )
+    _check_adapters(tensors, path)
     grouped: dict[str, dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str], str] = {}
     for key, tensor in tensors.items():
         parsed = names.split_key(key)
         if parsed is None:
@@ -138,7 +140,7 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
                 f"{path} holds {key}, and only plain LoRA and PEFT's DoRA are read: {_kind_of(key)}. Nothing was "
                 "loaded. Merge it with the program that made it, or export it as a plain LoRA."
             )
-        module, kind = parsed
+        module, kind = parsed.module, parsed.kind
         if not tensor.is_floating_point() and kind != "alpha":
             raise UsageError(
                 f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats"
@@ -148,6 +150,11 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
             raise UsageError(
                 f"{path}: {key} is not finite (NaN or infinity), so the file is damaged or its training diverged. Take "
                 "an earlier checkpoint."
+            )
+        other = keys.setdefault((module, kind), key)
+        if other != key:
+            raise UsageError(
+                f"{path} holds {other} and {key}, two tensors for one place. Save one LoRA per file."
             )
         grouped.setdefault(module, {})[kind] = value
     for module, own in grouped.items():
@@ -167,6 +174,22 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
     return grouped
 
 
+def _check_adapters(tensors: Iterable[str], path: Path) -> None:
+    """Refuse a file that holds several of PEFT's adapters, with a key of each."""
+    examples: dict[str, str] = {}
+    for key in tensors:
+        parsed = names.split_key(key)
+        # alpha has no adapter's name, and neither has a magnitude that PEFT saved
+        if parsed is not None and (parsed.adapter or parsed.kind in ("down", "up")):
+            examples.setdefault(parsed.adapter, key)
+    if len(examples) > 1:
+        adapters = ", ".join(repr(name) if name else "one without a name" for name in examples)
+        raise UsageError(
+            f"{path} holds {len(examples)} adapters ({adapters}), for instance {' and '.join(examples.values())}. Save "
+            "each adapter in a file of its own, as PEFT's save_pretrained does."
+        )
+
+
 def _kind_of(key: str) -> str:
     for word, kind in {
         "dora_scale": "this is a DoRA of LyCORIS, whose scale programs apply in different ways",
@@ -175,7 +198,7 @@ def _kind_of(key: str) -> str:
         "lora_mid": "this is a LoCon with a third matrix",
         ".diff": "this is a difference of whole weights",
         "_norm": "this is a normalisation layer",
-        "bias": "this is a bias",
+        ".bias": "this is a bias, which PEFT trains with lora_bias=True or bias=...",
     }.items():
         if word in key:
             return kind

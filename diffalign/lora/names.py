@@ -19,8 +19,12 @@ KOHYA = "lora_unet_"
 """Prefix of all of kohya's names of denoisers, transformers' as well."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-# prefixes of whole checkpoints and wrappers, which say nothing of the component
-WRAPPERS = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "module.")
+# prefixes of whole checkpoints and programs, which say nothing of the component
+WRAPPERS = ("base_model.model.", "diffusion_model.", "model.", "network.")
+# names that wrappers of torch put between two others: compilation, sharding, checkpointed layers, data parallelism
+_WRAPPED = re.compile(
+    r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]|(?:(?<=\.)|^)module\."
+)
 DOTTED = {
     "transformer.": TRANSFORMER,
     "unet.": UNET,
@@ -148,13 +152,13 @@ UNET_INNER = {
     "op": "conv",
 }
 
+# PEFT's state dict has the adapter's name before "weight"; a file that PEFT saves has none
 _END = re.compile(
     r"(?P<module>.+?)(?:"
-    r"\.lora_(?P<letter>[AB])(?:\.(?!weight$)[\w-]+)?(?:\.weight)?"
-    r"|\.lora_(?P<side>down|up)\.weight"
-    r"|(?:[._]lora|\.lora_linear_layer)\.(?P<old_side>down|up)\.weight"
+    r"\.lora_(?P<letter>[AB])(?:(?:\.(?P<adapter>[\w-]+))?\.weight)?"
+    r"|(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)(?P<side>down|up)(?:\.(?P<side_adapter>[\w-]+))?\.weight"
     r"|\.(?P<alpha>alpha)"
-    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.[\w-]+)*"
+    r"|\.lora_magnitude_vector(?:\.(?!weight$|bias$)(?P<vector_adapter>[\w-]+))?(?:\.weight)?"
     r")"
 )
 _XLABS_END = re.compile(
@@ -175,27 +179,37 @@ class Place:
     released: bool = False
 
 
-def split_key(key: str) -> tuple[str, str] | None:
-    """Return (module, kind) of a key: "down", "up", "alpha" or "magnitude"; None for every other tensor."""
-    key = key.replace("_orig_mod.", "")
+@dataclass(frozen=True)
+class Key:
+    """Parts of a tensor's key: `kind` is "down", "up", "alpha" or "magnitude", `adapter` PEFT's name of the adapter."""
+
+    module: str
+    kind: str
+    adapter: str = ""
+
+
+def split_key(key: str) -> Key | None:
+    """Return the parts of a key; None for every tensor that is no part of a LoRA."""
+    key = _WRAPPED.sub("", key)
     if match := _XLABS_END.fullmatch(key):
-        return match["module"], match["side"]
+        return Key(match["module"], match["side"])
     match = _END.fullmatch(key)
     if match is None:
         return None
+    module = match["module"]
     if match["letter"]:
-        return match["module"], "down" if match["letter"] == "A" else "up"
-    if side := match["side"] or match["old_side"]:
-        return match["module"], side
-    return match["module"], "alpha" if match["alpha"] else "magnitude"
+        return Key(module, "down" if match["letter"] == "A" else "up", match["adapter"] or "")
+    if match["side"]:
+        return Key(module, match["side"], match["side_adapter"] or "")
+    return Key(module, "alpha" if match["alpha"] else "magnitude", match["vector_adapter"] or "")
 
 
 def find_place(module: str) -> Place | None:
     """Return the place that a module's name of any spelling means. None: it means nothing here."""
-    for prefix, part in UNDERSCORED.items():
-        if module.startswith(prefix):
-            return _underscored(module.removeprefix(prefix), part)
     part, name = _strip(module)
+    for prefix, component in UNDERSCORED.items():
+        if part == DENOISER and name.startswith(prefix):
+            return _underscored(name.removeprefix(prefix), component)
     return _dotted(name, part)
 
 
@@ -247,6 +261,8 @@ def _dotted(name: str, part: str) -> Place | None:
 
 def _full_text_name(name: str) -> str:
     """Return a CLIP module's name in files. Since transformers 5 the model itself has no `text_model`."""
+    # older diffusers named the attention of text encoders like that of denoisers
+    name = re.sub(r"\.self_attn\.to_([qkv]|out)$", r".self_attn.\1_proj", name)
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
