@@ -186,7 +186,7 @@ def _keep_training_folder(folder: Folder) -> None:
 
 
 def _split_of_folder(name: str) -> tuple[str | None, str]:
-    """Return the split in a folder's name, such as val2017, and the rest of the name."""
+    """Split a folder's name, such as val2017, into its split and the rest."""
     words = [re.sub(r"(images|imgs|set|data)$", "", word) for word in _words(name)]
     place = next((i for i, word in enumerate(words) if word in _WORDS), None)
     if place is None:
@@ -215,7 +215,7 @@ def split_of(path: Path) -> str | None:
 
 
 def keep_training_files(folder: Folder, files: Sequence[Path]) -> list[Path]:
-    """Return all files, or those of no other split than train where train is among them."""
+    """Return all files; with a training split leave out the other splits."""
     describing = [p for p in files if p.name.lower() in DESCRIPTIONS]
     if len(describing) < len(files):
         folder.leave_out(describing, "describing a dataset")
