@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -167,6 +168,7 @@ def pipeline(name: str) -> Any:
 
     Its tokenizers only know their length.
     """
+    turbo = name == "sdxl-turbo"
     name = SAME.get(name, name)
     with torch.device("meta"):
         parts = _encoders(name)
@@ -186,7 +188,12 @@ def pipeline(name: str) -> Any:
             **parts, **no_checker, scheduler=scheduler, requires_safety_checker=False
         )
     if name == "sdxl":
-        return StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(**SCALED_LINEAR))
+        scheduler = EulerDiscreteScheduler(**SCALED_LINEAR)
+        if turbo:
+            scheduler = EulerAncestralDiscreteScheduler(
+                **SCALED_LINEAR, timestep_spacing="trailing", steps_offset=1
+            )
+        return StableDiffusionXLPipeline(**parts, scheduler=scheduler)
     if name == "sana-1.6b":
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
         return SanaPipeline(**parts, scheduler=DPMSolverMultistepScheduler(**flow))

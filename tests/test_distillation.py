@@ -356,7 +356,7 @@ def test_merge_says_what_it_cannot_do(tmp_path, capsys):
     merge = ["merge", f"--model={tmp_path / 'base'}", f"--lora={tmp_path / 'lora'}"]
     merge += [f"--output_dir={tmp_path / 'out'}"]
     assert cli.main([*merge, "--fold_guidance=3"]) == 2
-    assert "--fold_guidance is for FLUX" in capsys.readouterr().err
+    assert "--fold_guidance: is for FLUX" in capsys.readouterr().err
     assert cli.main([*merge, f"--scheduler={tmp_path / 'nowhere'}"]) == 2
     assert "holds no scheduler" in capsys.readouterr().err
     assert cli.main([*merge, "--scheduler=MagicScheduler"]) == 2

@@ -12,6 +12,7 @@ import torch
 
 from diffalign.cli.endings import ending, memory_advice
 from diffalign.cli.main import VERBS, build_parser, main
+from diffalign.cli.parser import SpellingParser
 from diffalign.config import load
 from diffalign.core.errors import ReportedError, UsageError, explain, out_of_memory
 from diffalign.core.interruption import Interrupted
@@ -102,8 +103,8 @@ def test_every_command_ends_with_one_line_and_its_status():
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        (["generate", "x", "--dtype=float32"], "--batch_size (now 64), --dtype=bfloat16"),
-        (["evaluate", "fid", "--model=m"], "a smaller --batch_size"),
+        (["generate", "x", "--dtype=float32"], "a smaller --batch_size, --dtype=bfloat16"),
+        (["evaluate", "fid", "--model=m", "--batch_size=8"], "a smaller --batch_size (now 8)"),
         (
             ["autoencoder", "--autoencoder=a", "--output_dir=o"],
             "--batch_size (now 32), a smaller --re",
@@ -112,7 +113,7 @@ def test_every_command_ends_with_one_line_and_its_status():
     ],
 )
 def test_advice_names_flags_that_the_verb_has(words, advice):
-    assert advice in memory_advice(build_parser().parse_args(words))
+    assert advice in memory_advice(build_parser(SpellingParser).parse_args(words))
 
 
 def test_advice_names_settings_that_the_run_has():

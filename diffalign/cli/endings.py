@@ -26,8 +26,7 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
     if isinstance(error, ReportedError):
         return "", 2
     if isinstance(error, UserError):
-        flags = {a.dest: flag_of(a) for a in args.parser._actions if a.option_strings}
-        return f"diffalign: error: {name_flags(str(error), flags)}", 2
+        return f"diffalign: error: {name_flags(str(error), _flags_of(args))}", 2
     text = library_line(error) or explain(error, memory=memory_advice(args))
     if text is None:
         return None
@@ -37,11 +36,22 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
     return f"diffalign: error: {text}" + (f". The same command {more}" if verb.resumes else ""), 2
 
 
+def _flags_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags of the chosen verb, by the argument that each sets."""
+    parser = getattr(args, "parser", None)
+    actions = parser._actions if parser is not None else ()
+    return {action.dest: flag_of(action) for action in actions if action.option_strings}
+
+
 def memory_advice(args: argparse.Namespace) -> str:
     """Return advice that names the flags of a verb that reduce its memory use."""
     parts = []
-    if getattr(args, "batch_size", 1) > 1:
-        parts.append(f"a smaller --batch_size (now {args.batch_size})")
+    # None before the model's card has been read: its batch is not known, and may be 1
+    size = getattr(args, "batch_size", 1)
+    if size is None:
+        parts.append("a smaller --batch_size")
+    elif size > 1:
+        parts.append(f"a smaller --batch_size (now {size})")
     if getattr(args, "dtype", None) == "float32":
         parts.append("--dtype=bfloat16")
     if getattr(args, "mixed_precision", None) == "no":

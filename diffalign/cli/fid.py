@@ -10,7 +10,6 @@ from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from diffalign.evaluation.fid import statistics_path
     from diffalign.evaluation.fid_sides import Generation
 
 
@@ -61,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.cli.output import print_scores, write_result
     from diffalign.core import console, processes
     from diffalign.core.errors import UsageError
+    from diffalign.evaluation.fid import statistics_path
     from diffalign.evaluation.fid_sides import compare_sides, generated_side, reference_side
     from diffalign.rewards.features import load_network
 

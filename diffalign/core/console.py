@@ -48,6 +48,10 @@ class _Messages(io.TextIOBase):
     def flush(self) -> None:
         """Do nothing: the lines are written to the log file at the end."""
 
+    def fileno(self) -> int:
+        """Return the descriptor of the stream behind this one, for the output of child processes."""
+        return self.shown.fileno()
+
     def isatty(self) -> bool:
         """Return False, so that other libraries draw no progress bars."""
         return False
