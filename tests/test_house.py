@@ -69,6 +69,7 @@ ALLOWED = {
     "diffalign/lora/policies.py": ("core.errors",),
     "diffalign/lora/files.py": ("core", "lora"),
     "diffalign/lora/formats.py": ("core", "lora"),
+    "diffalign/lora/configuration.py": ("core",),
     "diffalign/lora/names.py": (),
     "diffalign/lora/stacks.py": ("core", "lora"),
     "diffalign/lora/source.py": ("core",),

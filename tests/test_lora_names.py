@@ -151,6 +151,18 @@ def test_a_folder_of_peft_has_its_strength_from_its_configuration(family, config
     [
         ({"peft_type": "LOHA"}, "peft_type=LOHA"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base's weights"),
+        ({"lora_alpha": math.nan}, "lora_alpha=nan is no number"),
+        ({"lora_alpha": 1e300}, r"lora_alpha=1e\+300 is no number"),
+        ({"lora_alpha": "x"}, "lora_alpha='x' is no number"),
+        ({"alpha_pattern": {"to_q": math.inf}}, "alpha_pattern.'to_q'.=inf is no number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern=\[1\] .* no mapping"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern.'\\('. .* no pattern"),
+        ({"r": "x"}, "r='x' is no whole number"),
+        ({"r": 0}, "r=0 is no whole number"),
+        ({"rank_pattern": {"to_q": math.nan}}, "rank_pattern.'to_q'.=nan is no whole number"),
+        ({"use_rslora": "false"}, "use_rslora='false'"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_bias=true"),
     ],
 )
 def test_other_adapters_of_peft_are_refused(config, message, tmp_path):
@@ -167,6 +179,7 @@ REFUSED = {
     "locon": ("{p}.lora_mid.weight", torch.ones(2, 2, 3, 3), "third matrix"),
     "difference": ("{p}.diff", torch.ones(8, 2), "difference of whole weights"),
     "nan": ("{p}.alpha", torch.tensor(float("nan")), "not finite"),
+    "huge alpha": ("{p}.alpha", torch.tensor(1e30), "alpha=1.*e.30 is no number"),
     "two alphas": ("{p}.alpha", torch.ones(2), "alpha of .* is 2 numbers"),
     "one matrix": ("{root}elsewhere.lora_A.weight", torch.ones(2, 2), "has no lora_B"),
     "bias": ("{p}.lora_B.bias", torch.ones(2), "lora_B.bias.*lora_bias=True"),

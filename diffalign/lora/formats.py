@@ -9,26 +9,22 @@ all of these spellings, and those of PEFT, OneTrainer, ai-toolkit, SimpleTuner, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
-from diffalign.lora import names, stacks
+from diffalign.lora import configuration, names, stacks
+from diffalign.lora.configuration import METADATA
 from diffalign.lora.names import KOHYA, TRANSFORMER, UNET
 
 FORMATS = ("diffusers", "comfyui", "kohya")
-METADATA = "lora_adapter_metadata"
-# initialisations that change the base weights as well, which a file of adapters does not hold
-_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|eva_", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,13 @@ class Lora:
         return sum(map(len, self.parts.values()))
 
 
-def read(path: Path, config: Mapping[str, Any] | None = None) -> Lora:
+def read(path: Path, config: Mapping[str, Any] | None = None, *, unclear: str = "") -> Lora:
     """Read a LoRA file in any of the formats.
 
     Args:
         path: a .safetensors file.
         config: the `adapter_config.json` beside it, as PEFT writes it.
+        unclear: the error for a layer whose alpha neither the file nor `config` gives; "" where it is then the rank.
 
     Raises:
         UsageError: it is none, or holds a tensor that is no part of a plain LoRA or of PEFT's DoRA, or not finite.
@@ -97,9 +94,9 @@ def read(path: Path, config: Mapping[str, Any] | None = None) -> Lora:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is no readable safetensors file: {error}") from error
-    configs = _header_configs(header, path)
+    configs = configuration.header_configs(header, path)
     if not configs and config is not None:
-        configs = {"": _checked(config, path)}
+        configs = {"": configuration.checked(config, path)}
     grouped = _grouped(tensors, path)
     lora = Lora(source=str(path), dtype=_stored_dtype(tensors))
     for module, own in grouped.items():
@@ -108,7 +105,13 @@ def read(path: Path, config: Mapping[str, Any] | None = None) -> Lora:
             raise UsageError(
                 f"{path} holds {module}, by which no module of SD1.5, SDXL, SD3, FLUX or SANA is known"
             )
-        alpha = _alpha(own, place, configs)
+        own_config = configs.get(place.part, configs.get("", {}))
+        if own_config.get("use_dora") and "magnitude" not in own:
+            raise UsageError(
+                f"{path}: use_dora=true, and {module} has no lora_magnitude_vector, so the file is not complete. Save "
+                "it again, with PEFT's save_pretrained."
+            )
+        alpha = _alpha(own, place, own_config, unclear)
         for name, layer in stacks.split(place, own["down"], own["up"], alpha):
             if "magnitude" in own and len(place.modules) > 1:
                 raise UsageError(f"{path}: DoRA of {module}, which is several modules in diffusers")
@@ -158,20 +161,25 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
             )
         grouped.setdefault(module, {})[kind] = value
     for module, own in grouped.items():
-        for kind, other in (("down", "lora_A"), ("up", "lora_B")):
-            if kind not in own:
-                spelling = f"lora_{kind}" if module.startswith("lora_") else other
-                raise UsageError(f"{path}: {module} has no {spelling}")
-        if "alpha" in own and own["alpha"].numel() != 1:
-            raise UsageError(
-                f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one"
-            )
-        if own["down"].shape[:1] == (0,):
-            raise UsageError(f"{path}: {module} has rank 0")
-        if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
-            shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
-            raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
+        _check_layer(module, own, path)
     return grouped
+
+
+def _check_layer(module: str, own: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a layer that has not all matrices, or whose matrices do not belong together."""
+    for kind, other in (("down", "lora_A"), ("up", "lora_B")):
+        if kind not in own:
+            spelling = f"lora_{kind}" if module.startswith("lora_") else other
+            raise UsageError(f"{path}: {module} has no {spelling}")
+    if "alpha" in own and own["alpha"].numel() != 1:
+        raise UsageError(f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one")
+    if "alpha" in own:
+        configuration.check_alpha(own["alpha"].item(), f"{module}.alpha", path)
+    if own["down"].shape[:1] == (0,):
+        raise UsageError(f"{path}: {module} has rank 0")
+    if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
+        shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
+        raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
 
 
 def _check_adapters(tensors: Iterable[str], path: Path) -> None:
@@ -212,47 +220,17 @@ def _stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     return one if one in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def _header_configs(header: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
-    """Return component -> PEFT's configuration from diffusers' header."""
-    try:
-        flat = json.loads(header.get(METADATA, "{}"))
-    except ValueError as error:
-        raise UsageError(f"{path}: its header's {METADATA} is not JSON: {error}") from error
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items() if isinstance(flat, dict) else ():
-        part, _, name = key.partition(".")
-        configs.setdefault(part, {})[name] = value
-    return {part: _checked(config, path) for part, config in configs.items()}
-
-
-def _checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Refuse a PEFT configuration whose update is not that of a LoRA's matrices."""
-    kind = config.get("peft_type") or "LORA"
-    start = str(config.get("init_lora_weights") or "")
-    if str(kind).rpartition(".")[2] != "LORA":
-        raise UsageError(f"{path}: peft_type={kind}; only LORA is read")
-    if _CHANGES_BASE.search(start):
-        raise UsageError(
-            f"{path}: init_lora_weights={start!r} changes the base's weights as well, which no adapter file holds. "
-            "Save it with PEFT's path_initial_model_for_weight_conversion first."
-        )
-    return dict(config)
-
-
 def _alpha(
-    own: Mapping[str, Tensor], place: names.Place, configs: Mapping[str, Mapping[str, Any]]
+    own: Mapping[str, Tensor], place: names.Place, config: Mapping[str, Any], unclear: str
 ) -> float:
     """Return alpha from the tensor, else from the configuration, else the rank."""
-    rank = own["down"].shape[0]
     if "alpha" in own:
         return float(own["alpha"].flatten()[0])
-    config = configs.get(place.part, configs.get("", {}))
-    patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(patterns.keys(), place.modules[0])
-    alpha = patterns.get(key, config.get("lora_alpha"))
-    if alpha is None:
-        return float(rank)
-    return float(alpha) * (rank**0.5 if config.get("use_rslora") else 1.0)
+    rank = own["down"].shape[0]
+    alpha = configuration.alpha_of(config, place.modules[0], rank)
+    if alpha is None and unclear:
+        raise UsageError(unclear)
+    return float(rank) if alpha is None else alpha
 
 
 def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None:
