@@ -10,6 +10,7 @@ import tiny
 import tiny_pairs
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from diffalign import cli
 from diffalign.config import EvaluationConfig
@@ -199,7 +200,7 @@ class TestRefused:
             fill(source, tmp_path)
 
     def test_too_many_to_keep(self, tmp_path):
-        with pytest.raises(UsageError, match=r"--record_states: must lie in 1\.\.4"):
+        with pytest.raises(UsageError, match=r"record_states: must lie in 1\.\.4"):
             draw(tmp_path / "pairs", states=7)
 
 
@@ -246,9 +247,12 @@ class TestTheCommand:
         assert "another way (record_states: 2 there)" in capsys.readouterr().err
 
     def test_a_number_that_cannot_be_kept_leaves_no_trace(self, tmp_path, capsys):
-        for count in (0, 20):
+        # the parser knows the least number, the model the greatest
+        for count, reason in ((0, "must be at least 1"), (20, "must lie in")):
             assert self.pairs(tmp_path, f"--record_states={count}") == 2
-            assert "--record_states: must lie in" in capsys.readouterr().err
+            error = capsys.readouterr().err
+            assert "--record_states" in error
+            assert reason in error
         assert not list(tmp_path.iterdir())
 
     def test_lost_states_are_drawn_again(self, tmp_path, capsys):
@@ -260,5 +264,7 @@ class TestTheCommand:
         assert lost.stat().st_size == len(there)
 
     def test_not_of_another_model_than_is_trained(self, tmp_path, capsys):
-        assert self.pairs(tmp_path, "--record_states=2", "--lora=somewhere") == 2
+        lora = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file({"transformer.a.lora_A.weight": torch.zeros(1, 1)}, lora)
+        assert self.pairs(tmp_path / "pairs", "--record_states=2", f"--lora={lora}") == 2
         assert "--record_states" in capsys.readouterr().err
