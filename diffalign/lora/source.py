@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffalign.core.errors import UsageError
+from diffalign.core.files import expand_home
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
@@ -36,13 +37,13 @@ def locate(source: str) -> Source:
     Raises:
         UsageError: nothing is there, several files are, or the hub does not give it.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.exists():
         return _local(path, source)
     place, colon, name = source.rpartition(":")
     if not colon:
         place, name = source, ""
-    folder = Path(place).expanduser()
+    folder = expand_home(place)
     if colon and folder.is_dir():
         if not (folder / name).exists():
             raise UsageError(f"lora: {folder} has no {name}. Check the name behind the colon.")
