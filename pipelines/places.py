@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.core.errors import UserError
+from diffalign.core.files import expand_home
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"(?P<source>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
@@ -46,7 +47,7 @@ def look(name: str, *, setting: str = "model.name") -> Place | None:
     Raises:
         UnknownModel: the path does not exist or holds no model.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         return _folder(path, setting)
     if path.exists():

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from diffalign.core.errors import UserError
+from diffalign.core.files import expand_home
 from diffalign.core.nearest import closest
 
 _NAME = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*)")
@@ -44,7 +45,7 @@ def digest(name: str) -> str | None:
     match = _NAME.fullmatch(name)
     if match is None or not match["place"].endswith(".py"):
         return None
-    return hashlib.sha256(Path(match["place"]).expanduser().read_bytes()).hexdigest()
+    return hashlib.sha256(expand_home(match["place"]).read_bytes()).hexdigest()
 
 
 def check(name: str, *, setting: str = "rewards") -> None:
@@ -67,7 +68,7 @@ def check(name: str, *, setting: str = "rewards") -> None:
                 f"my_reward.py:{attribute}"
             )
         return
-    path = Path(place).expanduser()
+    path = expand_home(place)
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except OSError as error:
@@ -92,7 +93,7 @@ def load(name: str, *, setting: str = "rewards") -> Any:
     place, attribute = _split(name, setting)
     try:
         if place.endswith(".py"):
-            module = _run(Path(place).expanduser())
+            module = _run(expand_home(place))
         else:
             with _importable(Path.cwd()):
                 module = importlib.import_module(place)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,13 @@ from safetensors.torch import load_file
 from tiny_runs import trainer
 from whole_runs import train
 
+from diffalign.config import load
 from diffalign.core import locks
+from diffalign.core.files import LOCK
 from diffalign.core.interruption import SIGNALS
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training import checkpoint
+from diffalign.training.run_folder import RunFolder
 from diffalign.training.trainer import TrainingError
 
 
@@ -138,17 +142,66 @@ def equal_rewards(monkeypatch, value):
     return numbers
 
 
-def test_a_second_start_in_the_folder_is_refused(base, prompts, tmp_path, capsys):
-    """Before a model is loaded, and without a trace; `tests/test_locks.py` has the processes."""
+def foreign_message(*_, **__):
+    """Write as another library would, and fail: nothing heavy is due before the folder is checked."""
+    print("a foreign line", file=sys.stderr)
+    raise AssertionError("the forecast was made")
+
+
+def test_a_second_start_in_the_folder_is_refused(base, prompts, tmp_path, capsys, monkeypatch):
+    """Before the forecast, and without a trace; `tests/test_locks.py` has the processes."""
     folder = tmp_path / "run"
+    monkeypatch.setattr("diffalign.training.forecast.forecast_of", foreign_message)
+    monkeypatch.setattr("diffalign.core.console.messages", lambda: ["a foreign line"])
     with locks.hold(folder):
         held, locks._held = locks._held, {}  # as another process sees it
         try:
             assert train(base, prompts, folder) == 2
         finally:
             locks._held = held
+        assert [p.name for p in folder.iterdir()] == [LOCK]
     assert f"run is in use by process {os.getpid()}. Wait" in capsys.readouterr().err
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_the_folder_of_something_else_is_refused_before_the_forecast(
+    more, base, prompts, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.setattr("diffalign.training.forecast.forecast_of", foreign_message)
+    assert train(base, prompts, tmp_path, *more) == 2
+    assert "is not empty and no run of diffalign" in capsys.readouterr().err
+
+
+def test_messages_of_a_failed_start_do_not_spoil_the_folder(tmp_path):
+    (tmp_path / "messages.log").write_text("a foreign line\n")
+    RunFolder(tmp_path).check(load("demo"))
+
+
+def test_a_signal_during_the_last_update_says_that_training_is_finished(
+    base, prompts, tmp_path, capfd, monkeypatch, signals
+):
+    def send(update):
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    during_updates(monkeypatch, send)
+    assert train(base, prompts, tmp_path / "run", "--training.num_updates=2") == 143
+    error = capfd.readouterr().err
+    assert "training is finished, and its 2 updates are saved in" in error
+    assert "update 3" not in error
+
+
+def test_a_signal_during_a_dry_run_promises_nothing(
+    base, prompts, tmp_path, capfd, monkeypatch, signals
+):
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("diffalign.training.forecast.forecast_of", kill)
+    assert train(base, prompts, tmp_path / "run", "--dry-run") == 143
+    assert "nothing is resumed" in capfd.readouterr().err
 
 
 def test_a_policy_that_draws_nothing_finite_is_not_saved(tmp_path):

@@ -195,7 +195,10 @@ def test_bad_tables_name_their_line(tmp_path, table, message):
         ("file_name,text\n1.png\n", "metadata.csv:2 has 1 fields"),
         ("file_name,text,text\n1.png,a,b\n", "metadata.csv:1 names the column 'text' twice"),
         ('file_name,text\n1.png,"a\n', "metadata.csv:2 is not readable: a quote is never closed"),
-        ("file_name;text\n1.png;a\n", "2 has no file_name; its columns are file_name;text"),
+        (
+            "file_name;text\n1.png;a\n",
+            "1 is separated by semicolons, not by commas: save the table",
+        ),
     ],
 )
 def test_rows_of_a_csv_are_as_wide_as_its_header(tmp_path, table, caption):
@@ -357,6 +360,41 @@ def test_columns_have_no_case_and_a_table_without_captions_is_named(tmp_path, ca
     (image,) = read_folder(tmp_path)
     assert image.prompt.text == ""
     assert "no row has a prompt or text or caption; its columns are file_name, desc" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_each_row_has_the_caption_that_it_names(tmp_path, suffix):
+    entries = [{"prompt": "one"}, {"text": "two"}, {"prompt": " ", "caption": "three"}, {}]
+    for i, entry in enumerate(entries):
+        save(tmp_path / f"{i}.png")
+        entry["file_name"] = f"{i}.png"
+    text = json.dumps(entries) if suffix == "json" else "\n".join(map(json.dumps, entries))
+    (tmp_path / f"metadata.{suffix}").write_text(text)
+    assert [i.prompt.text for i in read_folder(tmp_path)] == ["one", "two", "three", ""]
+
+
+def test_a_table_may_have_tabs_and_a_caption_file_the_whole_name(tmp_path):
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        save(tmp_path / name)
+    (tmp_path / "a" / "metadata.tsv").write_text("File_name\ttext\n1.png\ta red, round ball\n")
+    (tmp_path / "b" / "1.png.txt").write_text("a cube")
+    assert [i.prompt.text for i in read_folder(tmp_path)] == ["a red, round ball", "a cube"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "why"),
+    [
+        ("metadata.csv", ";", "by semicolons, not by commas"),
+        ("metadata.csv", "\t", "by tabs, not by commas"),
+        ("metadata.tsv", ",", "by commas, not by tabs"),
+    ],
+)
+def test_a_table_of_another_separator_is_refused(tmp_path, name, sign, why):
+    save(tmp_path / "1.png")
+    (tmp_path / name).write_text(f"file_name{sign}text\n1.png{sign}a\n")
+    with pytest.raises(ImageFolderError, match=f"{name}:1 is separated {why}: save the table"):
+        read_folder(tmp_path)
 
 
 def test_folders_behind_links_are_read_once(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import cli, lora
 from diffalign.core.errors import UsageError
-from diffalign.lora import files, formats, names, source
+from diffalign.lora import files, formats, names
 
 MODELS = {**tiny.MODELS, "sd": tiny.sd_model, "sdxl": tiny.sdxl_model}
 RANK, ALPHA = 2, 6.0
@@ -427,60 +427,3 @@ def test_the_same_place_under_two_names_is_an_error(tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match="twice"):
         files.read_lora(str(tmp_path / "a.safetensors"))
-
-
-VERBS = {
-    "generate": ["generate", "x", "--model=shapes-sd3", "--output_dir=o"],
-    "evaluate": ["evaluate", "--model=shapes-sd3"],
-    "merge": ["merge", "--model=shapes-sd3", "--output_dir=o"],
-}
-
-
-@pytest.mark.parametrize("verb", [*VERBS, "convert"])
-@pytest.mark.parametrize(
-    "path", ["nothere", "runs/nothere", "./a/b", "/no/where.safetensors", "a/b/c"]
-)
-def test_a_mistyped_path_is_one_line_before_the_model_is_loaded(
-    verb, path, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    flags = [*VERBS[verb], f"--lora={path}"] if verb in VERBS else []
-    flags = flags or ["convert", path, "--to=diffusers", "--output=o.safetensors"]
-    monkeypatch.setattr("diffalign.cli.models.load_model", None)
-    assert cli.main(flags) == 2
-    error = capsys.readouterr().err.strip()
-    assert f"lora: {path} does not exist" in error
-    assert "\n" not in error
-
-
-@pytest.mark.parametrize(
-    "error", [OSError("no\nconnection"), ValueError("bad id"), RuntimeError("closed client")]
-)
-def test_what_the_hub_says_is_one_line(error, monkeypatch):
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(source, "_download", refuse)
-    with pytest.raises(UsageError, match="someone/lora is no path that exists") as caught:
-        files.read_lora("someone/lora:a.safetensors")
-    assert "\n" not in str(caught.value)
-
-
-def test_folders_are_looked_through(tmp_path):
-    state = {f"transformer.x_embedder.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    save_file(state, tmp_path / "my style.safetensors")
-    assert len(files.read_lora(str(tmp_path))) == 1
-    save_file(state, tmp_path / "._my style.safetensors")
-    assert len(files.read_lora(str(tmp_path))) == 1
-    save_file(state, tmp_path / "another.safetensors")
-    with pytest.raises(UsageError, match=r"has 2 \.safetensors files \(another"):
-        files.read_lora(str(tmp_path))
-    assert len(files.read_lora(f"{tmp_path}:another.safetensors")) == 1
-    with pytest.raises(UsageError, match="has no third"):
-        files.read_lora(f"{tmp_path}:third.safetensors")
-    save_file(state, tmp_path / source.WEIGHT_NAME)
-    assert len(files.read_lora(str(tmp_path))) == 1
-    (tmp_path / "x.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match="pickles"):
-        files.read_lora(str(tmp_path / "x.bin"))

@@ -85,13 +85,16 @@ def page(base, tmp_path, capsys):
     assert train(base, prompts, folder, "--training.num_updates=2") == 0
     table = capsys.readouterr().out
     assert "95 % interval" in table
-    assert "within noise" in table
+    assert "too few prompts (3)" in table
+    assert "reward (" in table
     return folder, (folder / "report.html").read_text()
 
 
 def test_a_report_has_axes_intervals_links_and_commands(page):
     folder, text = page
-    assert "within noise" in text
+    assert "too few prompts (3)" in text
+    assert "within noise<" not in text
+    assert "with its evaluations" in text
     assert "95 %" in text
     assert "<details><summary>Configuration" in text
     links = re.findall(r'href="([^"]+)"', text)

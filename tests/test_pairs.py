@@ -419,6 +419,15 @@ def test_of_a_dataset_with_splits_the_training_one_is_read(tmp_path, names, capl
     assert facts(read(tmp_path / names[1])) == [(names[1], 1.0)]
 
 
+def test_columns_of_pairs_have_no_case(tmp_path):
+    row = {"Prompt": "a", "IMAGE_0": "x.png", "image_1 ": "y.png", "Label": 1, "Mood": "b"}
+    (found,) = read(jsonl(tmp_path / "a.jsonl", [row]))
+    assert (found.prompt, found.preference, found.metadata) == ("a", 1.0, {"Mood": "b"})
+    named = {"TEXT": "a", "Image_0": "x.png", "image_1": "y.png", "Vote": 0.5}
+    names = {"prompt": "text", "label": "vote", "image_0": "image_0"}
+    assert facts(read(jsonl(tmp_path / "b.jsonl", [named]), column_map=names)) == [("a", 0.5)]
+
+
 def test_hidden_tables_are_left_out_and_suffixes_have_no_case(tmp_path):
     parquet(tmp_path / "a.PARQUET", [pick("a", 1.0)])
     parquet(tmp_path / ".cache" / "b.parquet", [pick("b", 1.0)])

@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from whole_runs import train
 
 from diffalign import cli
+from diffalign.core.errors import UsageError
 from diffalign.evaluation.pictures import image_grid
+from diffalign.lora.source import locate
 from diffalign.methods.online.health import Collapse
+from diffalign.pipelines import places as pipeline_places
 from diffalign.rewards import registry
 from diffalign.scripts.launching import arguments
 from diffalign.training import checkpoint
@@ -344,6 +347,39 @@ def test_generate_and_evaluate(base, prompts, tmp_path, capsys):
     assert last["rewards"]["jpeg"]["scale"] == 1 / 500
 
 
+def test_a_dry_run_of_a_real_recipe_forecasts_before_the_prompts_are_written(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffalign.training.memory_fit.describe", lambda *_: ["a forecast"])
+    assert cli.main(["train", "awm-sd3.5-medium-pickscore", "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert "# a forecast" in printed.out
+    assert "error: prompts.train: prompt file prompts.txt does not exist" in printed.err
+
+
+def test_an_empty_prompt_is_refused(capsys):
+    for text in ("", " "):
+        assert cli.main(["generate", text]) == 2
+        assert f"prompt {text!r} is empty" in capsys.readouterr().err
+
+
+def test_a_home_folder_of_nobody_is_one_line(capsys):
+    place = "~nosuchuser/x"
+    for flag in ("--output_dir", "--lora", "--model"):
+        # the parser shows the usage of some values
+        try:
+            code = cli.main(["generate", "x", f"{flag}={place}"])
+        except SystemExit as error:
+            code = error.code
+        assert code == 2
+        error = capsys.readouterr().err
+        assert "the home folder of an unknown user" in error.strip().splitlines()[-1]
+    for look in (locate, pipeline_places.look):
+        with pytest.raises(UsageError, match="unknown user"):
+            look(place)
+
+
 def test_generate_explains_mistakes(base, capsys):
     assert cli.main(["generate", "x", "--model", str(base), "--height=30", "--width=32"]) == 2
     assert "multiples of 4 pixels" in capsys.readouterr().err
@@ -369,6 +405,10 @@ def test_dry_run_prints_the_configuration(capsys):
     [
         (["--prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
         (["--prompts.evaluation=nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--prompts.train=nowhere.txt"], "prompts.train: prompt file"),
+        (["--output_dir="], "output_dir: must not be empty. Name a folder"),
+        (["--output_dir=~nosuchuser/x"], "~nosuchuser/x names the home folder of an unknown user"),
+        (["--model.name=~nosuchuser/x"], "~nosuchuser/x names the home folder of an unknown user"),
         (["--evaluation.rewards=jpg"], "evaluation.rewards: unknown reward 'jpg'; did you mean"),
         (["--rewards={verifier: 1}"], "reward 'verifier' needs include"),
         (["--training.eval_every=-1"], "training.eval_every: must not be negative"),

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.autoencoders.run import check_folder, train_autoencoder
     from diffalign.autoencoders.trainer import AutoencoderConfig
     from diffalign.cli.output import emit, print_table
+    from diffalign.evaluation.figures import number
     from diffalign.pipelines.moving import load_autoencoder
 
     check_folder(args.output_dir)
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         from_scratch=args.from_scratch,
     )
     before, after = result["before"], result["after"]
-    rows = [(name, f"{before[name]:.3f}", f"{after[name]:.3f}") for name in after]
+    rows = [(name, number(before[name]), number(after[name])) for name in after]
     print_table("reconstruction of held-out images", ("", "before", "after"), [rows])
     print(f"autoencoder: {args.output_dir} ({result['updates']} updates, {result['seconds']} s)")
     emit({k: result[k] for k in ("phase", "before", "after", "updates", "seconds")})

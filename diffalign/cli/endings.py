@@ -17,11 +17,11 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
 
     Return None for a fault of the program, so that its traceback is shown.
     """
+    # a dry run leaves nothing to go on from
+    resumes = verb.resumes and not getattr(args, "dry_run", False)
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        note = (
-            "the same command goes on from where it was" if verb.resumes else "nothing is resumed"
-        )
+        note = "the same command goes on from where it was" if resumes else "nothing is resumed"
         return f"interrupted ({name_of(number)}): {str(error) or note}", 128 + number
     if isinstance(error, ReportedError):
         return "", 2
@@ -30,10 +30,10 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
     text = library_line(error) or explain(error, memory=memory_advice(args))
     if text is None:
         return None
-    more = "goes on from where it was" if verb.resumes else "can be run again"
+    more = "goes on from where it was" if resumes else "can be run again"
     if full_disk(error) is not None:
         return f"diffalign: error: {text}, and the same command {more}", 2
-    return f"diffalign: error: {text}" + (f". The same command {more}" if verb.resumes else ""), 2
+    return f"diffalign: error: {text}" + (f". The same command {more}" if resumes else ""), 2
 
 
 def _flags_of(args: argparse.Namespace) -> dict[str, str]:

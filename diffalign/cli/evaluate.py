@@ -39,7 +39,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate images of prompts, score them, and print the scores."""
     from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
-    from diffalign.cli.output import print_scores, write_result
+    from diffalign.cli.output import print_evaluation, write_result
     from diffalign.cli.rewards import load_rewards
     from diffalign.core import console
     from diffalign.core.errors import UsageError
@@ -85,12 +85,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": versions(),
     }
     title = f"{args.model}{' + ' + args.lora if args.lora else ''}"
-    intervals = result["intervals"]
-    print_scores(
-        title,
-        {**scores.tasks, **scores.means},
-        {**intervals.get("tasks", {}), **intervals.get("means", {})},
-    )
+    print_evaluation(title, result)
     write_result(args.output, result)
 
 
@@ -98,9 +93,10 @@ def _evaluate_run(args: argparse.Namespace) -> None:
     """Evaluate the policy of --run with the run's settings, and print the run's own score."""
     import torch
 
-    from diffalign.cli.output import print_scores, write_result
+    from diffalign.cli.output import print_evaluation, write_result
     from diffalign.core.errors import UsageError
     from diffalign.core.versions import versions
+    from diffalign.evaluation.figures import number
     from diffalign.training.rerun import FinishedRun
 
     parser = Parser(add_help=False)
@@ -128,15 +124,10 @@ def _evaluate_run(args: argparse.Namespace) -> None:
         "of_the_run": {part: own.get(part, {}) for part in ("tasks", "means")},
         "versions": versions(),
     }
-    intervals = result["intervals"]
-    print_scores(
-        f"{args.run}, drawn as the run did",
-        {**scores.tasks, **scores.means},
-        {**intervals["tasks"], **intervals["means"]},
-    )
+    print_evaluation(f"{args.run}, drawn as the run did", result)
     name, part = ("overall", "tasks") if scores.tasks else ("reward", "means")
     if name in own.get(part, {}):
-        print(f"{name} as the run measured it: {own[part][name]:.3f}")
+        print(f"{name} as the run measured it: {number(own[part][name])}")
     write_result(args.output, result)
 
 

@@ -122,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = spell_out(sys.argv[1:] if argv is None else argv)
     try:
         args, rest = parser.parse_known_args(words)
+        if rest and not args.chosen.takes_settings:
+            args.parser.unknown(rest)
+        args.settings = [expand_home(word) for word in rest]
     except UserError as error:
         _print_error(f"diffalign: error: {error}")
         return 2
-    if rest and not args.chosen.takes_settings:
-        args.parser.unknown(rest)
-    args.settings = [expand_home(word) for word in rest]
     with (
         console.quiet(verbose=args.verbose or not args.chosen.quiet),
         output.screen(json_only=getattr(args, "json", False)),

@@ -54,79 +54,77 @@ def print_scores(
     intervals: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Print a table of scores; `intervals` adds 95 % intervals and numbers of images."""
+    from diffalign.evaluation.figures import between, number
+
     by_name = intervals or {}
     rows = []
     for name, value in scores.items():
         interval = by_name.get(name, {})
-        count = str(interval["n"]) if "n" in interval else ""
-        rows.append((name, f"{value:.3f}", bounds(interval), count))
+        bounds = between(interval.get("low"), interval.get("high")) if interval else ""
+        rows.append((name, number(value), bounds, str(interval.get("n", ""))))
     if not by_name:
         print_table(title, ("", "score"), [[row[:2] for row in rows]])
         return
     print_table(title, ("", "score", "95 % interval", "n"), [rows])
 
 
+def print_evaluation(title: str, evaluation: Mapping[str, Any]) -> None:
+    """Print the tasks and means of an evaluation, each quantity once."""
+    from diffalign.evaluation.figures import score_rows
+
+    scores, intervals = {}, {}
+    for part, titles in score_rows([evaluation]).items():
+        for name, row in titles.items():
+            scores[row] = evaluation[part][name]
+            intervals[row] = evaluation["intervals"].get(part, {}).get(name, {})
+    print_scores(title, scores, intervals)
+
+
 def print_win_rates(title: str, rates: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the share of pairs won under each reward; a share within noise is grey."""
-    rows = [
-        tuple(
-            _grey(cell, rate["within_noise"])
-            for cell in (
-                name,
-                f"{rate['rate']:.3f}",
-                bounds(rate),
-                str(rate["pairs"]),
-                str(rate["ties"]),
-                "within noise" if rate["within_noise"] else "",
-            )
-        )
-        for name, rate in rates.items()
-    ]
+    from diffalign.evaluation.figures import number, told
+
+    rows = []
+    for name, rate in rates.items():
+        n, prompts = rate["pairs"], rate["prompts"]
+        interval, noise = told(rate["low"], rate["high"], n=n, prompts=prompts, centre=0.5)
+        cells = (name, number(rate["rate"]), interval, str(n), str(rate["ties"]), noise)
+        rows.append(tuple(_grey(cell, rate["within_noise"]) for cell in cells))
     print_table(title, ("", "pairs won", "95 % interval", "pairs", "ties", " "), [rows])
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print both evaluations of a run side by side; a change within noise is grey."""
+    from diffalign.evaluation.figures import score_rows, times_told
+
+    before, after = summary["before"], summary["after"]
     parts = []
-    for part in ("tasks", "means"):
-        after, before = summary["after"][part], summary["before"][part]
+    for part, titles in score_rows([before, after]).items():
         changes = summary.get("differences", {}).get(part, {})
         parts.append(
             [
-                _change_row(name, before[name], after[name], changes.get(name))
-                for name in after
-                if name in before
+                _change_row(row, before[part][name], after[part][name], changes.get(name))
+                for name, row in titles.items()
             ]
         )
     title = f"held-out prompts, {summary['updates']} updates on {summary['device']}"
     print_table(title, ("", "before", "after", "change", "95 % interval", "n", " "), parts)
-    trained, resumed = summary["training_seconds"], summary.get("resumed_after", 0)
-    total = f"{summary['seconds']:.0f} s with its evaluations"
-    if resumed:
-        print(
-            f"training {trained:.0f} s in all sittings; this one, after update {resumed}, {total}"
-        )
-    else:
-        print(f"training {trained:.0f} s, in all {total}")
+    if any(row[-1] for rows in parts for row in rows):
+        print("noise: the interval holds 0; the change is within noise")
+    print(times_told(summary))
 
 
 def _change_row(
     name: str, before: float, after: float, change: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    row = (name, f"{before:.3f}", f"{after:.3f}")
+    from diffalign.evaluation.figures import number, told
+
+    row = (name, number(before), number(after))
     if change is None:
-        return (*row, f"{after - before:+.3f}", "", "", "")
-    noise = change["within_noise"]
-    cells = (f"{change['value']:+.3f}", bounds(change, sign="+"), str(change["n"]))
-    return (*row, *(_grey(t, noise) for t in (*cells, "within noise" if noise else "")))
-
-
-def bounds(interval: Mapping[str, Any], *, sign: str = "") -> str:
-    """Return an interval as text: "unknown" without bounds, empty for an empty mapping."""
-    low, high = interval.get("low"), interval.get("high")
-    if low is None or high is None:
-        return "unknown" if interval else ""
-    return f"{low:{sign}.3f} to {high:{sign}.3f}"
+        return (*row, number(after - before, sign=True), "", "", "")
+    interval, noise = told(change["low"], change["high"], n=change["n"], prompts=change["prompts"])
+    cells = (number(change["value"], sign=True), interval, str(change["n"]), noise and "noise")
+    return (*row, *(_grey(cell, change["within_noise"]) for cell in cells))
 
 
 def _grey(text: str, is_grey: bool) -> str:
@@ -140,12 +138,20 @@ def print_table(
 
     Columns with a title hold numbers and are aligned to the right.
     """
+    from rich.box import SIMPLE_HEAVY
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    # 80 columns hold all numbers unbroken; names take several lines where they must
+    table = Table(title=title, box=SIMPLE_HEAVY, pad_edge=False, collapse_padding=True)
     for column in columns:
-        table.add_column(column.strip(), justify="right" if column.strip() else "left")
+        numbers = bool(column.strip())
+        table.add_column(
+            column.strip(),
+            justify="right" if numbers else "left",
+            no_wrap=column != "",
+            overflow="fold",
+        )
     for rows in parts:
         for row in rows:
             table.add_row(*row)

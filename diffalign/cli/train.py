@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from diffalign.cli.parser import Parser
@@ -44,49 +44,69 @@ def run(args: argparse.Namespace) -> None:
     models.resolve(config.model.name)
     check_target(config.output_dir)
     if args.dry_run:
-        for line in dry_run(config):
+        for line in dry_run(config, args.settings):
             print(f"# {line}")
         print(configuration.dump(config), end="")
     else:
         from diffalign.training.inputs import read_inputs
+        from diffalign.training.run_folder import RunFolder
 
+        RunFolder(config.output_dir).check(config)
         read_inputs(config)
         train_config(config)
 
 
-def dry_run(config: AnyRunConfig) -> Iterator[str]:
-    """Yield the memory forecast and the notices of a run, without loading weights."""
+def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
+    """Yield the memory forecast and the notices of a run, without loading weights.
+
+    Args:
+        settings: overrides of the user. A mistake in one of them is raised before the forecast, which takes time.
+    """
+    from diffalign.core.errors import UserError
     from diffalign.training.forecast import forecast_of
     from diffalign.training.inputs import read_inputs
     from diffalign.training.memory_fit import describe, free_memory
+    from diffalign.training.run_folder import RunFolder
 
-    # before the inputs, so that there is a forecast even if the prompts do not exist yet
+    RunFolder(config.output_dir).check(config)
+    notices, missing = (), None
+    try:
+        notices = read_inputs(config).notices
+    except UserError as error:
+        setting = re.split("[:=]", str(error), maxsplit=1)[0]
+        if any(word.startswith(f"--{setting}") for word in settings):
+            raise
+        missing = error
+    # a forecast is wanted even while the prompts that the recipe names are still to be written
     yield from describe(config, free_memory(), lambda c: forecast_of(c, processes=1))
-    for notice in read_inputs(config).notices:
+    if missing is not None:
+        raise missing
+    for notice in notices:
         yield f"note: {notice}"
 
 
 def train_config(config: AnyRunConfig) -> None:
     """Train a configuration, and print its memory forecast, its result and the result's paths."""
     from diffalign.cli.output import emit, print_summary
-    from diffalign.core import console, processes
+    from diffalign.core import processes
     from diffalign.training.forecast import forecast_of
     from diffalign.training.memory_fit import free_memory
     from diffalign.training.memory_fit import summary as memory_line
     from diffalign.training.run import run as train
+    from diffalign.training.run_folder import RunFolder
 
+    folder = RunFolder(config.output_dir)
     main = processes.current().is_main_process
     count = processes.current().num_processes
-    if main:
-        rooms = free_memory(processes=count)
-        line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
-        if line is not None:
-            print(line)
-    try:
-        summary = train(config)
-    finally:
+    # a folder in use, or of another configuration, is refused before the forecast, which takes time
+    with processes.hold(folder.path):
+        folder.check(config)
         if main:
-            console.write_messages(Path(config.output_dir))
+            rooms = free_memory(processes=count)
+            line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
+            if line is not None:
+                print(line)
+        summary = train(config)
     if main:
         print_summary(summary)
         for line in results_of(config):

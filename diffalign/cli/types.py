@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from diffalign.core import files
 from diffalign.core.errors import UsageError, UserError
 from diffalign.core.files import check_target
 
@@ -70,20 +71,20 @@ def path(text: str) -> Path:
     """Convert a path, and expand `~`, which the shell may have left alone."""
     if not text:
         raise UsageError("must not be empty")
-    return Path(text).expanduser()
+    return files.expand_home(text)
 
 
 def place(text: str) -> str:
     """Convert a name, a path or a hub id; expand `~` in a path."""
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    return str(files.expand_home(text)) if text.startswith("~") else text
 
 
 def expand_home(setting: str) -> str:
     """Expand `~/` in `--key=~/path`, where shells leave it alone."""
     key, equals, value = setting.partition("=")
     if equals and value.startswith("~"):
-        return f"{key}={Path(value).expanduser()}"
-    return str(Path(setting).expanduser()) if setting.startswith("~") else setting
+        return f"{key}={files.expand_home(value)}"
+    return str(files.expand_home(setting)) if setting.startswith("~") else setting
 
 
 def input_folder(text: str) -> Path:
@@ -184,7 +185,7 @@ def names(text: str) -> str:
 
 def named_folder(text: str) -> str:
     """Convert `DIR` or `NAME=DIR`, where the folder must exist."""
-    if Path(text).expanduser().is_dir():
+    if files.expand_home(text).is_dir():
         return str(path(text))
     name, equals, folder = text.rpartition("=")
     return f"{name}{equals}{input_folder(folder)}"

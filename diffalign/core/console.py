@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from diffalign.core.files import MESSAGES
+
 OWN = "diffalign"
 """Name of the suite's logger, whose warnings are always shown."""
 KEPT = 2000
@@ -72,10 +74,13 @@ def messages() -> list[str]:
 
 
 def write_messages(folder: Path) -> None:
-    """Append the muted lines to `messages.log` in a folder, if the folder exists."""
+    """Append the muted lines to `messages.log` in a folder, if the folder exists.
+
+    The caller must hold the folder's lock: another run could own the folder.
+    """
     lines = messages()
     if lines and folder.is_dir():
-        with (folder / "messages.log").open("a", encoding="utf-8") as file:
+        with (folder / MESSAGES).open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
 
 

@@ -14,6 +14,8 @@ from diffalign.core.errors import UsageError, explain
 
 LOCK = ".lock"
 """Name of the file in a folder that `diffalign.core.locks` locks."""
+MESSAGES = "messages.log"
+"""Name of the file in a folder with the messages of other libraries."""
 _OWN = re.compile(r"\.\d+\..+|\.writing-\d+")
 """Pattern of the hidden names that files and folders have while they are written."""
 
@@ -60,13 +62,28 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def contents(folder: Path) -> list[Path]:
-    """Return the paths in a folder, without the lock and unfinished files.
+    """Return the paths in a folder, without the lock, messages and unfinished files.
 
     Return an empty list for a missing folder.
     """
     if not folder.is_dir():
         return []
-    return [p for p in folder.iterdir() if p.name != LOCK and not _OWN.fullmatch(p.name)]
+    own = (LOCK, MESSAGES)
+    return [p for p in folder.iterdir() if p.name not in own and not _OWN.fullmatch(p.name)]
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return a path with the home folder in place of a leading `~` or `~user`.
+
+    Raises:
+        UsageError: the user has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{path} names the home folder of an unknown user. Check the name behind ~, or write the whole path"
+        ) from error
 
 
 def remove_stale(folder: Path) -> None:
@@ -103,6 +120,8 @@ def check_target(path: str | Path, *, setting: str = "output_dir", folder: bool 
     Raises:
         UsageError: the path is below a file, is a file instead of a folder (or the reverse), or cannot be written.
     """
+    if not str(path):
+        raise UsageError(f"{setting}: must not be empty. Name a {'folder' if folder else 'file'}")
     try:
         place = Path(os.path.abspath(path))
         if folder and place.exists() and not place.is_dir():

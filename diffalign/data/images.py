@@ -29,7 +29,7 @@ from diffalign.data.folders import Folder, say_once, walk_images
 from diffalign.data.prompts import Prompt
 from diffalign.data.tables import Row, read_rows
 
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+TABLES = (*("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet", "metadata.json"),)
 """Names of caption tables; only the first that a folder has is read."""
 OTHER_TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -61,10 +61,10 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
 
     Captions come from three sources:
 
-    - tables in the folder or below it, as in an image folder of `datasets`: `metadata.jsonl`, `.csv`, `.parquet` or
-      `.json` with a column `file_name` and a column prompt, text or caption;
+    - tables in the folder or below it, as in an image folder of `datasets`: `metadata.jsonl`, `.csv`, `.tsv`,
+      `.parquet` or `.json` with a column `file_name` and a column prompt, text or caption;
     - in a GenEval folder, the `metadata.jsonl` of each prompt;
-    - otherwise a .txt or .caption file beside each image. Without one the caption is empty.
+    - otherwise a .txt or .caption file beside each image, `1.txt` or `1.png.txt`. Without one the caption is empty.
 
     Images of a table keep its order; other images are sorted by name.
 
@@ -161,7 +161,8 @@ class _Captions:
 
     def of(self, image: Path) -> Prompt:
         """Return the caption of an image, or an empty one without a caption file."""
-        names = (f"{image.stem}{suffix}".lower() for suffix in CAPTION_SUFFIXES)
+        stems = (image.name, image.stem)
+        names = (f"{stem}{suffix}".lower() for stem in stems for suffix in CAPTION_SUFFIXES)
         files = (self.files.get((image.parent, name)) for name in names)
         file = next((f for f in files if f is not None), None)
         text = "" if file is None else read_text(file, error=ImageFolderError).strip()
@@ -208,11 +209,11 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
         if row.problem:
             raise ImageFolderError(f"{row.at} {row.problem}")
     entries = [{_column(k): v for k, v in row.columns.items()} for row in rows]
-    key = next((k for k in TEXT_KEYS if any(entry.get(k) for entry in entries)), None)
-    if key is None:
+    keys = [_text_key(entry) for entry in entries]
+    if not any(keys):
         columns = ", ".join(map(str, rows[0].columns))
         say_once(table, f"no row has a {' or '.join(TEXT_KEYS)}; its columns are {columns}")
-    for row, entry in zip(rows, entries, strict=True):
+    for row, entry, key in zip(rows, entries, keys, strict=True):
         # removed from the metadata, because the key means a caption here and may mean something else to a reward
         value = entry.pop(key, None) if key is not None else None
         if isinstance(value, list | dict | bytes):
@@ -221,6 +222,11 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
         yield CaptionedImage(
             _inside(row, entry.get("file_name")), Prompt(caption, {**entry, "prompt": caption})
         )
+
+
+def _text_key(entry: Mapping[str, Any]) -> str | None:
+    """Return the first key of a caption that a row has a value for."""
+    return next((k for k in TEXT_KEYS if entry.get(k) and str(entry[k]).strip()), None)
 
 
 def _column(name: Any) -> Any:

@@ -87,6 +87,10 @@ def read_arguments(arguments: Sequence[str]) -> list[Prompt]:
     """
     items: list[Prompt] = []
     for text in arguments:
+        if not text.strip():
+            raise PromptError(
+                f"prompt {text!r} is empty; give a text, or a .txt or .jsonl file of prompts"
+            )
         if suffix_of(text) in SUFFIXES or (suffix_of(text) and os.path.isfile(text)):
             items += load_prompts(text)
         else:

@@ -1,4 +1,4 @@
-"""Reader of tables: parquet, csv, json, JSON lines and tar.
+"""Reader of tables: parquet, csv, tsv, json, JSON lines and tar.
 
 A row is a mapping of its columns. A row that cannot be read has a `problem` instead: readers of pairs count such a row,
 readers of captions refuse it.
@@ -19,7 +19,9 @@ from diffalign.core.errors import UserError
 from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
 from diffalign.data.folders import is_hidden
 
-SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv")
+SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv", ".tsv")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 TAR_IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_MEMBER = 512 * 1024**2
 """Largest size in bytes of a tar member; a longer one is no image."""
@@ -76,23 +78,24 @@ def read_rows(file: Path, *, skip: int = 0, error: type[UserError]) -> Rows:
     if read is not None:
         yield from read(file, skip, error)
         return
-    text = {".csv": _csv, ".json": _json}.get(suffix_of(file), _json_lines)
+    text = {".csv": _csv, ".tsv": _csv, ".json": _json}.get(suffix_of(file), _json_lines)
     for row in text(file, error):
         yield row if row.number >= skip else None
 
 
 def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
-    """Yield the rows of a CSV file; a row of wrong width has a problem."""
+    """Yield the rows of a CSV or TSV; wrong width is a problem."""
     header: list[str] = []
+    name = _NAMES[SEPARATORS[suffix_of(file)]]
     number = 0
     for line, values, damage in _records(file, error):
         if not header:
             if damage:
                 raise error(f"{file}:{line} {damage}")
-            header = _header(values, f"{file}:{line}", error)
+            header = _header(values, f"{file}:{line}", error, name=name)
             continue
         if damage or len(values) != len(header):
-            narrow = f"has {len(values)} fields under a header of {len(header)}: a text with commas needs quotes"
+            narrow = f"has {len(values)} fields under a header of {len(header)}: a text with {name} needs quotes"
             yield Row({}, file, number, line, problem=damage or narrow)
         else:
             columns = dict(zip(header, values, strict=True))
@@ -104,7 +107,8 @@ def _csv(file: Path, error: type[UserError]) -> Iterator[Row]:
 def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str], str]]:
     """Yield first line, fields and problem of every record that is not blank."""
     lines = (line + "\n" for _, line in read_lines(file, error=error))
-    reader = csv.reader(lines, strict=True, skipinitialspace=True)
+    separator = SEPARATORS[suffix_of(file)]
+    reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=separator)
     while True:
         line = reader.line_num + 1
         try:
@@ -120,12 +124,17 @@ def _records(file: Path, error: type[UserError]) -> Iterator[tuple[int, list[str
             yield line, values, ""
 
 
-def _header(values: list[str], place: str, error: type[UserError]) -> list[str]:
+def _header(values: list[str], place: str, error: type[UserError], *, name: str) -> list[str]:
     """Return the names of the columns; an index column has an empty name."""
+    other = next((n for sign, n in _NAMES.items() if len(values) == 1 and sign in values[0]), "")
+    if other:
+        raise error(
+            f"{place} is separated by {other}, not by {name}: save the table as a .csv with commas or a .tsv with tabs"
+        )
     names = [value.strip() for value in values]
-    for name in names:
-        if name and names.count(name) > 1:
-            raise error(f"{place} names the column {name!r} twice")
+    for column in names:
+        if column and names.count(column) > 1:
+            raise error(f"{place} names the column {column!r} twice")
     return names
 
 

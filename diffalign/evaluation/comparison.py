@@ -14,6 +14,7 @@ from diffalign.core.files import write_text
 from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, read_image
 from diffalign.evaluation import intervals
+from diffalign.evaluation.figures import between, number
 from diffalign.evaluation.geneval import RESULTS, read_samples, summary
 from diffalign.evaluation.intervals import NOTE, Difference
 from diffalign.evaluation.pictures import PageImage, evenly, page_image
@@ -88,7 +89,14 @@ def write_comparison(file: Path, sides: Sequence[Compared]) -> dict[str, Any]:
     ]
     rows = table(sides)
     page = render_page(
-        "comparison.html", sides=sides, rows=rows, examples=examples, shared=len(shared), note=NOTE
+        "comparison.html",
+        sides=sides,
+        rows=rows,
+        examples=examples,
+        shared=len(shared),
+        note=NOTE,
+        number=number,
+        between=between,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, page)
@@ -201,7 +209,7 @@ def _example(side: Compared, name: str) -> dict[str, Any]:
     words = [] if correct is None else ["correct" if correct else "wrong"]
     return {
         "image": thumbnail(side.images[name].path),
-        "scores": ", ".join([*words, *(f"{key} {value:.3g}" for key, value in scores.items())]),
+        "scores": ", ".join([*words, *(f"{key} {number(value)}" for key, value in scores.items())]),
     }
 
 

@@ -29,6 +29,8 @@ NEIGHBOURS = 3
 """k of precision and recall."""
 UNKNOWN = "unknown"
 """Network and resizing of statistics that another program made."""
+TOLERANCE = 1e-4
+"""Error of a covariance, relative to its largest eigenvalue, that single precision explains."""
 FEW = 10
 """Images per feature dimension below which the bias of FID is pointed out."""
 COUNTS = ("images", "unreadable", "not_finite")
@@ -107,6 +109,8 @@ class FeatureSet:
                 if name in ("mu", "sigma", "features", "group")
             }
             n = int(notes.pop("n", 0))
+            for name in (name for name, values in tensors.items() if values.is_complex()):
+                raise TypeError(f"{name} holds complex numbers")
             mean, covariance = tensors["mu"].double(), tensors["sigma"].double()
         # a damaged archive raises whatever zipfile, zlib and numpy run into
         except Exception as error:
@@ -169,6 +173,18 @@ def _check_statistics(
             raise FeatureError(
                 f"{file}: {name} holds NaN or infinity; compute the statistics again"
             )
+    _check_covariance(file, covariance)
+
+
+def _check_covariance(file: Path, sigma: Tensor) -> None:
+    """Raise FeatureError for a matrix that is no covariance of real features."""
+    values = torch.linalg.eigvalsh(sigma)
+    error = TOLERANCE * values.abs().max()
+    why = "is not symmetric" if (sigma - sigma.T).abs().max() > error else ""
+    if not why and values[0] < -error:
+        why = f"has the negative eigenvalue {float(values[0]):.3g}"
+    if why:
+        raise FeatureError(f"{file}: sigma {why}: no covariance; compute the statistics again")
 
 
 def extract(

@@ -20,14 +20,32 @@ FEWEST_PROMPTS = 6
 """Fewest prompts that can show a difference: with five, a two-sided sign test never falls below p = 0.06."""
 RESAMPLES = 10_000
 NOTE = (
-    "Intervals are 95 % intervals clustered by prompt; a difference whose interval holds 0, or of fewer than "
-    f"{FEWEST_PROMPTS} prompts (or images, of a single prompt), is within noise."
+    "Intervals are 95 % intervals clustered by prompt. A difference whose interval holds 0 is within noise. "
+    f"Fewer than {FEWEST_PROMPTS} prompts (or images, of a single prompt) show no difference and have no interval."
 )
 
 
 def units(n: int, prompts: int) -> int:
     """Return the pieces of independent evidence in n images of so many prompts."""
     return prompts if prompts > 1 else n
+
+
+def too_few(n: int, prompts: int) -> str:
+    """Return that n images of so many prompts show no difference; empty where they can."""
+    if units(n, prompts) >= FEWEST_PROMPTS:
+        return ""
+    # images of a single prompt are counted instead
+    what, count = ("images", n) if prompts == 1 and n > 1 else ("prompts", prompts)
+    return f"too few {what} ({count})"
+
+
+def verdict(
+    low: float | None, high: float | None, *, n: int, prompts: int, centre: float = 0.0
+) -> str:
+    """Return "up", "down" or "noise": where an interval lies beside `centre`."""
+    if too_few(n, prompts) or low is None or high is None or low <= centre <= high:
+        return "noise"
+    return "up" if low > centre else "down"
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,6 @@ class Estimate:
         """Return the fields for JSON."""
         return dict(vars(self))
 
-    def bounds(self, digits: str = ".3f") -> str:
-        """Return the interval as text."""
-        if self.low is None or self.high is None:
-            return "unknown"
-        return f"{self.low:{digits}} to {self.high:{digits}}"
-
 
 @dataclass(frozen=True)
 class Difference(Estimate):
@@ -66,9 +78,8 @@ class Difference(Estimate):
     @property
     def within_noise(self) -> bool:
         """True where the pairs do not show in which direction the mean has moved."""
-        if self.low is None or self.high is None or self.units < FEWEST_PROMPTS:
-            return True
-        return self.low <= 0 <= self.high
+        word = verdict(self.low, self.high, n=self.n, prompts=self.prompts)
+        return word == "noise"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, and whether the difference is within noise."""

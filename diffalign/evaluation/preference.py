@@ -11,7 +11,7 @@ import numpy as np
 
 from diffalign.core.errors import UserError
 from diffalign.data.images import CaptionedImage
-from diffalign.evaluation.intervals import FEWEST_PROMPTS, bootstrap, units, wilson
+from diffalign.evaluation.intervals import bootstrap, units, verdict, wilson
 
 
 class PairError(UserError, ValueError):
@@ -36,7 +36,8 @@ class WinRate:
     @property
     def within_noise(self) -> bool:
         """True where the pairs do not show which side is preferred."""
-        return units(self.pairs, self.prompts) < FEWEST_PROMPTS or self.low <= 0.5 <= self.high
+        word = verdict(self.low, self.high, n=self.pairs, prompts=self.prompts, centre=0.5)
+        return word == "noise"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, and whether the rate is within noise."""

@@ -13,9 +13,10 @@ from diffalign.config import AnyRunConfig, dump
 from diffalign.core.files import write_text
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.charts import Chart, chart
-from diffalign.evaluation.intervals import NOTE, Difference, Estimate
+from diffalign.evaluation.figures import between, number, score_rows, times_told, told
+from diffalign.evaluation.intervals import NOTE, Difference, Estimate, verdict
 from diffalign.evaluation.pictures import evenly, page_image
-from diffalign.evaluation.score import CORRECT, Evaluation
+from diffalign.evaluation.score import Evaluation
 
 EXAMPLES = 18
 CURVES = {
@@ -83,6 +84,7 @@ def write_report(
         files=[name for name in FILES if (folder / name).exists()],
         images=len(before.prompts),
         note=NOTE,
+        times=times_told(summary),
         held_out=len({p.text for p in prompts}),
     )
     path = folder / "report.html"
@@ -137,11 +139,11 @@ def _tables(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
     """Return the tables of tasks and of rewards."""
     differences = after.differences(before)
     old, new = before.intervals(), after.intervals()
+    titles = score_rows([{"tasks": e.tasks, "means": e.means} for e in (before, after)])
     rows = {
         part: [
-            _row(name, old[part][name], new[part][name], differences[part].get(name))
-            for name in new[part]
-            if name in old[part] and not name.endswith(CORRECT)
+            _row(name, title, old[part][name], new[part][name], differences[part].get(name))
+            for name, title in titles[part].items()
         ]
         for part in ("tasks", "means")
     }
@@ -155,47 +157,47 @@ def _headline(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the row that stands at the top of the page: GenEval, else the reward."""
     tasks, means = (t["rows"] for t in tables)
     for rows, name, title in ((tasks, "overall", "GenEval"), (means, "reward", "mean reward")):
-        headline = [row | {"title": title} for row in rows if row["title"] == name]
+        headline = [row | {"title": title} for row in rows if row["name"] == name]
         if headline:
             return headline
     return []
 
 
-def _row(name: str, before: Estimate, after: Estimate, change: Difference | None) -> dict[str, Any]:
-    readable = 0.01 <= max(abs(before.value), abs(after.value)) < 1000
-    digits = ".3f" if readable else ".4g"
+def _row(
+    name: str, title: str, before: Estimate, after: Estimate, change: Difference | None
+) -> dict[str, Any]:
+    interval, noise, colour = "", "", "noise"
+    if change is not None:
+        bounds = {"low": change.low, "high": change.high, "n": change.n, "prompts": change.prompts}
+        interval, noise = told(**bounds)
+        colour = verdict(**bounds)
     return {
-        "title": name,
+        "name": name,
+        "title": title,
         "n": after.n,
         "prompts": after.prompts,
-        "before": f"{before.value:{digits}}",
-        "before_bounds": before.bounds(digits),
-        "after": f"{after.value:{digits}}",
-        "after_bounds": after.bounds(digits),
-        "change": "" if change is None else f"{change.value:+{digits}}",
-        "change_bounds": "" if change is None else change.bounds(f"+{digits}"),
-        "verdict": verdict(change),
+        "before": number(before.value),
+        "before_bounds": between(before.low, before.high),
+        "after": number(after.value),
+        "after_bounds": between(after.low, after.high),
+        "change": "" if change is None else number(change.value, sign=True),
+        "change_bounds": interval,
+        "noise": noise,
+        "verdict": colour,
     }
-
-
-def verdict(change: Difference | None) -> str:
-    """Return the class of a change on a page: "up", "down" or "noise"."""
-    if change is None or change.within_noise:
-        return "noise"
-    return "up" if change.value > 0 else "down"
 
 
 def _wins(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the win rate for the headline; None where there is none."""
     if not rate:
         return None
-    low, high = rate["low"], rate["high"]
-    unclear = rate["within_noise"]
+    bounds = {"low": rate["low"], "high": rate["high"], "n": rate["pairs"]}
+    bounds |= {"prompts": rate["prompts"], "centre": 0.5}
     return {
         "rate": f"{rate['rate']:.0%}",
         "pairs": rate["pairs"],
-        "bounds": f"{low:.0%} to {high:.0%}{', within noise' if unclear else ''}",
-        "verdict": "noise" if unclear else "up" if rate["rate"] > 0.5 else "down",
+        "bounds": ", ".join(text for text in told(**bounds) if text),
+        "verdict": verdict(**bounds),
     }
 
 
@@ -208,7 +210,7 @@ def _examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
                 (
                     name,
                     page_image(e.image(i).permute(1, 2, 0).numpy()),
-                    f"reward {float(e.rewards[i]):.2f}",
+                    f"reward {number(float(e.rewards[i]))}",
                 )
                 for name, e in (("before", before), ("after", after))
             ],

@@ -14,6 +14,7 @@ from diffalign.config import EvaluationConfig
 from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import intervals
+from diffalign.evaluation.figures import CORRECT
 from diffalign.evaluation.intervals import Difference, Estimate
 from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
@@ -22,8 +23,6 @@ from diffalign.pipelines.sampling import EmbedCache, generate
 from diffalign.pipelines.solvers import solver_step
 from diffalign.types import RewardOutput
 
-CORRECT = "/correct"
-"""Suffix of the detail that says whether an image is correct."""
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
 OnImages = Callable[[slice, Tensor], None]
 """Callback of one batch: its rows among all images, and the images (B, 3, H, W) uint8 on the CPU."""

@@ -89,7 +89,7 @@ def _patterns(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any
 
 
 def check_alpha(value: Any, name: str, path: Path) -> None:
-    """Refuse an alpha with which no LoRA is trained; `name` is that of the setting or tensor."""
+    """Refuse an alpha with which no LoRA is trained. `name` is the setting or tensor."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # NaN compares false
     if not (number and abs(value) <= LARGEST):
@@ -109,7 +109,7 @@ def _check_rank(value: Any, name: str, path: Path) -> None:
 
 
 def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float | None:
-    """Return the alpha with which alpha / rank is the strength of a module; None where the configuration has none."""
+    """Return a module's alpha, to be divided by its rank. None where the configuration has none."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha"))
     if alpha is None:

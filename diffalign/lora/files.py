@@ -62,7 +62,7 @@ def export_lora(denoiser: ModelMixin, pipeline: Any, folder: Path, *, name: str 
 def read_lora(source: str) -> Lora:
     """Read a LoRA by path or hub id. No model is needed; see `source.locate` and `formats.read`."""
     place = locate(source)
-    return formats.read(place.file, place.config)
+    return formats.read(place.file, place.config, unclear=place.unclear)
 
 
 def load_lora(pipeline: Any, source: str | Lora) -> None:

@@ -189,7 +189,7 @@ class Key:
 
 
 def split_key(key: str) -> Key | None:
-    """Return the parts of a key; None for every tensor that is no part of a LoRA."""
+    """Return the parts of a key. None for every tensor that is no part of a LoRA."""
     key = _WRAPPED.sub("", key)
     if match := _XLABS_END.fullmatch(key):
         return Key(match["module"], match["side"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffalign.core.errors import UsageError
+from diffalign.core.files import expand_home
+from diffalign.core.text import read_json
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PEFT_NAME = "adapter_model.safetensors"
@@ -21,10 +22,14 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Source:
-    """A LoRA file on this machine, and PEFT's `adapter_config.json` beside it."""
+    """A LoRA file on this machine, and PEFT's `adapter_config.json` of it.
+
+    `unclear`: the error for a file without alpha beside a configuration that may be another file's.
+    """
 
     file: Path
     config: dict[str, Any] | None
+    unclear: str = ""
 
 
 def locate(source: str) -> Source:
@@ -36,13 +41,13 @@ def locate(source: str) -> Source:
     Raises:
         UsageError: nothing is there, several files are, or the hub does not give it.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.exists():
         return _local(path, source)
     place, colon, name = source.rpartition(":")
     if not colon:
         place, name = source, ""
-    folder = Path(place).expanduser()
+    folder = expand_home(place)
     if colon and folder.is_dir():
         if not (folder / name).exists():
             raise UsageError(f"lora: {folder} has no {name}. Check the name behind the colon.")
@@ -58,20 +63,46 @@ def locate(source: str) -> Source:
 
 def _local(path: Path, source: str) -> Source:
     if path.is_dir():
-        names = [p.name for p in path.iterdir() if p.is_file()]
-        path = path / _choose(names, where=str(path), source=source)
+        path = path / _choose(_files(path), where=str(path), source=source, below=_below(path))
     if path.suffix.lower() != SUFFIX:
         raise UsageError(
             f"lora: {path} is no {SUFFIX} file, and pickles (.bin, .pt, .ckpt) can run code. Convert it to safetensors "
             "with the program that made it."
         )
-    # beside several files a PEFT configuration may be another one's
-    alone = path.name == PEFT_NAME or len(list(path.parent.glob(f"*{SUFFIX}"))) == 1
-    return Source(path, _read_config(path.with_name(CONFIG_NAME)) if alone else None)
+    place = path.with_name(CONFIG_NAME)
+    # diffusers has its configuration in the header
+    if not place.is_file() or path.name == WEIGHT_NAME:
+        return Source(path, None)
+    files = [n for n in _files(path.parent) if n.lower().endswith(SUFFIX)]
+    if path.name == PEFT_NAME or len(files) == 1:
+        return Source(path, _read_config(place))
+    owner = f"name {path.with_name(PEFT_NAME)}, or " if PEFT_NAME in files else ""
+    return Source(
+        path,
+        None,
+        f"lora: {path} has no alpha, and {CONFIG_NAME} beside it may be that of another of the {len(files)} files: "
+        f"{owner}put {path.name} into a folder of its own, with its {CONFIG_NAME}.",
+    )
 
 
-def _choose(names: Iterable[str], *, where: str, source: str) -> str:
-    """Return the LoRA among file names: by diffusers' name, by PEFT's, or the only one."""
+def _files(folder: Path) -> list[str]:
+    """Return the names of a folder's files, hidden ones left out."""
+    return [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+
+
+def _below(folder: Path) -> list[str]:
+    """Return the LoRAs up to two folders below. PEFT's and diffusers' names of files count."""
+    paths = [
+        p
+        for deep in ("*", "*/*")
+        for n in (WEIGHT_NAME, PEFT_NAME)
+        for p in folder.glob(f"{deep}/{n}")
+    ]
+    return sorted(p.relative_to(folder).as_posix() for p in paths)
+
+
+def _choose(names: Iterable[str], *, where: str, source: str, below: Sequence[str] = ()) -> str:
+    """Return the LoRA among file names: by diffusers' name, by PEFT's, the only one, or the only one below."""
     every = sorted(n for n in names if not PurePosixPath(n).name.startswith("."))
     files = [n for n in every if n.lower().endswith(SUFFIX)]
     for name in (WEIGHT_NAME, PEFT_NAME):
@@ -84,17 +115,19 @@ def _choose(names: Iterable[str], *, where: str, source: str) -> str:
             f"lora: {where} has {len(files)} {SUFFIX} files ({', '.join(files[:5])}). Name one of them: "
             f"{source}:{files[0]}"
         )
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise UsageError(
+            f"lora: {where} has no {SUFFIX} file itself, and {len(below)} LoRAs are below it "
+            f"({', '.join(below[:5])}). Name one of them: {source}:{below[0]}"
+        )
     others = f"; it has {', '.join(every[:5])}" if every else ""
     raise UsageError(f"lora: {where} has no {SUFFIX} file{others}")
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"lora: {path} cannot be read: {error}") from error
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, error=UsageError)
     if not isinstance(config, dict):
         raise UsageError(f"lora: {path} holds no PEFT configuration")
     return config
@@ -138,6 +171,7 @@ def _remote(repository: str, name: str) -> Source:
 def _download(repository: str, name: str) -> Source:
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
+    names: list[str] = []
     if not name:
         if constants.HF_HUB_OFFLINE:
             return _local(Path(snapshot_download(repository, local_files_only=True)), repository)
@@ -146,6 +180,7 @@ def _download(repository: str, name: str) -> Source:
             [n for n in names if "/" not in n] or names, where=repository, source=repository
         )
     path = Path(hf_hub_download(repository, name))
-    if path.name == PEFT_NAME:
-        hf_hub_download(repository, str(PurePosixPath(name).with_name(CONFIG_NAME)))
+    config = str(PurePosixPath(name).with_name(CONFIG_NAME))
+    if path.name == PEFT_NAME or config in names:
+        hf_hub_download(repository, config)
     return _local(path, repository)

@@ -19,7 +19,7 @@ from diffalign.core.fingerprint import of_json
 from diffalign.data.captioned import RENDERED
 from diffalign.data.images import read_folder, require_captions
 from diffalign.data.pairs.records import check_pairs
-from diffalign.data.prompts import Prompt, load_prompts, told
+from diffalign.data.prompts import Prompt, PromptError, load_prompts, told
 from diffalign.rewards import own
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
@@ -84,7 +84,16 @@ def check_source(config: AnyRunConfig) -> None:
 
 def held_out_prompts(config: AnyRunConfig) -> list[Prompt]:
     """Return the prompts that a run is evaluated on."""
-    return load_prompts(config.prompts.evaluation, limit=config.evaluation.max_prompts)
+    limit = config.evaluation.max_prompts
+    return _prompts(config.prompts.evaluation, setting="prompts.evaluation", limit=limit)
+
+
+def _prompts(source: str, *, setting: str, limit: int | None = None) -> list[Prompt]:
+    """Load prompts; an error names the setting."""
+    try:
+        return load_prompts(source, limit=limit)
+    except PromptError as error:
+        raise PromptError(f"{setting}: {error}") from error
 
 
 def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeReward]:
@@ -115,12 +124,12 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
         UserError: prompts, pairs or images cannot be read, a reward is unknown, or prompts lack what a reward needs.
     """
     check_source(config)
-    held_out = held_out_prompts(config)
-    reward, watched = held_out_rewards(config)
     train, notices = [], []
     if isinstance(config, RunConfig | DistillationRunConfig):
-        train = load_prompts(config.prompts.train)
+        train = _prompts(config.prompts.train, setting="prompts.train")
         notices = check_prompts(train, config)
+    held_out = held_out_prompts(config)
+    reward, watched = held_out_rewards(config)
     if isinstance(config, RunConfig):
         _check_metadata(reward, train, setting=f"prompts.train={config.prompts.train}")
     for part in (reward, watched):

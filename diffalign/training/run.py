@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,6 +108,8 @@ class Run:
     """Number of the last update of an earlier sitting, 0 without one."""
     compiled: bool = False
     """True once this sitting has made an update, which compiles the denoiser's blocks."""
+    trained: bool = False
+    """True once the last update is saved."""
     before: Evaluation = field(init=False)
     """Evaluation of the reference, which win rates compare with."""
 
@@ -256,8 +259,9 @@ class Run:
                     log = [r for r in log if r["update"] <= bar.n]
                     last = self._ended(log)
         trackers.finish(self.accelerator)
+        self.trained = last
         if number:
-            raise Interrupted(number, trainer.folder.saved())
+            raise Interrupted(number, trainer.folder.saved(trained=self.trained))
         if reason := trainer.ended(log):
             self._say(reason)
         for name, count in self.failures.items():
@@ -406,16 +410,23 @@ def run(config: AnyRunConfig) -> dict[str, Any]:
         RunFolderError: another process runs in the folder, the disk is full, or the memory is full.
         Interrupted: a signal ended the run. The message says at which update the same command continues.
     """
-    folder = RunFolder(config.output_dir)
+    folder, prepared = RunFolder(config.output_dir), None
     try:
         with processes.hold(folder.path):
-            return Run.prepare(config).execute()
-    except Interrupted as interrupt:
-        if str(interrupt):
-            raise
-        raise Interrupted(interrupt.number, folder.saved()) from interrupt
+            prepared = Run.prepare(config)
+            try:
+                return prepared.execute()
+            finally:
+                # only now the folder belongs to this run
+                if prepared.accelerator.is_main_process:
+                    with suppress(OSError):
+                        console.write_messages(folder.path)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(signal.SIGINT, folder.saved()) from interrupt
+        if isinstance(interrupt, Interrupted) and str(interrupt):
+            raise
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        trained = prepared is not None and prepared.trained
+        raise Interrupted(number, folder.saved(trained=trained)) from interrupt
     except Exception as error:
         text = None
         if out_of_memory(error):

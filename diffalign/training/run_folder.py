@@ -86,12 +86,21 @@ class RunFolder:
         """Newest finished checkpoint, or None."""
         return checkpoint.latest(self.checkpoints)
 
-    def saved(self) -> str:
-        """Return a text for an interrupted run: what is saved, and where the same command continues."""
+    def saved(self, *, trained: bool = False) -> str:
+        """Return a text for an interrupted run: what is saved, and where the same command continues.
+
+        Args:
+            trained: no update is left to make.
+        """
         good = self.newest_checkpoint
         if good is None:
             return f"no update of {self.path} is saved; the same command begins with the first"
         update = int(good.name)
+        if trained:
+            return (
+                f"training is finished, and its {update} updates are saved in {good}; the same command evaluates and "
+                "writes the LoRA"
+            )
         return f"updates up to {update} are saved in {good}; the same command goes on with update {update + 1}"
 
     @property

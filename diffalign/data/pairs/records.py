@@ -70,7 +70,8 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
         PairsError: the source does not exist or is not readable, or its first row fits no layout.
     """
     layout = check_pairs(config)
-    numbered = enumerate(rows(config.source, start=start), start)
+    names = config.column_map
+    numbered = enumerate(rows(config.source, start=start, columns=names.values()), start)
     # such a table has the images of one prompt in consecutive rows
     if layout.per_image:
         groups = groupby(numbered, key=lambda pair: _prompt_id(pair[1]))
@@ -78,7 +79,7 @@ def read_pairs(config: PairsConfig, *, start: int = 0) -> Iterator[PreferencePai
     else:
         parts = ([one] for one in numbered)
     for part in parts:
-        yield from _pairs_of(layout, [row for _, row in part], part[0][0], config.column_map)
+        yield from _pairs_of(layout, [row for _, row in part], part[0][0], names)
 
 
 def _prompt_id(row: Row) -> Any:
@@ -388,7 +389,7 @@ def _named_layout(config: PairsConfig) -> Layout | None:
 def _first(config: PairsConfig) -> Row:
     """Return the first row that can be read."""
     problem = ""
-    for row in rows(config.source):
+    for row in rows(config.source, columns=config.column_map.values()):
         if not row.problem:
             return row
         problem = problem or f"{row.place} {row.problem}"

@@ -5,7 +5,8 @@ The first rows can be skipped without being read, so that a pass over hundreds o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from diffalign.core.errors import UserError
@@ -14,7 +15,33 @@ from diffalign.data.folders import keep_training_files, walk
 from diffalign.data.tables import SUFFIXES, Row, read_rows
 
 OWN = "pairs.jsonl"
-TABLES = (OWN, "metadata.jsonl", "metadata.csv")
+TABLES = (OWN, "metadata.jsonl", "metadata.csv", "metadata.tsv")
+COLUMNS = (
+    *(
+        "prompt",
+        "image_0",
+        "image_1",
+        "label",
+        "label_0",
+        "label_1",
+        "weight",
+        "metadata",
+        "scores",
+    ),
+    *("structures", "caption", "jpg_0", "jpg_1", "has_label", "original_prompt", "file_path"),
+    *(
+        "human_preference",
+        "image_path",
+        "rank",
+        "path1",
+        "path2",
+        "choice_dist",
+        "image1",
+        "image2",
+    ),
+    *("votes_image1", "votes_image2", "prompt_id", "image"),
+)
+"""Columns of the layouts, which a table may write with capitals."""
 
 
 class PairsError(UserError, ValueError):
@@ -54,15 +81,28 @@ def tables(source: str | Path) -> list[Path]:
     return files
 
 
-def rows(source: str | Path, *, start: int = 0) -> Iterator[Row]:
+def rows(source: str | Path, *, start: int = 0, columns: Collection[str] = ()) -> Iterator[Row]:
     """Yield the rows of a source, beginning with row `start`.
+
+    Args:
+        columns: names beside those of the layouts that columns get, in whatever case the table writes them.
 
     Raises:
         PairsError: the source has no table, or a whole table cannot be read.
     """
-    number = 0
+    number, names = 0, {name.lower(): name for name in (*COLUMNS, *columns)}
+    exact = {*COLUMNS, *columns}
     for file in tables(source):
         for row in read_rows(file, skip=start - number, error=PairsError):
             number += 1
             if row is not None:
-                yield row
+                yield row if exact.issuperset(row.columns) else _renamed(row, names, exact)
+
+
+def _renamed(row: Row, names: dict[str, str], exact: set[str]) -> Row:
+    """Return a row with its columns renamed where they differ from names in case only."""
+    columns = {}
+    for name, value in row.columns.items():
+        plain = names.get(str(name).strip().lower(), name)
+        columns[name if name in exact or plain in row.columns else plain] = value
+    return replace(row, columns=columns)

@@ -1,0 +1,106 @@
+"""Figures as people read them: digits, intervals and verdicts, rows, times, tables of 80 columns."""
+
+import math
+
+import pytest
+
+from diffalign.cli import output
+from diffalign.evaluation import figures
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.117, "0.117"),
+        (0.9996, "1.00"),
+        (-0.00312, "-0.00312"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (23.456, "23.5"),
+        (1234.5, "1234"),
+        (2.5e-7, "2.50e-07"),
+        (math.nan, "nan"),
+    ],
+)
+def test_numbers_keep_three_digits(value, text):
+    assert figures.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "prompts", "told"),
+    [
+        (0.070, 0.161, 3, ("too few prompts (3)", "")),
+        (0.070, 0.161, 6, ("+0.0700 to +0.161", "")),
+        (-0.07, 0.161, 6, ("-0.0700 to +0.161", "within noise")),
+        (None, None, 8, ("unknown", "")),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_beside_it(low, high, prompts, told):
+    assert figures.told(low, high, n=2 * prompts, prompts=prompts) == told
+    assert figures.told(0.2, 0.4, n=4, prompts=1) == ("too few images (4)", "")
+
+
+def side(tasks, means):
+    return {"tasks": tasks, "means": means}
+
+
+def test_a_quantity_has_one_row():
+    same = side({"a": 0.2, "overall": 0.2}, {"reward": 0.1, "jpeg": 0.1, "v/correct": 0.2})
+    assert figures.score_rows([same, same]) == {
+        "tasks": {"a": "a", "overall": "overall"},
+        "means": {"reward": "reward (jpeg)"},
+    }
+    other = side({"overall": 0.2}, {"reward": 0.1, "jpeg": 0.1, "ocr": 0.3, "v/correct": 0.3})
+    assert figures.score_rows([other]) == {
+        "tasks": {"overall": "overall (mean over tasks)"},
+        "means": {
+            "reward": "reward",
+            "jpeg": "jpeg",
+            "ocr": "ocr",
+            "v/correct": "v/correct (mean over images)",
+        },
+    }
+
+
+def change(value, low, high, prompts):
+    names = ("value", "low", "high", "n", "prompts", "within_noise")
+    return dict(zip(names, (value, low, high, 64, prompts, low <= 0 <= high), strict=True))
+
+
+def test_a_summary_fits_80_columns_unbroken(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    tasks = {"two_object": 0.5, "a_very_long_name_of_a_task": 0.5, "overall": 0.5}
+    means = {"reward": -0.00301, "jpeg": -0.00301}
+    summary = {
+        "updates": 5,
+        "device": "cpu",
+        "before": side(tasks, means),
+        "after": side(tasks, means),
+        "differences": {
+            "tasks": {
+                "two_object": change(0.117, 0.07, 0.161, 3),
+                "a_very_long_name_of_a_task": change(-0.117, -0.161, 0.07, 30),
+            },
+            "means": {"reward": change(-0.00312, -0.00456, -0.00123, 8)},
+        },
+        "training_seconds": 105,
+        "seconds": 66,
+        "resumed_after": 3,
+    }
+    output.print_summary(summary)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[:-2])) <= 80
+    for piece in (
+        "too few prompts (3)",
+        "-0.161 to +0.0700",
+        "within noise",
+        "-0.00456 to -0.00123",
+        "-0.00301",
+        "in all sittings; this one, after update 3, 66 s",
+    ):
+        assert piece in text
+    assert text.count("noise") == 3
+    assert "…" not in text
+    first = [word for line in text.splitlines() for word in line.split()[:1]]
+    assert "two_object" in first
+    assert "a_very_long_name_of_a_task" in "".join(first)
