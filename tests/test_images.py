@@ -67,6 +67,24 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+@pytest.mark.parametrize("top", [1, 255, 65535])
+def test_values_of_a_tiff_are_scaled_by_their_range(tmp_path, kind, top):
+    values = np.array([[0, 0.4 * top, top]]).astype(kind)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    expected = (values / top * 255).round().astype(int)
+    assert read_image(tmp_path / "a.tif")[0].tolist() == expected.tolist()
+
+
+def test_dark_images_of_16_bits_stay_dark_and_an_unknown_range_is_refused(tmp_path):
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(np.array([[0, 128, 255]], np.uint16)).save(tmp_path / name)
+        assert read_image(tmp_path / name).max() <= 1, name
+    Image.fromarray(np.array([[0, 2**20]], np.int32)).save(tmp_path / "b.tif")
+    with pytest.raises(OSError, match="pixels up to 1048576"):
+        read_image(tmp_path / "b.tif")
+
+
 def test_of_an_animation_the_first_frame_counts(tmp_path):
     frames = [Image.new("RGB", (6, 6), c) for c in (RED, (0, 0, 255))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

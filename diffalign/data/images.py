@@ -282,8 +282,8 @@ _limits = _Limits()
 def read_image(path: Path | bytes) -> Tensor:
     """Return the pixels (3, H, W) uint8 of an image file or of its content.
 
-    The image is turned as its EXIF says. Transparent pixels are composed on white, 16 bits are scaled to 8, and of an
-    animation the first frame is read.
+    The image is turned as its EXIF says. Transparent pixels are composed on white, deeper values scaled to 8 bits by
+    their range, and of an animation the first frame is read.
 
     Raises:
         OSError: the file is missing, empty, truncated or no image.
@@ -296,7 +296,9 @@ def read_image(path: Path | bytes) -> Tensor:
             file.load()
             image = _upright(file)
         if image.mode.startswith("I") or image.mode == "F":
-            return _deep(np.asarray(image))
+            return _deep(
+                np.asarray(image), sixteen_bits="16" in image.mode or file.format != "TIFF"
+            )
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             ground = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(ground, image.convert("RGBA"))
@@ -317,14 +319,21 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
-def _deep(values: np.ndarray) -> Tensor:
-    """Convert (H, W) 16-bit integers or floats in 0..1 to grey (3, H, W) uint8."""
-    if np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all():
-            raise ValueError("pixels that are not finite")
-        grey = values.clip(0, 1) * 255
-    else:
-        grey = values.clip(0, 65535) / 257
+def _deep(values: np.ndarray, *, sixteen_bits: bool) -> Tensor:
+    """Convert (H, W) integers or floats to grey (3, H, W) uint8.
+
+    The range 0..1, 0..255 or 0..65535 is that of the values, unless integers are known to have 16 bits.
+    """
+    is_float = np.issubdtype(values.dtype, np.floating)
+    if not np.isfinite(values).all():
+        raise ValueError("pixels that are not finite")
+    # resampled floats overshoot their range
+    largest = values.max() / (1.1 if is_float else 1)
+    tops = (1, 255, 65535) if is_float or not sixteen_bits else (65535,)
+    top = next((top for top in tops if largest <= top), None)
+    if top is None:
+        raise ValueError(f"pixels up to {values.max()}, which is above 65535")
+    grey = values.clip(0, top) * (255 / top)
     pixels = torch.from_numpy(grey.round().astype(np.uint8))
     return pixels.expand(3, *pixels.shape).contiguous()
 
