@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
     from diffalign.autoencoders.run import check_folder, train_autoencoder
     from diffalign.autoencoders.trainer import AutoencoderConfig
-    from diffalign.cli.output import emit, print_table
+    from diffalign.cli.output import emit, print_table, suggest
     from diffalign.evaluation.figures import number
     from diffalign.pipelines.moving import load_autoencoder
 
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     rows = [(name, number(before[name]), number(after[name])) for name in after]
     print_table("reconstruction of held-out images", ("", "before", "after"), [rows])
     print(f"autoencoder: {args.output_dir} ({result['updates']} updates, {result['seconds']} s)")
+    suggest("train", "dcgen-shapes-flux", f"--latents.autoencoder={args.output_dir}")
     emit({k: result[k] for k in ("phase", "before", "after", "updates", "seconds")})
 
 

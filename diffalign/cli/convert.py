@@ -35,7 +35,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Rewrite a LoRA file."""
-    from diffalign.cli.output import emit
+    from diffalign.cli.output import emit, suggest
     from diffalign.core.files import aside
     from diffalign.lora.files import read_lora
     from diffalign.lora.formats import write
@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> None:
     with aside(args.output) as file:
         write(lora, file, to=args.to, family=args.family)
     print(f"{args.output}: {len(lora)} modules in {args.to}'s keys")
+    if args.to == "diffusers":
+        suggest("generate", "a photo of a red circle", "--model", "MODEL", "--lora", args.output)
+    else:
+        print(f"next: load {args.output} in the program, with strength 1")
     emit({"file": str(args.output), "modules": len(lora), "to": args.to})
 
 

@@ -26,7 +26,7 @@ def add_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write every image as PNG when it is generated, then a grid of all."""
     from diffalign.cli.models import batching, evaluation, load, settle_drawing
-    from diffalign.cli.output import emit
+    from diffalign.cli.output import emit, suggest
     from diffalign.core import console
     from diffalign.data.prompts import read_arguments
     from diffalign.evaluation.images import GRID, write_images
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
             **batching(args),
         )
     print(f"{len(files)} images in {args.output_dir}, all of them in {args.output_dir / GRID}")
+    reward = "verifier" if args.model.startswith("shapes-") else "clip_score"
+    suggest("evaluate", "rewards", "--images", args.output_dir, "--rewards", reward)
     emit({"folder": str(args.output_dir), "images": [str(f) for f in files]})
 
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     With --images the folder is scored as it is.
     """
     from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
-    from diffalign.cli.output import print_scores, write_result
+    from diffalign.cli.output import print_scores, suggest, write_result
     from diffalign.core import console, processes
     from diffalign.core.errors import UsageError
     from diffalign.data.prompts import load_prompts
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
     write_result(args.output or folder / "summary.json", result)
     if result["scored"] == 0:
         raise UsageError(f"no image of {folder} could be read: {result['first_error']}")
+    print(f"images and scores: {folder}")
+    suggest("evaluate", "report", "--folders", folder, "--output", folder / "report.html")
 
 
 VERB = Verb(

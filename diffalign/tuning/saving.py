@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +64,7 @@ def save(
 
 
 def describe(result: TuneResult, folder: Path, *, keeps_earlier: bool = False) -> str:
-    """Return a few lines about the result for people; the last line is JSON.
+    """Return a few lines about the result: the verdict, the factors in force, and the files.
 
     Args:
         result: result of the search.
@@ -85,10 +83,9 @@ def describe(result: TuneResult, folder: Path, *, keeps_earlier: bool = False) -
                 else "the schedule stays as it is"
             )
         )
+    if not result.accepted:
+        return f"{verdict}\n{folder}: {RESULT} tells of the search, no factors were written"
     lines = [verdict, "step  sample  model_output"]
     pairs = zip(result.best.sample, result.best.model_output, strict=True)
     lines += [f"{i:4}  {a:6.4f}  {b:6.4f}" for i, (a, b) in enumerate(pairs)]
-    lines.append(f"{folder}: scheduler/scheduler_config.json and {RESULT}")
-    plain = replace(result, history=[]).to_dict()
-    del plain["history"]
-    return "\n".join([*lines, json.dumps(plain)])
+    return "\n".join([*lines, f"{folder}: scheduler/scheduler_config.json and {RESULT}"])
