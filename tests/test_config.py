@@ -318,6 +318,10 @@ def test_forwards_an_image_of_recipes_for_real_models(recipe, expected):
         ("--training.max_minutes=0", "training.max_minutes"),
         ("--training.total_minutes=-2", "training.total_minutes"),
         ("--model.max_sequence_length=0", "model.max_sequence_length"),
+        ("--rollout.prompts_per_update=99999999999", "rollout.prompts_per_update"),
+        ("--training.num_updates=1000001", "training.num_updates"),
+        ("--lora.rank=100000", "lora.rank"),
+        ("--rollout.height=99999", "rollout.height"),
     ],
 )
 def test_numbers_have_ranges(flag, path):

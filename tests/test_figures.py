@@ -1,11 +1,17 @@
 """Figures as people read them: digits, intervals and verdicts, rows, times, tables of 80 columns."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
+from diffalign import config
 from diffalign.cli import output
-from diffalign.evaluation import figures
+from diffalign.cli.train import results_of
+from diffalign.data.prompts import Prompt
+from diffalign.evaluation import figures, images
 
 
 @pytest.mark.parametrize(
@@ -104,3 +110,43 @@ def test_a_summary_fits_80_columns_unbroken(monkeypatch, capsys):
     first = [word for line in text.splitlines() for word in line.split()[:1]]
     assert "two_object" in first
     assert "a_very_long_name_of_a_task" in "".join(first)
+
+
+def test_a_grid_tells_how_an_image_is_drawn_again_and_what_is_replaced(
+    monkeypatch, tmp_path, caplog
+):
+    """The noise of an image depends on the seed and on its number among all images."""
+    told = []
+    pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+
+    def evaluate(*_, on_images, **__):
+        on_images(slice(0, 3), pixels)
+        return SimpleNamespace(images=pixels)
+
+    def grid(*_, captions, **__):
+        told.extend(captions)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(images, "evaluate_model", evaluate)
+    monkeypatch.setattr(images, "image_grid", grid)
+    drawing = config.EvaluationConfig(images_per_prompt=3, seed=7)
+    images.write_images(None, [Prompt("a cat")], tmp_path, drawing)
+    assert told == [f"image 000{i} of seed 7: a cat" for i in range(3)]
+    assert not caplog.text
+    images.write_images(None, [Prompt("a dog")], tmp_path, drawing)
+    assert caplog.text.rstrip().endswith("replaced grid.png")
+    images.write_images(None, [Prompt("a dog")], tmp_path, drawing)
+    assert "replaced 0000-a-dog.png, 0001-a-dog.png, 0002-a-dog.png, grid.png" in caplog.text
+
+
+def test_own_training_prompts_with_a_built_in_evaluation_are_noted(tmp_path):
+    def lines(recipe="awm-shapes-sd3", **prompts):
+        flags = [f"--prompts.{key}={value}" for key, value in prompts.items()]
+        return "".join(results_of(config.load(recipe, [*flags, f"--output_dir={tmp_path}"])))
+
+    file = tmp_path / "mine.txt"
+    file.write_text("a cat\n")
+    assert "evaluated on prompts.evaluation=shapes:held_out" in lines(train=file)
+    assert "note:" not in lines(train=file, evaluation=file)
+    assert "note:" not in lines()
+    assert "note:" not in lines("inversion-dpo-shapes")

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from diffalign import cli
 from diffalign.core.errors import UsageError
 from diffalign.lora import files, source
+from diffalign.training import rerun, run_folder
 
 VERBS = {
     "generate": ["generate", "x", "--model=shapes-sd3", "--output_dir=o"],
@@ -114,6 +115,15 @@ def test_the_only_lora_below_a_folder_is_read(below, tmp_path):
     with pytest.raises(UsageError, match=f"2 LoRAs are below it .*{below}.*Name one of them"):
         files.read_lora(str(tmp_path))
     assert alpha_of(f"{tmp_path}:{below}") == 7
+
+
+@pytest.mark.parametrize("place", ["", "lora", "lora/pytorch_lora_weights.safetensors"])
+def test_the_run_of_a_lora_is_the_folder_that_holds_it(place, tmp_path):
+    one_layer(tmp_path / "lora" / source.WEIGHT_NAME)
+    assert rerun.run_of(str(tmp_path / place)) is None
+    for name in (run_folder.CONFIG, run_folder.LOG):
+        (tmp_path / name).touch()
+    assert rerun.run_of(str(tmp_path / place)) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["style.safetensors", source.PEFT_NAME])

@@ -116,7 +116,7 @@ def train_config(config: AnyRunConfig) -> None:
 
 def results_of(config: AnyRunConfig) -> list[str]:
     """Return lines with the paths of a run's results and a suggested next command."""
-    from diffalign.data.prompts import load_prompts
+    from diffalign.data.prompts import is_file, load_prompts
     from diffalign.evaluation.report import usage
     from diffalign.training.run_folder import REPORT, RunFolder
 
@@ -130,7 +130,15 @@ def results_of(config: AnyRunConfig) -> list[str]:
         "report": folder.path / REPORT,
     }
     lines = [f"{name:<10}  {place}" for name, place in places.items() if place.exists()]
-    prompt = load_prompts(config.prompts.evaluation, limit=1)[0].text
+    held_out = config.prompts.evaluation
+    # runs on pairs and images have no prompts to train on
+    train = getattr(config.prompts, "train", held_out)
+    if is_file(train) and not is_file(held_out):
+        lines.append(
+            f"note: trained on {train}, evaluated on prompts.evaluation={held_out}; "
+            "name a file of held-out prompts there to evaluate on prompts like yours"
+        )
+    prompt = load_prompts(held_out, limit=1)[0].text
     return [*lines, f"next: {usage(folder.path, config, prompt)[0]}"]
 
 

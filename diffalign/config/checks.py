@@ -13,12 +13,22 @@ from typing import Any
 from diffalign.core.errors import UserError
 from diffalign.core.nearest import nearest
 
+MAX_COUNT = 10**6
+"""Largest valid integer of a field that `RANGES` does not name."""
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
-    "height": (1, math.inf),
-    "width": (1, math.inf),
+    "height": (1, 2**14),
+    "width": (1, 2**14),
     "guidance_scale": (0, math.inf),
-    "max_sequence_length": (1, math.inf),
+    "max_sequence_length": (1, MAX_COUNT),
+    # a model's layers are narrower than that, which is known only once it is loaded
+    "rank": (1, 4096),
+    # images of a whole dataset
+    "limit": (-math.inf, 2**63 - 1),
+    # a very large number means never
+    "checkpoint_every": (-math.inf, 2**63 - 1),
+    "eval_every": (-math.inf, 2**63 - 1),
+    "sample_every": (-math.inf, 2**63 - 1),
 }
 """Smallest and largest valid value of a field, by its name in any dataclass."""
 
@@ -49,7 +59,8 @@ def check_numbers(config: Any, group: str = "") -> None:
     """Check the numbers in a dataclass and in the dataclasses nested in it.
 
     Raises:
-        ConfigError: a number that is not finite, a seed outside 0..2**63-1, sizes below 1 or negative guidance.
+        ConfigError: a number that is not finite, a seed outside 0..2**63-1, sizes below 1, counts above
+            `MAX_COUNT` or negative guidance.
     """
     for field in fields(config):
         path, value = f"{group}{field.name}", getattr(config, field.name)
@@ -57,6 +68,9 @@ def check_numbers(config: Any, group: str = "") -> None:
             check_numbers(value, f"{path}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             check(math.isfinite(value), path, f"must be a finite number, got {value}")
-            least, most = RANGES.get(field.name, (-math.inf, math.inf))
-            bounds = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            most = MAX_COUNT if str(field.type).startswith("int") else math.inf
+            least, most = RANGES.get(field.name, (-math.inf, most))
+            bounds = f"in {least}..{most}"
+            if math.inf in (most, -least):
+                bounds = f"at least {least}" if most == math.inf else f"at most {most}"
             check(least <= value <= most, path, f"must be {bounds}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from diffalign.evaluation.score import Progress, evaluate_model, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import no_reward
 
+logger = logging.getLogger(__name__)
+
 GRID = "grid.png"
 LONGEST = 60
 """Bytes of a prompt in a file name."""
@@ -36,11 +39,13 @@ def write_images(
 ) -> list[Path]:
     """Draw images of the prompts and return their files.
 
-    Each image is written as PNG once it is drawn, then the captions, and a grid of all.
+    Each image is written as PNG once it is drawn, then the captions, and a grid of all. A warning names the files of
+    an earlier call that were replaced.
     """
     rows = repeat_prompts(prompts, config)
     texts = [p.text for p in rows]
     names = [file_name(i, text) for i, text in enumerate(texts)]
+    replaced = [name for name in (*names, GRID) if (folder / name).exists()]
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(part: slice, images: Tensor) -> None:
@@ -54,10 +59,13 @@ def write_images(
         progress(0, len(texts))
     evaluation = evaluate_model(model, prompts, no_reward, config, on_images=write, **sizes)
     write_captions(folder, dict(zip(names, rows, strict=True)))
-    captions = [f"{i:04d} {text} (seed {config.seed})" for i, text in enumerate(texts)]
+    # an image is drawn again by its number and the seed of all: its noise depends on both
+    captions = [f"image {i:04d} of seed {config.seed}: {text}" for i, text in enumerate(texts)]
     grid = image_grid(evaluation.images, columns=config.images_per_prompt, captions=captions)
     with aside(folder / GRID) as file:
         grid.save(file)
+    if replaced:
+        logger.warning("%s: replaced %s", folder, ", ".join(replaced))
     return [folder / name for name in names]
 
 

@@ -72,7 +72,8 @@ def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) ->
         return [*lines, "the run fits"]
     fitting = fits(config, smallest, forecast)
     if fitting:
-        lines.append("the run does not fit; it does with any of:")
+        which = "any of" if len(fitting) > 1 else "this setting"
+        lines.append(f"the run does not fit; it does with {which}:")
         return lines + [f"  {settings}: {size / GIB:.2f} GiB" for settings, size in fitting]
     least, size = _least(config, forecast)
     small = size - estimate.denoiser * (1 - INT4_SHARE)

@@ -129,10 +129,11 @@ def read_config(folder: Path) -> AnyRunConfig:
 
 
 def run_of(lora_source: str | None) -> Path | None:
-    """Return the run folder that contains a LoRA, or None if there is none."""
+    """Return the run folder that is or contains a LoRA's place, or None if there is none."""
     if lora_source is None:
         return None
-    for folder in Path(lora_source).absolute().parents:
+    place = Path(lora_source).absolute()
+    for folder in (place, *place.parents):
         if (folder / CONFIG).is_file() and (folder / LOG).is_file():
             return folder
     return None

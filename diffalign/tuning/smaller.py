@@ -217,7 +217,8 @@ def _describe(times: Comparison, settings: SmallerSettings, backends: set[str]) 
     more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
     # The figures are rounded as in the file.
     ms, plain_ms = round(times.ms, 2), round(times.plain_ms, 2)
+    images = "1 image" if settings.latency == 1 else f"{settings.latency} images"
     return (
-        f"a forward for {settings.latency} images: {ms:.1f} ms, {times.ratio:.2f} of the {plain_ms:.1f} ms in "
+        f"{ms:.1f} ms per forward with {images}, {times.ratio:.2f} times the {plain_ms:.1f} ms in "
         f"bfloat16 (both eager{more})"
     )
