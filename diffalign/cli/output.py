@@ -72,7 +72,8 @@ def print_evaluation(title: str, evaluation: Mapping[str, Any]) -> None:
     """Print the tasks and means of an evaluation, each quantity once."""
     from diffalign.evaluation.figures import score_rows
 
-    scores, intervals = {}, {}
+    scores: dict[str, float] = {}
+    intervals: dict[str, Mapping[str, Any]] = {}
     for part, titles in score_rows([evaluation]).items():
         for name, row in titles.items():
             scores[row] = evaluation[part][name]

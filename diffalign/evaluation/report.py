@@ -168,7 +168,12 @@ def _row(
 ) -> dict[str, Any]:
     interval, noise, colour = "", "", "noise"
     if change is not None:
-        bounds = {"low": change.low, "high": change.high, "n": change.n, "prompts": change.prompts}
+        bounds: dict[str, Any] = {
+            "low": change.low,
+            "high": change.high,
+            "n": change.n,
+            "prompts": change.prompts,
+        }
         interval, noise = told(**bounds)
         colour = verdict(**bounds)
     return {
@@ -191,7 +196,7 @@ def _wins(rate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the win rate for the headline; None where there is none."""
     if not rate:
         return None
-    bounds = {"low": rate["low"], "high": rate["high"], "n": rate["pairs"]}
+    bounds: dict[str, Any] = {"low": rate["low"], "high": rate["high"], "n": rate["pairs"]}
     bounds |= {"prompts": rate["prompts"], "centre": 0.5}
     return {
         "rate": f"{rate['rate']:.0%}",
