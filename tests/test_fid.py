@@ -220,7 +220,7 @@ def test_all_paths_are_checked_before_a_network_is_loaded(tmp_path, capsys, monk
     for flags, message in (
         ([generated, "--reference=coco/val2017"], "coco/val2017"),
         ([generated, f"--reference={tmp_path / 'broken.npz'}"], "no statistics"),
-        ([generated, f"--reference={tmp_path / 'none.npz'}"], "no statistics"),
+        ([generated, f"--reference={tmp_path / 'none.npz'}"], "does not exist"),
         ([generated, f"--save_statistics={tmp_path / 'file' / 'x'}"], "cannot be written"),
         ([f"--images={tmp_path / 'none'}", "--reference=shapes:held_out"], "none"),
     ):

@@ -129,7 +129,7 @@ def read_config(folder: Path) -> AnyRunConfig:
 
 
 def run_of(lora_source: str | None) -> Path | None:
-    """Return the run folder that is or contains a LoRA's place, or None if there is none."""
+    """Return the run folder that a LoRA's place is, or lies in. Return None if there is none."""
     if lora_source is None:
         return None
     place = Path(lora_source).absolute()
