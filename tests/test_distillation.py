@@ -360,7 +360,7 @@ def test_merge_says_what_it_cannot_do(tmp_path, capsys):
     assert cli.main([*merge, f"--scheduler={tmp_path / 'nowhere'}"]) == 2
     assert "holds no scheduler" in capsys.readouterr().err
     assert cli.main([*merge, "--scheduler=MagicScheduler"]) == 2
-    assert "diffusers has no MagicScheduler" in capsys.readouterr().err
+    assert "--scheduler=MagicScheduler: diffusers has no such class" in capsys.readouterr().err
     assert cli.main([*merge, "--scheduler=TCDScheduler,spacing=trailing"]) == 2
     assert "TCDScheduler has no spacing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
