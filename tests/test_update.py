@@ -26,7 +26,7 @@ def make_batch(model, n=N):
         advantages=torch.randn(n, generator=generator).clamp(-1, 1),
         image=list(range(n)),
         total=n,
-        kept=n,
+        trained=n,
     )
 
 
@@ -261,7 +261,7 @@ def test_two_shares_sum_to_the_whole(policy):
             advantages=batch.advantages[rows],
             image=batch.image[rows],
             total=N,
-            kept=N,
+            trained=N,
         )
         total = total + gradient(policy, share, kl_beta=0.1)[0]
     torch.testing.assert_close(total, whole, rtol=2e-4, atol=1e-6)

@@ -52,7 +52,7 @@ def gradients(trainer: OnlineTrainer, *, batches: int) -> Tensor:
         plan = trainer.plan(number)
         batch, _ = trainer.make_batch(plan, trainer.rollout(plan, number))
         trainer.optimizer.zero_grad()
-        if batch.kept:
+        if batch.trained:
             trainer.policy_update.accumulate(batch, update=number)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.parameters]
         rows.append(torch.cat([g.flatten().float() for g in grads]))

@@ -166,7 +166,7 @@ def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
         advantages=torch.linspace(-1, 1, micro),
         image=list(range(micro)),
         total=images,
-        kept=images,
+        trained=images,
     )
     # The distances are phases of their own, so the policy phase is an update without them.
     config = replace(update.config, kl_beta=0.0, ema_kl_beta=0.0)

@@ -14,7 +14,7 @@ NOISE = "within noise"
 
 
 def number(value: float, *, sign: bool = False) -> str:
-    """Return a number with three significant digits, in powers of ten where it is tiny or huge."""
+    """Return a number with three significant digits. Use powers of ten where it is tiny or huge."""
     plus = "+" if sign else ""
     if not math.isfinite(value):
         return f"{value:{plus}}"

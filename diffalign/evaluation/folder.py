@@ -109,7 +109,7 @@ def check_captions(reward: Any, images: Sequence[CaptionedImage], folder: Path) 
 def check_scored(
     rows: Sequence[Mapping[str, Any]], means: Mapping[str, float], reward: Any
 ) -> None:
-    """Raise UsageError where no image of a folder could be read, or none could be scored."""
+    """Raise UsageError if no image of a folder could be read, or none scored."""
     if all("error" in row for row in rows):
         raise UsageError(f"no image could be read, for instance {rows[0]['error']}")
     if not means:

@@ -29,9 +29,9 @@ Circles and squares have rounded neighbours (flowers, pentagons, ellipses, super
 MIN_MARGIN = 0.02
 """Least lead of that overlap over the overlap with any other shape."""
 MAX_RESIDUAL = 70.0
-"""Distance in RGB to the line from the ground to a colour beyond which a pixel has another colour."""
+"""Largest distance in RGB of a pixel from the line to its colour."""
 MIN_CONTRAST = 90.0
-"""Distance in RGB from the ground at which a pixel of another colour belongs to an object."""
+"""Least distance in RGB from the ground of an object's pixel of another colour."""
 UNKNOWN = "unknown"
 
 CANVAS = 28
@@ -92,7 +92,7 @@ def _energies() -> np.ndarray:
 
 
 def name_shape(coverage: np.ndarray) -> tuple[str, float]:
-    """Name the shape that a coverage (h, w) in 0..1 shows, with their overlap in 0..1.
+    """Return the name of the shape that a coverage shows, and their overlap.
 
     The overlap of two coverages a and b is 2 a.b / (a.a + b.b). Too large, too small or long objects are unknown.
     """
@@ -120,7 +120,7 @@ def name_shape(coverage: np.ndarray) -> tuple[str, float]:
 def _coverage(
     component: np.ndarray, color: int, labels: np.ndarray, amounts: np.ndarray, image: np.ndarray
 ) -> np.ndarray:
-    """Return the soft coverage of a component (H, W) and its edge, 1 where the object is whole."""
+    """Return the soft coverage (H, W) of a component and its edge."""
     near = ndimage.binary_dilation(component, iterations=2)
     if color == _OTHER:
         pixel = image.astype(np.float32) - np.array(BACKGROUND, np.float32)

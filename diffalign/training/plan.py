@@ -133,11 +133,11 @@ def make_plan(
 def _by_task(
     prompts: Sequence[Prompt],
     order: list[int],
-    wanted: int,
+    count: int,
     weights: Mapping[str, float],
     rng: np.random.Generator,
 ) -> list[int]:
-    """Return `wanted` of the indices in `order`, and give each task its share.
+    """Return `count` of the indices in `order`, and give each task its share.
 
     The number of a task's prompts differs from its share by less than one (systematic sampling). If a task has too few
     prompts, prompts of other tasks take their places.
@@ -147,11 +147,11 @@ def _by_task(
         pools.setdefault(prompts[i].task, []).append(i)
     names = [str(n) for n in rng.permutation(sorted(pools))]
     shares = np.cumsum([weights.get(n, 1.0) for n in names])
-    points = (np.arange(wanted) + rng.random()) / wanted * shares[-1]
+    points = (np.arange(count) + rng.random()) / count * shares[-1]
     selected = []
     for k in np.searchsorted(shares, points, side="right"):
         if pools[names[k]]:
             selected.append(pools[names[k]].pop())
     # a task with too few prompts is used up, and other tasks fill its share
     rest = [i for name in names for i in pools[name]]
-    return selected + rest[: wanted - len(selected)]
+    return selected + rest[: count - len(selected)]

@@ -360,13 +360,13 @@ class Run:
             grid.save(file)
         trackers.log_images(self.accelerator, evaluation.images, grid=grid, update=update)
 
-    def _wins(self, found: Evaluation) -> dict[str, Any]:
+    def _wins(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the share of images with a higher reward than the base model's.
 
         An image is compared with the base model's image from the same noise.
         """
-        prompts = [p.text for p in found.prompts]
-        wins = win_rate(found.rewards, self.before.rewards, prompts)
+        prompts = [p.text for p in evaluation.prompts]
+        wins = win_rate(evaluation.rewards, self.before.rewards, prompts)
         return {"win_rate": None if wins is None else wins.to_dict()}
 
     def _summary(self, after: Evaluation, seconds: float) -> dict[str, Any]:

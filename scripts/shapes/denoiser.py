@@ -42,9 +42,9 @@ NO_GUIDANCE = 1.0
 MAX_WEIGHT = 25.0
 LONG_PADDING = 256
 LONG_SHARE = 0.03
-"""Share of the batches whose T5 tokens are padded to LONG_PADDING, so that a stock call draws well, too."""
+"""Share of batches with T5 tokens padded to LONG_PADDING. A stock call then draws well, too."""
 LONG_DIVISOR = 4
-"""Such a batch has so many times fewer images: its attention is not worth more."""
+"""Divisor of the images in a batch with long padding, whose attention is expensive."""
 TASK_WEIGHTS = {
     "single_object": 1,
     "two_object": 2,
@@ -105,7 +105,7 @@ def build_sd_unet() -> UNet2DConditionModel:
 
 @dataclass
 class PretrainConfig:
-    """How a denoiser is pretrained."""
+    """Settings of the pretraining of a denoiser."""
 
     steps: int = 6000
     batch_size: int = 64
@@ -119,7 +119,7 @@ class PretrainConfig:
     alignment: float = 0.1
     """Weight of the semantic map's cross-entropy beside the squared error; 0 leaves it out."""
     sigma_mean: float = 0.4
-    """Mean of the logit-normal noise levels of a flow; above 0 more training at high noise."""
+    """Mean of the logit-normal noise levels of a flow. Above 0 there is more noise."""
     seed: int = 0
     eval_every: int = 1000
     save_every: int = 250
@@ -130,7 +130,9 @@ class PretrainConfig:
 
 @dataclass
 class Captioned:
-    """Latents (N, C, H, W) in bf16 with the rows of their prompts in `embeds`; row 0 is the null prompt.
+    """Latents of images, with their prompts and semantic maps.
+
+    `latents`: (N, C, H, W) bf16. `rows`: (N,) rows of their prompts in `embeds`; row 0 is the null prompt.
 
     `long_embeds`: the same prompts padded as a pipeline pads them when it is not told otherwise.
     `maps`: (N, 2, tokens) uint8, the semantic map of each image.
@@ -168,7 +170,7 @@ class Captioned:
 
     @property
     def has_long(self) -> bool:
-        """Whether there are two lengths at all: CLIP alone has one."""
+        """True if there are two lengths. CLIP alone has one."""
         return self.long_embeds.prompt_embeds.shape != self.embeds.prompt_embeds.shape
 
     def padded_like(self, embeds: PromptEmbeds) -> PromptEmbeds:
@@ -293,7 +295,7 @@ class Pretraining:
         return max(done, self.seconds / limit) if limit else done
 
     def batch(self, data: Captioned) -> tuple[Any, ...]:
-        """Return the arguments of the loss, drawn on the CPU and moved to the denoiser's device."""
+        """Return the arguments of the loss. They are drawn on the CPU, whatever the device."""
         long = torch.rand((), generator=self.rng).item() < LONG_SHARE and data.has_long
         n = max(1, self.config.batch_size // (LONG_DIVISOR if long else 1))
         index = torch.randint(len(data.rows), (n,), generator=self.rng)

@@ -23,7 +23,7 @@ GUIDANCE_RANGE = (1.0, 6.0)
 
 
 def frozen_copy(model: TextToImageModel) -> TextToImageModel:
-    """The same pipeline with a denoiser of its own, as it is now."""
+    """Return a copy of the model with a denoiser of its own."""
     teacher = copy.copy(model)
     teacher.pipeline = copy.copy(model.pipeline)
     teacher.pipeline.transformer = copy.deepcopy(model.denoiser).eval().requires_grad_(False)

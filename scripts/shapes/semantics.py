@@ -1,4 +1,4 @@
-"""Align a denoiser's hidden states with the semantic map of a scene while it is pretrained.
+"""Align a denoiser's hidden states with semantic maps in pretraining.
 
 The squared error of latents hardly depends on which of two blobs is the circle, so a small model learns objects long
 before it learns relations. The renderer knows for every image token which kind and colour of object covers it. A small
@@ -27,7 +27,7 @@ HIDDEN = 256
 
 
 def semantic_map(scene: Scene, *, side: int) -> np.ndarray:
-    """Return the (2, side, side) uint8 labels of kind and of colour; 0 is the ground.
+    """Return the labels (2, side, side) of kind and colour, uint8. 0 is the ground.
 
     Later objects cover earlier ones, as in `render`.
     """

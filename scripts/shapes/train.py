@@ -40,7 +40,7 @@ from diffalign.shapes.world import IMAGE_SIZE
 
 EYES_STEPS = 1400
 STEPS, DEEP_STEPS = 2000, 6000
-"""Of the autoencoders."""
+"""Training steps of the two autoencoders."""
 FAMILIES = {
     "sd3": (build_sd3_pipeline, SD3Model),
     "flux": (build_flux_pipeline, FluxModel),

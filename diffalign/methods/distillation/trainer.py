@@ -221,29 +221,33 @@ class DistillationTrainer(Trainer):
         solver = self.config.teacher.solver
         return torch.stack(integrate(field, latents, self.grid, self.model.noise, solver=solver))
 
-    def loss(self, drawn: Trajectories, sums: Sums, *, update: int) -> Tensor:
+    def loss(self, trajectories: Trajectories, sums: Sums, *, update: int) -> Tensor:
         """Return the losses (B * S,) of S states of each trajectory.
 
         Their metrics are added to `sums`.
         """
         count = self.config.algorithm.states_per_image
-        embeds = drawn.embeds[torch.arange(len(drawn.image)).repeat_interleave(count)]
+        embeds = trajectories.embeds[torch.arange(len(trajectories.image)).repeat_interleave(count)]
         if isinstance(self.config.algorithm, ReflowConfig):
-            return self._reflow(drawn, embeds, sums, update)
-        return self._consistency(drawn, embeds, sums, update)
+            return self._reflow(trajectories, embeds, sums, update)
+        return self._consistency(trajectories, embeds, sums, update)
 
-    def _reflow(self, drawn: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int) -> Tensor:
+    def _reflow(
+        self, trajectories: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
+    ) -> Tensor:
         assert isinstance(self.config.algorithm, ReflowConfig)
         windows = len(self.coarse) - 1
         parts = (len(self.grid) - 1) // windows
-        window, share, coin = self._choices(drawn.image, windows, update)
+        window, share, coin = self._choices(trajectories.image, windows, update)
         share = torch.where(coin < self.config.algorithm.window_starts, 0.0, share)
-        rows = torch.arange(len(drawn.image)).repeat_interleave(len(window) // len(drawn.image))
-        path, device = self.model.noise, drawn.states.device
+        rows = torch.arange(len(trajectories.image)).repeat_interleave(
+            len(window) // len(trajectories.image)
+        )
+        path, device = self.model.noise, trajectories.states.device
         points = losses.chords(
             path,
-            drawn.states[window * parts, rows],
-            drawn.states[(window + 1) * parts, rows],
+            trajectories.states[window * parts, rows],
+            trajectories.states[(window + 1) * parts, rows],
             self.coarse[window].to(device),
             self.coarse[window + 1].to(device),
             share.to(device),
@@ -256,23 +260,25 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _consistency(
-        self, drawn: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
+        self, trajectories: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
     ) -> Tensor:
         algorithm = self.config.algorithm
         assert isinstance(algorithm, ConsistencyConfig)
         last = len(self.grid) - 1
-        start, _, _ = self._choices(drawn.image, last, update)
-        rows = torch.arange(len(drawn.image)).repeat_interleave(len(start) // len(drawn.image))
+        start, _, _ = self._choices(trajectories.image, last, update)
+        rows = torch.arange(len(trajectories.image)).repeat_interleave(
+            len(start) // len(trajectories.image)
+        )
         later = torch.full_like(start, last)
         if algorithm.skip is not None:
             later = (start + algorithm.skip).clamp(max=last)
-        target = drawn.states[later, rows]
+        target = trajectories.states[later, rows]
         if algorithm.skip is not None:
             with torch.no_grad(), lora.policy(self.model.denoiser, lora.AVERAGED):
                 guess = self._clean(target, self.grid[later], embeds)
             ended = (later == last).to(guess.device)
             target = torch.where(ended[:, None, None, None], target, guess)
-        output = self._clean(drawn.states[start, rows], self.grid[start], embeds)
+        output = self._clean(trajectories.states[start, rows], self.grid[start], embeds)
         loss = losses.pseudo_huber(output, target, c=algorithm.huber_c)
         with torch.no_grad():
             error = (output - target).square().flatten(1).mean(1)

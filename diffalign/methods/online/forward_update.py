@@ -228,5 +228,5 @@ class ForwardProcessUpdate(PolicyUpdate):
             distance = proximal_loss(pred[picked], other)
             sums.add(name, distance.detach())
             # a mean over the picked timesteps has the expectation of the mean over all of them
-            total = total + weight * distance.sum() / (batch.kept * config.kl_timesteps)
+            total = total + weight * distance.sum() / (batch.trained * config.kl_timesteps)
         return total

@@ -193,7 +193,7 @@ class OnlineTrainer(Trainer):
         sampled = time.perf_counter()
         batch, row = self.make_batch(plan, rollout)
         row["diversity"] = self._diversity(rollout)
-        if batch.kept == 0:
+        if batch.trained == 0:
             logger.warning("update %d: no group has different rewards; nothing to learn", number)
         else:
             row |= self.optimize(batch, number)
@@ -310,7 +310,7 @@ class OnlineTrainer(Trainer):
             advantages=advantages[local],
             image=local.tolist(),
             total=max(int(valid.sum()), 1),
-            kept=int(keep.sum()),
+            trained=int(keep.sum()),
             trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
         )
         return batch, _reward_row(rewards, group, keep, rollout.details)

@@ -185,11 +185,11 @@ class TrajectoryUpdate(PolicyUpdate):
         for name, values in metrics.items():
             sums.add(name, values)
         # Flow-GRPO's released code averages both terms over the images that it trains on.
-        total = loss.sum() / (batch.kept * steps)
+        total = loss.sum() / (batch.trained * steps)
         if config.kl_beta:
             with torch.no_grad():
                 reference = step(lora.REFERENCE)
             distance = flow_grpo.reference_distance(current, reference)
             sums.add("kl", distance.detach())
-            total = total + config.kl_beta * distance.sum() / (batch.kept * steps)
+            total = total + config.kl_beta * distance.sum() / (batch.trained * steps)
         return total

@@ -34,7 +34,7 @@ class TrainingBatch:
         advantages: advantage of each image (B,), not yet clipped.
         image: index of each image within the update (B,).
         total: number of images of the whole update, over all processes, that have a reward.
-        kept: number of images of the whole update, over all processes, that are trained on.
+        trained: number of images of the whole update, over all processes, that are trained on.
         trajectory: states of the rollout, for algorithms that train on them.
     """
 
@@ -44,7 +44,7 @@ class TrainingBatch:
     advantages: Tensor
     image: list[int]
     total: int
-    kept: int
+    trained: int
     trajectory: Trajectory | None = None
 
 

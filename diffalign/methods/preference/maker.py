@@ -155,18 +155,18 @@ class PairMaker:
     @torch.no_grad()
     def _tensors(
         self,
-        kept: list[tuple[PreferencePair, Tensor, Tensor]],
+        ready: list[tuple[PreferencePair, Tensor, Tensor]],
         facts: dict[str, Any],
         *,
         first: bool,
     ) -> dict[str, Tensor]:
         """Return all tensors of n pairs except those of their prompts."""
-        pairs = [pair for pair, _, _ in kept]
+        pairs = [pair for pair, _, _ in ready]
         recorded = self.recorded.read(pairs) if self.recorded else None
         if recorded:
             latents = torch.stack([r.latents for r in recorded]).to(self.model.device)
         else:
-            images = torch.cat([pixels for _, pixels, _ in kept])
+            images = torch.cat([pixels for _, pixels, _ in ready])
             with compute(self.model.device, self.config.training.mixed_precision):
                 latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
         tensors = {
@@ -174,7 +174,7 @@ class PairMaker:
             "preference": torch.tensor([p.preference for p in pairs]),
             "weight": torch.tensor([p.weight for p in pairs]),
         }
-        times = torch.stack([t for _, _, t in kept])
+        times = torch.stack([t for _, _, t in ready])
         if self.model.takes_time_ids:
             tensors["time_ids"] = times
         if self.config.states:

@@ -117,12 +117,12 @@ class RecordedSource:
         return distance.argmin(1)
 
     def states(
-        self, found: list[RecordedStates], pairs: list[PreferencePair], orders: list[Tensor]
+        self, records: list[RecordedStates], pairs: list[PreferencePair], orders: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return K states of each image of n pairs.
 
         Args:
-            found: recorded states of both images of each pair (2 n).
+            records: recorded states of both images of each pair (2 n).
             pairs: the pairs (n).
             orders: indices (K,) of the states to return, for each pair.
 
@@ -133,8 +133,8 @@ class RecordedSource:
         """
         index, states, errors = [], [], []
         for i, (pair, order) in enumerate(zip(pairs, orders, strict=True)):
-            index.append(self.places(pair, found[2 * i], order))
-            for recorded in found[2 * i : 2 * i + 2]:
+            index.append(self.places(pair, records[2 * i], order))
+            for recorded in records[2 * i : 2 * i + 2]:
                 states.append(recorded.states[order])
                 reference_error = recorded.reference_error
                 if reference_error is None or any(
