@@ -221,7 +221,7 @@ def test_all_paths_are_checked_before_a_network_is_loaded(tmp_path, capsys, monk
         ([generated, "--reference=coco/val2017"], "coco/val2017"),
         ([generated, f"--reference={tmp_path / 'broken.npz'}"], "no statistics"),
         ([generated, f"--reference={tmp_path / 'none.npz'}"], "does not exist"),
-        ([generated, f"--save_statistics={tmp_path / 'file' / 'x'}"], "cannot be written"),
+        ([generated, f"--save_statistics={tmp_path / 'file' / 'x'}"], "is a file"),
         ([f"--images={tmp_path / 'none'}", "--reference=shapes:held_out"], "none"),
     ):
         assert cli.main(["evaluate", "fid", *flags]) == 2
