@@ -69,7 +69,8 @@ def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
     from diffalign.training.run_folder import RunFolder
 
     RunFolder(config.output_dir).check(config)
-    notices, missing = (), None
+    notices: Sequence[str] = ()
+    missing: UserError | None = None
     try:
         notices = read_inputs(config).notices
     except UserError as error:
