@@ -32,8 +32,8 @@ def free_memory(*, processes: int = 1) -> list[Room]:
 
     Without a GPU, return one process's share of the free RAM, which a limit of the container may reduce.
     """
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
         names = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
         return [Room(names[i], torch.cuda.mem_get_info(i)[0]) for i in range(count)]
     free = psutil.virtual_memory().available
