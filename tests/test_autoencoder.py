@@ -137,7 +137,7 @@ def test_what_cannot_go_on_says_so(tmp_path):
     broken.images = lambda update, count: noise(update, count).float() * float("nan")
     with pytest.raises(AutoencoderError, match="not finite"):
         broken.step()
-    with pytest.raises(ConfigError, match="--phase"):
+    with pytest.raises(ConfigError, match="phase: unknown value"):
         AutoencoderConfig(phase="refin")
 
 

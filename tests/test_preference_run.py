@@ -156,7 +156,7 @@ class TestPairs:
 
     def test_weights_of_a_ranking_need_all_of_it(self, bases, held_out, tmp_path, capsys):
         assert self.make(bases["sd"], held_out, tmp_path / "pairs", "--weights=rankdpo") == 2
-        assert "it needs --pick=all" in capsys.readouterr().err
+        assert "it needs --pick all" in capsys.readouterr().err
 
     def test_another_model_does_not_fill_the_same_folder(self, bases, held_out, tmp_path, capsys):
         folder = tmp_path / "pairs"
@@ -169,4 +169,4 @@ class TestPairs:
 
     def test_one_image_makes_no_pair(self, bases, held_out, tmp_path, capsys):
         assert self.make(bases["sd"], held_out, tmp_path, "--images_per_prompt", "1") == 2
-        assert "at least 2 images" in capsys.readouterr().err
+        assert "--images_per_prompt must be at least 2" in capsys.readouterr().err
