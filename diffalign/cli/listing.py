@@ -8,17 +8,6 @@ from collections.abc import Mapping
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
-METHODS = {
-    "awm": "AWM (online RL)",
-    "diffusion_nft": "DiffusionNFT (online RL)",
-    "flow_grpo": "Flow-GRPO (online RL)",
-    "inversion_dpo": "Inversion-DPO (preference pairs)",
-    "diffusion_dpo": "Diffusion-DPO (preference pairs)",
-    "reflow": "Piecewise rectified flow (few-step student)",
-    "consistency": "Latent consistency (few-step student)",
-    "dcgen": "DC-Gen (deeply compressed latents)",
-}
-"""Title of each type of algorithm."""
 NEEDS_CUDA = "(CUDA)"
 """Ending of the description of a recipe that needs a GPU."""
 
@@ -49,13 +38,15 @@ def run(args: argparse.Namespace) -> None:
 def _recipes() -> Mapping[str, Mapping[str, str]]:
     """Return recipes grouped by method and hardware; groups for a laptop come first."""
     from diffalign.config import describe_recipes, load
+    from diffalign.config.methods import available
 
+    methods = available()
     groups: dict[tuple[bool, int], dict[str, str]] = {}
     for name, text in describe_recipes().items():
-        method = list(METHODS).index(load(name).algorithm.type)
+        method = list(methods).index(load(name).algorithm.type)
         cuda = text.endswith(NEEDS_CUDA)
         groups.setdefault((cuda, method), {})[name] = text.removesuffix(NEEDS_CUDA).strip()
-    titles = list(METHODS.values())
+    titles = [method.title for method in methods.values()]
     return {
         f"{titles[method]}, {'one GPU or more' if cuda else 'a laptop or one GPU'}": groups[
             cuda, method

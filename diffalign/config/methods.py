@@ -28,7 +28,8 @@ class Method:
     """Path of the dataclass of the whole run."""
     trainer: str
     """Path of a subclass of `training.trainer.Trainer`."""
-    summary: str
+    title: str
+    """Title above the method's recipes in `diffalign list recipes`."""
     cache: str | None = None
     """Path of a function (config, model, accelerator) that fills the cache of images.
 
@@ -36,49 +37,53 @@ class Method:
     """
 
 
-def _online(config: str, summary: str) -> Method:
-    return Method(
-        f"diffalign.config.online:{config}",
+def _method(kind: str, config: str, title: str) -> Method:
+    """Return the entry of a built-in algorithm, whose run and trainer are those of its kind."""
+    run, trainer, cache = _KINDS[kind]
+    module, _, _ = run.partition(":")
+    return Method(f"{module}:{config}", run, trainer, title, cache)
+
+
+_KINDS: dict[str, tuple[str, str, str | None]] = {
+    "online": (
         "diffalign.config.online:RunConfig",
         "diffalign.methods.online.trainer:OnlineTrainer",
-        summary,
-    )
-
-
-def _preference(config: str, summary: str) -> Method:
-    return Method(
-        f"diffalign.config.preference:{config}",
+        None,
+    ),
+    "preference": (
         "diffalign.config.preference:PreferenceRunConfig",
         "diffalign.methods.preference.trainer:PreferenceTrainer",
-        summary,
-        cache="diffalign.methods.preference.precompute:precompute",
-    )
-
-
-def _distillation(config: str, summary: str) -> Method:
-    return Method(
-        f"diffalign.config.distillation:{config}",
+        "diffalign.methods.preference.precompute:precompute",
+    ),
+    "distillation": (
         "diffalign.config.distillation:DistillationRunConfig",
         "diffalign.methods.distillation.trainer:DistillationTrainer",
-        summary,
-    )
-
-
-METHODS = {
-    "awm": _online("AWMConfig", "online RL with the pretraining loss"),
-    "diffusion_nft": _online("DiffusionNFTConfig", "online RL by contrast of policies"),
-    "flow_grpo": _online("FlowGRPOConfig", "online RL with the likelihood of stochastic steps"),
-    "inversion_dpo": _preference("InversionDPOConfig", "preference pairs on inverted trajectories"),
-    "diffusion_dpo": _preference("DiffusionDPOConfig", "preference pairs on noised images"),
-    "reflow": _distillation("ReflowConfig", "few-step student by piecewise rectified flow"),
-    "consistency": _distillation("ConsistencyConfig", "few-step student by consistency"),
-    "dcgen": Method(
-        "diffalign.config.latents:DCGenConfig",
+        None,
+    ),
+    "dcgen": (
         "diffalign.config.latents:LatentRunConfig",
         "diffalign.methods.dcgen.trainer:LatentTrainer",
-        "move a model into a deeply compressed latent space",
-        cache="diffalign.methods.dcgen.maker:precompute_latents",
+        "diffalign.methods.dcgen.maker:precompute_latents",
     ),
+}
+"""Paths of run, trainer and cache filler of each folder of `diffalign.methods`."""
+METHODS = {
+    "awm": _method("online", "AWMConfig", "AWM (online RL)"),
+    "diffusion_nft": _method("online", "DiffusionNFTConfig", "DiffusionNFT (online RL)"),
+    "flow_grpo": _method("online", "FlowGRPOConfig", "Flow-GRPO (online RL)"),
+    "inversion_dpo": _method(
+        "preference", "InversionDPOConfig", "Inversion-DPO (preference pairs)"
+    ),
+    "diffusion_dpo": _method(
+        "preference", "DiffusionDPOConfig", "Diffusion-DPO (preference pairs)"
+    ),
+    "reflow": _method(
+        "distillation", "ReflowConfig", "Piecewise rectified flow (few-step student)"
+    ),
+    "consistency": _method(
+        "distillation", "ConsistencyConfig", "Latent consistency (few-step student)"
+    ),
+    "dcgen": _method("dcgen", "DCGenConfig", "DC-Gen (deeply compressed latents)"),
 }
 
 

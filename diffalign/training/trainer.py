@@ -80,11 +80,13 @@ class Trainer(ABC):
         folder: RunFolder,
         inputs: Inputs,
     ) -> Trainer:
-        """Return the trainer of a run.
+        """Return the trainer of a run."""
+        return cls(config, model, accelerator, folder, **cls.taken_from(inputs))
 
-        Methods that need prompts or rewards override this function and take them from `inputs`.
-        """
-        return cls(config, model, accelerator, folder)
+    @classmethod
+    def taken_from(cls, inputs: Inputs) -> dict[str, Any]:
+        """Return the fields that the method's trainer takes from the inputs of a run."""
+        return {}
 
     def __post_init__(self) -> None:
         c = self.config

@@ -15,13 +15,11 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import distillation as losses
 from diffalign.config import (
-    AnyRunConfig,
     ConsistencyConfig,
     DistillationRunConfig,
     EvaluationConfig,
@@ -39,7 +37,6 @@ from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
 from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
-from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 from diffalign.training.trainer import Trainer
 from diffalign.types import PromptEmbeds
@@ -89,16 +86,8 @@ class DistillationTrainer(Trainer):
     prompts: Sequence[Prompt]
 
     @classmethod
-    def of_run(
-        cls,
-        config: AnyRunConfig,
-        model: TextToImageModel,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        inputs: Inputs,
-    ) -> DistillationTrainer:
-        assert isinstance(config, DistillationRunConfig)
-        return cls(config, model, accelerator, folder, inputs.train)
+    def taken_from(cls, inputs: Inputs) -> dict[str, Any]:
+        return {"prompts": inputs.train}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,13 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import (
-    AnyRunConfig,
     FlowGRPOConfig,
     ForwardProcessConfig,
     RunConfig,
@@ -41,10 +39,8 @@ from diffalign.methods.online.health import (
 from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
-from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
-from diffalign.training.run_folder import RunFolder
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
@@ -70,16 +66,8 @@ class OnlineTrainer(Trainer):
     advice: ClassVar[str] = " or a higher algorithm.kl_beta"
 
     @classmethod
-    def of_run(
-        cls,
-        config: AnyRunConfig,
-        model: TextToImageModel,
-        accelerator: Accelerator,
-        folder: RunFolder,
-        inputs: Inputs,
-    ) -> OnlineTrainer:
-        assert isinstance(config, RunConfig)
-        return cls(config, model, accelerator, folder, inputs.reward.score, inputs.train)
+    def taken_from(cls, inputs: Inputs) -> dict[str, Any]:
+        return {"score": inputs.reward.score, "prompts": inputs.train}
 
     def __post_init__(self) -> None:
         c = self.config
