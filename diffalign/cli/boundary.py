@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffalign.core.errors import UserError
+from diffalign.core.errors import chain
 
 NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
 """Libraries whose errors mean that a connection or a server failed."""
@@ -36,12 +36,8 @@ def library_line(error: BaseException | None) -> str | None:
 
     Return None for every other error.
     """
-    while error is not None and not isinstance(error, UserError):
-        line = _line(error)
-        if line is not None:
-            return line
-        error = error.__cause__ or error.__context__
-    return None
+    lines = (_line(part) for part in chain(error))
+    return next((line for line in lines if line is not None), None)
 
 
 def _line(error: BaseException) -> str | None:

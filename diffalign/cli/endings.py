@@ -20,9 +20,10 @@ def ending(error: BaseException, verb: Verb, args: argparse.Namespace) -> tuple[
     # a dry run leaves nothing to go on from
     resumes = verb.resumes and not getattr(args, "dry_run", False)
     if isinstance(error, KeyboardInterrupt):
-        number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        if not isinstance(error, Interrupted):
+            error = Interrupted(signal.SIGINT, str(error))
         note = "the same command goes on from where it was" if resumes else "nothing is resumed"
-        return f"interrupted ({name_of(number)}): {str(error) or note}", 128 + number
+        return f"interrupted ({name_of(error.number)}): {str(error) or note}", error.exit_code
     if isinstance(error, ReportedError):
         return "", 2
     if isinstance(error, UserError):

@@ -122,13 +122,8 @@ def add_drawing(parser: Parser, *, solver: bool = True) -> None:
 
 def add_batch_size(parser: argparse._ActionsContainer) -> None:
     """Add --batch_size."""
-    parser.add_argument(
-        "--batch_size",
-        type=types.count(),
-        default=BATCH_SIZE,
-        metavar="N",
-        help="images per batch; lower it if memory runs out (default: %(default)s)",
-    )
+    text = "images per batch; lower it if memory runs out"
+    add_count(parser, "--batch_size", BATCH_SIZE, text)
 
 
 def add_count(
@@ -139,13 +134,12 @@ def add_count(
     parser.add_argument(flag, type=types.count(low), default=default, metavar="N", help=help_text)
 
 
-def add_images(parser: Parser, *, required: bool = False, text: str | None = None) -> None:
+def add_images(parser: Parser, *, text: str | None = None) -> None:
     """Add --images."""
     parser.add_argument(
         "--images",
         type=types.input_folder,
         default=None,
-        required=required,
         metavar="DIR",
         help=text
         or "folder of images, with captions where the rewards need them (docs/rewards.md)",

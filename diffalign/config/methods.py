@@ -38,7 +38,7 @@ class Method:
 
 
 def _method(kind: str, config: str, title: str) -> Method:
-    """Return the entry of a built-in algorithm, whose run and trainer are those of its kind."""
+    """Return the entry of a built-in algorithm. Its kind decides run and trainer."""
     run, trainer, cache = _KINDS[kind]
     module, _, _ = run.partition(":")
     return Method(f"{module}:{config}", run, trainer, title, cache)

@@ -65,7 +65,7 @@ def explain(error: BaseException, *, memory: str = MEMORY_ADVICE) -> str | None:
     Args:
         memory: advice for memory that ran out, a sentence without its full stop.
     """
-    for part in _chain(error):
+    for part in chain(error):
         if _is_out_of_memory(part):
             text = _first_sentence(part)
             named = text if "out of memory" in text.lower() else f"out of memory: {text}"
@@ -86,7 +86,7 @@ def full_disk(error: BaseException | None) -> str | None:
 
     Return None for every other cause, and for errors of the suite, whose own message is complete.
     """
-    for part in _chain(error):
+    for part in chain(error):
         if (number := _full(part)) is not None:
             return _named(os.strerror(number), part)
     return None
@@ -94,10 +94,10 @@ def full_disk(error: BaseException | None) -> str | None:
 
 def out_of_memory(error: BaseException | None) -> bool:
     """Return True if a device or a machine without free memory caused an error."""
-    return any(_is_out_of_memory(part) for part in _chain(error))
+    return any(_is_out_of_memory(part) for part in chain(error))
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and its causes, up to the first error of the suite."""
     while error is not None and not isinstance(error, UserError):
         yield error

@@ -1,4 +1,4 @@
-"""Compute the forward of the denoiser that all training methods share, and the image size."""
+"""Compute the denoiser's forward, its attention and the image size, for all methods."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.config import AnyRunConfig
+from diffalign.config import AnyRunConfig, ConfigError
 from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.types import PromptEmbeds
@@ -41,3 +41,21 @@ def predict(
         noisy = noisy.to(embeds.prompt_embeds.dtype)
     with compute(noisy.device, mixed_precision):
         return model.predict(noisy, times, embeds, **guidance)
+
+
+def set_attention_backend(model: TextToImageModel, backend: str) -> None:
+    """Set the attention backend of a model.
+
+    Raises:
+        ConfigError: the backend is unknown or not installed, or the model's family would ignore it.
+    """
+    processors = getattr(model.denoiser, "attn_processors", {}).values()
+    if not any(hasattr(p, "_attention_backend") for p in processors):
+        raise ConfigError(
+            f"model.attention_backend: diffusers' {model.family} attention takes no backend and would ignore "
+            f"{backend!r}"
+        )
+    try:
+        model.denoiser.set_attention_backend(backend)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"model.attention_backend: {error}") from error

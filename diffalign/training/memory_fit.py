@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from diffalign.config import AnyRunConfig
+from diffalign.config import AnyRunConfig, to_dict
+from diffalign.core.fingerprint import of_json
 from diffalign.training.memory import GIB, MemoryForecast
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -51,6 +52,19 @@ def _number(file: Path) -> int | None:
         return None
 
 
+def _memoized(forecast: Forecast) -> Forecast:
+    """Return `forecast`, called once per configuration: a forecast runs the model on the meta device."""
+    results: dict[str, MemoryForecast | None] = {}
+
+    def lookup(config: AnyRunConfig) -> MemoryForecast | None:
+        key = of_json(to_dict(config))
+        if key not in results:
+            results[key] = forecast(config)
+        return results[key]
+
+    return lookup
+
+
 def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> list[str]:
     """Return lines that compare the forecast with the free memory.
 
@@ -60,6 +74,7 @@ def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) ->
         rooms: free memory, from `free_memory`.
         forecast: returns the forecast of a run, or None if the model's configuration is not available.
     """
+    forecast = _memoized(forecast)
     estimate = forecast(config)
     if estimate is None:
         return [
@@ -86,6 +101,7 @@ def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) ->
 
 def summary(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> str | None:
     """Return the comparison of `describe` in one line, or None if there is no forecast."""
+    forecast = _memoized(forecast)
     estimate = forecast(config)
     if estimate is None:
         return None

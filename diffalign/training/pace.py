@@ -97,16 +97,13 @@ class Pace:
 
     def finish_update(self, update: int) -> None:
         """Plan how many updates fit once the first are measured, and save the plan."""
-        if self.budget is None:
+        # true after the same update in every process: updates are counted, not timed
+        if self.budget is None or not self.budget.finish_update(update):
             return
-        planned = self.budget.finish_update(update)
         self._share()
-        if planned:
-            self.save()
-            most = self.trainer.config.training.num_updates
-            self.trainer.say(
-                f"training.total_minutes: {self.updates} of {most} updates are planned"
-            )
+        self.save()
+        most = self.trainer.config.training.num_updates
+        self.trainer.say(f"training.total_minutes: {self.updates} of {most} updates are planned")
 
     def save(self) -> None:
         """Save the plan and the spent time, in the main process."""

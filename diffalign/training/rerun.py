@@ -20,7 +20,7 @@ from diffalign.lora.files import load_lora, merge_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.merging import read_scheduler
 from diffalign.pipelines.registry import load_model
-from diffalign.training.denoise import image_size
+from diffalign.training.denoise import image_size, set_attention_backend
 from diffalign.training.inputs import held_out_prompts, held_out_rewards, score_with
 from diffalign.training.run_folder import CONFIG, LOG, SUMMARY, RunFolderError
 
@@ -73,7 +73,7 @@ class FinishedRun:
         if moved:
             return model
         if c.attention_backend is not None:
-            model.denoiser.set_attention_backend(c.attention_backend)
+            set_attention_backend(model, c.attention_backend)
         adapters = read_lora(str(self.folder / "lora"))
         if self.config.drawing.merge_lora:
             merge_lora(model.pipeline, adapters)

@@ -19,7 +19,6 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.config import (
     AnyRunConfig,
-    ConfigError,
     to_dict,
 )
 from diffalign.config.methods import trainer_class
@@ -34,7 +33,7 @@ from diffalign.evaluation.kept import keep, kept
 from diffalign.evaluation.pictures import image_grid
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import shown, write_report
-from diffalign.evaluation.score import Evaluation, as_dicts, evaluate_model, repeat_prompts
+from diffalign.evaluation.score import Evaluation, Score, as_dicts, evaluate_model, repeat_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
@@ -42,6 +41,7 @@ from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
+from diffalign.training.denoise import set_attention_backend
 from diffalign.training.inputs import read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
@@ -71,24 +71,6 @@ def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageMode
     if c.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     return model
-
-
-def set_attention_backend(model: TextToImageModel, backend: str) -> None:
-    """Set the attention backend of a model.
-
-    Raises:
-        ConfigError: the backend is unknown or not installed, or the model's family would ignore it.
-    """
-    processors = getattr(model.denoiser, "attn_processors", {}).values()
-    if not any(hasattr(p, "_attention_backend") for p in processors):
-        raise ConfigError(
-            f"model.attention_backend: diffusers' {model.family} attention takes no backend and would ignore "
-            f"{backend!r}"
-        )
-    try:
-        model.denoiser.set_attention_backend(backend)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"model.attention_backend: {error}") from error
 
 
 @dataclass
@@ -236,11 +218,11 @@ class Run:
                 self._announce_compilation()
                 self.pace.finish_update(row["update"])
                 bar.total = self.pace.updates
-                last = self._ended([*log, row])
+                log.append(row)
+                last = self._ended(log)
                 if not interruption.number:
                     with interruption.breaks_off():
                         self._look(row, last=last)
-                log.append(row)
                 finding = trainer.watch(log, self.before.means)
                 trackers.log(self.accelerator, row)
                 if main:
@@ -306,15 +288,20 @@ class Run:
         """Sample and score one image of the base model for each of some prompts."""
         self._evaluate(lora.REFERENCE, prompts)
 
-    def _evaluate(self, policy: str, prompts: Sequence[Prompt] | None = None) -> Evaluation:
+    def _evaluate(
+        self, policy: str, prompts: Sequence[Prompt] | None = None, *, score: Score | None = None
+    ) -> Evaluation:
         """Evaluate a policy on the held-out prompts, or with one image for each of `prompts`.
 
         Every process makes the whole evaluation, so that its images do not depend on the number of processes.
+
+        Args:
+            score: function that scores the images; None: the run's rewards.
         """
         how = self.pace.evaluation(policy)
         if prompts is not None:
             how = replace(how, images_per_prompt=1, images_per_task=None)
-        score = BackgroundScorer(
+        score = score or BackgroundScorer(
             self._score, timeout=self.config.drawing.reward_timeout, overlap=False
         )
         with self.trainer.drawing(policy):
@@ -342,17 +329,7 @@ class Run:
 
     def _save_grid(self, update: int) -> None:
         prompts = self.eval_prompts[:: max(1, len(self.eval_prompts) // GRID_IMAGES)][:GRID_IMAGES]
-        with self.trainer.drawing(self.trainer.policy):
-            evaluation = evaluate_model(
-                self.trainer.model,
-                prompts,
-                no_reward,
-                replace(self.config.evaluation, images_per_prompt=1, images_per_task=None),
-                height=self.trainer.size[0],
-                width=self.trainer.size[1],
-                micro_batch_size=self.config.drawing.micro_batch_size,
-                mixed_precision=self.config.training.mixed_precision,
-            )
+        evaluation = self._evaluate(self.trainer.policy, prompts, score=no_reward)
         folder = self.trainer.folder.path / "samples"
         folder.mkdir(exist_ok=True)
         grid = image_grid(evaluation.images, columns=6, captions=evaluation.texts)

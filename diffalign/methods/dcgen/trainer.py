@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from diffalign import lora
-from diffalign.config import EvaluationConfig, LatentRunConfig
+from diffalign.config import LatentRunConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.files import folder_aside, write_text
 from diffalign.core.precision import attention
@@ -226,9 +226,6 @@ class LatentTrainer(Trainer):
 
     def drawn_model(self, policy: str) -> TextToImageModel:
         return self.base if policy == lora.REFERENCE else self.model
-
-    def evaluation(self, policy: str) -> EvaluationConfig:
-        return self.config.evaluation
 
     def export(self, folder: Path) -> None:
         """Save a pipeline with the LoRA merged into its weights.
