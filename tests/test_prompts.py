@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffalign.data.prompts import PromptError, load_prompts, read_arguments
+from diffalign.data.prompts import PromptError, is_file, load_prompts, read_arguments
 
 
 def write(tmp_path, name, text):
@@ -102,3 +102,10 @@ def test_arguments_are_texts_or_files(tmp_path):
         read_arguments(["\udcff"])
     with pytest.raises(PromptError, match="there is no /.*nowhere.txt"):
         read_arguments(["nowhere.txt"])
+
+
+def test_a_file_that_is_named_like_a_set_is_a_file():
+    assert not is_file("geneval")
+    assert not is_file("geneval:train")
+    assert not is_file("shapes:train")
+    assert is_file("geneval_mine.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import GEOMETRY, stream
-from diffalign.data.images import fit, read_folder, read_image, require_captions
+from diffalign.data.images import CaptionedImage, fit, read_folder, read_image, require_captions
 
 RENDERED = "shapes:train"
 
@@ -33,6 +34,17 @@ class CaptionedItem:
     prompt: str
     pixels: Tensor | None
     problem: str = ""
+
+
+def training_images(source: str) -> list[CaptionedImage]:
+    """Return the images of a folder with their captions, which training needs.
+
+    Raises:
+        ImageFolderError: the folder does not exist, or holds no image or no caption.
+    """
+    images = read_folder(source, flag="latents.images")
+    require_captions(images, source, why="it is to be trained on")
+    return images
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,12 @@ class ImageSource:
         if self.source == RENDERED and self.limit is None:
             raise UsageError(f"latents.limit: say how many images of {RENDERED} to render")
         if self.source != RENDERED:
-            images = read_folder(self.source, flag="latents.images")
-            require_captions(images, self.source, why="it is to be trained on")
+            # read now for its errors, and kept for the passes over the images
+            _ = self._images
+
+    @cached_property
+    def _images(self) -> list[CaptionedImage]:
+        return training_images(self.source)
 
     @property
     def files(self) -> dict[str, list[Any]]:
@@ -73,7 +89,7 @@ class ImageSource:
         root = Path(self.source)
         return {
             image.path.relative_to(root).as_posix(): [_size(image.path), image.prompt.text]
-            for image in read_folder(root, flag="latents.images")
+            for image in self._images
         }
 
     def items(self, start: int = 0) -> Iterator[CaptionedItem]:
@@ -82,7 +98,7 @@ class ImageSource:
             assert self.limit is not None
             yield from (self._rendered(row) for row in range(start, self.limit))
             return
-        for row, image in enumerate(read_folder(self.source, flag="latents.images")):
+        for row, image in enumerate(self._images):
             if row < start:
                 continue
             try:

@@ -13,6 +13,8 @@ from diffalign.core.text import parse_json, read_lines, suffix_of, unusable
 
 SUFFIXES = (".txt", ".jsonl")
 """Suffixes of prompt files."""
+GENEVAL = ("geneval", "geneval:train")
+"""Names of GenEval's sets of prompts."""
 
 
 class PromptError(UserError, ValueError):
@@ -51,7 +53,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
             ]
         except ValueError as error:
             raise PromptError(f"prompts {source!r}: {error}") from error
-    elif source in ("geneval", "geneval:train"):
+    elif source in GENEVAL:
         from diffalign.geneval import prompts as geneval_prompts
 
         published = source == "geneval"
@@ -64,7 +66,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
 
 def is_file(source: str) -> bool:
     """Return True for a user's file, False for a set that ships with the suite."""
-    return not source.startswith(("shapes:", "geneval"))
+    return not source.startswith("shapes:") and source not in GENEVAL
 
 
 def told(prompts: Sequence[Prompt]) -> list[list[Any]]:

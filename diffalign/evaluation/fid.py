@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
-from diffalign.core.files import aside
+from diffalign.core.files import aside, check_target
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import distances
@@ -141,16 +140,10 @@ def statistics_path(file: Path) -> Path:
     """Return the path of a statistics file, which ends in .npz.
 
     Raises:
-        FeatureError: the path is a folder, or cannot be written.
+        UsageError: the path is a folder, or cannot be written.
     """
     path = file if file.suffix.lower() == ".npz" else file.with_name(f"{file.name}.npz")
-    existing = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir():
-        raise FeatureError(f"save_statistics: {path} is a folder; name a file that ends in .npz")
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise FeatureError(
-            f"save_statistics: {path} cannot be written, for {existing} is no folder to write into"
-        )
+    check_target(path, setting="save_statistics", folder=False)
     return path
 
 

@@ -16,8 +16,7 @@ from diffalign.config import (
     RunConfig,
 )
 from diffalign.core.fingerprint import of_json
-from diffalign.data.captioned import RENDERED
-from diffalign.data.images import read_folder, require_captions
+from diffalign.data.captioned import RENDERED, training_images
 from diffalign.data.pairs.records import check_pairs
 from diffalign.data.prompts import Prompt, PromptError, load_prompts, told
 from diffalign.rewards import own
@@ -78,8 +77,7 @@ def check_source(config: AnyRunConfig) -> None:
     if isinstance(config, PreferenceRunConfig):
         check_pairs(config.pairs)
     elif isinstance(config, LatentRunConfig) and config.latents.images not in ("", RENDERED):
-        images = read_folder(config.latents.images, flag="latents.images")
-        require_captions(images, config.latents.images, why="it is to be trained on")
+        training_images(config.latents.images)
 
 
 def held_out_prompts(config: AnyRunConfig) -> list[Prompt]:

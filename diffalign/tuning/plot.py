@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from diffalign.core.errors import UsageError
-from diffalign.core.files import aside
+from diffalign.core.files import aside, check_target
 from diffalign.tuning.tune import TuneResult
 
 KINDS = (".png", ".svg", ".pdf")
@@ -27,13 +26,7 @@ def check_plot(file: Path) -> None:
         raise UsageError(
             f"plot={file}: this kind of file is not supported. Use {', '.join(KINDS)}."
         )
-    if file.is_dir():
-        raise UsageError(f"plot={file} is a folder. Name a file in it.")
-    parent = next(p for p in file.absolute().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UsageError(
-            f"plot={file}: {parent} cannot be written. Choose another folder or change its permissions."
-        )
+    check_target(file, setting="plot", folder=False)
 
 
 def plot_history(result: TuneResult, file: Path) -> None:

@@ -66,11 +66,15 @@ def tables(source: str | Path) -> list[Path]:
             f"pairs.source: {str(source)!r} is neither a file nor a folder (there is no {path.absolute()}); "
             "`diffalign pairs` makes one, and docs/data.md shows the formats"
         )
-    folder = walk(path, error=PairsError)
-    own = {p.name.lower(): p for p in folder.files if p.parent == path}
+    # a folder of `diffalign pairs` holds many images beside its table, which decides
+    try:
+        own = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_file()}
+    except OSError as error:
+        raise PairsError(f"pairs.source: {path} cannot be listed ({error.strerror})") from error
     for name in TABLES:
         if name in own:
             return [own[name]]
+    folder = walk(path, error=PairsError)
     by_suffix = {suffix: folder.of_type((suffix,)) for suffix in SUFFIXES}
     kind = next((suffix for suffix, files in by_suffix.items() if files), None)
     if kind is None:
