@@ -12,6 +12,6 @@ def load(source: str, **kwargs: Any) -> Any:
         source: a name of `diffalign list models`, a folder, a single file or a hub id.
         kwargs: arguments of `DiffusionPipeline.from_pretrained`; `torch_dtype` defaults to float32.
     """
-    from diffalign.pipelines.registry import load_named
+    from diffalign.pipelines.registry import load_pipeline
 
-    return load_named(source, **kwargs)
+    return load_pipeline(source, **kwargs)

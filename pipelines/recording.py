@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.pipelines.sampling import Generators, Step, scheduler_step
+from diffalign.pipelines.sampling import Generators, Step, scaled, scheduler_step
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,7 @@ class Recorder:
         if i == 0:
             self._batches.append(([], [], []))
         noisy, preds, ends = self._batches[-1]
-        shown = latents
-        # some schedulers hold latents in other units than the denoiser reads
-        if hasattr(scheduler, "scale_model_input"):
-            shown = scheduler.scale_model_input(latents, scheduler.timesteps[i])
+        shown = scaled(scheduler, i, latents)
         following = self.step(i, model_pred, latents, scheduler, generator)
         noisy.append(shown.cpu())
         if self.predictions:

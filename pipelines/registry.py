@@ -195,27 +195,6 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     return pipeline
 
 
-def load_named(name: str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline by name, folder, single file or hub id.
-
-    A named student gets its LoRA and its scheduler. Arguments and errors are those of `load_pipeline`.
-    """
-    spec = available().get(name)
-    if spec is None:
-        return load_pipeline(name, **kwargs)
-    if spec.revision is not None:
-        kwargs.setdefault("revision", spec.revision)
-    return _load_spec(spec, **kwargs)
-
-
-def _load_spec(spec: ModelSpec, **kwargs: Any) -> Any:
-    from diffalign.pipelines.loading import as_student
-
-    pipeline = load_pipeline(_source(spec), **kwargs)
-    as_student(pipeline, lora=spec.lora, scheduler=spec.scheduler)
-    return pipeline
-
-
 def load_model(
     name: str,
     *,
@@ -244,7 +223,7 @@ def load_model(
     check_pipeline(source, spec, revision=revision, arguments=kwargs)
     if revision is not None:
         kwargs["revision"] = revision
-    pipeline = _load_spec(spec, torch_dtype=dtype or torch.bfloat16, **kwargs)
+    pipeline = load_pipeline(name, torch_dtype=dtype or torch.bfloat16, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
 
@@ -406,12 +385,13 @@ def checked(model: TextToImageModel, source: str) -> TextToImageModel:
 
 
 def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> TextToImageModel:
-    return family_of(type(pipeline).__name__)(
-        pipeline,
-        max_sequence_length=max_sequence_length
+    # a moved model says itself how long its texts are
+    length = (
+        max_sequence_length
         or spec.max_sequence_length
-        or pipeline.config.get("max_sequence_length"),  # of moved ones
+        or pipeline.config.get("max_sequence_length")
     )
+    return wrap_pipeline(pipeline, max_sequence_length=length)
 
 
 def _source(spec: ModelSpec) -> str:

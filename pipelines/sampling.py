@@ -51,6 +51,16 @@ def scheduler_step(
     return scheduler.step(model_pred, t, latents, return_dict=False, **options)[0]
 
 
+def scaled(scheduler: Any, i: int, latents: Tensor) -> Tensor:
+    """Return latents in the units of the denoiser's input at step `i`.
+
+    Some schedulers hold latents in other units, and require this call before every step.
+    """
+    if not hasattr(scheduler, "scale_model_input"):
+        return latents
+    return scheduler.scale_model_input(latents, scheduler.timesteps[i])
+
+
 def step_options(scheduler: Any) -> dict[str, float]:
     """Return `eta=0` for schedulers that accept it."""
     # stock pipelines pass it to every step; TCD would otherwise add noise
@@ -95,13 +105,8 @@ class Sampling:
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def scaled(self, i: int, latents: Tensor) -> Tensor:
-        """Return latents in the units of the denoiser's input at step `i`.
-
-        Some schedulers require this call before every step.
-        """
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return latents
-        return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[i])
+        """Return latents in the units of the denoiser's input at step `i`."""
+        return scaled(self.scheduler, i, latents)
 
     def predict(self, i: int, latents: Tensor) -> Tensor:
         """Return the model's prediction (B, C, H, W) at step `i`."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from diffalign.core.errors import UserError
@@ -89,22 +88,3 @@ class Reward(ABC):
                     f"reward {self.card.name!r} needs {', '.join(missing)} in every prompt's metadata; prompt "
                     f"{row + 1} ({entry.get('prompt', '')!r}) has none. Use a .jsonl prompt file in GenEval's format"
                 )
-
-
-def one_by_one(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-) -> RewardOutput:
-    """Score each image alone, with NaN for those that fail."""
-    from diffalign.rewards.function import as_output
-
-    nothing = RewardOutput(np.full(1, np.nan, np.float32))
-    parts = []
-    for i in range(len(prompts)):
-        one = slice(i, i + 1)
-        try:
-            value = reward.score(images[one], prompts[one], metadata[one])
-            parts.append(as_output(value, n=1, name=reward.card.name))
-        except Exception as error:
-            logger.debug("image %d: %s", i, error)
-            parts.append(nothing)
-    return RewardOutput.cat(parts)

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from diffalign.rewards import registry
-from diffalign.rewards.base import Metadata, Reward, RewardError, one_by_one
-from diffalign.rewards.function import RewardShapeError, as_output, as_reward
+from diffalign.rewards.base import Metadata, Reward, RewardError
+from diffalign.rewards.function import as_reward, score_all
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class CompositeReward:
         """
         for name in weights:
             registry.check_name(name, setting=setting)
-        return cls({name: registry.create(name) for name in weights}, weights)
+        return cls({name: registry.create(name, setting=setting) for name in weights}, weights)
 
     def prepare(self) -> None:
         """Load the models of all rewards, or raise RewardError."""
@@ -121,15 +121,10 @@ class CompositeReward:
     def _attempt(
         self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> RewardOutput:
-        """Score all images at once, or one by one if that fails."""
-        reward = self.rewards[name]
-        try:
-            part = as_output(reward.score(images, prompts, metadata), n=len(prompts), name=name)
-        except RewardShapeError:
-            raise
-        except Exception as error:
+        """Score images, and note an error that made the reward score them one by one."""
+        part, error = score_all(self.rewards[name], images, prompts, metadata, name=name)
+        if error is not None:
             self.last_error = f"{type(error).__name__}: {error}"
-            part = one_by_one(reward, images, prompts, metadata)
             failed = int((~part.mask).sum())
             logger.warning(
                 "reward %s failed on %d of %d images: %s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.types import RewardOutput
+
+logger = logging.getLogger(__name__)
 
 
 class FunctionReward(Reward):
@@ -114,3 +117,45 @@ def as_reward(value: Any, *, name: str) -> Reward:
         f"reward {name!r} is a {type(value).__name__}; expected a Reward class, an instance of one or a function "
         "of images, prompts and metadata"
     )
+
+
+def score_all(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+    *,
+    name: str,
+) -> tuple[RewardOutput, Exception | None]:
+    """Score all images at once, or one by one if that fails.
+
+    Returns:
+        The scores, and the error that made the reward score one by one, or None.
+
+    Raises:
+        RewardShapeError: the reward returns another number of scores than images, which is a fault of its code.
+    """
+    try:
+        value = reward.score(images, prompts, metadata)
+        return as_output(value, n=len(prompts), name=name), None
+    except RewardShapeError:
+        raise
+    except Exception as error:
+        return _one_by_one(reward, images, prompts, metadata), error
+
+
+def _one_by_one(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> RewardOutput:
+    """Score each image alone, with NaN for those that fail."""
+    nothing = RewardOutput(np.full(1, np.nan, np.float32))
+    parts = []
+    for i in range(len(prompts)):
+        one = slice(i, i + 1)
+        try:
+            value = reward.score(images[one], prompts[one], metadata[one])
+            parts.append(as_output(value, n=1, name=reward.card.name))
+        except Exception as error:
+            logger.debug("image %d: %s", i, error)
+            parts.append(nothing)
+    return RewardOutput.cat(parts)

@@ -82,14 +82,13 @@ def check(name: str, *, setting: str = "rewards") -> None:
 
 
 def load(name: str, *, setting: str = "rewards") -> Any:
-    """Run the file or import the module, and return the named object.
+    """Run the file or import the module of a checked name, and return its object.
 
     The object is a class, a function or an instance.
 
     Raises:
         UnknownReward: the object does not exist, or the import fails.
     """
-    check(name, setting=setting)
     place, attribute = _split(name, setting)
     try:
         if place.endswith(".py"):

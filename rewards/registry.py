@@ -89,13 +89,16 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
         raise UnknownReward(f"{setting}: unknown reward {name!r}; {hint}")
 
 
-def create(name: str) -> Reward:
+def create(name: str, *, setting: str = "rewards") -> Reward:
     """Return an instance of the named reward.
 
     Its weights are loaded now or at its first score. The card of a reward in a user's file has the file's digest as its
     revision.
+
+    Args:
+        setting: setting that holds the name, for messages.
     """
-    check_name(name)
+    check_name(name, setting=setting)
     if name.startswith(REMOTE):
         from diffalign.rewards.remote import RemoteReward
 
@@ -104,7 +107,7 @@ def create(name: str) -> Reward:
     if name not in targets:
         from diffalign.rewards.function import as_reward
 
-        reward = as_reward(own.load(name), name=name)
+        reward = as_reward(own.load(name, setting=setting), name=name)
         if digest := own.digest(name):
             reward.declare(revision=digest[:12])
         return reward

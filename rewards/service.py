@@ -16,7 +16,7 @@ import asyncio
 import dataclasses
 import hmac
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +27,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from diffalign.rewards import wire
-from diffalign.rewards.base import Reward, one_by_one
-from diffalign.rewards.function import RewardShapeError, as_output
+from diffalign.rewards.base import Reward
+from diffalign.rewards.function import RewardShapeError, as_output, score_all
 from diffalign.rewards.http import LOOPBACK
 from diffalign.rewards.uploads import Parsing, Question, Refusal, Uploads
 
@@ -62,13 +62,12 @@ class Served:
 class Limits:
     """Limits of requests.
 
-    They are the bytes of one request (`max_bytes`) and of all requests in memory (`max_total`), the seconds of an
+    They are the bytes of one request (`max_bytes`; all requests in memory may take twice as many), the seconds of an
     upload, the seconds of scoring (`timeout`, or a reward's own in `timeouts`), and the number of requests that may
     wait for one reward.
     """
 
     max_bytes: int = 256_000_000
-    max_total: int = 512_000_000
     upload: float = 60.0
     timeout: float = 300.0
     max_waiting: int = 8
@@ -84,7 +83,6 @@ def build_app(
     *,
     token: str | None = None,
     limits: Limits | None = None,
-    hosts: Collection[str] = LOOPBACK,
 ) -> FastAPI:
     """Return the web application, after every reward has scored the golden image.
 
@@ -92,13 +90,11 @@ def build_app(
         rewards: prepared rewards by name.
         token: token that `Authorization: Bearer ...` must carry; None requires no token.
         limits: limits of requests.
-        hosts: valid host names of requests to a service without a token. A web page that reaches the service by
-            another name (DNS rebinding) is refused.
     """
     bounds = limits or Limits()
     uploads = Uploads(
         max_bytes=bounds.max_bytes,
-        max_total=max(bounds.max_bytes, bounds.max_total),
+        max_total=2 * bounds.max_bytes,
         seconds=min(bounds.upload, bounds.timeout),
     )
     parsing = Parsing()
@@ -116,8 +112,10 @@ def build_app(
         return JSONResponse({"error": str(error.detail)}, status_code=error.status_code)
 
     def admit(request: Request) -> None:
-        if token is None and _host_name(request.headers.get("host", "")) not in hosts:
-            raise Refusal(421, f"without a token this service is called {' or '.join(hosts)} only")
+        if token is None and _host_name(request.headers.get("host", "")) not in LOOPBACK:
+            raise Refusal(
+                421, f"without a token this service is called {' or '.join(LOOPBACK)} only"
+            )
         header = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(
             header.encode(errors="replace"), f"Bearer {token}".encode()
@@ -211,14 +209,13 @@ async def _answer(entry: Served, question: Question) -> dict[str, Any]:
     images, prompts, metadata = question
 
     def work() -> dict[str, Any]:
+        name = entry.reward.card.name
         try:
-            value = entry.reward.score(images, prompts, metadata)
-            output = as_output(value, n=len(prompts), name=entry.reward.card.name)
+            output, error = score_all(entry.reward, images, prompts, metadata, name=name)
         except RewardShapeError as error:
             raise Refusal(422, str(error)) from error
-        except Exception as error:
+        if error is not None:
             entry.report(error, len(prompts))
-            output = one_by_one(entry.reward, images, prompts, metadata)
         return wire.encode_output(output)
 
     entry.waiting += 1

@@ -49,9 +49,7 @@ def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes
     for name in names:
         registry.check_name(name)
     default, timeouts = read_timeout(timeout, list(served_names))
-    limits = Limits(
-        max_bytes=max_bytes, max_total=2 * max_bytes, timeout=default, timeouts=timeouts
-    )
+    limits = Limits(max_bytes=max_bytes, timeout=default, timeouts=timeouts)
     listening = _listen(host, port)
     rewards = {served: registry.create(name) for served, name in served_names.items()}
     for reward in rewards.values():

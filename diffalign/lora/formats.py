@@ -9,9 +9,10 @@ all of these spellings, and those of PEFT, OneTrainer, ai-toolkit, SimpleTuner, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ def read(path: Path, config: Mapping[str, Any] | None = None, *, unclear: str = 
 
 def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Return module -> kind -> tensor in float32. UsageError for whatever is left or cannot be one."""
-    if not any(names.split_key(key) for key in tensors):
+    parsed = {key: names.split_key(key) for key in tensors}
+    if not any(parsed.values()):
         example = (
             f", for instance {next(iter(tensors))} ({_kind_of(next(iter(tensors)))})"
             if tensors
@@ -133,17 +135,17 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
         raise UsageError(
             f"{path} holds no LoRA: none of its {len(tensors)} tensors is a part of one{example}"
         )
-    _check_adapters(tensors, path)
+    _check_adapters(parsed, path)
     grouped: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     for key, tensor in tensors.items():
-        parsed = names.split_key(key)
-        if parsed is None:
+        place = parsed[key]
+        if place is None:
             raise UsageError(
                 f"{path} holds {key}, and only plain LoRA and PEFT's DoRA are read: {_kind_of(key)}. Nothing was "
                 "loaded. Merge it with the program that made it, or export it as a plain LoRA."
             )
-        module, kind = parsed.module, parsed.kind
+        module, kind = place.module, place.kind
         if not tensor.is_floating_point() and kind != "alpha":
             raise UsageError(
                 f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats"
@@ -182,11 +184,10 @@ def _check_layer(module: str, own: Mapping[str, Tensor], path: Path) -> None:
         raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
 
 
-def _check_adapters(tensors: Iterable[str], path: Path) -> None:
+def _check_adapters(keys: Mapping[str, names.Key | None], path: Path) -> None:
     """Refuse a file that holds several of PEFT's adapters, with a key of each."""
     examples: dict[str, str] = {}
-    for key in tensors:
-        parsed = names.split_key(key)
+    for key, parsed in keys.items():
         # alpha has no adapter's name, and neither has a magnitude that PEFT saved
         if parsed is not None and (parsed.adapter or parsed.kind in ("down", "up")):
             examples.setdefault(parsed.adapter, key)
@@ -261,8 +262,8 @@ def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None
         tensors = _kohya(lora, family) if to == "kohya" else _diffusers(lora) | _alphas(lora)
         every = [layer for *_, layer in _every(lora)]
         metadata = {
-            "ss_network_dim": str(most_common(layer.rank for layer in every)),
-            "ss_network_alpha": str(most_common(layer.alpha for layer in every)),
+            "ss_network_dim": str(mode(layer.rank for layer in every)),
+            "ss_network_alpha": str(mode(layer.alpha for layer in every)),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {
@@ -287,8 +288,8 @@ def _alphas(lora: Lora) -> dict[str, Tensor]:
 
 def adapter_config(layers: Mapping[str, Layer]) -> dict[str, Any]:
     """Return the arguments of PEFT's configuration for one component's layers."""
-    rank = most_common(layer.rank for layer in layers.values())
-    alpha = most_common(layer.alpha for layer in layers.values())
+    rank = mode(layer.rank for layer in layers.values())
+    alpha = mode(layer.alpha for layer in layers.values())
     return {
         "r": rank,
         "lora_alpha": alpha,
@@ -307,12 +308,6 @@ def _adapter_metadata(lora: Lora) -> str:
         for key, value in {**adapter_config(layers), "peft_type": "LORA"}.items()
     }
     return json.dumps(config, sort_keys=True)
-
-
-def most_common(values: Iterable[Any]) -> Any:
-    """Return the most frequent value, the first of several."""
-    every = list(values)
-    return max(dict.fromkeys(every), key=every.count)
 
 
 def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:

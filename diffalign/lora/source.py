@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,7 +64,8 @@ def locate(source: str) -> Source:
 
 def _local(path: Path, source: str) -> Source:
     if path.is_dir():
-        path = path / _choose(_files(path), where=str(path), source=source, below=_below(path))
+        below = partial(_below, path)
+        path = path / _choose(_files(path), where=str(path), source=source, find_below=below)
     if path.suffix.lower() != SUFFIX:
         raise UsageError(
             f"lora: {path} is no {SUFFIX} file, and pickles (.bin, .pt, .ckpt) can run code. Convert it to safetensors "
@@ -101,7 +103,9 @@ def _below(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in paths)
 
 
-def _choose(names: Iterable[str], *, where: str, source: str, below: Sequence[str] = ()) -> str:
+def _choose(
+    names: Iterable[str], *, where: str, source: str, find_below: Callable[[], list[str]] = list
+) -> str:
     """Return the LoRA among file names: by diffusers' name, by PEFT's, the only one, or the only one below."""
     every = sorted(n for n in names if not PurePosixPath(n).name.startswith("."))
     files = [n for n in every if n.lower().endswith(SUFFIX)]
@@ -115,6 +119,7 @@ def _choose(names: Iterable[str], *, where: str, source: str, below: Sequence[st
             f"lora: {where} has {len(files)} {SUFFIX} files ({', '.join(files[:5])}). Name one of them: "
             f"{source}:{files[0]}"
         )
+    below = find_below()
     if len(below) == 1:
         return below[0]
     if below:
