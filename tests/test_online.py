@@ -14,7 +14,7 @@ from tiny_runs import redness, settings, trainer
 
 from diffalign import lora
 from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig, RunConfig
-from diffalign.config.methods import sharing_run
+from diffalign.config.methods import available, run_class
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
@@ -23,7 +23,7 @@ from diffalign.training.plan import Plan, check_prompts, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
 
-ONLINE = sharing_run(RunConfig)
+ONLINE = [name for name in available() if run_class(name) is RunConfig]
 
 
 def weights(run):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from diffalign.data.prompts import load_prompts
-from diffalign.evaluation.fid import FeatureSet, collect, compare, drawn_batches, extract
+from diffalign.evaluation.fid import FeatureSet, collect, compare
+from diffalign.evaluation.fid_sides import reference_side
 from diffalign.rewards.features import load_network
-from diffalign.shapes.world import render, sample_scene
 
 
 class Eyes:
@@ -24,13 +22,7 @@ class Eyes:
     @cached_property
     def reference(self) -> FeatureSet:
         """Return the features of correct images of the held-out prompts."""
-        batches = drawn_batches(
-            lambda p, seed: render(sample_scene(p.metadata, np.random.default_rng(seed))),
-            load_prompts("shapes:held_out"),
-            images_per_prompt=8,
-            batch_size=64,
-        )
-        return extract(self.network, batches, {})
+        return reference_side("shapes:held_out", batch_size=64)(self.network)()
 
     def fid(self, images: Tensor) -> float:
         """Return the FID of images (N, 3, H, W) uint8."""

@@ -84,7 +84,7 @@ def run_bench(name: str, options: BenchOptions, *, output: Path | None = None) -
     """Run a benchmark, write its result as JSON, and return the headline figures."""
     if name not in BENCHES:
         raise UsageError(f"bench {name}: no such benchmark{nearest(name, list(BENCHES))}")
-    result = importlib.import_module(PROGRAMS[name]).run(options)
+    result = importlib.import_module(PROGRAMS[name][0]).run(options)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record(name, result, quick=options.quick), indent=1)

@@ -34,12 +34,12 @@ def run(args: argparse.Namespace) -> None:
 
     With --images the folder is scored as it is.
     """
-    from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
+    from diffalign.cli.models import fill, made_with, settle_drawing
     from diffalign.cli.output import print_scores, suggest, write_result
     from diffalign.core import console, processes
     from diffalign.core.errors import UsageError
     from diffalign.data.prompts import load_prompts
-    from diffalign.evaluation.fill import fill_folder, read_made, score_filled
+    from diffalign.evaluation.fill import read_made, score_filled
     from diffalign.rewards.detection import choose_detector
 
     state = processes.current()
@@ -50,17 +50,8 @@ def run(args: argparse.Namespace) -> None:
         settle_drawing(args)
         prompts = load_prompts(args.prompts, limit=args.max_prompts)
         detector = choose_detector(args.detector, [p.metadata for p in prompts])
+        fill(args, folder, prompts)
         made = made_with(args)
-        with console.counting("images") as progress:
-            fill_folder(
-                folder,
-                prompts,
-                lambda: load(args),
-                evaluation(args),
-                made=made,
-                progress=progress,
-                **batching(args),
-            )
     else:
         made = read_made(folder)
     with console.counting("scores") as progress:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,30 @@ def made_with(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "record_states": getattr(args, "record_states", None),
     }
+
+
+def fill(
+    args: argparse.Namespace, folder: Path, prompts: Sequence[Prompt], *, states: int | None = None
+) -> None:
+    """Generate the samples that a folder lacks, with a progress bar.
+
+    Args:
+        states: number of sampler states to record per image.
+    """
+    from diffalign.core import console
+    from diffalign.evaluation.fill import fill_folder
+
+    with console.counting("images") as progress:
+        fill_folder(
+            folder,
+            prompts,
+            lambda: load(args),
+            evaluation(args),
+            made=made_with(args),
+            states=states,
+            progress=progress,
+            **batching(args),
+        )
 
 
 def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:

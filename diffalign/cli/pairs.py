@@ -115,7 +115,7 @@ def _training(args: argparse.Namespace) -> list[str]:
     own = next((name for name in names if load(name).model.name == model), None)
     settings = [f"--pairs.source={args.output_dir}"]
     if own is None:
-        rewards = {name.strip(): 1 for name in args.rewards.split(",") if name.strip()}
+        rewards = dict.fromkeys(args.rewards, 1)
         settings += [f"--model.name={model or 'MODEL'}", f"--rewards={json.dumps(rewards)}"]
     held_out = load(own or RECIPE).prompts.evaluation
     if is_file(held_out) and not Path(held_out).is_file():
@@ -149,12 +149,10 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
 
 def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
     """Generate missing images in --output_dir, and return all images and the rewards."""
-    from diffalign.cli.models import batching, evaluation, load, made_with, settle_drawing
+    from diffalign.cli.models import fill, settle_drawing
     from diffalign.cli.rewards import load_rewards
-    from diffalign.core import console
     from diffalign.core.errors import UsageError
     from diffalign.data.prompts import load_prompts
-    from diffalign.evaluation.fill import fill_folder
     from diffalign.evaluation.geneval import read_samples
 
     args.prompts = args.prompts or "shapes:train"
@@ -165,17 +163,7 @@ def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
     settle_drawing(args)
     prompts = load_prompts(args.prompts, limit=args.max_prompts)
     reward = load_rewards(args.rewards, [p.metadata for p in prompts])
-    with console.counting("images") as progress:
-        fill_folder(
-            args.output_dir,
-            prompts,
-            lambda: load(args),
-            evaluation(args),
-            made=made_with(args),
-            states=args.record_states,
-            progress=progress,
-            **batching(args),
-        )
+    fill(args, args.output_dir, prompts, states=args.record_states)
     images, _ = read_samples(args.output_dir)
     return images, reward
 

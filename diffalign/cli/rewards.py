@@ -9,33 +9,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffalign.core import console
-from diffalign.core.errors import UsageError
 from diffalign.data.images import CaptionedImage
 from diffalign.rewards.composition import CompositeReward
 
 
-def load_rewards(names: str, metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
-    """Load comma-separated rewards, and check that they can score prompts with this metadata."""
-    reward = _choose(names)
+def load_rewards(names: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> CompositeReward:
+    """Load rewards by name, and check that they can score prompts with this metadata."""
+    reward = _with_equal_weights(names)
     reward.check_metadata(metadata)
     reward.prepare()
     return reward
 
 
-def load_usable_rewards(names: str, images: Sequence[CaptionedImage]) -> CompositeReward:
-    """Load the comma-separated rewards that can score the images.
+def load_usable_rewards(names: Sequence[str], images: Sequence[CaptionedImage]) -> CompositeReward:
+    """Load the named rewards that can score the images.
 
     The others are left out, with a message that gives the reason.
     """
-    reward = _choose(names)
+    reward = _with_equal_weights(names)
     texts, metadata = [i.prompt.text for i in images], [i.prompt.metadata for i in images]
     for name, reason in reward.leave_out_unusable(texts, metadata).items():
         print(f"{name} is left out: {reason}", file=console.stderr())
     return reward
 
 
-def _choose(names: str) -> CompositeReward:
-    selected = [name.strip() for name in names.split(",") if name.strip()]
-    if not selected:
-        raise UsageError("rewards: names none")
-    return CompositeReward.from_config(dict.fromkeys(selected, 1.0), setting="rewards")
+def _with_equal_weights(names: Sequence[str]) -> CompositeReward:
+    return CompositeReward.from_config(dict.fromkeys(names, 1.0), setting="rewards")

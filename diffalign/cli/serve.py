@@ -51,8 +51,13 @@ def run(args: argparse.Namespace) -> None:
     """
     from diffalign.rewards.serving import serve
 
-    names = [n.strip() for n in args.rewards.split(",") if n.strip()]
-    serve(names, host=args.host, port=args.port, timeout=args.timeout, max_bytes=args.max_bytes)
+    serve(
+        args.rewards,
+        host=args.host,
+        port=args.port,
+        timeout=args.timeout,
+        max_bytes=args.max_bytes,
+    )
 
 
 VERB = Verb(

@@ -176,11 +176,12 @@ def check_hub_id(name: str, local: str) -> None:
         raise UsageError(f"{name} does not exist; name {local} or a hub id (owner/name)")
 
 
-def names(text: str) -> str:
+def names(text: str) -> list[str]:
     """Convert comma-separated names; at least one is needed."""
-    if not any(name.strip() for name in text.split(",")):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
         raise UsageError("names none")
-    return text
+    return names
 
 
 def named_folder(text: str) -> str:

@@ -135,8 +135,3 @@ def cache_filler(name: Any) -> Any:
     """Return the function that fills a method's cache, or None; the import loads torch."""
     place = method(name).cache
     return None if place is None else imported(place)
-
-
-def sharing_run(run: type) -> list[str]:
-    """Return the names of the methods whose run settings are of this class."""
-    return [name for name in available() if run_class(name) is run]

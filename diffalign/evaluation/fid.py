@@ -186,13 +186,11 @@ def extract(
     about: dict[str, Any],
     *,
     gather: Callable[[list[Any]], list[Any]] = list,
-    on_batch: Callable[[int], None] | None = None,
 ) -> FeatureSet:
     """Return the features of all images.
 
     Args:
         gather: puts the lists of all processes together.
-        on_batch: gets the number of images of each batch, once its features are there.
 
     Raises:
         FeatureError: there are fewer than two, or a feature is not finite.
@@ -200,8 +198,6 @@ def extract(
     parts = []
     for pixels, numbers in images:
         parts.append((network(pixels).float(), numbers))
-        if on_batch is not None:
-            on_batch(len(numbers))
     parts = gather(parts)
     for each in gather([dict(about)])[1:]:
         for key in COUNTS:

@@ -55,50 +55,28 @@ def fill_folder(
         LockError: another launch is filling it.
         Interrupted: a signal came; the images that are drawn are kept.
     """
-    with processes.hold(folder):
-        _fill(
-            folder,
-            prompts,
-            load,
-            config,
-            made,
-            states,
-            progress,
-            sizes | {"micro_batch_size": micro_batch_size},
-        )
-
-
-def _fill(
-    folder: Path,
-    prompts: Sequence[Prompt],
-    load: Callable[[], TextToImageModel],
-    config: EvaluationConfig,
-    made: Mapping[str, Any],
-    states: int | None,
-    progress: Progress | None,
-    sizes: Mapping[str, Any],
-) -> None:
     state = processes.current()
-    # before the folder is claimed: what the keeper refuses is not noted
-    shape = {k: v for k, v in sizes.items() if k != "micro_batch_size"}
-    keeper = None if states is None else StateKeeper(load(), config, states, **shape)
 
     def prepare() -> None:
         claim(folder, made)
         write_prompts(folder, prompts)
 
-    processes.on_main(prepare)
-    generate_samples(
-        keeper.model if keeper else load(),
-        prompts,
-        folder,
-        config,
-        process=(state.process_index, state.num_processes),
-        keeper=keeper,
-        progress=progress,
-        **sizes,
-    )
-    state.wait_for_everyone()
+    with processes.hold(folder):
+        # before the folder is claimed: what the keeper refuses is not noted
+        keeper = None if states is None else StateKeeper(load(), config, states, **sizes)
+        processes.on_main(prepare)
+        generate_samples(
+            keeper.model if keeper else load(),
+            prompts,
+            folder,
+            config,
+            process=(state.process_index, state.num_processes),
+            keeper=keeper,
+            progress=progress,
+            micro_batch_size=micro_batch_size,
+            **sizes,
+        )
+        state.wait_for_everyone()
 
 
 def read_made(folder: Path) -> dict[str, Any]:

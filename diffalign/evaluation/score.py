@@ -64,7 +64,7 @@ class Evaluation:
                 if (estimate := intervals.mean(values, self.texts)) is not None
             },
             "tasks": {}
-            if (values := self._correct()) is None
+            if (values := correct_column(self.scores)) is None
             else intervals.task_mean(values, self.texts, [p.task for p in self.prompts]),
         }
 
@@ -85,16 +85,12 @@ class Evaluation:
                 )
             )
         }
-        mine, other = self._correct(), before._correct()
+        mine, other = correct_column(self.scores), correct_column(before.scores)
         tasks = {}
         if mine is not None and other is not None:
             kinds = [p.task for p in self.prompts]
             tasks = intervals.task_difference(mine, other, self.texts, kinds)
         return {"means": means, "tasks": tasks}
-
-    def _correct(self) -> np.ndarray | None:
-        """Return the column that says which images are correct."""
-        return next((v for k, v in self.scores.items() if k.endswith(CORRECT)), None)
 
     def image(self, row: int) -> Tensor:
         """(3, H, W) uint8 of a row of `prompts`."""
@@ -232,13 +228,18 @@ def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[
     return [pool[i % len(pool)] for pool in by_task.values() for i in range(config.images_per_task)]
 
 
+def correct_column(scores: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return the column of scores that says which images are correct, or None."""
+    return next((values for name, values in scores.items() if name.endswith(CORRECT)), None)
+
+
 def summarize_scores(prompts: list[Prompt], images: Tensor, output: RewardOutput) -> Evaluation:
     """Means over images with a reward; GenEval's table where some reward reports `correct`."""
     mask = output.mask
     columns = {"reward": output.values, **output.details}
     scores = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     means = {k: float(np.nanmean(v)) for k, v in columns.items() if np.isfinite(v).any()}
-    correct = next((v for k, v in output.details.items() if k.endswith(CORRECT)), None)
+    correct = correct_column(scores)
     tasks = {}
     if correct is not None:
         scored = [(p.task, c) for p, c in zip(prompts, correct, strict=True) if np.isfinite(c)]

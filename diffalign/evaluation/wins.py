@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
-from diffalign.evaluation.folder import check_captions, counts, score_folder
+from diffalign.evaluation.folder import check_captions, column, counts, score_folder
 from diffalign.evaluation.preference import by_name, shared_names, win_rate
 from diffalign.evaluation.score import Progress
 
@@ -50,7 +48,7 @@ def compare_folders(
     prompts = [image.prompt.text or str(i) for i, image in enumerate(images_of[0])]
     rates: dict[str, Any] = {}
     for name in reward.rewards:
-        a, b = (np.array([r.get(name) for r in side], np.float64) for side in rows)
+        a, b = (column(side, name) for side in rows)
         rate = win_rate(a, b, prompts)
         rates[name] = None if rate is None else rate.to_dict()
     result = {

@@ -18,6 +18,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 
+from diffalign.core.files import folder_aside
 from diffalign.pipelines import saving
 from diffalign.pipelines.cards import PUBLISHED
 from diffalign.scripts.shapes.autoencoder import fold_shift
@@ -153,8 +154,6 @@ def build_sd_pipeline(
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline as bf16 safetensors in diffusers' layout, atomically."""
     pipeline.to(dtype=torch.bfloat16)
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    saving.save_pipeline(pipeline, aside, card=PUBLISHED.get(folder.name))
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with folder_aside(folder) as hidden:
+        saving.save_pipeline(pipeline, hidden, card=PUBLISHED.get(folder.name))
+        shutil.rmtree(folder, ignore_errors=True)
