@@ -15,8 +15,8 @@ class AdamsBashforth:
 
     The first step is Euler's. On a Gaussian, whose flow has a closed form, 12 steps on SD3's grid are as exact as 64
     Euler steps. Below 20 steps the solver is closer than diffusers' UniPC, whose variable is the log of a
-    signal-to-noise ratio that begins at zero (tests/test_solvers.py). Step 0 resets the solver, so that one object
-    serves any number of batches.
+    signal-to-noise ratio that begins at zero (tests/pipelines/test_solvers.py). Step 0 resets the solver, so that one
+    object serves any number of batches.
     """
 
     def __init__(self) -> None:

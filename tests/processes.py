@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,12 @@ from diffalign.core import processes
 if processes.current().is_main_process:
     open(sys.argv[1] + "/world", "w").write(str(processes.current().num_processes))
 """
+
+
+def environment():
+    """Variables of this process, with which another one finds the helpers of the tests."""
+    helpers = [path for path in sys.path if Path(path).is_relative_to(Path(__file__).parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(helpers)}
 
 
 def results_of(world, source, folder, *arguments):
@@ -39,12 +46,11 @@ def run(world, *arguments):
     command = [sys.executable]
     if world > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
-        env=environment,
+        env={**environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )

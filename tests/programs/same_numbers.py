@@ -3,7 +3,7 @@
     python tests/programs/same_numbers.py > after.json     # the same in a checkout of the commit before
 
 A refactoring gives the same digests in both checkouts on one machine. The numbers hold on every machine up to rounding;
-tests/test_same_numbers.py compares them with tests/data/same_numbers.json.
+tests/house/test_same_numbers.py compares them with tests/expected/same_numbers.json.
 """
 
 from __future__ import annotations

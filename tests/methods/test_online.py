@@ -1,6 +1,5 @@
 """The loop on tiny models: it learns, resumes bit for bit, and does not depend on micro-batches or processes."""
 
-import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -437,7 +436,6 @@ def gathered(run):
 
 PROCESS = """
 import sys, torch
-sys.path.insert(0, {tests!r})
 import test_online as t
 results = {{}}
 for kind in t.ONLINE:
@@ -453,7 +451,7 @@ if run.accelerator.is_main_process:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    script = PROCESS.format(tests=os.path.dirname(__file__))
+    script = PROCESS
     results = [results_of(world, script, tmp_path / str(world)) for world in (1, 2)]
     assert set(results[0]) == {*ONLINE, "gathered"}
     assert torch.equal(*(result["gathered"].view(torch.int32) for result in results))

@@ -13,7 +13,7 @@ from diffalign.methods.online.health import find_collapse, find_idle, find_warni
 from diffalign.training import checkpoint
 from diffalign.training.trainer import TrainingError
 
-RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "demo-collapse.json"
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "demo-collapse.json"
 
 
 def test_a_recorded_collapse_is_found_soon_after_its_beginning():

@@ -12,7 +12,7 @@ from diffalign.data.pairs.make import comparable
 from diffalign.data.pairs.records import PreferencePair, read_pairs
 from diffalign.data.prompts import load_prompts
 
-PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 TXT, JSONL, GENEVAL, CSV, PAIR, CAPTIONS = re.findall(r"```(?:text|json)\n(.*?)```", PAGE, re.S)
 
 

@@ -1,7 +1,6 @@
 """The gradient of losses on pairs: what must hold where training starts, and whatever the micro-batch."""
 
 import math
-import os
 
 import pytest
 import tiny_pairs
@@ -314,7 +313,6 @@ class TestTraining:
 
 PROCESS = """
 import sys, torch
-sys.path.insert(0, {tests!r})
 import pathlib
 import test_preference_update as t
 results = {{}}
@@ -330,7 +328,7 @@ if run.accelerator.is_main_process:
 
 
 def test_two_processes_give_what_one_gives(source, tmp_path):
-    script = PROCESS.format(tests=os.path.dirname(__file__))
+    script = PROCESS
     results = [results_of(world, script, tmp_path / str(world), source) for world in (1, 2)]
     for name in results[0]:
         (one, losses, pairs), (two, others, same) = (r[name] for r in results)

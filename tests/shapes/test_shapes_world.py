@@ -145,7 +145,7 @@ HELD_OUT_FIRST = [
 
 
 def test_prompts_have_genevals_form():
-    reference = Path(__file__).parent / "data" / "geneval_examples.jsonl"
+    reference = Path(__file__).parents[1] / "expected" / "geneval_examples.jsonl"
     examples = {e["tag"]: e for e in map(json.loads, reference.read_text().splitlines())}
     for entry in prompts("train"):
         example = examples[entry["tag"]]

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import environment
 from safetensors import SafetensorError
 from tiny_runs import trainer
 
@@ -67,8 +67,7 @@ def everything(run):
 
 
 def child(code, *arguments):
-    tests = str(Path(__file__).parent)
-    env = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env = {**environment(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=300, check=False

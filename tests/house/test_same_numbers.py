@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from programs import same_numbers
 
-EXPECTED = json.loads((Path(__file__).parent / "data" / "same_numbers.json").read_text())
+EXPECTED = json.loads((Path(__file__).parents[1] / "expected" / "same_numbers.json").read_text())
 
 
 @pytest.fixture(scope="module")

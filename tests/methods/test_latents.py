@@ -1,7 +1,6 @@
 """The loop that moves a model: what it asks, both ends in closed form, updates, resumes, processes, and bad input."""
 
 import json
-import os
 
 import pytest
 import tiny
@@ -260,7 +259,6 @@ def test_micro_batches_make_no_difference(images, autoencoder, tmp_path):
 
 PROCESS = """
 import sys, torch
-sys.path.insert(0, {tests!r})
 import pathlib
 import test_latents as t
 folder = pathlib.Path(sys.argv[1])
@@ -274,7 +272,7 @@ if run.accelerator.is_main_process:
 
 
 def test_two_processes_give_what_one_gives(images, autoencoder, tmp_path):
-    script = PROCESS.format(tests=os.path.dirname(__file__))
+    script = PROCESS
     one, two = (
         results_of(world, script, tmp_path / str(world), images, autoencoder) for world in (1, 2)
     )

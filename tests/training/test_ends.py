@@ -149,7 +149,7 @@ def foreign_message(*_, **__):
 
 
 def test_a_second_start_in_the_folder_is_refused(base, prompts, tmp_path, capsys, monkeypatch):
-    """Before the forecast, and without a trace; `tests/test_locks.py` has the processes."""
+    """Before the forecast, and without a trace; `tests/core/test_locks.py` has the processes."""
     folder = tmp_path / "run"
     monkeypatch.setattr("diffalign.training.forecast.forecast_of", foreign_message)
     monkeypatch.setattr("diffalign.core.console.messages", lambda: ["a foreign line"])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 from dataclasses import replace
 
@@ -110,7 +109,6 @@ def test_what_a_reward_could_not_score_is_asked_again(
 
 TWICE = """
 import sys
-sys.path.insert(0, {tests!r})
 from test_run import train
 base, prompts, folder, updates = sys.argv[1:]
 assert train(base, prompts, folder, "--training.num_updates=" + updates) == 0
@@ -120,7 +118,7 @@ assert train(base, prompts, folder, "--training.num_updates=" + updates) == 0
 def test_two_processes_know_of_it_together(base, prompts, tmp_path):
     """The second does not score alone what the first has found."""
     script = tmp_path / "script.py"
-    script.write_text(TWICE.format(tests=os.path.dirname(__file__)))
+    script.write_text(TWICE)
     befores = []
     for updates, scored in (("1", True), ("2", False)):
         done = processes.run(2, script, base, prompts, tmp_path / "run", updates)

@@ -10,7 +10,6 @@ from diffalign.core import locks
 
 SCRIPT = """
 import os, signal, sys, torch
-sys.path.insert(0, {tests!r})
 import test_online as t
 os.makedirs(sys.argv[1] + "/run", exist_ok=True)
 made = t.trainer(sys.argv[1] + "/run")
@@ -27,7 +26,7 @@ if made.accelerator.is_main_process:
 
 
 def test_a_peer_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path):
-    source = SCRIPT.format(tests=os.path.dirname(__file__))
+    source = SCRIPT
     whole = results_of(2, source, tmp_path / "whole", "live")
     folder = tmp_path / "cut"
     folder.mkdir()
@@ -64,7 +63,6 @@ def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path):
 
 SIGNALLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
 from whole_runs import train
 from diffalign.methods.online.trainer import OnlineTrainer
 base, prompts, folder = sys.argv[1:]
@@ -81,7 +79,7 @@ sys.exit(train(base, prompts, folder, *more))
 
 def test_a_signal_to_one_process_saves_the_update_of_all(base, prompts, tmp_path):
     """And while another launch holds the folder, all processes of a second end with one line."""
-    (tmp_path / "script.py").write_text(SIGNALLED.format(tests=os.path.dirname(__file__)))
+    (tmp_path / "script.py").write_text(SIGNALLED)
     folder = tmp_path / "run"
     with locks.hold(folder):
         done = run(2, tmp_path / "script.py", base, prompts, folder)

@@ -263,7 +263,7 @@ def test_flatness_falls_with_what_coarse_weights_do_to_an_image():
 
 
 def test_the_documentation_says_what_the_cards_say():
-    lines = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().splitlines()
     table = [
         [c.strip().replace("`", "") for c in x.strip("|").split("|")]
         for x in lines

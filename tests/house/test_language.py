@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOMS = ("diffalign", "pipelines", "rewards", "scripts", "benchmarks")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 MAX_WORDS = 15
