@@ -1,5 +1,7 @@
 """Forecast the memory of every recipe for a published model, from its configuration alone.
 
+For a recipe that needs more than a common card has, the result also names settings with which it fits.
+
 The forecast counts the bytes of weights, adapters, optimizer and saved activations on the meta device. No weights are
 loaded and no GPU is needed; tests compare the count with real steps of tiny models.
 """
@@ -12,6 +14,7 @@ from benchmarks.common.record import BenchOptions
 from diffalign.config import AnyRunConfig, load, recipes
 from diffalign.training.forecast import forecast_of
 from diffalign.training.memory import GIB
+from diffalign.training.memory_fit import INT4_SHARE, fits
 
 CARDS = (24, 80)
 """Sizes of GPUs in GiB."""
@@ -32,6 +35,12 @@ def forecast_recipe(name: str) -> dict[str, Any] | None:
     forecast = forecast_of(config, processes=1)
     if forecast is None:
         return None
+    smallest = min(CARDS)
+    settings, size = "", forecast.total
+    if forecast.total > smallest * GIB:
+        lighter = fits(config, smallest * GIB, lambda c: forecast_of(c, processes=1))
+        settings, size = lighter[0] if lighter else ("", 0)
+    int4 = forecast.total - round(forecast.denoiser * (1 - INT4_SHARE))
     parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
     sizes = {part: getattr(forecast, part) for part in (*parts, "activations")}
     return {
@@ -41,6 +50,10 @@ def forecast_recipe(name: str) -> dict[str, Any] | None:
         "total": round(forecast.total / GIB, 2),
         **{part: round(size / GIB, 2) for part, size in sizes.items()},
         "fits": [card for card in CARDS if forecast.total <= card * GIB],
+        f"on_{smallest}_gib": {"settings": settings, "total": round(size / GIB, 2)}
+        if size
+        else None,
+        "int4_base": round(int4 / GIB, 2),
     }
 
 

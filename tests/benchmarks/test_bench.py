@@ -408,3 +408,5 @@ def test_memory_is_forecast_without_weights(tmp_path):
     parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
     assert arm["total"] == pytest.approx(sum(arm[p] for p in parts) + arm["activations"], abs=0.05)
     assert set(arm["fits"]) <= {24, 80}
+    assert arm["on_24_gib"] == {"settings": "", "total": arm["total"]}
+    assert arm["int4_base"] < arm["total"]
