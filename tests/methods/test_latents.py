@@ -262,7 +262,7 @@ import sys, torch
 import pathlib
 import test_latents as t
 folder = pathlib.Path(sys.argv[1])
-run = t.ready(folder / "run", sys.argv[2], sys.argv[3], training={{"images_per_update": 5}})
+run = t.ready(folder / "run", sys.argv[2], sys.argv[3], training={"images_per_update": 5})
 rows = [run.train_update() for _ in range(2)]
 weights = torch.cat([p.detach().flatten() for p in run.parameters])
 head = run.model.denoiser.proj_out.weight.detach().clone()

@@ -437,10 +437,10 @@ def gathered(run):
 PROCESS = """
 import sys, torch
 import test_online as t
-results = {{}}
+results = {}
 for kind in t.ONLINE:
-    few = {{"timesteps_per_image": 2}} if kind == "diffusion_nft" else {{}}
-    run = t.trainer(sys.argv[1], algorithm={{"type": kind, **few}})
+    few = {"timesteps_per_image": 2} if kind == "diffusion_nft" else {}
+    run = t.trainer(sys.argv[1], algorithm={"type": kind, **few})
     rows = [run.train_update() for _ in range(2)]
     policies = [t.lora.adapter_state(run.model.denoiser, n) for n in (t.lora.LAGGED, t.lora.AVERAGED)]
     results[kind] = t.weights(run), rows, policies

@@ -315,10 +315,10 @@ PROCESS = """
 import sys, torch
 import pathlib
 import test_preference_update as t
-results = {{}}
+results = {}
 folder = pathlib.Path(sys.argv[1])
 for name in ("chord", "dpo", "kto"):
-    run = t.build(pathlib.Path(sys.argv[2]), folder / name, name, training={{"pairs_per_update": 5}})
+    run = t.build(pathlib.Path(sys.argv[2]), folder / name, name, training={"pairs_per_update": 5})
     rows = [run.train_update() for _ in range(2)]
     weights = torch.cat([p.detach().flatten() for p in run.parameters])
     results[name] = weights, [r["loss"] for r in rows], run.cache.manifest["pairs"]
