@@ -18,6 +18,8 @@ from diffalign.training.memory_fit import INT4_SHARE, fits
 
 CARDS = (24, 80)
 """Sizes of GPUs in GiB."""
+RESERVE = 2
+"""GiB of the smallest GPU that stay free for the CUDA context and a reward."""
 QUICK = ("inversion-dpo-sd1.5",)
 
 
@@ -36,9 +38,10 @@ def forecast_recipe(name: str) -> dict[str, Any] | None:
     if forecast is None:
         return None
     smallest = min(CARDS)
+    free = (smallest - RESERVE) * GIB
     settings, size = "", forecast.total
-    if forecast.total > smallest * GIB:
-        lighter = fits(config, smallest * GIB, lambda c: forecast_of(c, processes=1))
+    if forecast.total > free:
+        lighter = fits(config, free, lambda c: forecast_of(c, processes=1))
         settings, size = lighter[0] if lighter else ("", 0)
     int4 = forecast.total - round(forecast.denoiser * (1 - INT4_SHARE))
     parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
