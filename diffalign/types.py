@@ -70,6 +70,35 @@ class PromptEmbeds:
 
 
 @dataclass(frozen=True)
+class DenoisingBatch:
+    """Noisy latents with the predictions that are right for them, in B rows.
+
+    Attributes:
+        noisy: noisy latents (B, C, H, W).
+        timesteps: timesteps (B,).
+        target: targets (B, C, H, W) of the predictions.
+        embeds: embeddings of the prompts (B rows).
+        guidance_scale: guidance scales (B,) that are an input of the model, or None.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    embeds: PromptEmbeds
+    guidance_scale: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def __getitem__(self, rows: Any) -> DenoisingBatch:
+        """Return the rows that a slice, a mask or an index tensor (N,) selects."""
+        guidance = None if self.guidance_scale is None else self.guidance_scale[rows]
+        return DenoisingBatch(
+            self.noisy[rows], self.timesteps[rows], self.target[rows], self.embeds[rows], guidance
+        )
+
+
+@dataclass(frozen=True)
 class PreferenceBatch:
     """Batch of B preference pairs, the preferred image first.
 

@@ -170,11 +170,11 @@ def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
     )
     # The distances are phases of their own, so the policy phase is an update without them.
     config = replace(update.config, kl_beta=0.0, ema_kl_beta=0.0)
-    alone = ForwardProcessUpdate(trainer.model, config, update.settings)
+    alone = ForwardProcessUpdate(trainer.model, config, update.settings, update.algorithm)
 
     def policy() -> None:
         sums = Sums(alone.metrics, latents.device)
-        loss = alone.micro_batch(batch, range(micro), sums, key=(1, 0))
+        loss = alone.micro_batch(batch, range(micro), sums, update=1, inner=0)
         with attention(latents.device):
             loss.backward()
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from diffalign.algorithms import surrogate
 from diffalign.algorithms.advantages import clip_advantages
-from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
+from diffalign.algorithms.forward_process import (
+    ForwardLoss,
+    ForwardSample,
+    Metrics,
+    matching_error,
+)
 from diffalign.config import AWMConfig
 
 HUBER_EPSILON = 1e-10
-METRICS = (*surrogate.METRICS, "error")
-NEEDS_OLD = False
 
 
 def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float = 0.25) -> Tensor:
@@ -104,3 +107,6 @@ def loss(sample: ForwardSample, config: AWMConfig) -> tuple[Tensor, Metrics]:
         config=config,
         old_log_likelihood=old,
     )
+
+
+LOSS = ForwardLoss(loss, metrics=(*surrogate.METRICS, "error"))

@@ -11,13 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.forward_process import ForwardSample, Metrics, matching_error
+from diffalign.algorithms.forward_process import (
+    ForwardLoss,
+    ForwardSample,
+    Metrics,
+    matching_error,
+)
 from diffalign.config import DiffusionNFTConfig
 from diffalign.diffusion.paths import expand
 
 NORMALISER_FLOOR = 1e-5
-METRICS = ("optimality", "positive", "negative", "error")
-NEEDS_OLD = True
 
 
 def nft_loss(
@@ -85,3 +88,6 @@ def loss(sample: ForwardSample, config: DiffusionNFTConfig) -> tuple[Tensor, Met
             "error": matching_error(sample.model_pred, sample.target),
         }
     return clip * value, metrics
+
+
+LOSS = ForwardLoss(loss, metrics=("optimality", "positive", "negative", "error"), needs_old=True)

@@ -14,30 +14,18 @@ Here t and t' = t - D are the sigmas before and after the step. All log-probabil
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffalign.algorithms.forward_process import matching_error, proximal_loss
+from diffalign.algorithms.advantages import clip_advantages
+from diffalign.algorithms.forward_process import Metrics, matching_error, proximal_loss
+from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
+from diffalign.algorithms.trajectory import StochasticStep, TrajectoryLoss, TrajectorySample
+from diffalign.config import FlowGRPOConfig
 from diffalign.diffusion.paths import RectifiedFlow, expand
 
 PATH = RectifiedFlow()
-
-
-@dataclass(frozen=True)
-class StochasticStep:
-    """Distribution of the latents x' after one step, given x.
-
-    Attributes:
-        mean: means (B, ...).
-        std: standard deviations (B,).
-        diffusion: s (B,) of the SDE; std for "cps".
-    """
-
-    mean: Tensor
-    std: Tensor
-    diffusion: Tensor
 
 
 def stochastic_step(
@@ -114,3 +102,21 @@ def reference_distance(step: StochasticStep, reference: StochasticStep) -> Tenso
     It is the KL divergence of the steps times D, as in the release.
     """
     return proximal_loss(step.mean, reference.mean) / (2 * step.diffusion.square())
+
+
+def loss(sample: TrajectorySample, config: FlowGRPOConfig) -> tuple[Tensor, Metrics]:
+    """Return PPO's clipped loss (B,) of the steps' likelihood ratios, and its metrics."""
+    ratios = log_ratio(
+        sample.log_probs, sample.old_log_probs, step=sample.step, old_mean=sample.old_mean
+    )
+    clip = config.advantage_clip
+    advantages = clip_advantages(sample.advantages, clip=clip, maximum=clip)
+    return clipped_surrogate(ratios, advantages, clip_range=config.clip_range)
+
+
+def guarded(config: FlowGRPOConfig) -> bool:
+    """Return whether the ratio is GRPO-Guard's, which needs the old policy's means."""
+    return config.guard
+
+
+LOSS = TrajectoryLoss(loss, metrics=METRICS, needs_mean=guarded)

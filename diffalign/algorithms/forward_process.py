@@ -1,13 +1,14 @@
 """Common parts of losses on the forward process.
 
-Clean latents are noised, and policies predict for the same noise. A module of such a loss has `loss(sample, config) ->
-(per-sample loss, metrics)`, the names `METRICS` of its metrics, and `NEEDS_OLD`: whether it needs an old policy even
-with one update per rollout. Other losses then use the current policy.
+Clean latents are noised, and policies predict for the same noise. The module of such a loss ends with a `ForwardLoss`,
+which the registry of methods names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class ForwardSample:
         advantages: advantages (B,), neither clipped nor scaled.
         model_pred: predictions of the policy (B, C, H, W).
         old_pred: predictions (B, C, H, W) of the policy that generated the images; None if it is the current one.
+        reference_pred: predictions (B, C, H, W) of the reference model without guidance; None if no loss needs them.
+        group_mean: means (B,) of a `GroupStatistic` over the images of the sample's prompt, at its timestep.
     """
 
     latents: Tensor
@@ -35,6 +38,44 @@ class ForwardSample:
     advantages: Tensor
     model_pred: Tensor
     old_pred: Tensor | None = None
+    reference_pred: Tensor | None = None
+    group_mean: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GroupStatistic:
+    """Mean over the images of a prompt that a loss needs before its gradient.
+
+    It is computed over all images of an update, by forwards without gradients, so that neither the micro-batch size
+    nor the number of processes changes it.
+
+    Attributes:
+        values: maps a sample without `group_mean` and the algorithm's settings to the values (B,) to average.
+        needs_reference: whether `values` needs `reference_pred`.
+    """
+
+    values: Callable[[ForwardSample, Any], Tensor]
+    needs_reference: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardLoss:
+    """Loss on the forward process, and what it needs besides the policy's prediction.
+
+    Attributes:
+        loss: maps a sample and the algorithm's settings to the losses (B,) and their metrics, (B,) each.
+        metrics: names of the metrics.
+        needs_old: whether the loss needs an old policy even with one optimizer step per rollout. Without it the old
+            policy is then the current one.
+        needs_reference: whether the loss needs `reference_pred`.
+        group: mean over the images of a prompt that the loss needs as `group_mean`.
+    """
+
+    loss: Callable[[ForwardSample, Any], tuple[Tensor, Metrics]]
+    metrics: tuple[str, ...]
+    needs_old: bool = False
+    needs_reference: bool = False
+    group: GroupStatistic | None = None
 
 
 def matching_error(model_pred: Tensor, target: Tensor) -> Tensor:

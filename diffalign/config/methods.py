@@ -35,13 +35,23 @@ class Method:
 
     None for methods without a cache.
     """
+    loss: str | None = None
+    """Path of the loss of an online method: a `ForwardLoss` or a `TrajectoryLoss` of `diffalign.algorithms`.
+
+    None for methods whose trainer has its own loss.
+    """
 
 
-def _method(kind: str, config: str, title: str) -> Method:
-    """Return the entry of a built-in algorithm. Its kind decides run and trainer."""
+def _method(kind: str, config: str, title: str, *, loss: str | None = None) -> Method:
+    """Return the entry of a built-in algorithm. Its kind decides run and trainer.
+
+    Args:
+        loss: name of the module in `diffalign.algorithms` that has the loss of an online method.
+    """
     run, trainer, cache = _KINDS[kind]
     module, _, _ = run.partition(":")
-    return Method(f"{module}:{config}", run, trainer, title, cache)
+    path = None if loss is None else f"diffalign.algorithms.{loss}:LOSS"
+    return Method(f"{module}:{config}", run, trainer, title, cache, path)
 
 
 _KINDS: dict[str, tuple[str, str, str | None]] = {
@@ -68,9 +78,12 @@ _KINDS: dict[str, tuple[str, str, str | None]] = {
 }
 """Paths of run, trainer and cache filler of each folder of `diffalign.methods`."""
 METHODS = {
-    "awm": _method("online", "AWMConfig", "AWM (online RL)"),
-    "diffusion_nft": _method("online", "DiffusionNFTConfig", "DiffusionNFT (online RL)"),
-    "flow_grpo": _method("online", "FlowGRPOConfig", "Flow-GRPO (online RL)"),
+    "awm": _method("online", "AWMConfig", "AWM (online RL)", loss="awm"),
+    "diffusion_nft": _method(
+        "online", "DiffusionNFTConfig", "DiffusionNFT (online RL)", loss="diffusion_nft"
+    ),
+    "dgpo": _method("online", "DGPOConfig", "DGPO (online RL)", loss="dgpo"),
+    "flow_grpo": _method("online", "FlowGRPOConfig", "Flow-GRPO (online RL)", loss="flow_grpo"),
     "inversion_dpo": _method(
         "preference", "InversionDPOConfig", "Inversion-DPO (preference pairs)"
     ),
@@ -135,3 +148,18 @@ def cache_filler(name: Any) -> Any:
     """Return the function that fills a method's cache, or None; the import loads torch."""
     place = method(name).cache
     return None if place is None else imported(place)
+
+
+def loss(name: Any) -> Any:
+    """Return the loss of an online method; the import loads torch.
+
+    Raises:
+        ConfigError: the method has no loss in the registry.
+    """
+    place = method(name).loss
+    if place is None:
+        raise ConfigError(
+            f"algorithm.type: the method {name} names no loss. Give its `Method` the path of a ForwardLoss or a "
+            "TrajectoryLoss as `loss`"
+        )
+    return imported(place)

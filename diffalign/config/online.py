@@ -161,6 +161,31 @@ class DiffusionNFTConfig(ForwardProcessConfig):
 
 
 @dataclass
+class DGPOConfig(ForwardProcessConfig):
+    """Settings of DGPO (direct group preference optimization); strength, clip and noise are its release's."""
+
+    type: str = "dgpo"
+    beta: float = 100.0
+    """Strength of a group's preference: the reference's errors count the more, the larger it is."""
+    clip_range: float = 0.01
+    """Relative change of exp(-error) since the rollout beyond which an image has no gradient.
+
+    The clip acts on a rollout's second and later optimizer steps.
+    """
+    noise: str = "group"
+    ema_kl_beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, ("beta",), "algorithm")
+        check(
+            0 < self.clip_range < 1,
+            "algorithm.clip_range",
+            f"must lie between 0 and 1, got {self.clip_range}",
+        )
+
+
+@dataclass
 class FlowGRPOConfig(AlgorithmConfig):
     """Settings of Flow-GRPO.
 
@@ -308,6 +333,18 @@ class RunConfig(AnyRunConfig):
                 "algorithm.window_size",
                 f"{size} stochastic steps do not fit into {steps} (rollout.num_inference_steps), of which {most} at "
                 "most may be stochastic",
+            )
+            check(
+                not self.rollout.merge_lora,
+                "rollout.merge_lora",
+                "true cannot be combined with Flow-GRPO: merged weights round differently, and the likelihood ratio "
+                "would be wrong. Set it to false",
+            )
+            check(
+                self.rollout.solver == "default",
+                "rollout.solver",
+                f"{self.rollout.solver} cannot be combined with Flow-GRPO, which trains on its own sampling steps. Set "
+                "it to default",
             )
 
     @property

@@ -230,7 +230,7 @@ class TestDiffusionNFT:
         )
         _, metrics = diffusion_nft.loss(sample, DiffusionNFTConfig())
         assert metrics["optimality"].tolist() == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0]
-        assert set(metrics) == set(diffusion_nft.METRICS)
+        assert set(metrics) == set(diffusion_nft.LOSS.metrics)
         with pytest.raises(ValueError, match="old policy"):
             diffusion_nft.loss(
                 forward_process.ForwardSample(latents, noisy, target, sigmas, advantages, pred),

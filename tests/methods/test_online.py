@@ -439,7 +439,7 @@ import sys, torch
 import test_online as t
 results = {}
 for kind in t.ONLINE:
-    few = {"timesteps_per_image": 2} if kind == "diffusion_nft" else {}
+    few = {"timesteps_per_image": 2} if kind in ("diffusion_nft", "dgpo") else {}
     run = t.trainer(sys.argv[1], algorithm={"type": kind, **few})
     rows = [run.train_update() for _ in range(2)]
     policies = [t.lora.adapter_state(run.model.denoiser, n) for n in (t.lora.LAGGED, t.lora.AVERAGED)]

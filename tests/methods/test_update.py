@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffalign import lora
+from diffalign.algorithms import awm
 from diffalign.config import AWMConfig
 from diffalign.core.errors import UsageError
 from diffalign.methods.online import forward_update
@@ -51,7 +52,7 @@ def make_update(model, **changes):
     config = {"timesteps_per_image": 3, "kl_timesteps": 3, "advantage_clip": 1.0}
     config |= {k: v for k, v in changes.items() if k not in SETTINGS}
     settings = settings_of(model, **{k: v for k, v in changes.items() if k in SETTINGS})
-    return ForwardProcessUpdate(model, AWMConfig(**config), settings)
+    return ForwardProcessUpdate(model, AWMConfig(**config), settings, awm.LOSS)
 
 
 @pytest.fixture

@@ -30,7 +30,12 @@ from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.tune import Settings, tune
 from diffalign.types import RewardOutput
 
-ONLINE = {"awm": {}, "diffusion_nft": {"timesteps_per_image": 2}, "flow_grpo": {}}
+ONLINE = {
+    "awm": {},
+    "diffusion_nft": {"timesteps_per_image": 2},
+    "dgpo": {"timesteps_per_image": 2},
+    "flow_grpo": {},
+}
 PAIRS = ("inversion_dpo", "diffusion_dpo")
 STUDENTS = {"reflow": "flux", "consistency": "sd"}
 UPDATES = 2

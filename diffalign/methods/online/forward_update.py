@@ -1,4 +1,4 @@
-"""Policy updates with a loss on the forward process (AWM, DiffusionNFT).
+"""Policy updates with a loss on the forward process.
 
 The rollout's clean latents get fresh noise at timesteps of the rollout's grid. With `noise: rollout` the loss uses the
 states that the rollout passed through instead.
@@ -10,15 +10,20 @@ neither on the micro-batch size nor on the number of processes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign import lora
-from diffalign.algorithms import awm, diffusion_nft, timesteps
-from diffalign.algorithms.forward_process import ForwardSample, lag_decay, proximal_loss
+from diffalign.algorithms import timesteps
+from diffalign.algorithms.forward_process import (
+    ForwardLoss,
+    ForwardSample,
+    lag_decay,
+    proximal_loss,
+)
 from diffalign.config import ForwardProcessConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, stream
@@ -27,9 +32,7 @@ from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateS
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
 from diffalign.training.sums import Sums
-from diffalign.types import Trajectory
-
-LOSSES = {"awm": awm, "diffusion_nft": diffusion_nft}
+from diffalign.types import DenoisingBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ class Draws:
     grid_index: Tensor
     noise: Tensor
     kl_pick: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingStates:
+    """States of N images with T timesteps each, in N * T rows.
+
+    Attributes:
+        batch: denoising batch (N * T rows).
+        latents: clean latents (N * T, C, H, W).
+        advantages: advantages (N * T,).
+        picked: rows (N * K,) at which the distances are computed.
+    """
+
+    batch: DenoisingBatch
+    latents: Tensor
+    advantages: Tensor
+    picked: Tensor
 
 
 def draw(
@@ -93,19 +113,22 @@ class RolloutStates(Recorder):
 
 
 class ForwardProcessUpdate(PolicyUpdate):
-    """Update of AWM and DiffusionNFT: the loss of the algorithm's module, plus two distances.
+    """Update of a `ForwardLoss`, plus two distances.
 
     The distances are those of the policy's predictions to the reference's ("kl") and to the lagged policy's
     ("kl_lagged").
     """
 
     def __init__(
-        self, model: TextToImageModel, config: ForwardProcessConfig, settings: UpdateSettings
+        self,
+        model: TextToImageModel,
+        config: ForwardProcessConfig,
+        settings: UpdateSettings,
+        algorithm: ForwardLoss,
     ) -> None:
         super().__init__(model, config, settings)
-        self.config = config
-        self.algorithm: Any = LOSSES[config.type]
-        self.off_policy = self.algorithm.NEEDS_OLD or settings.updates_per_rollout > 1
+        self.config, self.algorithm = config, algorithm
+        self.off_policy = algorithm.needs_old or settings.updates_per_rollout > 1
         self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
         self.parts = timesteps.strata(
             len(settings.grid),
@@ -120,6 +143,8 @@ class ForwardProcessUpdate(PolicyUpdate):
             ("kl", config.kl_beta, lora.REFERENCE),
             ("kl_lagged", config.ema_kl_beta, lora.LAGGED),
         )
+        self.group_means: Tensor | None = None
+        """Means (P, T) of the loss's `GroupStatistic` for the prompts of the update."""
 
     def _check_noise(self) -> None:
         """Raise UsageError if timesteps are trained on after which no noise is left.
@@ -141,9 +166,10 @@ class ForwardProcessUpdate(PolicyUpdate):
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
         """Return a mask (B,) of the images that take part in the loss.
 
-        All images with a reward take part in DiffusionNFT: its proximal term does not vanish with the advantage.
+        All images with a reward take part in a loss with an old policy (DiffusionNFT): its proximal term does not
+        vanish with the advantage.
         """
-        if self.algorithm.NEEDS_OLD:
+        if self.algorithm.needs_old:
             return advantages.isfinite()
         return super().takes_part(advantages, group)
 
@@ -153,14 +179,15 @@ class ForwardProcessUpdate(PolicyUpdate):
     @property
     def metrics(self) -> list[str]:
         return [
-            *self.algorithm.METRICS,
+            *self.algorithm.metrics,
             *(name for name, weight, _ in self.distances if weight),
         ]
 
     def rows(self, images: int) -> dict[bool, set[int]]:
         policy = images * self.config.timesteps_per_image
         picked = images * self.config.kl_timesteps
-        without = {policy} if self.off_policy else set()
+        plain = self.off_policy or self.algorithm.group or self.algorithm.needs_reference
+        without = {policy} if plain else set()
         for _, weight, other in self.distances:
             if weight and other == lora.REFERENCE:
                 without.add(self.model.forward_rows(picked, self.reference_guidance_scale))
@@ -168,14 +195,57 @@ class ForwardProcessUpdate(PolicyUpdate):
                 without.add(picked)
         return {True: {policy}, False: without}
 
+    def begin_step(self, batch: TrainingBatch, *, update: int, inner: int) -> None:
+        """Compute the means over the images of a prompt that the loss needs, without gradients."""
+        statistic = self.algorithm.group
+        if statistic is None:
+            return
+        steps = self.config.timesteps_per_image
+        # sums and counts of every prompt and timestep, in float64 so that their order does not matter
+        table = torch.zeros(2, len(batch.embeds), steps, dtype=torch.float64)
+        for rows in self.micro_batches(batch):
+            states = self._states(batch, rows, update=update, inner=inner)
+            with torch.no_grad():
+                sample = self._sample(states, needs_reference=statistic.needs_reference)
+                values = statistic.values(sample, self.config).double().cpu().view(-1, steps)
+            index = batch.prompt_index[rows.start : rows.stop]
+            table[0].index_add_(0, index, values)
+            table[1].index_add_(0, index, torch.ones_like(values))
+        table = self.settings.sum_processes(table.to(batch.latents.device)).cpu()
+        self.group_means = table[0] / table[1].clamp(min=1)
+
     def micro_batch(
         self,
         batch: TrainingBatch,
         rows: range,
         sums: Sums,
         *,
-        key: tuple[int, int],
+        update: int,
+        inner: int,
     ) -> Tensor:
+        states = self._states(batch, rows, update=update, inner=inner)
+        sample = self._sample(states, needs_reference=self.algorithm.needs_reference)
+        if self.group_means is not None:
+            means = self.group_means[batch.prompt_index[rows.start : rows.stop]].flatten()
+            sample = replace(sample, group_mean=means.float().to(batch.latents.device))
+        loss, metrics = self.algorithm.loss(sample, self.config)
+        for name, values in metrics.items():
+            sums.add(name, values)
+        total = loss.sum() / (batch.total * self.config.timesteps_per_image)
+        for name, weight, policy in self.distances:
+            if weight == 0:
+                continue
+            other = self._other_pred(states, sample, policy)
+            distance = proximal_loss(sample.model_pred[states.picked], other)
+            sums.add(name, distance.detach())
+            # a mean over the picked timesteps has the expectation of the mean over all of them
+            total = total + weight * distance.sum() / (batch.trained * self.config.kl_timesteps)
+        return total
+
+    def _states(
+        self, batch: TrainingBatch, rows: range, *, update: int, inner: int
+    ) -> TrainingStates:
+        """Return the states of some rows of the batch, T for each image."""
         model, config = self.model, self.config
         steps = config.timesteps_per_image
         device = batch.latents.device
@@ -184,49 +254,61 @@ class ForwardProcessUpdate(PolicyUpdate):
             rows,
             self.parts,
             kl_timesteps=config.kl_timesteps,
-            key=(self.settings.seed, *key),
+            key=(self.settings.seed, update, inner),
             by_group=config.noise == "group",
         )
-        latents = batch.latents[rows.start : rows.stop].float().repeat_interleave(steps, 0)
+        own = slice(rows.start, rows.stop)
+        latents = batch.latents[own].float().repeat_interleave(steps, 0)
         times = self.grid[draws.grid_index].flatten().to(device)
-        embeds = batch.embeds[
-            batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps).to(device)
-        ]
-        advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
         if batch.trajectory is None:
             noise = draws.noise.flatten(0, 1).to(device)
             noisy = model.noise.add_noise(latents, noise, times)
             target = model.noise.target(latents, noise, times)
         else:
-            states = batch.trajectory[rows.start : rows.stop].latents
+            recorded = batch.trajectory[own].latents
             of_image = torch.arange(len(rows)).unsqueeze(1)
-            noisy = states[of_image, draws.grid_index].flatten(0, 1).float().to(device)
+            noisy = recorded[of_image, draws.grid_index].flatten(0, 1).float().to(device)
             target = chord_target(model.noise, latents, noisy, times)
-        sigmas = model.noise.scales(times)[1]
-
-        old = None
-        if self.off_policy:
-            with torch.no_grad(), lora.policy(model.denoiser, lora.LAGGED):
-                old = self.predict(noisy, times, embeds)
-        pred = self.predict(noisy, times, embeds)
-        sample = ForwardSample(latents, noisy, target, sigmas, advantages, pred, old)
-        loss, metrics = self.algorithm.loss(sample, config)
-        for name, values in metrics.items():
-            sums.add(name, values)
-        total = loss.sum() / (batch.total * steps)
+        embeds = batch.embeds[batch.prompt_index[own].repeat_interleave(steps).to(device)]
         offset = torch.arange(len(rows)).unsqueeze(1) * steps
-        picked = (draws.kl_pick + offset).flatten().to(device)
-        for name, weight, policy in self.distances:
-            if weight == 0:
-                continue
-            if policy == lora.LAGGED and old is not None:
-                other = old[picked]
-            else:
-                guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
-                with torch.no_grad(), lora.policy(model.denoiser, policy):
-                    other = self.predict(noisy[picked], times[picked], embeds[picked], guidance)
-            distance = proximal_loss(pred[picked], other)
-            sums.add(name, distance.detach())
-            # a mean over the picked timesteps has the expectation of the mean over all of them
-            total = total + weight * distance.sum() / (batch.trained * config.kl_timesteps)
-        return total
+        return TrainingStates(
+            DenoisingBatch(noisy, times, target, embeds),
+            latents,
+            batch.advantages[own].repeat_interleave(steps).to(device),
+            (draws.kl_pick + offset).flatten().to(device),
+        )
+
+    def _sample(self, states: TrainingStates, *, needs_reference: bool) -> ForwardSample:
+        """Return the input of the loss: the states with the predictions that it needs."""
+        batch = states.batch
+        arguments = (batch.noisy, batch.timesteps, batch.embeds)
+        old = reference = None
+        with torch.no_grad():
+            if self.off_policy:
+                with lora.policy(self.model.denoiser, lora.LAGGED):
+                    old = self.predict(*arguments)
+            if needs_reference:
+                with lora.policy(self.model.denoiser, lora.REFERENCE):
+                    reference = self.predict(*arguments)
+        return ForwardSample(
+            states.latents,
+            batch.noisy,
+            batch.target,
+            self.model.noise.scales(batch.timesteps)[1],
+            states.advantages,
+            self.predict(*arguments),
+            old,
+            reference,
+        )
+
+    def _other_pred(self, states: TrainingStates, sample: ForwardSample, policy: str) -> Tensor:
+        """Return another policy's predictions at the timesteps of the distances."""
+        picked = states.picked
+        guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
+        if policy == lora.LAGGED and sample.old_pred is not None:
+            return sample.old_pred[picked]
+        if policy == lora.REFERENCE and sample.reference_pred is not None and guidance is None:
+            return sample.reference_pred[picked]
+        batch = states.batch[picked]
+        with torch.no_grad(), lora.policy(self.model.denoiser, policy):
+            return self.predict(batch.noisy, batch.timesteps, batch.embeds, guidance)

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
-from diffalign.config import (
-    FlowGRPOConfig,
-    ForwardProcessConfig,
-    RunConfig,
-)
+from diffalign.algorithms.forward_process import ForwardLoss
+from diffalign.config import RunConfig, methods
 from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
@@ -111,22 +108,11 @@ class OnlineTrainer(Trainer):
             seed=c.training.seed,
             updates_per_rollout=c.training.updates_per_rollout,
             negative_embeds=self.rollouts.embed([""]) if guided else None,
+            sum_processes=lambda table: self.accelerator.reduce(table, "sum"),
         )
-        if isinstance(c.algorithm, FlowGRPOConfig):
-            if c.rollout.merge_lora:
-                raise UsageError(
-                    "rollout.merge_lora=true cannot be combined with Flow-GRPO: merged weights round differently, and "
-                    "the likelihood ratio would be wrong. Set it to false"
-                )
-            if c.rollout.solver != "default":
-                raise UsageError(
-                    f"rollout.solver={c.rollout.solver} cannot be combined with Flow-GRPO, which trains on its own "
-                    "sampling steps. Set it to default"
-                )
-            return TrajectoryUpdate(self.model, c.algorithm, settings)
-        if isinstance(c.algorithm, ForwardProcessConfig):
-            return ForwardProcessUpdate(self.model, c.algorithm, settings)
-        raise TypeError(f"no update for {type(c.algorithm).__name__}")
+        loss = methods.loss(c.algorithm.type)
+        update = ForwardProcessUpdate if type(loss) is ForwardLoss else TrajectoryUpdate
+        return update(self.model, c.algorithm, settings, loss)
 
     def full_batches(self) -> dict[bool, set[int]]:
         """Return the sizes of the denoiser's full batches, which are worth compiling for.
@@ -301,6 +287,7 @@ class OnlineTrainer(Trainer):
             trained=int(keep.sum()),
             trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
         )
+        batch = self.policy_update.begin_rollout(batch)
         return batch, _reward_row(rewards, group, keep, rollout.details)
 
     def _diversity(self, rollout: Rollout) -> float:

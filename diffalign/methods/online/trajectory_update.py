@@ -1,10 +1,11 @@
-"""Policy updates with a loss on the rollout's own steps (Flow-GRPO).
+"""Policy updates with a loss on the rollout's own stochastic steps.
 
 The sampler of this module makes these steps and records them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import flow_grpo
-from diffalign.algorithms.advantages import TOLERANCE, clip_advantages
-from diffalign.algorithms.surrogate import METRICS, clipped_surrogate
+from diffalign.algorithms.advantages import TOLERANCE
+from diffalign.algorithms.trajectory import StochasticStep, TrajectoryLoss, TrajectorySample
 from diffalign.config import FlowGRPOConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import WINDOW, stream
@@ -74,13 +75,17 @@ class StochasticSampler:
 
 
 class TrajectoryUpdate(PolicyUpdate):
-    """Update of Flow-GRPO, which trains on all stochastic steps of a micro-batch at once."""
+    """Update of a `TrajectoryLoss`, which trains on all stochastic steps of a micro-batch at once."""
 
     def __init__(
-        self, model: TextToImageModel, config: FlowGRPOConfig, settings: UpdateSettings
+        self,
+        model: TextToImageModel,
+        config: FlowGRPOConfig,
+        settings: UpdateSettings,
+        algorithm: TrajectoryLoss = flow_grpo.LOSS,
     ) -> None:
         super().__init__(model, config, settings)
-        self.config = config
+        self.config, self.algorithm = config, algorithm
         if model.costs_a_forward(settings.guidance_scale):
             raise UsageError(
                 f"rollout.guidance_scale={settings.guidance_scale}: Flow-GRPO computes likelihoods of the policy "
@@ -95,7 +100,6 @@ class TrajectoryUpdate(PolicyUpdate):
                 f"of which {self.stop} may be stochastic; use more rollout.num_inference_steps, a smaller window, "
                 "or algorithm.dynamics=cps"
             )
-        self._old: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def _stochastic_steps(self) -> int:
         """Return the number of steps, from the start of the grid, that may be stochastic.
@@ -117,7 +121,7 @@ class TrajectoryUpdate(PolicyUpdate):
 
     @property
     def metrics(self) -> list[str]:
-        return [*METRICS, *(["kl"] if self.config.kl_beta else [])]
+        return [*self.algorithm.metrics, *(["kl"] if self.config.kl_beta else [])]
 
     def rows(self, images: int) -> dict[bool, set[int]]:
         policy = images * self.size
@@ -136,16 +140,37 @@ class TrajectoryUpdate(PolicyUpdate):
         start = stream(WINDOW, self.settings.seed, update) % (self.stop - self.size + 1)
         return StochasticSampler(self.config, range(start, start + self.size))
 
+    def begin_rollout(self, batch: TrainingBatch) -> TrainingBatch:
+        """Return the batch with room for the old policy's log-probabilities, and means if needed."""
+        if batch.trajectory is None:
+            raise ValueError("a loss on trajectories needs the trajectory of the rollout")
+        latents = batch.trajectory.latents
+        means = None
+        if self.algorithm.needs_mean(self.config):
+            means = torch.empty_like(latents[:, 1:], dtype=torch.float32)
+        old_log_probs = torch.empty(len(latents), self.size, device=latents.device)
+        return replace(batch, old_log_probs=old_log_probs, old_means=means)
+
+    def _store(
+        self, batch: TrainingBatch, rows: range, log_probs: Tensor, step: StochasticStep
+    ) -> None:
+        """Store what the policy, which is the old one before the first optimizer step, gives."""
+        assert batch.old_log_probs is not None
+        part = slice(rows.start, rows.stop)
+        batch.old_log_probs[part] = log_probs.detach().view(len(rows), -1)
+        if batch.old_means is not None:
+            batch.old_means[part] = step.mean.detach().view_as(batch.old_means[part])
+
     def micro_batch(
         self,
         batch: TrainingBatch,
         rows: range,
         sums: Sums,
         *,
-        key: tuple[int, int],
+        update: int,
+        inner: int,
     ) -> Tensor:
-        if batch.trajectory is None:
-            raise ValueError("Flow-GRPO needs the trajectory of the rollout")
+        assert batch.trajectory is not None
         config, part = self.config, batch.trajectory[rows.start : rows.stop]
         device, steps = part.latents.device, len(part.steps)
         repeat = batch.prompt_index[rows.start : rows.stop].repeat_interleave(steps)
@@ -154,7 +179,7 @@ class TrajectoryUpdate(PolicyUpdate):
         latents, times = part.latents[:, :-1].flatten(0, 1), self.grid[index].to(device)
         advantages = batch.advantages[rows.start : rows.stop].repeat_interleave(steps).to(device)
 
-        def step(policy: str) -> flow_grpo.StochasticStep:
+        def step(policy: str) -> StochasticStep:
             guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
             with lora.policy(self.model.denoiser, policy):
                 pred = self.predict(latents, times, embeds, guidance)
@@ -171,17 +196,15 @@ class TrajectoryUpdate(PolicyUpdate):
         log_probs = flow_grpo.log_prob(
             part.latents[:, 1:].flatten(0, 1), current, dynamics=config.dynamics
         )
-        if key[1] == 0:
-            # The first optimizer step on a rollout is on policy. Its log-probabilities are the old ones of every step
-            # on this rollout.
-            mean = current.mean.detach() if config.guard else None
-            self._old[rows.start] = (log_probs.detach(), mean)
-        old, old_mean = self._old[rows.start]
-        loss, metrics = clipped_surrogate(
-            flow_grpo.log_ratio(log_probs, old, step=current, old_mean=old_mean),
-            clip_advantages(advantages, clip=config.advantage_clip, maximum=config.advantage_clip),
-            clip_range=config.clip_range,
+        if inner == 0:
+            self._store(batch, rows, log_probs, current)
+        assert batch.old_log_probs is not None
+        old = slice(rows.start, rows.stop)
+        old_mean = None if batch.old_means is None else batch.old_means[old].flatten(0, 1)
+        sample = TrajectorySample(
+            current, log_probs, batch.old_log_probs[old].flatten(), advantages, old_mean
         )
+        loss, metrics = self.algorithm.loss(sample, config)
         for name, values in metrics.items():
             sums.add(name, values)
         # Flow-GRPO's released code averages both terms over the images that it trains on.

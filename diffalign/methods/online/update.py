@@ -8,6 +8,7 @@ processes changes the gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ class TrainingBatch:
         total: number of images of the whole update, over all processes, that have a reward.
         trained: number of images of the whole update, over all processes, that are trained on.
         trajectory: states of the rollout, for algorithms that train on them.
+        old_log_probs: log-probabilities (B, K) of the rollout's stochastic steps under the policy that sampled them.
+            The first optimizer step on the rollout fills them in.
+        old_means: means (B, K, C, H, W) of these steps, filled in likewise.
     """
 
     latents: Tensor
@@ -46,6 +50,13 @@ class TrainingBatch:
     total: int
     trained: int
     trajectory: Trajectory | None = None
+    old_log_probs: Tensor | None = None
+    old_means: Tensor | None = None
+
+
+def own_part(table: Tensor) -> Tensor:
+    """Return a table as it is: the sum over the processes of a run with one process."""
+    return table
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class UpdateSettings:
         seed: seed of the run.
         updates_per_rollout: optimizer steps per rollout.
         negative_embeds: embedding of the negative prompt (1 row), if guidance of the reference costs a second forward.
+        sum_processes: returns the sum of a tensor over all processes.
     """
 
     grid: Tensor
@@ -71,6 +83,7 @@ class UpdateSettings:
     seed: int
     updates_per_rollout: int = 1
     negative_embeds: PromptEmbeds | None = None
+    sum_processes: Callable[[Tensor], Tensor] = own_part
 
 
 class PolicyUpdate(ABC):
@@ -108,15 +121,24 @@ class PolicyUpdate(ABC):
         rows: range,
         sums: Sums,
         *,
-        key: tuple[int, int],
+        update: int,
+        inner: int,
     ) -> Tensor:
         """Return the loss of some rows of the batch, and add their metrics to `sums`.
 
         The loss is their share of the mean over the whole update.
 
         Args:
-            key: number of the update, and of the optimizer step on its rollout.
+            update: number of the update, from 1.
+            inner: number of the optimizer step on the rollout, from 0.
         """
+
+    def begin_rollout(self, batch: TrainingBatch) -> TrainingBatch:
+        """Return the batch with room for what the first optimizer step stores in it."""
+        return batch
+
+    def begin_step(self, batch: TrainingBatch, *, update: int, inner: int) -> None:  # noqa: B027
+        """Compute what the micro-batches of an optimizer step share. All processes call it."""
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
         """Return a mask (B,) of the images that take part in the loss.
@@ -152,13 +174,17 @@ class PolicyUpdate(ABC):
             This process's sums of metrics.
         """
         sums = Sums(self.metrics, batch.latents.device)
-        size = self.settings.micro_batch_size
-        for start in range(0, len(batch.image), size):
-            rows = range(start, min(start + size, len(batch.image)))
-            loss = self.micro_batch(batch, rows, sums, key=(update, inner))
+        self.begin_step(batch, update=update, inner=inner)
+        for rows in self.micro_batches(batch):
+            loss = self.micro_batch(batch, rows, sums, update=update, inner=inner)
             with attention(batch.latents.device):
                 loss.backward()
         return sums
+
+    def micro_batches(self, batch: TrainingBatch) -> list[range]:
+        """Return the rows of each micro-batch of a batch."""
+        size, count = self.settings.micro_batch_size, len(batch.image)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def predict(
         self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds, guidance: float | None = None
