@@ -5,9 +5,8 @@ from __future__ import annotations
 import tiny
 from accelerate import Accelerator
 
-from diffalign.config import decode
+from diffalign.config import decode, methods
 from diffalign.data.prompts import load_prompts
-from diffalign.methods.distillation.trainer import DistillationTrainer
 from diffalign.training.run_folder import RunFolder
 
 MODELS = {**tiny.MODELS, **tiny.UNETS}
@@ -31,7 +30,7 @@ def settings(folder, **groups):
 
 def trainer(folder, family="flux", *, train=None, **groups):
     config = settings(folder, **groups)
-    return DistillationTrainer(
+    return methods.trainer_class(config.algorithm.type)(
         config,
         MODELS[family](),
         Accelerator(cpu=True),

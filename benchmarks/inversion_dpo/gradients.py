@@ -70,8 +70,9 @@ def _sides(
         for start in range(0, len(indices), update.micro_batch_size):
             part = indices[start : start + update.micro_batch_size]
             batch = trainer.cache.batch(part, trainer.accelerator.device)
-            question = update.ask(batch, (TIMESTEPS, key))
-            error = (update.predict(batch, question) - question.target).square().flatten(2)
+            states = update.states(batch, (TIMESTEPS, key))
+            target = states.by_image(states.batch.target)
+            error = (update.predict(states) - target).square().flatten(2)
             with attention(batch.latents.device):
                 (sign * error[:, side].mean(1).sum() / len(indices)).backward()
         grads = [p.grad for g in trainer.optimizer.param_groups for p in g["params"]]

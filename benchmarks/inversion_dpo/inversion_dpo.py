@@ -277,7 +277,7 @@ def _gradients(subject: Subject, trainer: PreferenceTrainer) -> dict[str, float]
 
 def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
     """Compare a cached gradient with one that has a reference: time ratio and peak bytes."""
-    pairs = trainer.chosen(1)[: trainer.config.training.micro_batch_size]
+    pairs = trainer.order(1)[: trainer.config.training.micro_batch_size]
     batch = trainer.cache.batch(pairs, trainer.accelerator.device)
     calls = [partial(_gradient, trainer, batch, cached=cached) for cached in (True, False)]
     cached_seconds, full_seconds = interleaved(
@@ -297,10 +297,10 @@ def _step_times(trainer: PreferenceTrainer) -> dict[str, Any]:
 
 def _gradient(trainer: PreferenceTrainer, batch: PreferenceBatch, *, cached: bool) -> None:
     """Compute one gradient and discard it."""
-    question = trainer.update.ask(batch, (TIMESTEPS, 0))
+    states = trainer.update.states(batch, (TIMESTEPS, 0))
     if not cached:
-        question = replace(question, reference_error=None)
-    loss = trainer.update.loss(batch, question, Sums(METRICS, batch.latents.device))
+        states = replace(states, reference_error=None)
+    loss = trainer.update.loss(batch, states, Sums(METRICS, batch.latents.device))
     with attention(batch.latents.device):
         loss.mean().backward()
     trainer.optimizer.zero_grad()

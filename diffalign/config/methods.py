@@ -42,13 +42,17 @@ class Method:
     """
 
 
-def _method(kind: str, config: str, title: str, *, loss: str | None = None) -> Method:
-    """Return the entry of a built-in algorithm. Its kind decides run and trainer.
+def _method(
+    kind: str, config: str, title: str, *, loss: str | None = None, trainer: str | None = None
+) -> Method:
+    """Return the entry of a built-in algorithm. Its kind decides the run, and the trainer if none is given.
 
     Args:
         loss: name of the module in `diffalign.algorithms` that has the loss of an online method.
+        trainer: "module:Class" in the kind's folder of `diffalign.methods`.
     """
-    run, trainer, cache = _KINDS[kind]
+    run, common, cache = _KINDS[kind]
+    trainer = common if trainer is None else f"diffalign.methods.{kind}.{trainer}"
     module, _, _ = run.partition(":")
     path = None if loss is None else f"diffalign.algorithms.{loss}:LOSS"
     return Method(f"{module}:{config}", run, trainer, title, cache, path)
@@ -67,7 +71,7 @@ _KINDS: dict[str, tuple[str, str, str | None]] = {
     ),
     "distillation": (
         "diffalign.config.distillation:DistillationRunConfig",
-        "diffalign.methods.distillation.trainer:DistillationTrainer",
+        "diffalign.methods.distillation.reflow:ReflowTrainer",
         None,
     ),
     "dcgen": (
@@ -94,7 +98,10 @@ METHODS = {
         "distillation", "ReflowConfig", "Piecewise rectified flow (few-step student)"
     ),
     "consistency": _method(
-        "distillation", "ConsistencyConfig", "Latent consistency (few-step student)"
+        "distillation",
+        "ConsistencyConfig",
+        "Latent consistency (few-step student)",
+        trainer="consistency:ConsistencyTrainer",
     ),
     "dcgen": _method("dcgen", "DCGenConfig", "DC-Gen (deeply compressed latents)"),
 }

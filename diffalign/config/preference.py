@@ -38,6 +38,14 @@ class PreferenceAlgorithmConfig(MethodConfig):
     """
     timesteps_per_pair: int = 1
 
+    on_states: ClassVar[bool] = False
+    """Whether the loss is evaluated on states of an inversion, and not on freshly noised latents."""
+
+    @property
+    def form(self) -> str:
+        """Form of the loss; "chord" for every loss on a denoising target."""
+        return "chord"
+
     def __post_init__(self) -> None:
         positive(self, ("beta",), "algorithm")
         one_of(self.loss_type, LOSSES, "algorithm.loss_type")
@@ -74,6 +82,13 @@ class InversionDPOConfig(PreferenceAlgorithmConfig):
     - figure, released: the distance to the reference model along the inverted trajectory, with the sign of the paper's
       figure or of its code. They serve for comparison: their gradient is zero at the start of training.
     """
+
+    on_states: ClassVar[bool] = True
+
+    @property
+    def form(self) -> str:
+        """Form of the loss: that of the variant."""
+        return self.variant
 
     def __post_init__(self) -> None:
         super().__post_init__()

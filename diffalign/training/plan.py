@@ -26,6 +26,11 @@ MISSPELT = 0.5
 """Smallest similarity of two names at which one may be a misspelling of the other."""
 
 
+def share(count: int, rank: int, world_size: int) -> range:
+    """Return the items, of `count` over all processes, that one process works on: a contiguous range."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Plan of an update with P prompts and B images.
@@ -45,7 +50,7 @@ class Plan:
 
     def shard(self, rank: int, world_size: int) -> range:
         """Return the indices of the images that one process samples, a contiguous range."""
-        return range(len(self) * rank // world_size, len(self) * (rank + 1) // world_size)
+        return share(len(self), rank, world_size)
 
 
 def check_prompts(

@@ -28,6 +28,7 @@ from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.denoise import image_size
 from diffalign.training.inputs import Inputs
+from diffalign.training.plan import share
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 
@@ -70,6 +71,8 @@ class Trainer(ABC):
     forwards: ForwardCounter = field(init=False)
     advice: ClassVar[str] = ""
     """Further advice for errors about a gradient that is not finite."""
+    unit: ClassVar[str] = "image"
+    """Noun for what an update trains on: "image" or "pair"."""
 
     @classmethod
     def of_run(
@@ -115,12 +118,57 @@ class Trainer(ABC):
     def prepare(self) -> None:  # noqa: B027
         """Do the long work that precedes the first update, or continue it after an interruption."""
 
-    @abstractmethod
     def train_update(self) -> dict[str, Any]:
         """Train one update, and return its row of the log.
 
         The row has the number of the update as `update`.
         """
+        started = time.perf_counter()
+        number = self.progress.update + 1
+        # forwards of an evaluation do not count for the update
+        self.forwards.take()
+        count, row = self.learn(number)
+        self.progress.update = number
+        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
+        row[f"forwards_per_{self.unit}"] = self.accelerator.reduce(forwards, "sum").item() / count
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        return {
+            "update": number,
+            "step": self.progress.step,
+            **row,
+            "seconds": self.progress.seconds,
+            "update_seconds": seconds - row.get("rollout_seconds", 0.0),
+            f"{self.unit}s_per_second": count / seconds,
+        }
+
+    @abstractmethod
+    def learn(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Train one update.
+
+        Args:
+            number: number of the update, from 1.
+
+        Returns:
+            The number of images or pairs of the update over all processes, and its figures for the log.
+        """
+
+    def share(self, count: int) -> range:
+        """Return the items, of `count` over all processes, that this process works on."""
+        return share(count, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def descend(self, number: int, sums: Sums, *, index: int | None = None) -> dict[str, Any]:
+        """Take an optimizer step on the summed gradients, and return the figures of the step.
+
+        Args:
+            number: number of the update.
+            sums: this process's sums of metrics.
+            index: number of the optimizer step in the run, from 0; None for one step per update.
+        """
+        sums.table = self.accelerator.reduce(sums.table, "sum")
+        norm = self.step(number, index=number - 1 if index is None else index)
+        self.optimizer.zero_grad()
+        return {"grad_norm": norm, **sums.means()}
 
     @abstractmethod
     def full_batches(self) -> dict[bool, set[int]]:
@@ -235,36 +283,6 @@ class Trainer(ABC):
         decay = min(self.config.training.ema_max, (1 + done) / (10 + done))
         lora.blend(self.model.denoiser, lora.AVERAGED, decay=decay)
         return norm
-
-    def finish(
-        self, number: int, sums: Sums, *, started: float, count: int, unit: str
-    ) -> dict[str, Any]:
-        """Take the only optimizer step of an update, and return its row of the log.
-
-        Args:
-            number: number of the update.
-            sums: this process's sums of metrics.
-            started: time at which the update began, by `time.perf_counter`.
-            count: number of pairs or images of the update, over all processes.
-            unit: "pair" or "image".
-        """
-        sums.table = self.accelerator.reduce(sums.table, "sum")
-        norm = self.step(number, index=number - 1)
-        self.optimizer.zero_grad()
-        self.progress.update = number
-        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
-        seconds = time.perf_counter() - started
-        self.progress.seconds += seconds
-        return {
-            "update": number,
-            "step": self.progress.step,
-            "grad_norm": norm,
-            **sums.means(),
-            f"forwards_per_{unit}": self.accelerator.reduce(forwards, "sum").item() / count,
-            "seconds": self.progress.seconds,
-            "update_seconds": seconds,
-            f"{unit}s_per_second": count / seconds,
-        }
 
     def resume(self) -> bool:
         """Load the newest undamaged checkpoint of the run folder, if there is one.

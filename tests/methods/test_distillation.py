@@ -228,10 +228,10 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path):
 
 def test_states_are_spread_over_the_windows(tmp_path):
     found = trainer(tmp_path, algorithm={"window_starts": 1.0})
-    chosen, share, coin = found._choices(range(6), 2, update=1)
+    chosen, share, coin = found.choices(range(6), 2, update=1)
     assert sorted(chosen[:4].tolist()) == [0, 0, 1, 1]
     assert ((share >= 0) & (share < 1) & (coin < 1)).all()
-    again, *_ = found._choices(range(6), 2, update=1)
+    again, *_ = found.choices(range(6), 2, update=1)
     assert torch.equal(chosen, again)
 
 
@@ -268,7 +268,7 @@ def test_consistency_targets_are_the_averaged_policys_and_end_at_the_teachers(
         drawn = run.draw(plan)
         run.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=1)
     last, count = len(run.grid) - 1, c.algorithm.states_per_image
-    chosen, _, _ = run._choices(drawn.image, last, 1)
+    chosen, _, _ = run.choices(drawn.image, last, 1)
     later = (chosen + 2).clamp(max=last)
     rows = torch.arange(len(drawn.image)).repeat_interleave(count)
     states = drawn.states[later, rows]

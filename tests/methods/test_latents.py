@@ -95,15 +95,15 @@ def test_the_empty_prompt_is_asked_at_scale_one(images, autoencoder, tmp_path, m
         return original(noisy, times, embeds, **kwargs)
 
     monkeypatch.setattr(run.model, "predict", recorded)
-    question = run.asked.ask(run.cache.batch(range(4)), list(range(4)))
-    assert (question.guidance_scale > 1).all()
+    denoising = run.task.make_batch(run.cache.batch(range(4)), list(range(4)))
+    assert (denoising.guidance_scale > 1).all()
     with torch.no_grad():
-        run.asked.loss(question)
+        run.task.loss(denoising)
     (null, one), (prompts, scale) = asked
     assert one.tolist() == [1.0] * 4
-    assert torch.equal(scale, question.guidance_scale)
-    assert prompts is question.embeds
-    expected = run.asked.null.repeat_first(4).prompt_embeds
+    assert torch.equal(scale, denoising.guidance_scale)
+    assert prompts is denoising.embeds
+    expected = run.task.null.repeat_first(4).prompt_embeds
     assert torch.equal(null.prompt_embeds, expected)
 
 
@@ -141,8 +141,8 @@ def test_the_head_is_linear_in_what_it_reads(family, images, autoencoder, tmp_pa
     seeds = list(range(len(run.images)))
     head = layer(run.model.denoiser, run.model.ends.head)
     with torch.no_grad(), lora.policy(run.model.denoiser, lora.REFERENCE):
-        features, target = run.asked.features(batch, seeds, watched(run.model))
-        loss, _ = run.asked.loss(run.asked.ask(batch, seeds))
+        features, target = run.task.features(batch, seeds, watched(run.model))
+        loss, _ = run.task.loss(run.task.make_batch(batch, seeds))
     found = features.flatten(0, 1) @ head.weight.T + head.bias
     error = (found - pack(target, 1).flatten(0, 1)).square().mean()
     assert float(error) == pytest.approx(float(loss.mean()), rel=1e-3)
@@ -155,7 +155,7 @@ def test_the_closed_head_is_better_than_a_random_one(autoencoder, tmp_path):
         run = ready(tmp_path / name, images, autoencoder, latents=groups)
         batch = run.cache.batch(run.images)
         with torch.no_grad():
-            found = run.asked.loss(run.asked.ask(batch, list(range(len(batch.latents)))))[0]
+            found = run.task.loss(run.task.make_batch(batch, list(range(len(batch.latents)))))[0]
         losses[name] = float(found.mean())
     assert losses["closed"] < losses["random"]
 
@@ -179,11 +179,11 @@ def test_an_untrained_adapter_changes_nothing(family, images, autoencoder, tmp_p
     """C4."""
     run = ready(tmp_path / "run", images, autoencoder, family=family)
     batch = run.cache.batch(run.images[:2])
-    question = run.asked.ask(batch, [0, 1])
+    denoising = run.task.make_batch(batch, [0, 1])
     with torch.no_grad():
         with lora.policy(run.model.denoiser, lora.REFERENCE):
-            wanted = run.asked.predict(question)
-        assert torch.equal(run.asked.predict(question), wanted)
+            wanted = run.task.predict(denoising)
+        assert torch.equal(run.task.predict(denoising), wanted)
 
 
 def test_what_is_trained_is_the_adapters_and_nothing_else(images, autoencoder, tmp_path):
@@ -238,14 +238,14 @@ def test_updates_lower_the_loss_and_resume_bit_for_bit(family, images, autoencod
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert "validation/loss" in whole.validate()
     batch = whole.cache.batch(whole.images)
-    question = whole.asked.ask(batch, list(range(len(batch.latents))))
+    denoising = whole.task.make_batch(batch, list(range(len(batch.latents))))
     with torch.no_grad():
         with lora.policy(whole.model.denoiser, lora.REFERENCE):
-            before = float(whole.asked.loss(question)[0].mean())
+            before = float(whole.task.loss(denoising)[0].mean())
         for _ in range(20):
             with torch.enable_grad():
                 whole.train_update()
-        assert float(whole.asked.loss(question)[0].mean()) < before
+        assert float(whole.task.loss(denoising)[0].mean()) < before
 
 
 def test_micro_batches_make_no_difference(images, autoencoder, tmp_path):

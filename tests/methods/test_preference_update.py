@@ -98,7 +98,7 @@ class TestGradients:
         vector = gradient(run)[1]
         batch = run.cache.batch(range(6))
         run.optimizer.zero_grad()
-        errors = run.update._errors(batch, run.update.ask(batch, KEY))[0].mean((0, 2))
+        errors = run.update._errors(run.update.states(batch, KEY))[0].mean((0, 2))
         (run.config.algorithm.beta / 4 * (errors[0] - errors[1])).backward()
         expected = torch.cat([p.grad.flatten() for p in run.parameters])
         torch.testing.assert_close(
@@ -123,14 +123,14 @@ class TestGradients:
     def test_the_safeguard_scales_the_losers_error_alone(self, source, tmp_path):
         run = build(source, tmp_path, algorithm={"safeguard": 0.6})
         batch = run.cache.batch(range(6))
-        question = run.update.ask(batch, KEY)
-        errors, model_pred = run.update._errors(batch, question)
+        states = run.update.states(batch, KEY)
+        errors, model_pred = run.update._errors(states)
         errors = errors.detach().requires_grad_()
-        known = run.update._reference_errors(batch, question)
+        known = run.update._reference_errors(states)
         sides = (t[:, i].flatten() for t in (errors, known) for i in range(2))
         pair = preference.PairErrors(*sides)
         factors = Sums(("safeguard",), torch.device("cpu"))
-        guarded = run.update._guarded(pair, question, model_pred, factors)
+        guarded = run.update._guarded(pair, states, model_pred, factors)
         (guarded.winner + guarded.loser).sum().backward()
         assert torch.equal(errors.grad[:, 0], torch.ones_like(errors.grad[:, 0]))
         assert errors.grad[:, 1].mean().item() == pytest.approx(factors.means()["safeguard"])
@@ -169,37 +169,37 @@ class TestGradients:
         assert whole[0]["loss"] == pytest.approx(parts[0]["loss"], rel=1e-3)
 
 
-class TestQuestions:
+class TestStates:
     @pytest.mark.parametrize("family", ["sd3", "sd"])
     def test_both_images_share_noise_and_timesteps(self, family, source, tmp_path):
         run = build(source, tmp_path, "dpo", family)
         batch = run.cache.batch(range(4))
-        asked = run.update.ask(batch, KEY)
+        states = run.update.states(batch, KEY)
         path = run.model.noise
-        times = asked.timesteps[:, None].expand(asked.noisy.shape[:3]).flatten()
-        latents = batch.latents[:, :, None].expand_as(asked.noisy).flatten(0, 2)
-        noise = implied_noise(path, latents, asked.noisy.flatten(0, 2), times)
-        noise = noise.view(asked.noisy.shape)
+        noisy = states.by_image(states.batch.noisy)
+        latents = batch.latents[:, :, None].expand_as(noisy).flatten(0, 2)
+        noise = implied_noise(path, latents, states.batch.noisy, states.batch.timesteps)
+        noise = states.by_image(noise)
         torch.testing.assert_close(noise[:, 0], noise[:, 1], rtol=1e-2, atol=1e-2)
         assert (noise[:, :, 0] - noise[:, :, 1]).abs().mean() > 0.1
-        again = run.update.ask(batch, KEY)
-        assert torch.equal(again.noisy, asked.noisy)
-        other = run.update.ask(batch, (TIMESTEPS, 2))
-        assert not torch.equal(other.noisy, asked.noisy)
+        again = run.update.states(batch, KEY)
+        assert torch.equal(again.batch.noisy, states.batch.noisy)
+        other = run.update.states(batch, (TIMESTEPS, 2))
+        assert not torch.equal(other.batch.noisy, states.batch.noisy)
 
     def test_states_are_those_of_the_grid(self, source, tmp_path):
         run = build(source, tmp_path, "chord", "sd")
         batch = run.cache.batch(range(4))
-        asked = run.update.ask(batch, KEY)
+        timesteps = run.update.states(batch, KEY).batch.timesteps
         grid = set(run.update.grid.tolist())
-        assert set(asked.timesteps.flatten().tolist()) <= grid
-        assert all(float(t).is_integer() for t in asked.timesteps.flatten())
+        assert set(timesteps.tolist()) <= grid
+        assert all(float(t).is_integer() for t in timesteps)
 
     def test_the_release_asks_for_the_next_timestep(self, source, tmp_path):
         here = build(source, tmp_path / "a", "figure").update
         there = build(source, tmp_path / "b", "released")
         batch = there.cache.batch(range(4))
-        a, b = here.ask(batch, KEY), there.update.ask(batch, KEY)
+        a, b = here.states(batch, KEY).batch, there.update.states(batch, KEY).batch
         assert torch.equal(a.noisy, b.noisy)
         assert (b.timesteps >= a.timesteps).all()
         assert (b.timesteps > a.timesteps).any()
@@ -225,11 +225,11 @@ class TestTrajectoryLoss:
 class TestTraining:
     def test_every_pair_once_an_epoch(self, source, tmp_path):
         run = build(source, tmp_path, training={"pairs_per_update": 5})
-        seen = [i for number in range(1, 13) for i in run.chosen(number)]
+        seen = [i for number in range(1, 13) for i in run.order(number)]
         for epoch in range(5):
             assert sorted(seen[12 * epoch : 12 * (epoch + 1)]) == list(range(12))
         assert seen[:12] != seen[12:24]
-        assert run.chosen(3) == seen[10:15]
+        assert run.order(3) == seen[10:15]
 
     @pytest.mark.parametrize("name", ["chord", "dpo"])
     @pytest.mark.parametrize("mu", [None, 0.6])

@@ -27,7 +27,7 @@ from diffalign.latents.alignment import (
 )
 from diffalign.latents.codec import pack
 from diffalign.latents.move import layer, matrix, set_layer
-from diffalign.methods.dcgen.step import Step
+from diffalign.methods.dcgen.task import DenoisingTask
 from diffalign.pipelines.base import TextToImageModel
 
 # Many features of the last layer are nearly the same, so that least squares without a ridge is ill-conditioned.
@@ -140,7 +140,7 @@ class Alignment:
         return signal_shift(old, new)
 
     @torch.no_grad()
-    def align_head(self, step: Step) -> LinearFit:
+    def align_head(self, task: DenoisingTask) -> LinearFit:
         """Set the moved last layer to its least-squares fit, and return the fit.
 
         The fit maps the layer's features to the target velocities of training batches, under the guidance of training.
@@ -153,7 +153,7 @@ class Alignment:
         with lora.policy(self.moved.denoiser, lora.REFERENCE):
             for images, batch in self.batches(paired=False):
                 seeds = [stream(ALIGNMENT, image) for image in images]
-                features, target = step.features(batch, seeds, watched(self.moved))
+                features, target = task.features(batch, seeds, watched(self.moved))
                 statistics.add(features.flatten(0, 1), pack(target, 1).flatten(0, 1))
         self._add_up(statistics.tensors())
         variance = statistics.xx.diagonal()[:-1].sum() / statistics.xx[-1, -1] / width

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffalign import lora
 from diffalign.config import LatentRunConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.files import folder_aside, write_text
-from diffalign.core.precision import attention
 from diffalign.core.seeds import IMAGES, VALIDATION, stream
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
@@ -29,7 +29,7 @@ from diffalign.latents.move import layer, load_ends, matrix, save_ends
 from diffalign.latents.shift import moved_scheduler
 from diffalign.methods.dcgen.alignment import Alignment
 from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, source_of
-from diffalign.methods.dcgen.step import Step
+from diffalign.methods.dcgen.task import DenoisingTask
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.moving import move_model, tokens_ratio
@@ -37,7 +37,7 @@ from diffalign.pipelines.saving import save_pipeline
 from diffalign.training.denoise import image_size
 from diffalign.training.order import EpochOrder
 from diffalign.training.run_folder import ALIGNED, ALIGNMENT_FACTS
-from diffalign.training.sums import Sums
+from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.training.trainer import Trainer
 
 METRICS = ["loss", "relative_error"]
@@ -99,7 +99,7 @@ class LatentTrainer(Trainer):
         self.order = EpochOrder(
             self.images, size=c.training.images_per_update, seed=c.training.seed
         )
-        self.asked = Step(
+        self.task = DenoisingTask(
             self.model,
             c.algorithm,
             self.base.encode_prompt([""]),
@@ -154,7 +154,7 @@ class LatentTrainer(Trainer):
         if c.latents.shift == "signal":
             self._shift(alignment.facts["signal_shift"])
         if c.latents.align_head:
-            alignment.align_head(self.asked)
+            alignment.align_head(self.task)
         else:
             self._random_head()
         self.alignment = alignment.facts | {"alignment_seconds": time.perf_counter() - started}
@@ -181,28 +181,30 @@ class LatentTrainer(Trainer):
         null = {rows} if self.model.guidance_is_embedded else set()
         return {True: {rows}, False: {sampled} | null}
 
-    def train_update(self) -> dict[str, Any]:
-        """Train one optimizer step on `images_per_update` images, and return the row of the log."""
-        started = time.perf_counter()
-        number = self.progress.update + 1
-        self.forwards.take()
+    def learn(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Train one optimizer step on `images_per_update` images."""
         images = self.order(number)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = range(len(images) * rank // world, len(images) * (rank + 1) // world)
-        self.optimizer.zero_grad()
+        own = self.share(len(images))
         sums = Sums(METRICS, self.accelerator.device)
-        size = self.config.training.micro_batch_size
-        for at in range(mine.start, mine.stop, size):
-            places = range(at, min(at + size, mine.stop))
-            batch = self.cache.batch([images[i] for i in places], self.accelerator.device)
+        self.optimizer.zero_grad()
+
+        def share_of_loss(rows: range) -> Tensor:
+            places = own[rows.start : rows.stop]
             seeds = [stream(IMAGES, self.config.training.seed, number, i) for i in places]
-            loss, metrics = self.asked.loss(self.asked.ask(batch, seeds))
-            # gradient checkpointing recomputes forwards here, which must use the same attention kernel
-            with attention(self.accelerator.device):
-                (loss.sum() / len(images)).backward()
-            for name, values in metrics.items():
-                sums.add(name, values)
-        return self.finish(number, sums, started=started, count=len(images), unit="image")
+            losses = self._losses([images[i] for i in places], seeds, sums)
+            return losses.sum() / len(images)
+
+        rows = micro_batches(len(own), self.config.training.micro_batch_size)
+        accumulate(rows, share_of_loss, self.accelerator.device)
+        return len(images), self.descend(number, sums)
+
+    def _losses(self, images: list[int], seeds: list[int], sums: Sums) -> Tensor:
+        """Return the losses (B,) of images of the cache, and add their metrics to `sums`."""
+        latents = self.cache.batch(images, self.accelerator.device)
+        losses, metrics = self.task.loss(self.task.make_batch(latents, seeds))
+        for name, values in metrics.items():
+            sums.add(name, values)
+        return losses
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -214,14 +216,10 @@ class LatentTrainer(Trainer):
         if not images:
             return {}
         sums = Sums(METRICS, self.accelerator.device)
-        size = self.config.training.micro_batch_size
         with lora.policy(self.model.denoiser, self.policy):
-            for at in range(0, len(images), size):
-                rows = images[at : at + size]
-                batch = self.cache.batch(rows, self.accelerator.device)
-                question = self.asked.ask(batch, [stream(VALIDATION, row) for row in rows])
-                for name, values in self.asked.loss(question)[1].items():
-                    sums.add(name, values)
+            for rows in micro_batches(len(images), self.config.training.micro_batch_size):
+                part = images[rows.start : rows.stop]
+                self._losses(part, [stream(VALIDATION, image) for image in part], sums)
         return {f"validation/{name}": value for name, value in sums.means().items()}
 
     def drawn_model(self, policy: str) -> TextToImageModel:

@@ -7,6 +7,7 @@ and student share the base model's weights, so there is no second copy of them. 
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,15 +19,9 @@ import torch
 from torch import Tensor
 
 from diffalign import lora
-from diffalign.algorithms import distillation as losses
-from diffalign.config import (
-    ConsistencyConfig,
-    DistillationRunConfig,
-    EvaluationConfig,
-    ReflowConfig,
-)
+from diffalign.algorithms.distillation import subdivide
+from diffalign.config import DistillationRunConfig, EvaluationConfig
 from diffalign.core.errors import UsageError
-from diffalign.core.precision import attention
 from diffalign.core.seeds import STATES, stream
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.inversion import integrate, inversion_grid
@@ -37,7 +32,7 @@ from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
 from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, make_plan
-from diffalign.training.sums import Sums
+from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.training.trainer import Trainer
 from diffalign.types import PromptEmbeds
 
@@ -80,7 +75,10 @@ class Trajectories:
 
 @dataclass
 class DistillationTrainer(Trainer):
-    """Trainer of distillation runs. The policies are the student's; the reference is the teacher."""
+    """Trainer of distillation runs. The policies are the student's; the reference is the teacher.
+
+    A subclass has the losses of one kind of student.
+    """
 
     config: DistillationRunConfig
     prompts: Sequence[Prompt]
@@ -107,7 +105,7 @@ class DistillationTrainer(Trainer):
         self.coarse = self._student_grid()
         steps = len(self.coarse) - 1
         parts = -(-c.teacher.num_inference_steps // steps)
-        self.grid = losses.subdivide(self.coarse, parts)
+        self.grid = subdivide(self.coarse, parts)
         self.embed = EmbedCache(self.model)
         # Guidance that costs a second forward is the teacher's alone; an embedded one is part of the student's input.
         embedded = self.model.guidance_is_embedded
@@ -131,42 +129,39 @@ class DistillationTrainer(Trainer):
             c.teacher.micro_batch_size,
             self.model.forward_rows(c.teacher.micro_batch_size, c.teacher.guidance_scale),
         }
-        return {True: {trained}, False: plain | {trained} if self._bootstraps else plain}
+        return {True: {trained}, False: plain | {trained} if self.bootstraps else plain}
 
     @property
-    def _bootstraps(self) -> bool:
-        algorithm = self.config.algorithm
-        return isinstance(algorithm, ConsistencyConfig) and algorithm.skip is not None
+    def bootstraps(self) -> bool:
+        """True if the averaged student predicts the targets of the student."""
+        return False
 
-    def train_update(self) -> dict[str, Any]:
-        """Sample the teacher's trajectories of new prompts, and train one optimizer step on them.
-
-        Returns:
-            The row of the log.
-        """
+    def learn(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Sample the teacher's trajectories of new prompts, and train one optimizer step on them."""
         started = time.perf_counter()
-        number = self.progress.update + 1
         c = self.config
-        self.forwards.take()
         plan = make_plan(
             self.prompts, c.teacher, seed=c.training.seed, update=number, tasks=c.prompts
         )
         trajectories = self.draw(plan)
-        drawing_seconds = time.perf_counter() - started
-        self.optimizer.zero_grad()
+        teacher_seconds = time.perf_counter() - started
         sums = Sums(["loss", "relative_error"], self.accelerator.device)
-        size = c.training.micro_batch_size
-        for start in range(0, len(trajectories.image), size):
-            loss = self.loss(trajectories[start : start + size], sums, update=number)
-            with attention(self.accelerator.device):
-                (loss.sum() / (len(plan) * c.algorithm.states_per_image)).backward()
-        row = self.finish(number, sums, started=started, count=len(plan), unit="image")
-        return row | {"teacher_seconds": drawing_seconds}
+        states = len(plan) * c.algorithm.states_per_image
+        self.optimizer.zero_grad()
+        accumulate(
+            micro_batches(len(trajectories.image), c.training.micro_batch_size),
+            lambda rows: (
+                self.losses(trajectories[rows.start : rows.stop], sums, update=number).sum()
+                / states
+            ),
+            self.accelerator.device,
+        )
+        return len(plan), self.descend(number, sums) | {"teacher_seconds": teacher_seconds}
 
     def draw(self, plan: Plan) -> Trajectories:
         """Sample this process's share of the teacher's trajectories."""
         c = self.config
-        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        mine = self.share(len(plan))
         prompt_embeds = self.embed([p.text for p in plan.prompts])
         embeds = prompt_embeds[plan.prompt_index[mine.start : mine.stop].to(self.model.device)]
         guided = self.model.costs_a_forward(c.teacher.guidance_scale)
@@ -210,75 +205,17 @@ class DistillationTrainer(Trainer):
         solver = self.config.teacher.solver
         return torch.stack(integrate(field, latents, self.grid, self.model.noise, solver=solver))
 
-    def loss(self, trajectories: Trajectories, sums: Sums, *, update: int) -> Tensor:
+    @abstractmethod
+    def losses(self, trajectories: Trajectories, sums: Sums, *, update: int) -> Tensor:
         """Return the losses (B * S,) of S states of each trajectory.
 
         Their metrics are added to `sums`.
         """
+
+    def rows_of_states(self, trajectories: Trajectories) -> Tensor:
+        """Return the row of the trajectory (B * S,) of each of its S states."""
         count = self.config.algorithm.states_per_image
-        embeds = trajectories.embeds[torch.arange(len(trajectories.image)).repeat_interleave(count)]
-        if isinstance(self.config.algorithm, ReflowConfig):
-            return self._reflow(trajectories, embeds, sums, update)
-        return self._consistency(trajectories, embeds, sums, update)
-
-    def _reflow(
-        self, trajectories: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
-    ) -> Tensor:
-        assert isinstance(self.config.algorithm, ReflowConfig)
-        windows = len(self.coarse) - 1
-        parts = (len(self.grid) - 1) // windows
-        window, share, coin = self._choices(trajectories.image, windows, update)
-        share = torch.where(coin < self.config.algorithm.window_starts, 0.0, share)
-        rows = torch.arange(len(trajectories.image)).repeat_interleave(
-            len(window) // len(trajectories.image)
-        )
-        path, device = self.model.noise, trajectories.states.device
-        points = losses.chords(
-            path,
-            trajectories.states[window * parts, rows],
-            trajectories.states[(window + 1) * parts, rows],
-            self.coarse[window].to(device),
-            self.coarse[window + 1].to(device),
-            share.to(device),
-        )
-        model_pred = self.predict(points.noisy_latents, points.timesteps, embeds)
-        loss = losses.reflow_loss(path, model_pred, points)
-        power = points.slope.square().flatten(1).mean(1)
-        sums.add("loss", loss.detach())
-        sums.add("relative_error", loss.detach() / power)
-        return loss
-
-    def _consistency(
-        self, trajectories: Trajectories, embeds: PromptEmbeds, sums: Sums, update: int
-    ) -> Tensor:
-        algorithm = self.config.algorithm
-        assert isinstance(algorithm, ConsistencyConfig)
-        last = len(self.grid) - 1
-        start, _, _ = self._choices(trajectories.image, last, update)
-        rows = torch.arange(len(trajectories.image)).repeat_interleave(
-            len(start) // len(trajectories.image)
-        )
-        later = torch.full_like(start, last)
-        if algorithm.skip is not None:
-            later = (start + algorithm.skip).clamp(max=last)
-        target = trajectories.states[later, rows]
-        if algorithm.skip is not None:
-            with torch.no_grad(), lora.policy(self.model.denoiser, lora.AVERAGED):
-                guess = self._clean(target, self.grid[later], embeds)
-            ended = (later == last).to(guess.device)
-            target = torch.where(ended[:, None, None, None], target, guess)
-        output = self._clean(trajectories.states[start, rows], self.grid[start], embeds)
-        loss = losses.pseudo_huber(output, target, c=algorithm.huber_c)
-        with torch.no_grad():
-            error = (output - target).square().flatten(1).mean(1)
-            sums.add("loss", loss.detach())
-            sums.add("relative_error", error / target.square().flatten(1).mean(1))
-        return loss
-
-    def _clean(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
-        times = times.to(noisy.device)
-        model_pred = self.predict(noisy, times, embeds)
-        return losses.consistency_output(self.model.noise, model_pred, noisy, times)
+        return torch.arange(len(trajectories.image)).repeat_interleave(count)
 
     def predict(self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds) -> Tensor:
         """Return the prediction with the student's guidance, which costs no second forward."""
@@ -291,7 +228,7 @@ class DistillationTrainer(Trainer):
             guidance_scale=self.guidance_scale,
         )
 
-    def _choices(
+    def choices(
         self, images: Sequence[int], kinds: int, update: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw random choices for S states of every image.

@@ -31,7 +31,7 @@ from diffalign.diffusion.paths import chord_target, has_noise_after_step
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
-from diffalign.training.sums import Sums
+from diffalign.training.sums import Sums, micro_batches
 from diffalign.types import DenoisingBatch, Trajectory
 
 
@@ -203,7 +203,7 @@ class ForwardProcessUpdate(PolicyUpdate):
         steps = self.config.timesteps_per_image
         # sums and counts of every prompt and timestep, in float64 so that their order does not matter
         table = torch.zeros(2, len(batch.embeds), steps, dtype=torch.float64)
-        for rows in self.micro_batches(batch):
+        for rows in micro_batches(len(batch.image), self.settings.micro_batch_size):
             states = self._states(batch, rows, update=update, inner=inner)
             with torch.no_grad():
                 sample = self._sample(states, needs_reference=statistic.needs_reference)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -144,47 +144,35 @@ class OnlineTrainer(Trainer):
             "images_per_s": f"{row['images_per_second']:.1f}",
         }
 
-    def train_update(self) -> dict[str, Any]:
-        """Sample one rollout, train on it, and return the row of the log."""
+    def learn(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Sample one rollout and train on it. `rollout_seconds` is the time until its rewards are there."""
         started = time.perf_counter()
-        number = self.progress.update + 1
-        # forwards of an evaluation do not count for the update
-        self.forwards.take()
         plan = self.plan(number)
         rollout = self.rollout(plan, number)
         if not rollout.rewards.isfinite().any():
-            if not processes.highest(int(rollout.latents.isfinite().any())):
-                raise TrainingError(
-                    f"update {number}: the policy draws no finite image any more, and its weights were not saved; the "
-                    f"last checkpoint is {self.folder.newest_checkpoint or 'none'}. Start again in another output_dir "
-                    f"with a lower optimizer.learning_rate{self.advice}"
-                )
-            self.save()
-            raise TrainingError(
-                f"update {number}: no image could be scored, see the warnings above; everything up to update "
-                f"{self.progress.update} is saved, and the same command resumes from there"
-            )
-        sampled = time.perf_counter()
+            self._end_without_rewards(rollout, number)
+        rollout_seconds = time.perf_counter() - started
         batch, row = self.make_batch(plan, rollout)
         row["diversity"] = self._diversity(rollout)
         if batch.trained == 0:
             logger.warning("update %d: no group has different rewards; nothing to learn", number)
         else:
             row |= self.optimize(batch, number)
-        self.progress.update = number
-        forwards = torch.tensor(self.forwards.take(), device=self.accelerator.device)
-        row["forwards_per_image"] = self.accelerator.reduce(forwards, "sum").item() / len(plan)
-        finished = time.perf_counter()
-        self.progress.seconds += finished - started
-        return {
-            "update": number,
-            "step": self.progress.step,
-            **row,
-            "seconds": self.progress.seconds,
-            "rollout_seconds": sampled - started,
-            "update_seconds": finished - sampled,
-            "images_per_second": len(plan) / (finished - started),
-        }
+        return len(plan), row | {"rollout_seconds": rollout_seconds}
+
+    def _end_without_rewards(self, rollout: Rollout, number: int) -> NoReturn:
+        """Raise TrainingError for an update without a reward; save the run if its images are finite."""
+        if not processes.highest(int(rollout.latents.isfinite().any())):
+            raise TrainingError(
+                f"update {number}: the policy draws no finite image any more, and its weights were not saved; the "
+                f"last checkpoint is {self.folder.newest_checkpoint or 'none'}. Start again in another output_dir "
+                f"with a lower optimizer.learning_rate{self.advice}"
+            )
+        self.save()
+        raise TrainingError(
+            f"update {number}: no image could be scored, see the warnings above; everything up to update "
+            f"{self.progress.update} is saved, and the same command resumes from there"
+        )
 
     def watch(
         self, log: list[dict[str, Any]], before: Mapping[str, float]
@@ -274,7 +262,7 @@ class OnlineTrainer(Trainer):
         keep = valid
         if self.config.training.drop_uninformative:
             keep = self.policy_update.takes_part(advantages.where(valid, torch.nan), group)
-        mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
+        mine = self.share(len(plan))
         local = torch.tensor([i for i in mine if keep[i]], dtype=torch.long)
         rows = local - mine.start
         batch = TrainingBatch(
@@ -305,13 +293,11 @@ class OnlineTrainer(Trainer):
         for inner in range(c.training.updates_per_rollout):
             self.optimizer.zero_grad()
             sums = self.policy_update.accumulate(batch, update=number, inner=inner)
-            sums.table = self.accelerator.reduce(sums.table, "sum")
             index = (number - 1) * c.training.updates_per_rollout + inner
-            rows.append({"grad_norm": self.step(number, index=index), **sums.means()})
+            rows.append(self.descend(number, sums, index=index))
         lag = self.policy_update.lag_decay(number)
         if lag is not None:
             lora.blend(self.model.denoiser, lora.LAGGED, decay=lag)
-        self.optimizer.zero_grad()
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
 
 

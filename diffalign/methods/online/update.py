@@ -17,10 +17,9 @@ from torch import Tensor
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import AlgorithmConfig
-from diffalign.core.precision import attention
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import predict
-from diffalign.training.sums import Sums
+from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.types import PromptEmbeds, Trajectory
 
 
@@ -175,16 +174,12 @@ class PolicyUpdate(ABC):
         """
         sums = Sums(self.metrics, batch.latents.device)
         self.begin_step(batch, update=update, inner=inner)
-        for rows in self.micro_batches(batch):
-            loss = self.micro_batch(batch, rows, sums, update=update, inner=inner)
-            with attention(batch.latents.device):
-                loss.backward()
+        accumulate(
+            micro_batches(len(batch.image), self.settings.micro_batch_size),
+            lambda rows: self.micro_batch(batch, rows, sums, update=update, inner=inner),
+            batch.latents.device,
+        )
         return sums
-
-    def micro_batches(self, batch: TrainingBatch) -> list[range]:
-        """Return the rows of each micro-batch of a batch."""
-        size, count = self.settings.micro_batch_size, len(batch.image)
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def predict(
         self, noisy: Tensor, times: Tensor, embeds: PromptEmbeds, guidance: float | None = None

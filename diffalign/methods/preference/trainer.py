@@ -6,9 +6,8 @@ A cache of latents and embeddings is filled once. The updates then need the deno
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from diffalign import lora
 from diffalign.config import PreferenceRunConfig
@@ -29,6 +28,7 @@ class PreferenceTrainer(Trainer):
     """Trainer of runs on the preference pairs of `config.pairs`."""
 
     config: PreferenceRunConfig
+    unit: ClassVar[str] = "pair"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class PreferenceTrainer(Trainer):
                 "share or more pairs"
             )
         c = self.config.training
-        self.chosen = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
+        self.order = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
 
     def full_batches(self) -> dict[bool, set[int]]:
         c, world = self.config, self.accelerator.num_processes
@@ -71,23 +71,19 @@ class PreferenceTrainer(Trainer):
         rows[False] |= {sampled, inverted} if c.states else {sampled}
         return rows
 
-    def train_update(self) -> dict[str, Any]:
-        """Train one optimizer step on `pairs_per_update` pairs, and return the row of the log."""
-        started = time.perf_counter()
-        number = self.progress.update + 1
-        self.forwards.take()
-        pairs = self.chosen(number)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = pairs[len(pairs) * rank // world : len(pairs) * (rank + 1) // world]
+    def learn(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Train one optimizer step on `pairs_per_update` pairs."""
+        pairs = self.order(number)
+        own = self.share(len(pairs))
         key = (TIMESTEPS, number)
-        batch = self.cache.batch(mine, self.accelerator.device)
+        batch = self.cache.batch(pairs[own.start : own.stop], self.accelerator.device)
         baseline = None
         if self.config.algorithm.loss_type == "kto":
             gain, count = self.accelerator.reduce(self.update.gain(batch, key=key), "sum")
             baseline = gain / count
         self.optimizer.zero_grad()
         sums = self.update.accumulate(batch, total=len(pairs), key=key, baseline=baseline)
-        return self.finish(number, sums, started=started, count=len(pairs), unit="pair")
+        return len(pairs), self.descend(number, sums)
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

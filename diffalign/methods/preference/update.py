@@ -16,14 +16,13 @@ from diffalign import lora
 from diffalign.algorithms import preference
 from diffalign.algorithms.inversion_dpo import trajectory_loss, trajectory_weight
 from diffalign.algorithms.preference import PairErrors
-from diffalign.config import InversionDPOConfig, PreferenceAlgorithmConfig
-from diffalign.core.precision import attention
+from diffalign.config import PreferenceAlgorithmConfig
 from diffalign.core.seeds import stream
 from diffalign.diffusion.paths import chord_target, training_timesteps
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import predict
-from diffalign.training.sums import Sums
-from diffalign.types import PreferenceBatch
+from diffalign.training.sums import Sums, accumulate, micro_batches
+from diffalign.types import DenoisingBatch, PreferenceBatch, PromptEmbeds
 
 METRICS = (
     "loss",
@@ -38,22 +37,24 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """Denoising batch for the I images of B pairs, at T timesteps each.
+class PairStates:
+    """States of the I images of B pairs, at T timesteps each.
 
-    I is 2, or 1 for losses on the winner alone.
+    I is 2, or 1 for losses on the winner alone. Both images of a pair have the same timesteps.
 
     Attributes:
-        noisy: noisy latents (B, I, T, C, H, W).
-        target: targets (B, I, T, C, H, W) of the prediction.
-        timesteps: timesteps (B, T), the same for both images.
+        batch: denoising batch (B * I * T rows).
+        shape: (B, I, T).
         reference_error: mean squared errors (B, I, T) of the reference, None if they are not cached.
     """
 
-    noisy: Tensor
-    target: Tensor
-    timesteps: Tensor
+    batch: DenoisingBatch
+    shape: tuple[int, int, int]
     reference_error: Tensor | None = None
+
+    def by_image(self, rows: Tensor) -> Tensor:
+        """Return rows (B * I * T, ...) as (B, I, T, ...)."""
+        return rows.view(*self.shape, *rows.shape[1:])
 
 
 class PreferenceUpdate:
@@ -74,8 +75,7 @@ class PreferenceUpdate:
         self.micro_batch_size, self.mixed_precision = micro_batch_size, mixed_precision
         self.seed = seed
         self.guidance_scale = guidance_scale if model.guidance_is_embedded else None
-        self.on_states = isinstance(config, InversionDPOConfig)
-        self.variant = config.variant if isinstance(config, InversionDPOConfig) else "chord"
+        self.on_states, self.form = config.on_states, config.form
         self.images = 1 if config.loss_type == "sft" else 2
 
     def rows(self, pairs: int) -> dict[bool, set[int]]:
@@ -102,11 +102,13 @@ class PreferenceUpdate:
             baseline: baseline of KTO, see `gain`.
         """
         sums = Sums(METRICS, batch.latents.device)
-        for part in self._parts(batch):
-            question = self.ask(part, key)
-            loss = self.loss(part, question, sums, baseline)
-            with attention(part.latents.device):
-                (loss.sum() / total).backward()
+
+        def share_of_loss(rows: range) -> Tensor:
+            part = batch[rows.start : rows.stop]
+            return self.loss(part, self.states(part, key), sums, baseline).sum() / total
+
+        rows = micro_batches(len(batch.pair), self.micro_batch_size)
+        accumulate(rows, share_of_loss, batch.latents.device)
         return sums
 
     @torch.no_grad()
@@ -114,7 +116,9 @@ class PreferenceUpdate:
         """Return the sums of a batch's metrics, without a gradient. KTO's baseline is 0."""
         sums = Sums(METRICS, batch.latents.device)
         for part in self._parts(batch):
-            self.loss(part, self.ask(part, key), sums, torch.zeros((), device=part.latents.device))
+            self.loss(
+                part, self.states(part, key), sums, torch.zeros((), device=part.latents.device)
+            )
         return sums
 
     @torch.no_grad()
@@ -126,18 +130,17 @@ class PreferenceUpdate:
         """
         totals = torch.zeros(2, device=batch.latents.device)
         for part in self._parts(batch):
-            question = self.ask(part, key)
-            errors = self._errors(part, question)[0]
-            gain = self._reference_errors(part, question) - errors
+            states = self.states(part, key)
+            gain = self._reference_errors(states) - self._errors(states)[0]
             totals += torch.stack([gain.sum(), torch.full_like(gain.sum(), gain.numel())])
         return totals
 
     def _parts(self, batch: PreferenceBatch) -> Sequence[PreferenceBatch]:
-        size = self.micro_batch_size
-        return [batch[i : i + size] for i in range(0, len(batch.pair), size)]
+        parts = micro_batches(len(batch.pair), self.micro_batch_size)
+        return [batch[rows.start : rows.stop] for rows in parts]
 
-    def ask(self, batch: PreferenceBatch, key: tuple[int, ...]) -> Question:
-        """Build the denoising batch of a micro-batch of pairs.
+    def states(self, batch: PreferenceBatch, key: tuple[int, ...]) -> PairStates:
+        """Return the states of a micro-batch of pairs.
 
         Args:
             key: what random streams depend on besides the pair, see `accumulate`.
@@ -149,25 +152,24 @@ class PreferenceUpdate:
             self._inverted(batch, generators) if self.on_states else self._noised(batch, generators)
         )
 
-    def _noised(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> Question:
+    def _noised(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> PairStates:
         """Add fresh noise, the same for both images of a pair, at the same timesteps."""
         path, count = self.model.noise, self.config.timesteps_per_pair
-        shape = batch.latents.shape[2:]
+        latent = batch.latents.shape[2:]
         device = batch.latents.device
         times = torch.stack([training_timesteps(path, count, generator=g) for g in generators])
-        noise = torch.stack([torch.randn(count, *shape, generator=g) for g in generators])
+        noise = torch.stack([torch.randn(count, *latent, generator=g) for g in generators])
         times, noise = times.to(device), noise.to(device)
-        latents = batch.latents[:, : self.images, None].expand(-1, -1, count, *shape)
+        latents = batch.latents[:, : self.images, None].expand(-1, -1, count, *latent)
         noise = noise[:, None].expand_as(latents)
-        flat_times = times[:, None].expand(*latents.shape[:3]).flatten()
-        flat = latents.flatten(0, 2), noise.flatten(0, 2), flat_times
-        return Question(
-            path.add_noise(*flat).view(latents.shape),
-            path.target(*flat).view(latents.shape),
-            times,
-        )
+        shape = (len(times), self.images, count)
+        times = times[:, None].expand(shape).flatten()
+        rows = latents.flatten(0, 2), noise.flatten(0, 2), times
+        noisy, target = path.add_noise(*rows), path.target(*rows)
+        embeds = self._embeds(batch, shape)
+        return PairStates(DenoisingBatch(noisy, times, target, embeds), shape)
 
-    def _inverted(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> Question:
+    def _inverted(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> PairStates:
         """Pick some of the states that the reference's inversion passed through.
 
         The target is that of the noise which a state and its clean latents imply.
@@ -185,59 +187,67 @@ class PreferenceUpdate:
         reference_error = torch.stack(
             [batch.reference_error[:, i][rows, picks] for i in range(self.images)], 1
         )
-        times = self.grid.to(index.device)[index]
+        shape = (len(picks), self.images, count)
+        grid = self.grid.to(index.device)
         latents = batch.latents[:, : self.images, None].expand_as(noisy).flatten(0, 2)
-        flat_times = times[:, None].expand(*noisy.shape[:3]).flatten()
-        target = chord_target(path, latents, noisy.flatten(0, 2), flat_times).view(noisy.shape)
+        noisy = noisy.flatten(0, 2)
+        times = grid[index][:, None].expand(shape).flatten()
+        target = chord_target(path, latents, noisy, times)
         # Inversion-DPO's released code evaluates the earlier latents at the later timestep.
-        if self.variant == "released":
-            times = self.grid.to(index.device)[(index + 1).clamp(max=len(self.grid) - 1)]
-        return Question(noisy, target, times, reference_error)
+        if self.form == "released":
+            later = grid[(index + 1).clamp(max=len(self.grid) - 1)]
+            times = later[:, None].expand(shape).flatten()
+        embeds = self._embeds(batch, shape)
+        return PairStates(DenoisingBatch(noisy, times, target, embeds), shape, reference_error)
 
-    def predict(self, batch: PreferenceBatch, question: Question) -> Tensor:
-        """Return the active policy's predictions (B, I, T, C, H, W), float32."""
-        shape = question.noisy.shape
-        pairs, images, count = shape[:3]
+    @staticmethod
+    def _embeds(batch: PreferenceBatch, shape: tuple[int, int, int]) -> PromptEmbeds:
+        """Return the embeddings of the prompts for each state (B * I * T rows)."""
+        pairs, images, count = shape
         rows = torch.arange(pairs).repeat_interleave(images * count)
         embeds = batch.embeds[rows.to(batch.latents.device)]
-        if batch.time_ids is not None:
-            ids = batch.time_ids[:, :images, None].expand(-1, -1, count, -1).flatten(0, 2)
-            embeds = replace(embeds, time_ids=ids)
-        times = question.timesteps[:, None].expand(pairs, images, count).flatten()
+        if batch.time_ids is None:
+            return embeds
+        ids = batch.time_ids[:, :images, None].expand(-1, -1, count, -1).flatten(0, 2)
+        return replace(embeds, time_ids=ids)
+
+    def predict(self, states: PairStates) -> Tensor:
+        """Return the active policy's predictions (B, I, T, C, H, W), float32."""
+        batch = states.batch
         model_pred = predict(
             self.model,
-            question.noisy.flatten(0, 2),
-            times,
-            embeds,
+            batch.noisy,
+            batch.timesteps,
+            batch.embeds,
             mixed_precision=self.mixed_precision,
             guidance_scale=self.guidance_scale,
         )
-        return model_pred.float().view(shape)
+        return states.by_image(model_pred.float())
 
-    def _errors(self, batch: PreferenceBatch, question: Question) -> tuple[Tensor, Tensor]:
+    def _errors(self, states: PairStates) -> tuple[Tensor, Tensor]:
         """Return the mean squared errors (B, I, T) of the active policy, and its predictions."""
-        model_pred = self.predict(batch, question)
-        return (model_pred - question.target).square().flatten(3).mean(3), model_pred
+        model_pred = self.predict(states)
+        return _error(model_pred, states), model_pred
 
     @torch.no_grad()
-    def _reference_errors(self, batch: PreferenceBatch, question: Question) -> Tensor:
-        if question.reference_error is not None:
-            return question.reference_error
+    def _reference_errors(self, states: PairStates) -> Tensor:
+        if states.reference_error is not None:
+            return states.reference_error
         with lora.policy(self.model.denoiser, lora.REFERENCE):
-            return self._errors(batch, question)[0]
+            return self._errors(states)[0]
 
     def loss(
         self,
         batch: PreferenceBatch,
-        question: Question,
+        states: PairStates,
         sums: Sums,
         baseline: Tensor | None = None,
     ) -> Tensor:
         """Return the losses (B,) times the pairs' weights, and add their metrics to `sums`."""
-        if self.variant != "chord":
-            return self._trajectory_loss(batch, question, sums)
+        if self.form != "chord":
+            return self._trajectory_loss(batch, states, sums)
         c = self.config
-        errors, model_pred = self._errors(batch, question)
+        errors, model_pred = self._errors(states)
         if c.loss_type == "sft":
             sums.add("error_winner", errors.detach().flatten())
             return self._weighted(errors[:, 0], batch, sums)
@@ -247,7 +257,7 @@ class PreferenceUpdate:
             sums.add("error_loser", loser.detach())
             losses = preference.mapo_loss(winner, loser, beta=c.beta)
             return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
-        reference = self._reference_errors(batch, question)
+        reference = self._reference_errors(states)
         reference_errors = reference[:, 0].flatten(), reference[:, 1].flatten()
         pair = PairErrors(winner, loser, *reference_errors)
         for name, values in pair.metrics(c.beta).items():
@@ -258,7 +268,7 @@ class PreferenceUpdate:
             losses = self._kto(pair, labels, baseline.clamp_min(0))
         else:
             losses = preference.pair_loss(
-                self._guarded(pair, question, model_pred, sums),
+                self._guarded(pair, states, model_pred, sums),
                 labels,
                 beta=c.beta,
                 loss_type=c.loss_type,
@@ -266,11 +276,11 @@ class PreferenceUpdate:
         return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
 
     def _guarded(
-        self, pair: PairErrors, question: Question, model_pred: Tensor, sums: Sums
+        self, pair: PairErrors, states: PairStates, model_pred: Tensor, sums: Sums
     ) -> PairErrors:
         if self.config.safeguard is None:
             return pair
-        preds, targets = model_pred.detach(), question.target
+        preds, targets = model_pred.detach(), states.by_image(states.batch.target)
         factor = preference.safeguard(
             preds[:, 0].flatten(0, 1),
             targets[:, 0].flatten(0, 1),
@@ -300,23 +310,20 @@ class PreferenceUpdate:
                 )
         return losses
 
-    def _trajectory_loss(self, batch: PreferenceBatch, question: Question, sums: Sums) -> Tensor:
-        model_pred = self.predict(batch, question)
+    def _trajectory_loss(self, batch: PreferenceBatch, states: PairStates, sums: Sums) -> Tensor:
+        model_pred = self.predict(states)
         with torch.no_grad(), lora.policy(self.model.denoiser, lora.REFERENCE):
-            reference = self.predict(batch, question)
+            reference = self.predict(states)
         distance = (model_pred - reference).square().flatten(3).mean(3)
-        weight = trajectory_weight(self.model.noise, question.timesteps.flatten())
-        distance = (distance * weight.view(question.timesteps.shape)[:, None]).mean(2)
+        weight = trajectory_weight(self.model.noise, states.batch.timesteps)
+        distance = (distance * states.by_image(weight)).mean(2)
         losses = trajectory_loss(
-            distance[:, 0], distance[:, 1], beta=self.config.beta, variant=self.variant
+            distance[:, 0], distance[:, 1], beta=self.config.beta, variant=self.form
         )
         # the metrics of the other losses, so that runs can be compared
         with torch.no_grad():
-            errors = (model_pred - question.target).square().flatten(3).mean(3)
-            reference_errors = (reference - question.target).square().flatten(3).mean(3)
-            pair = PairErrors(
-                *(e[:, i].flatten() for e in (errors, reference_errors) for i in range(2))
-            )
+            errors = _error(model_pred, states), _error(reference, states)
+            pair = PairErrors(*(e[:, i].flatten() for e in errors for i in range(2)))
             for name, values in pair.metrics(self.config.beta).items():
                 sums.add(name, values)
         return self._weighted(losses[:, None], batch, sums)
@@ -327,3 +334,9 @@ class PreferenceUpdate:
         weighted = losses.mean(1) * batch.weight
         sums.add("loss", weighted.detach())
         return weighted
+
+
+def _error(model_pred: Tensor, states: PairStates) -> Tensor:
+    """Return the mean squared errors (B, I, T) of predictions (B, I, T, C, H, W)."""
+    target = states.by_image(states.batch.target)
+    return (model_pred - target).square().flatten(3).mean(3)

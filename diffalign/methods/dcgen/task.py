@@ -17,26 +17,11 @@ from diffalign.data.latent_cache import LatentBatch
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import predict
-from diffalign.types import PromptEmbeds
-
-
-@dataclass(frozen=True)
-class Question:
-    """Denoising batch: inputs of the denoiser and the velocity that it should predict.
-
-    `noisy` and `target` are (B, C, h, w), `timesteps` (B,). Some of the prompts in `embeds` are empty.
-    `guidance_scale` is (B,), or None if the model takes no guidance as an input.
-    """
-
-    noisy: Tensor
-    timesteps: Tensor
-    embeds: PromptEmbeds
-    guidance_scale: Tensor | None
-    target: Tensor
+from diffalign.types import DenoisingBatch, PromptEmbeds
 
 
 @dataclass
-class Step:
+class DenoisingTask:
     """Builder of denoising batches for `model`, and their loss.
 
     Every random choice for an image is a function of that image's seed. `null` is the embedding of the empty prompt
@@ -49,12 +34,12 @@ class Step:
     size: tuple[int, int]
     mixed_precision: str
 
-    def ask(self, batch: LatentBatch, seeds: Sequence[int]) -> Question:
+    def make_batch(self, images: LatentBatch, seeds: Sequence[int]) -> DenoisingBatch:
         """Build a denoising batch from clean latents.
 
         The seed of an image determines its noise, noise level, guidance scale and whether its prompt is dropped.
         """
-        a, latents = self.algorithm, batch.latents
+        a, latents = self.algorithm, images.latents
         numbers, noise = [], []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
@@ -71,12 +56,12 @@ class Step:
         if self.model.guidance_is_embedded:
             span = a.max_guidance - a.min_guidance
             guidance = (a.min_guidance + span * scale).to(latents.device)
-        return Question(
+        return DenoisingBatch(
             self.model.noise.add_noise(latents, noises, timesteps),
             timesteps,
-            self._dropped(batch.embeds, coin < a.prompt_dropout),
-            guidance,
             self.model.noise.target(latents, noises, timesteps),
+            self._dropped(images.embeds, coin < a.prompt_dropout),
+            guidance,
         )
 
     def _dropped(self, embeds: PromptEmbeds, dropped: Tensor) -> PromptEmbeds:
@@ -85,47 +70,49 @@ class Step:
         rows = torch.where(dropped, 0, torch.arange(1, len(embeds) + 1))
         return both[rows.to(embeds.prompt_embeds.device)]
 
-    def predict(self, question: Question) -> Tensor:
+    def predict(self, batch: DenoisingBatch) -> Tensor:
         """Return the predicted velocity (B, C, h, w).
 
         The batch's guidance scales are used if guidance is an input of the model.
         """
-        return self._forward(question, question.embeds, question.guidance_scale)
+        return self._forward(batch, batch.embeds, batch.guidance_scale)
 
     @torch.no_grad()
-    def null_predict(self, question: Question) -> Tensor | None:
+    def null_predict(self, batch: DenoisingBatch) -> Tensor | None:
         """Return the prediction (B, C, h, w) for the empty prompt at guidance scale 1.
 
         Return None if guidance is not an input of the model.
         """
-        if question.guidance_scale is None:
+        if batch.guidance_scale is None:
             return None
-        ones = torch.ones_like(question.guidance_scale)
-        return self._forward(question, self.null.repeat_first(len(question.noisy)), ones)
+        ones = torch.ones_like(batch.guidance_scale)
+        return self._forward(batch, self.null.repeat_first(len(batch.noisy)), ones)
 
-    def _forward(self, question: Question, embeds: PromptEmbeds, guidance: Tensor | None) -> Tensor:
+    def _forward(
+        self, batch: DenoisingBatch, embeds: PromptEmbeds, guidance: Tensor | None
+    ) -> Tensor:
         return predict(
             self.model,
-            question.noisy,
-            question.timesteps,
+            batch.noisy,
+            batch.timesteps,
             embeds,
             mixed_precision=self.mixed_precision,
             **({} if guidance is None else {"guidance_scale": guidance}),
         )
 
-    def loss(self, question: Question) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: DenoisingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the DC-Gen loss (B,) and its metrics, (B,) each."""
-        null = self.null_predict(question)
+        null = self.null_predict(batch)
         return dcgen_loss(
-            self.predict(question),
-            question.target,
+            self.predict(batch),
+            batch.target,
             null_pred=null,
-            guidance_scale=question.guidance_scale,
+            guidance_scale=batch.guidance_scale,
         )
 
     def features(
         self,
-        batch: LatentBatch,
+        images: LatentBatch,
         seeds: Sequence[int],
         watch: Callable[[Callable[[], Tensor]], Tensor],
     ) -> tuple[Tensor, Tensor]:
@@ -138,9 +125,9 @@ class Step:
         Args:
             watch: runs a forward and returns the inputs of the last layer in it, see `alignment.watched`.
         """
-        question = self.ask(batch, seeds)
-        features = watch(lambda: self.predict(question))
-        if question.guidance_scale is not None:
-            null = watch(lambda: self.null_predict(question))  # type: ignore[arg-type,return-value]
-            features = guided(features, null, question.guidance_scale)
-        return features, question.target
+        batch = self.make_batch(images, seeds)
+        features = watch(lambda: self.predict(batch))
+        if batch.guidance_scale is not None:
+            null = watch(lambda: self.null_predict(batch))  # type: ignore[arg-type,return-value]
+            features = guided(features, null, batch.guidance_scale)
+        return features, batch.target
