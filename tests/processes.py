@@ -1,4 +1,4 @@
-"""Several processes on one machine, as torchrun starts them."""
+"""Other processes that run the programs of the tests, one or several as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,55 @@ from pathlib import Path
 
 import torch
 
-WHO = """
-from diffalign.core import processes
-if processes.current().is_main_process:
-    open(sys.argv[1] + "/world", "w").write(str(processes.current().num_processes))
-"""
+TESTS = Path(__file__).parent
+
+
+def program(name):
+    """The file of a program of the tests."""
+    return TESTS / "programs" / f"{name}.py"
 
 
 def environment():
     """Variables of this process, with which another one finds the helpers of the tests."""
-    helpers = [path for path in sys.path if Path(path).is_relative_to(Path(__file__).parent)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(helpers)}
+    return {**os.environ, "PYTHONPATH": str(TESTS)}
 
 
-def results_of(world, source, folder, *arguments):
-    """What a script's main process saved as `result.pt` in `folder`, which is its first argument."""
+def python(name, *arguments, **options):
+    """Run a program in one process, and return what became of it."""
+    options = {"timeout": 300, "env": environment(), **options}
+    command = [sys.executable, program(name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def start(name, *arguments, **options):
+    """Start a program with pipes to its input and from its output."""
+    options = {"env": environment(), "text": True, **options}
+    command = [sys.executable, program(name), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+
+
+def save_result(folder, result):
+    """Write the main process's result and the number of processes for `results_of`."""
+    # the other programs do not set up a group of processes by an import
+    from diffalign.core import processes
+
+    here = processes.current()
+    if here.is_main_process:
+        torch.save({"world": here.num_processes, "result": result}, Path(folder) / "result.pt")
+
+
+def result_in(folder, world):
+    """What `world` processes saved in `folder`."""
+    saved = torch.load(folder / "result.pt", weights_only=False)
+    assert saved["world"] == world
+    return saved["result"]
+
+
+def results_of(world, name, folder, *arguments):
+    """What a program saved in `folder`, which is its first argument."""
     folder.mkdir()
-    script = folder / "script.py"
-    script.write_text(source + WHO)
-    launch(world, script, folder, *arguments)
-    assert (folder / "world").read_text() == str(world)
-    return torch.load(folder / "result.pt", weights_only=False)
+    launch(world, program(name), folder, *arguments)
+    return result_in(folder, world)
 
 
 def launch(world, *arguments):

@@ -14,6 +14,15 @@ from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.training.run_folder import RunFolder
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
+ALGORITHMS = {
+    "chord": {"type": "inversion_dpo"},
+    "dpo": {"type": "diffusion_dpo"},
+    "figure": {"type": "inversion_dpo", "variant": "figure"},
+    "released": {"type": "inversion_dpo", "variant": "released"},
+    "kto": {"type": "diffusion_dpo", "loss_type": "kto"},
+    "mapo": {"type": "diffusion_dpo", "loss_type": "mapo", "beta": 0.1},
+    "sft": {"type": "inversion_dpo", "loss_type": "sft"},
+}
 
 
 def write_pairs(folder, n=12, *, seed=0, size=tiny.SIZE, **changes):
@@ -63,3 +72,9 @@ def trainer(source, folder, family="sd3", **groups):
     )
     found.prepare()
     return found
+
+
+def build(source, folder, name="chord", family="sd3", **groups):
+    """A run of one of `ALGORITHMS`, with its cache made."""
+    algorithm = {"timesteps_per_pair": 2, **ALGORITHMS[name], **groups.pop("algorithm", {})}
+    return trainer(source, folder, family, algorithm=algorithm, **groups)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import tiny
+import torch
 from accelerate import Accelerator
 
-from diffalign.config import decode
+from diffalign.config import RunConfig, decode
+from diffalign.config.methods import available, run_class
 from diffalign.data.prompts import load_prompts
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training.run_folder import RunFolder
 from diffalign.types import RewardOutput
+
+ONLINE = [name for name in available() if run_class(name) is RunConfig]
 
 
 def settings(folder, **groups):
@@ -50,3 +54,8 @@ def trainer(folder, score=redness, family="sd3", *, train=None, **groups):
         score,
         train or load_prompts("shapes:train"),
     )
+
+
+def weights(run):
+    """All that a run trains, as one vector."""
+    return torch.cat([p.detach().flatten() for p in run.parameters])

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
+from processes import environment, start
 
 from diffalign.core import interruption
 from diffalign.core.interruption import SIGNALS, Interrupted, Interruption, ends_at_once
@@ -80,28 +79,10 @@ def test_ignored_signals_stay_ignored_and_threads_install_nothing():
     assert found == [0]
 
 
-SECOND = """
-import os, signal, sys, threading
-from diffalign.core import interruption
-interruption.SETTLING = 0.05
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's ignores it
-with interruption.Interruption("this is finished") as work:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    while not work.number:
-        threading.Event().wait(0.01)
-    os.write(1, b"first\\n")
-    threading.Event().wait()  # in the middle of something long
-"""
-
-
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(second):
-    command = [sys.executable, "-c", SECOND]
-    environment = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    )
+    variables = {k: v for k, v in environment().items() if k != "LOCAL_RANK"}
+    process = start("second_signal", env=variables)
     assert process.stdout.readline() == "ready\n"
     process.stdin.write("\n")
     process.stdin.flush()

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 
 from diffalign.core import files, locks
 from diffalign.core.errors import UsageError
@@ -16,28 +15,10 @@ from diffalign.core.files import check_target, contents
 from diffalign.core.locks import LockError, hold
 from diffalign.data.shard_cache import CacheError, ShardCache
 
-HOLDER = """
-import sys
-from pathlib import Path
-from diffalign.core import locks
-try:
-    with locks.hold(Path(sys.argv[1])):
-        print("held", flush=True)
-        sys.stdin.read()
-except locks.LockError as error:
-    print(error, flush=True)
-    sys.exit(2)
-"""
-
-
-def start(folder):
-    command = [sys.executable, "-c", HOLDER, str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
 
 @pytest.fixture
 def holder(tmp_path):
-    process = start(tmp_path / "run")
+    process = start("lock_holder", tmp_path / "run")
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -57,7 +38,7 @@ def test_a_folder_that_is_in_use_is_refused_with_the_process(tmp_path, holder):
 
 
 def test_of_many_that_start_at_once_exactly_one_wins(tmp_path):
-    all_of_them = [start(tmp_path / "a" / "run") for _ in range(5)]
+    all_of_them = [start("lock_holder", tmp_path / "a" / "run") for _ in range(5)]
     lines = [p.stdout.readline() for p in all_of_them]
     (winner,) = [p for p, line in zip(all_of_them, lines, strict=True) if line == "held\n"]
     losers = [line for line in lines if line != "held\n"]

@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_run import train
+from whole_runs import train
 
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import report
@@ -107,21 +107,13 @@ def test_what_a_reward_could_not_score_is_asked_again(
     assert not (tmp_path / "run" / "before.safetensors").exists()
 
 
-TWICE = """
-import sys
-from test_run import train
-base, prompts, folder, updates = sys.argv[1:]
-assert train(base, prompts, folder, "--training.num_updates=" + updates) == 0
-"""
-
-
 def test_two_processes_know_of_it_together(base, prompts, tmp_path):
     """The second does not score alone what the first has found."""
-    script = tmp_path / "script.py"
-    script.write_text(TWICE)
     befores = []
     for updates, scored in (("1", True), ("2", False)):
-        done = processes.run(2, script, base, prompts, tmp_path / "run", updates)
+        done = processes.run(
+            2, processes.program("whole_run"), base, prompts, tmp_path / "run", updates
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert (f"scoring {base} before training" in done.stdout) == scored
         befores.append(json.loads((tmp_path / "run" / "summary.json").read_text())["before"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_run import train
+from whole_runs import train
 
 from benchmarks.common import before_after
 from diffalign import cli

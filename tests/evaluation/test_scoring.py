@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -111,14 +110,13 @@ def test_without_overlap_a_part_is_done_when_it_is_submitted():
 
 
 def test_the_thread_ends_with_the_collection():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     scorer = BackgroundScorer(mean)
     for _ in range(3):
         scorer(pictures(1), ["a"], [{}])
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("overlap", "waited"), [(True, False), (False, True), (None, True)])
@@ -150,12 +148,12 @@ def test_overlapped_rewards_do_not_hold_up_the_next_images(tmp_path, overlap, wa
 
 
 def test_a_run_with_a_hanging_reward_stops_with_everything_saved(tmp_path):
-    calls = []
+    calls, end = [], threading.Event()
 
     def third_hangs(images, prompts, metadata):
         calls.append(len(prompts))
         if len(calls) > 2:
-            time.sleep(30)
+            end.wait(60)
         return tiny_runs.redness(images, prompts, metadata)
 
     run = tiny_runs.trainer(tmp_path, third_hangs, rollout={"reward_timeout": 1.0})
@@ -163,6 +161,7 @@ def test_a_run_with_a_hanging_reward_stops_with_everything_saved(tmp_path):
     run.train_update()
     with pytest.raises(TrainingError, match="reward_timeout.*up to update 2 is saved"):
         run.train_update()
+    end.set()
     again = tiny_runs.trainer(tmp_path)
     assert again.resume()
     assert again.progress.update == 2

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from processes import python
 from tiny_moves import deep_autoencoder, moved_model
 
 from diffalign import lora
@@ -140,16 +139,8 @@ def test_a_folder_loads_everywhere(family, tmp_path):
 def test_a_folder_loads_without_this_suite(tmp_path):
     _, model = moved_model("flux")
     model.pipeline.save_pretrained(tmp_path / "pipeline")
-    code = (
-        "import sys; sys.modules['diffalign'] = None\n"
-        "from diffusers import DiffusionPipeline\n"
-        f"p = DiffusionPipeline.from_pretrained({str(tmp_path / 'pipeline')!r}, trust_remote_code=True)\n"
-        "print(type(p).__name__, p.vae_scale_factor, p.default_sample_size)"
-    )
-    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
+    variables = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    done = python("stock_folder", tmp_path / "pipeline", env=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-3:] == ["DCGenFluxPipeline", "8", "2"]
 

@@ -257,24 +257,10 @@ def test_micro_batches_make_no_difference(images, autoencoder, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-PROCESS = """
-import sys, torch
-import pathlib
-import test_latents as t
-folder = pathlib.Path(sys.argv[1])
-run = t.ready(folder / "run", sys.argv[2], sys.argv[3], training={"images_per_update": 5})
-rows = [run.train_update() for _ in range(2)]
-weights = torch.cat([p.detach().flatten() for p in run.parameters])
-head = run.model.denoiser.proj_out.weight.detach().clone()
-if run.accelerator.is_main_process:
-    torch.save((weights, head, [r["loss"] for r in rows], run.alignment), folder / "result.pt")
-"""
-
-
 def test_two_processes_give_what_one_gives(images, autoencoder, tmp_path):
-    script = PROCESS
     one, two = (
-        results_of(world, script, tmp_path / str(world), images, autoencoder) for world in (1, 2)
+        results_of(world, "latent_run", tmp_path / str(world), images, autoencoder)
+        for world in (1, 2)
     )
     assert one[3]["embedder_r2"] == pytest.approx(two[3]["embedder_r2"], rel=1e-5)
     torch.testing.assert_close(one[1], two[1], rtol=1e-3, atol=1e-3)

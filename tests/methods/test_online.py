@@ -9,24 +9,17 @@ import tiny
 import torch
 from diffusers.optimization import get_scheduler
 from processes import results_of
-from tiny_runs import redness, settings, trainer
+from tiny_runs import ONLINE, redness, settings, trainer, weights
 
 from diffalign import lora
-from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig, RunConfig
-from diffalign.config.methods import available, run_class
+from diffalign.config import ConfigError, OptimizerConfig, PromptsConfig
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.training import checkpoint
-from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.plan import check_prompts, make_plan
 from diffalign.training.trainer import TrainingError, lr_factor
 from diffalign.types import RewardOutput
-
-ONLINE = [name for name in available() if run_class(name) is RunConfig]
-
-
-def weights(run):
-    return torch.cat([p.detach().flatten() for p in run.parameters])
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "sana"])
@@ -424,35 +417,8 @@ class TestPlan:
         assert [i for r in range(world) for i in plan.shard(r, world)] == list(range(12))
 
 
-def gathered(run):
-    """Rewards of five images, one of them without, from every process's share: bits and order are kept."""
-    values = np.float32([0.1, 1 / 3, np.nan, -1e-30, 16777217.0])
-    plan = Plan([], torch.zeros(5, dtype=torch.long), list(range(5)))
-    share = plan.shard(run.accelerator.process_index, run.accelerator.num_processes)
-    found = run.rollouts._gather(values[share.start : share.stop], plan)
-    assert found.tobytes() == values.tobytes()
-    return torch.from_numpy(found)
-
-
-PROCESS = """
-import sys, torch
-import test_online as t
-results = {}
-for kind in t.ONLINE:
-    few = {"timesteps_per_image": 2} if kind in ("diffusion_nft", "dgpo") else {}
-    run = t.trainer(sys.argv[1], algorithm={"type": kind, **few})
-    rows = [run.train_update() for _ in range(2)]
-    policies = [t.lora.adapter_state(run.model.denoiser, n) for n in (t.lora.LAGGED, t.lora.AVERAGED)]
-    results[kind] = t.weights(run), rows, policies
-results["gathered"] = t.gathered(run)
-if run.accelerator.is_main_process:
-    torch.save(results, sys.argv[1] + "/result.pt")
-"""
-
-
 def test_two_processes_give_what_one_gives(tmp_path):
-    script = PROCESS
-    results = [results_of(world, script, tmp_path / str(world)) for world in (1, 2)]
+    results = [results_of(world, "online_runs", tmp_path / str(world)) for world in (1, 2)]
     assert set(results[0]) == {*ONLINE, "gathered"}
     assert torch.equal(*(result["gathered"].view(torch.int32) for result in results))
     for kind in ONLINE:

@@ -6,6 +6,7 @@ import pytest
 import tiny_pairs
 import torch
 from processes import results_of
+from tiny_pairs import ALGORITHMS, build
 
 from diffalign import lora
 from diffalign.algorithms import preference
@@ -17,25 +18,11 @@ from diffalign.types import PreferenceBatch
 
 KEY = (TIMESTEPS, 1)
 LOG2 = math.log(2)
-ALGORITHMS = {
-    "chord": {"type": "inversion_dpo"},
-    "dpo": {"type": "diffusion_dpo"},
-    "figure": {"type": "inversion_dpo", "variant": "figure"},
-    "released": {"type": "inversion_dpo", "variant": "released"},
-    "kto": {"type": "diffusion_dpo", "loss_type": "kto"},
-    "mapo": {"type": "diffusion_dpo", "loss_type": "mapo", "beta": 0.1},
-    "sft": {"type": "inversion_dpo", "loss_type": "sft"},
-}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return tiny_pairs.write_pairs(tmp_path_factory.mktemp("pairs"))
-
-
-def build(source, folder, name="chord", family="sd3", **groups):
-    algorithm = {"timesteps_per_pair": 2, **ALGORITHMS[name], **groups.pop("algorithm", {})}
-    return tiny_pairs.trainer(source, folder, family, algorithm=algorithm, **groups)
 
 
 def gradient(run, pairs=range(6), *, swap=False, label=None):
@@ -311,25 +298,10 @@ class TestTraining:
             assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-PROCESS = """
-import sys, torch
-import pathlib
-import test_preference_update as t
-results = {}
-folder = pathlib.Path(sys.argv[1])
-for name in ("chord", "dpo", "kto"):
-    run = t.build(pathlib.Path(sys.argv[2]), folder / name, name, training={"pairs_per_update": 5})
-    rows = [run.train_update() for _ in range(2)]
-    weights = torch.cat([p.detach().flatten() for p in run.parameters])
-    results[name] = weights, [r["loss"] for r in rows], run.cache.manifest["pairs"]
-if run.accelerator.is_main_process:
-    torch.save(results, folder / "result.pt")
-"""
-
-
 def test_two_processes_give_what_one_gives(source, tmp_path):
-    script = PROCESS
-    results = [results_of(world, script, tmp_path / str(world), source) for world in (1, 2)]
+    results = [
+        results_of(world, "preference_runs", tmp_path / str(world), source) for world in (1, 2)
+    ]
     for name in results[0]:
         (one, losses, pairs), (two, others, same) = (r[name] for r in results)
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

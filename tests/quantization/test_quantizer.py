@@ -11,6 +11,7 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, SanaPipeline
 from diffusers.quantizers import PipelineQuantizationConfig
+from processes import python
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -181,20 +182,14 @@ def test_a_later_format_and_foreign_values_are_refused(flux, tmp_path):
 
 def test_without_our_import_diffusers_names_the_method(flux):
     folder, _ = flux
-    code = (
-        "import sys; from diffusers import FluxTransformer2DModel\n"
-        f"FluxTransformer2DModel.from_pretrained({str(folder / 'packed' / 'transformer')!r})"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    told = python("stock_transformer", folder / "packed" / "transformer")
     assert told.returncode == 1
     assert "Unknown quantization type, got diffalign_packed" in told.stderr
 
 
 def test_the_package_itself_loads_nothing():
-    code = (
-        "import sys, diffalign.quantization.backends as b\n"
-        "assert 'int4' in b.BACKENDS and not {'torch', 'diffusers', 'torchao'} & set(sys.modules)"
-    )
+    code = "import sys, diffalign.quantization.backends as b; assert 'int4' in b.BACKENDS; "
+    code += "assert not {'torch', 'diffusers', 'torchao'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

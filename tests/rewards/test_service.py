@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import zlib
 
 import numpy as np
@@ -40,18 +39,22 @@ from diffalign.types import RewardOutput
 
 
 class Moody(Reward):
-    """Raises for prompts that say so, sleeps for others, else the red channel's mean."""
+    """Raises for prompts that say so, sleeps for others until it is awake, else the red channel's mean."""
 
     card = RewardCard(
         name="moody", description="for tests", scale=0.5, offset=1.0, raw_range=(0, 255)
     )
+
+    def __init__(self):
+        super().__init__()
+        self.awake = threading.Event()
 
     def score(self, images, prompts, metadata):
         for prompt in prompts:
             if prompt == "raise":
                 raise RuntimeError("not this one")
             if prompt == "sleep":
-                time.sleep(1.5)
+                self.awake.wait(60)
         return RewardOutput(images[:, 0].float().mean((1, 2)).numpy())
 
 
@@ -61,16 +64,13 @@ def serve():
     running = []
 
     def start(rewards, **kwargs):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        server = make_server(build_app(rewards, **kwargs), port=port)
-        thread = threading.Thread(target=server.run, daemon=True)
+        # clients may connect before the server has started
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = make_server(build_app(rewards, **kwargs))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
         running.append((server, thread))
-        return f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
     yield start
     for server, thread in running:
@@ -147,23 +147,27 @@ def test_one_bad_image_is_nan_and_the_rest_are_scored(serve):
 
 
 def test_a_slow_reward_is_given_up_and_the_service_goes_on(serve):
-    url = serve({"moody": Moody()}, limits=Limits(timeout=1.0))
+    moody = Moody()
+    url = serve({"moody": moody}, limits=Limits(timeout=0.3))
     reward = RemoteReward(f"remote:{url}/moody")
     images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
     assert np.isnan(reward.score(images, ["sleep"], [{}]).values).all()
-    time.sleep(2)  # it is still asleep
+    moody.awake.set()
     assert reward.score(images, ["a"], [{}]).values.tolist() == [7]
 
 
 def test_each_reward_has_its_own_time(serve):
     limits = Limits(timeout=30, timeouts={"hasty": 0.3})
-    url = serve({"moody": Moody(), "hasty": Moody()}, limits=limits)
+    served = {"moody": Moody(), "hasty": Moody()}
+    url = serve(served, limits=limits)
     images = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
     rewards = {name: RemoteReward(f"remote:{url}/{name}") for name in ("moody", "hasty")}
     for name, seconds in (("moody", 30), ("hasty", 0.3)):
         rewards[name].prepare()
         assert rewards[name].timeout == seconds + remote.MARGIN
     assert np.isnan(rewards["hasty"].score(images, ["sleep"], [{}]).values).all()
+    for reward in served.values():
+        reward.awake.set()
     assert rewards["moody"].score(images, ["sleep"], [{}]).values.tolist() == [7]
 
 
@@ -286,11 +290,10 @@ def test_a_reward_that_cannot_score_the_golden_image_is_served(serve, caplog):
 def test_a_stalled_upload_holds_nothing_up(serve):
     url = serve({"jpeg": JpegReward()}, limits=Limits(timeout=0.5, max_waiting=1))
     host, port = url.removeprefix("http://").split(":")
-    stalled = [socket.create_connection((host, int(port))) for _ in range(4)]
+    stalled = [socket.create_connection((host, int(port)), timeout=20) for _ in range(4)]
     for raw in stalled:
         raw.sendall(b"POST /jpeg HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n{")
     assert requests.post(f"{url}/jpeg", json=GOOD, timeout=5).status_code == 200
-    time.sleep(1)
     for raw in stalled:
         assert b" 408 " in raw.recv(1000)
         raw.close()

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 from diffalign.config import load
 from diffalign.core import locks
@@ -244,23 +243,10 @@ class TestRunFolder:
         assert [r["update"] for r in folder.read_log()] == [1, 2]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from diffalign.config import load
-from diffalign.core import locks
-from diffalign.core import locks
-from diffalign.training.run_folder import RunFolder
-Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
-with locks.hold(Path(sys.argv[1])):
-    RunFolder(sys.argv[1]).claim(load())
-"""
-
-
 def test_killed_before_the_configuration_has_its_name(tmp_path):
     """Its lock is free again, and the hidden file is no content and is gone at the next start."""
     folder = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+    done = python("killed_claim", folder)
     assert done.returncode == -9
     assert len(os.listdir(folder)) == 2  # the lock and half a file
     with locks.hold(folder):

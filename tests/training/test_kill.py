@@ -3,13 +3,12 @@
 import errno
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import environment
+from processes import environment, python
 from safetensors import SafetensorError
 from tiny_runs import trainer
 
@@ -19,42 +18,6 @@ from diffalign.core.files import aside
 from diffalign.training import checkpoint
 
 UPDATES = 4
-# Kills itself, as an operator or a machine would (SIGKILL: nothing can be cleaned up), in the middle of update 3.
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from tiny_runs import redness, trainer
-from diffalign.training import checkpoint
-from diffalign.methods.online.forward_update import ForwardProcessUpdate
-from diffalign.evaluation.scoring import BackgroundScorer
-
-moment, folder = sys.argv[1], Path(sys.argv[2])
-run = trainer(folder, training={"micro_batch_size": 5})
-
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def at_the_second_call(function):
-    calls = []
-    def wrapper(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            die()
-        return function(*args, **kwargs)
-    return wrapper
-
-run.resume()
-for number in range(1, 5):
-    if number == 3:
-        if moment == "rollout":
-            run.rollouts.scorer = BackgroundScorer(die)
-        elif moment == "update":
-            ForwardProcessUpdate.micro_batch = at_the_second_call(ForwardProcessUpdate.micro_batch)
-        else:
-            checkpoint.save_file = at_the_second_call(checkpoint.save_file)
-    run.folder.append_log(run.train_update())
-    run.save()
-"""
 
 
 def everything(run):
@@ -66,12 +29,9 @@ def everything(run):
     return state
 
 
-def child(code, *arguments):
-    env = {**environment(), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+def child(name, *arguments):
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return python(name, *arguments, env={**environment(), **threads})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +43,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("moment", ["rollout", "update", "checkpoint"])
 def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
-    died = child(CHILD, moment, tmp_path)
+    died = child("killed_run", moment, tmp_path)
     assert died.returncode == -signal.SIGKILL, died.stderr
     run = trainer(tmp_path, training={"micro_batch_size": 5})
     assert run.resume()
@@ -100,27 +60,10 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
     assert [row["reward"] for row in log] == rewards
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from diffalign.training import checkpoint
-
-folder = Path(sys.argv[1])
-checkpoint.save(folder, 1, {"default": {"w": torch.zeros(8)}}, {}, keep=2)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    checkpoint.save(folder, 2, {"default": {"w": torch.zeros(100_000)}}, {}, keep=2)
-except checkpoint.CheckpointError as error:
-    print(error)
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(tmp_path):
     """The operating system's own refusal in the middle of a write, as on a full disk."""
-    done = child(FULL, tmp_path)
+    done = child("limited_files", tmp_path)
     assert "000002 could not be written" in done.stdout, done.stderr
     assert "the last good one is" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["000001"]

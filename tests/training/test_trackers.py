@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_run import train
+from whole_runs import train
 
 from diffalign.evaluation.pictures import image_grid
 from diffalign.training import trackers
