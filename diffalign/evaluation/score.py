@@ -172,7 +172,7 @@ def without(broken: np.ndarray, output: RewardOutput) -> RewardOutput:
 
 
 def image_seeds(config: EvaluationConfig, n: int) -> list[int]:
-    """The seeds of an evaluation's n images."""
+    """Return the seeds of an evaluation's n images."""
     return [stream(EVALUATION, config.seed, i) for i in range(n)]
 
 

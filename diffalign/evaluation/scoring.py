@@ -61,7 +61,7 @@ class BackgroundScorer:
             wait([future], self._timeout)
 
     def collect(self) -> RewardOutput:
-        """The rewards of everything submitted since the last call.
+        """Return the rewards of everything submitted since the last call.
 
         Raises:
             RewardTimeout: a part took longer than `timeout` after the part before it.

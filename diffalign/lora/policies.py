@@ -95,7 +95,7 @@ def _pattern(targets: Sequence[str]) -> str:
 
 
 def trainable(denoiser: nn.Module) -> list[nn.Parameter]:
-    """The current adapter's parameters, in a fixed order."""
+    """Return the current adapter's parameters, in a fixed order."""
     return [p for _, p in adapter_parameters(denoiser, CURRENT)]
 
 
@@ -137,7 +137,7 @@ def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 
 def _active(layers: Sequence[BaseTunerLayer]) -> str:
-    """The policy that forwards use; without adapters there is the reference alone."""
+    """Return the policy that forwards use: `reference` without adapters."""
     if not layers or layers[0].disable_adapters:
         return REFERENCE
     return layers[0].active_adapters[0]
@@ -220,7 +220,11 @@ def adapter_state(denoiser: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def load_adapter_state(denoiser: nn.Module, name: str, state: dict[str, Tensor]) -> None:
-    """The inverse of `adapter_state`; ValueError where the tensors do not fit."""
+    """Set one adapter from what `adapter_state` returned.
+
+    Raises:
+        ValueError: the tensors do not fit the denoiser.
+    """
     expected = get_peft_model_state_dict(denoiser, adapter_name=name)
     wrong = set(state) ^ set(expected) or {k for k in state if state[k].shape != expected[k].shape}
     if wrong:

@@ -84,7 +84,7 @@ def swap(module: str, down: Tensor, up: Tensor) -> Tensor:
 
 
 def _width(name: str, features: int) -> int:
-    """Outputs of one of several stacked modules, from its inputs."""
+    """Return the outputs of one of several stacked modules, from its inputs."""
     return MLP_RATIO * features if name.endswith("proj_mlp") else features
 
 

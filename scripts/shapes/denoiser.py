@@ -364,7 +364,7 @@ class Pretraining:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The denoiser with its averaged weights, for evaluation and saving."""
+        """Lend the denoiser its averaged weights, for evaluation and saving."""
         backup = {k: v.detach().clone() for k, v in self.denoiser.state_dict().items()}
         self.denoiser.load_state_dict(self.ema)
         try:

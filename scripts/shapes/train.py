@@ -58,7 +58,7 @@ def load_autoencoder(work: Path) -> AutoencoderKL:
 
 
 def load_model(family: str, work: Path) -> TextToImageModel:
-    """The pipeline with trained autoencoder and text encoders, and a fresh denoiser."""
+    """Return the pipeline with trained autoencoder and text encoders, and a fresh denoiser."""
     build, kind = FAMILIES[family]
     folder = work / family / "start"
     if not (folder / "model_index.json").exists():
@@ -172,7 +172,7 @@ def train_codec(
 
 
 def distillation(config: PretrainConfig) -> PretrainConfig:
-    """A short run at a fifth of the rate: the student starts as its own teacher."""
+    """Return the configuration of a short run: the student starts as its own teacher."""
     return dataclasses.replace(
         config, steps=config.steps // 8, lr=config.lr / 5, warmup=20, stop_after_seconds=None
     )
