@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Processes that share the tests: a core and about 3 GB each.
 WORKERS ?= 2
 
-.PHONY: install demo test test-slow lint typecheck shapes clean
+.PHONY: install demo test test-slow oldest newest lint typecheck house shapes clean
 
 install: $(STAMP)
 
@@ -29,6 +29,27 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# The rooms that call other libraries, against the oldest and the newest versions that pyproject.toml allows.
+CORE  := $(addprefix tests/,algorithms config core diffusion lora parity pipelines quantization schedulers training)
+NEEDS := --editable ".[server,plots,quantization]" pytest pytest-xdist scikit-image
+
+oldest newest: CHECK = OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	-m "not slow and not gpu" $(CORE)
+
+# torch first and alone, for the reason above
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python .ci/lowest.py > .venv-oldest/lowest.txt
+	.venv-oldest/bin/pip install --quiet torch -c .venv-oldest/lowest.txt
+	.venv-oldest/bin/pip install --quiet $(NEEDS) -c .venv-oldest/lowest.txt
+	$(CHECK)
+
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade torch
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager $(NEEDS)
+	$(CHECK)
+
 lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -42,9 +63,13 @@ typecheck: install
 	cd .types && ../$(BIN)/python -m diffalign.cli list models | grep shapes-sd3
 	cd .types && ../$(BIN)/python -m diffalign.cli train demo --dry-run > /dev/null
 
+# The table of sizes, couplings, texts and types
+house: install
+	$(BIN)/python -m benchmarks.common.house --output benchmarks/results/house.json
+
 # The checkpoints from nothing: a night on two cores. One GPU: everything --device cuda --jobs 3
 shapes: install
 	$(BIN)/python -m diffalign.scripts.shapes.everything
 
 clean:
-	rm -rf $(VENV) .types build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .types build dist *.egg-info
