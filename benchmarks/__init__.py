@@ -17,6 +17,10 @@ PROGRAMS = {
         "benchmarks.rewards.service",
         "latency of a reward service while another client misbehaves",
     ),
+    "alignment": (
+        "benchmarks.alignment",
+        "pretraining with and without the semantic map: what a small model learns of relations",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",
