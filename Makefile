@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Processes that share the tests: a core and about 3 GB each.
 WORKERS ?= 2
 
-.PHONY: install demo test test-slow oldest newest lint typecheck house shapes clean
+.PHONY: install demo test test-slow oldest newest lint typecheck house docs shapes clean
 
 install: $(STAMP)
 
@@ -67,9 +67,18 @@ typecheck: install
 house: install
 	$(BIN)/python -m benchmarks.common.house --output benchmarks/results/house.json
 
+# The documentation site, in site/. The extra `docs` is installed once.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install --quiet -e ".[docs]" -c constraints.txt
+	touch $@
+
 # The checkpoints from nothing: a night on two cores. One GPU: everything --device cuda --jobs 3
 shapes: install
 	$(BIN)/python -m diffalign.scripts.shapes.everything
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .types build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .types build dist site *.egg-info

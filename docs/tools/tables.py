@@ -1,0 +1,153 @@
+"""Write the tables of README and docs that show committed results.
+
+A table stands between the comments `<!-- table: NAME -->` and `<!-- end -->`. `python docs/tools/tables.py` writes all
+tables anew from `benchmarks/results`, and `tests/test_docs.py` checks that they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def result(name: str) -> dict[str, Any]:
+    """Return a committed result, without `.json` in its name."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def settings_text(settings: str) -> str:
+    """Return settings as code, or a dash if there are none."""
+    return f"`{settings}`" if settings else "as it is"
+
+
+def memory_table() -> str:
+    """Return what every recipe needs, and how it fits on a card of 24 GiB."""
+    rows = []
+    for name, arm in result("memory")["arms"].items():
+        small = arm["on_24_gib"]
+        if small:
+            fit = f"{settings_text(small['settings'])}: {small['total']:.1f}"
+        else:
+            fit = f"an int4 base: about {arm['int4_base']:.1f}"
+        checkpointing = "yes" if arm["gradient_checkpointing"] else "no"
+        size = str(arm["micro_batch_size"])
+        rows.append((f"`{name}`", size, checkpointing, f"{arm['total']:.1f}", fit))
+    header = ("recipe", "micro-batch", "gradient checkpointing", "GiB", "on 24 GiB")
+    return table(header, rows)
+
+
+def quick_start_table() -> str:
+    """Return the forecasts of the recipes of the GPU quick start."""
+    arms = result("memory")["arms"]
+    names = {
+        "SDXL": "inversion-dpo-sdxl",
+        "SD3.5-medium": "awm-sd3.5-medium-pickscore",
+        "FLUX.1-dev": "awm-flux.1-dev-pickscore",
+    }
+    rows = []
+    for model, name in names.items():
+        arm = arms[name]
+        small = arm["on_24_gib"]
+        if small:
+            fit = f"{small['total']:.1f} GiB, {settings_text(small['settings'])}"
+        else:
+            fit = f"about {arm['int4_base']:.1f} GiB, on an int4 base"
+        rows.append((model, f"`{name}`", f"{arm['total']:.1f} GiB, as it is", fit))
+    return table(("model", "recipe", "80 GB card", "24 GB card"), rows)
+
+
+def figure(value: float) -> str:
+    """Return a score with three digits after the point."""
+    return f"{value:.3f}"
+
+
+def results_table() -> str:
+    """Return the main result of every method, from the medians of its benchmark."""
+    demo = result("demo")["arms"]["demo"]
+    awm = result("awm")["headline"]
+    wins = result("inversion-dpo")["headline"]["win_rate"]
+    moved = result("dcgen")["headline"]
+    lost = result("qsched")["headline"]["quality_recovered"]
+    before, after = demo["geneval_before"]["median"], demo["geneval_after"]["median"]
+    rows = [
+        (
+            "AWM, `make demo`",
+            f"GenEval {figure(before)} before, {figure(after)} after",
+            f"{demo['seconds']['median'] / 60:.0f} minutes on two CPU cores",
+        ),
+        (
+            "AWM on equal terms",
+            f"{awm['speedup_vs_flow_grpo']:.1f} times as fast as Flow-GRPO, "
+            f"{awm['speedup_vs_nft']:.1f} times as fast as DiffusionNFT",
+            "time to the same GenEval; same adapter, guided reference and timesteps",
+        ),
+        *(
+            (
+                f"Inversion-DPO on `{model}`",
+                f"wins {figure(rates['inversion_dpo'])} of pairs against the base; "
+                f"Diffusion-DPO wins {figure(rates['diffusion_dpo'])}",
+                "three minutes of training on the same pairs",
+            )
+            for model, rates in wins.items()
+        ),
+        (
+            "int4 in groups of 64",
+            f"GenEval falls by {figure(lost['int4']['lost'])}",
+            "mean of two students, three numbers of steps and three seeds",
+        ),
+        (
+            "Q-Sched on coarse int4",
+            f"gives back {lost['int4 rows']['share']:.0%} of the {figure(lost['int4 rows']['lost'])} that was lost",
+            "48 prompts for the search; a negative result",
+        ),
+        (
+            "DC-Gen",
+            f"GenEval {figure(moved['geneval_base'])} before, {figure(moved['geneval_dc'])} after; "
+            f"{moved['latency_ratio']:.1f} times as fast",
+            f"a {'quarter' if moved['token_ratio'] == 4 else 'part'} of the tokens, on a CPU",
+        ),
+    ]
+    return table(("method", "result", "conditions"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "memory": memory_table,
+    "quick-start": quick_start_table,
+    "results": results_table,
+}
+
+
+def filled(text: str) -> str:
+    """Return a page with all its tables written anew."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]]()}\n{place[4]}", text)
+
+
+def pages() -> list[Path]:
+    """Return README and the pages of docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    """Write all tables anew."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if filled(text) != text:
+            page.write_text(filled(text), encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
