@@ -6,8 +6,7 @@ The same reward works on the command line: `diffalign train demo --rewards='{exa
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,9 +14,7 @@ from diffalign import config
 from diffalign.training.run import run
 
 
-def redness(
-    images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> Tensor:
+def redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
     """Return how much redder than green the images (B, 3, H, W), uint8, are."""
     pixels = images.float()
     return (pixels[:, 0] - pixels[:, 1]).mean((1, 2)) / 255
@@ -28,8 +25,9 @@ def main(settings: list[str]) -> None:
     own = f"{__file__}:redness"
     rewards = [f"--rewards={{{own!r}: 1.0}}", "--evaluation.rewards=[verifier]"]
     summary = run(config.load("demo", ["--output_dir=runs/example-reward", *rewards, *settings]))
+    before, after = summary["before"]["means"], summary["after"]["means"]
     for name in (own, "verifier"):
-        print(name, "before:", summary["before"]["means"][name], "after:", summary["after"]["means"][name])
+        print(f"{name}: {before[name]:.3f} before, {after[name]:.3f} after")
 
 
 if __name__ == "__main__":

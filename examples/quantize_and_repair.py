@@ -16,7 +16,7 @@ from diffalign.tuning.tune import Settings, tune
 OBJECTIVE = {"verifier": 1.0, "flatness": 0.25}
 
 
-def main(budget: int = 24, *, num_prompts: int = 48) -> None:
+def main(budget: int = 24, num_prompts: int = 48) -> None:
     """Search factors for two steps of `shapes-sd-lcm` in coarse int4, and save the model with them."""
     full, small = load_model("shapes-sd-lcm"), load_model("shapes-sd-lcm")
     # one scale per row is coarse: groups of 64, the default, leave little to repair
