@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from diffalign.config.checks import check, check_numbers, one_of, positive
+from diffalign.config.fields import setting
 
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -19,17 +20,17 @@ LR_SCHEDULERS = ("constant", "linear", "cosine")
 class ModelConfig:
     """Settings of the base model."""
 
-    name: str = "shapes-sd3"
+    name: str = setting("shapes-sd3", alias="pretrained_model_name_or_path")
     """Name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
-    revision: str | None = None
+    revision: str | None = setting(None, alias="revision")
     dtype: str = "bfloat16"
     """Dtype of the frozen base model: bfloat16, float16 or float32. LoRA weights are always float32."""
-    max_sequence_length: int | None = None
+    max_sequence_length: int | None = setting(None, alias="max_sequence_length")
     """Largest number of T5 tokens per prompt; None for the model's default."""
-    attention_backend: str | None = None
+    attention_backend: str | None = setting(None, free=True)
     """Attention backend of diffusers, such as "xformers", "flash" or "native"; None keeps the default."""
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: bool = setting(False, free=True, alias="gradient_checkpointing")
+    compile: bool = setting(False, free=True)
     """Compile each block of the denoiser with torch.compile: a slower start, then faster steps."""
 
     def __post_init__(self) -> None:
@@ -40,10 +41,10 @@ class ModelConfig:
 class LoraConfig:
     """Settings of the LoRA adapter that is trained."""
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: int = setting(32, alias="rank")
+    alpha: float = setting(64.0, alias="lora_alpha")
     """Numerator of the adapter's scale, alpha / rank. An override of the rank alone keeps the recipe's ratio."""
-    targets: list[str] | None = None
+    targets: list[str] | None = setting(None, alias="lora_layers")
     """Name suffixes of the adapted linear layers and convolutions.
 
     None selects the attention projections of the model family.
@@ -64,9 +65,9 @@ class MethodConfig:
 class DrawingConfig:
     """Settings of image generation, for training and for evaluation."""
 
-    height: int | None = None
-    width: int | None = None
-    micro_batch_size: int = 64
+    height: int | None = setting(None, alias="resolution")
+    width: int | None = setting(None, alias="resolution")
+    micro_batch_size: int = setting(64, free=True)
     """Images that one process generates at a time. It changes memory use, never results."""
     merge_lora: bool = False
     """Merge the adapter into the base weights while images are generated.
@@ -75,7 +76,7 @@ class DrawingConfig:
     weights are rounded.
     """
 
-    reward_timeout: float | None = 600.0
+    reward_timeout: float | None = setting(600.0, free=True)
     """Seconds that the run waits for a reward before it stops; null waits forever."""
 
     def __post_init__(self) -> None:
@@ -96,14 +97,14 @@ class DrawingConfig:
 class OptimizerConfig:
     """Settings of AdamW on the LoRA weights."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = setting(3e-4, alias="learning_rate")
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    warmup_updates: int = 0
+    weight_decay: float = setting(1e-4, alias="adam_weight_decay")
+    epsilon: float = setting(1e-8, alias="adam_epsilon")
+    max_grad_norm: float = setting(1.0, alias="max_grad_norm")
+    warmup_updates: int = setting(0, alias="lr_warmup_steps")
     """Optimizer steps over which the learning rate rises from zero."""
-    lr_scheduler: str = "constant"
+    lr_scheduler: str = setting("constant", alias="lr_scheduler")
     """Schedule after the warm-up: "constant", or "linear" or "cosine" to zero.
 
     The falling schedules reach zero at the run's last planned step.
@@ -126,29 +127,29 @@ class OptimizerConfig:
 class LoopConfig:
     """Settings that all training loops share."""
 
-    num_updates: int = 100
-    micro_batch_size: int = 64
+    num_updates: int = setting(100, free=True, alias="max_train_steps")
+    micro_batch_size: int = setting(64, free=True, alias="train_batch_size")
     """Images that one process trains on at a time. It changes memory use, never results."""
-    mixed_precision: str = "bf16"
+    mixed_precision: str = setting("bf16", alias="mixed_precision")
     """Autocast of forward passes: "bf16" or "no". In fp16 the loss of a large update would underflow."""
-    seed: int = 0
+    seed: int = setting(0, alias="seed")
     ema_max: float = 0.99
     """Largest decay of the averaged weights, which are evaluated and saved.
 
     With 0 the current weights are evaluated and saved.
     """
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-    eval_every: int = 20
+    checkpoint_every: int = setting(20, free=True, alias="checkpointing_steps")
+    keep_checkpoints: int = setting(2, free=True, alias="checkpoints_total_limit")
+    eval_every: int = setting(20, free=True)
     """Updates between evaluations on held-out prompts; 0 evaluates only before and after training."""
-    sample_every: int = 20
+    sample_every: int = setting(20, free=True)
     """Updates between sample grids; 0 for none."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = setting(factory=list, free=True, alias="report_to")
     """Names of accelerate's trackers that receive the log and the sample grids.
 
     Examples are tensorboard, wandb and trackio.
     """
-    max_minutes: float | None = None
+    max_minutes: float | None = setting(None, free=True)
     """Minutes of updates (and rollouts) after which training stops; other work is not counted."""
     total_minutes: float | None = None
     """Minutes for the whole run: start, evaluations, compilation, training and report.
@@ -178,10 +179,10 @@ class LoopConfig:
 class EvaluationConfig:
     """Settings of scoring on held-out prompts, always with the same seeds."""
 
-    num_inference_steps: int = 10
+    num_inference_steps: int = setting(10, alias="num_inference_steps")
     solver: str = "default"
     """Solver that generates the evaluation images; see `RolloutConfig.solver`."""
-    guidance_scale: float | None = None
+    guidance_scale: float | None = setting(None, alias="guidance_scale")
     images_per_prompt: int = 1
     images_per_task: int | None = None
     """Images of every task, which replaces `images_per_prompt`; the prompts of a task take turns.
@@ -250,12 +251,10 @@ class PromptsConfig(HeldOutPromptsConfig):
 class AnyRunConfig:
     """Settings that every run has; base class of each method's run."""
 
-    aliases: ClassVar[dict[str, Any]] = {}
-    """Flags of diffusers' training scripts, and the settings that they stand for in this run."""
     pairs_per_step: ClassVar[bool] = False
     """True if an optimizer step counts pairs; diffusers' scripts give three factors instead."""
 
-    output_dir: str = "runs/awm"
+    output_dir: str = setting("runs/awm", free=True)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     algorithm: MethodConfig = field(default_factory=MethodConfig)

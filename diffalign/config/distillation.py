@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from diffalign.config.base import (
     AnyRunConfig,
@@ -13,6 +12,7 @@ from diffalign.config.base import (
     PromptsConfig,
 )
 from diffalign.config.checks import check, one_of
+from diffalign.config.fields import setting
 
 TEACHER_SOLVERS = ("euler", "midpoint", "fireflow")
 
@@ -69,7 +69,7 @@ class ConsistencyConfig(DistillationConfig):
     The target is the averaged student's prediction at that later state. With null it is the end of the trajectory,
     which the teacher has computed anyway.
     """
-    huber_c: float = 0.001
+    huber_c: float = setting(0.001, alias="huber_c")
     """Constant c of the pseudo-Huber distance."""
 
     def __post_init__(self) -> None:
@@ -84,12 +84,12 @@ class TeacherConfig(DrawingConfig):
 
     prompts_per_update: int = 32
     """Number of trajectories per update, over all processes."""
-    num_inference_steps: int = 16
+    num_inference_steps: int = setting(16, alias="num_ddim_timesteps")
     """Smallest number of teacher steps.
 
     It is rounded up so that each student step covers the same number of teacher steps.
     """
-    guidance_scale: float | None = None
+    guidance_scale: float | None = setting(None, alias="guidance_scale")
     solver: str = "euler"
     """Solver of the teacher: euler, midpoint or fireflow.
 
@@ -119,15 +119,7 @@ class DistillationRunConfig(AnyRunConfig):
     The rewards only score held-out prompts: the teacher before training and the student after it.
     """
 
-    aliases: ClassVar[dict[str, Any]] = {
-        "resolution": ("teacher.height", "teacher.width"),
-        "guidance_scale": "teacher.guidance_scale",
-        "num_inference_steps": "evaluation.num_inference_steps",
-        "num_ddim_timesteps": "teacher.num_inference_steps",
-        "huber_c": "algorithm.huber_c",
-    }
-
-    output_dir: str = "runs/distill"
+    output_dir: str = setting("runs/distill", free=True)
     algorithm: DistillationConfig = field(default_factory=ReflowConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

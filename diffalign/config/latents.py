@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from diffalign.config.base import (
     AnyRunConfig,
@@ -14,6 +13,7 @@ from diffalign.config.base import (
     OptimizerConfig,
 )
 from diffalign.config.checks import check, one_of
+from diffalign.config.fields import setting
 
 OBJECTIVES = ("downsample", "upsample", "average")
 MODES = ("nearest", "bilinear", "bicubic")
@@ -34,10 +34,10 @@ class DCGenConfig(MethodConfig):
 
     Both settings concern models with a guidance embedding only.
     """
-    prompt_dropout: float = 0.1
+    prompt_dropout: float = setting(0.1, alias="proportion_empty_prompts")
     """Share of training images whose prompt is replaced by the empty prompt."""
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
+    sigma_mean: float = setting(0.0, alias="logit_mean")
+    sigma_std: float = setting(1.0, alias="logit_std")
     """Standard deviation of the logit of the noise level, before the scheduler's shift.
 
     The mean is `sigma_mean`.
@@ -64,9 +64,9 @@ class LatentsConfig:
     """
     channels: int | None = None
     """Number of leading channels to use, for autoencoders trained for that (DC-AE 1.5)."""
-    images: str = ""
+    images: str = setting("", alias="train_data_dir")
     """Folder of captioned images (docs/dcgen.md), or shapes:train."""
-    limit: int | None = None
+    limit: int | None = setting(None, alias="max_train_samples")
     """Largest number of images, taken from the start."""
     alignment_images: int = 2048
     """Number of images that align the embedder; the head is aligned with as many.
@@ -89,19 +89,19 @@ class LatentsConfig:
       suit (4K) is then generated like 1K.
     - signal: like pixels, then shifted until the measured signal-to-noise ratio equals that in the base's space.
     """
-    cache: str | None = None
+    cache: str | None = setting(None, free=True)
     """Folder of the cache of latents and prompts; null for OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
     """Dtype of the cached latents and prompts: bfloat16 or float32."""
     validation: float = 0.02
     """Share of the prompts whose images are held out from training."""
-    center_crop: bool = True
+    center_crop: bool = setting(True, alias="center_crop")
     """Crop images at their centre; with false at a random place."""
-    random_flip: bool = False
+    random_flip: bool = setting(False, alias="random_flip")
     """Mirror half of the images."""
     seed: int = 0
     """Seed of crops, flips and rendered images."""
-    micro_batch_size: int = 32
+    micro_batch_size: int = setting(32, free=True)
     """Number of images encoded at a time."""
 
     def __post_init__(self) -> None:
@@ -150,20 +150,7 @@ class LatentRunConfig(AnyRunConfig):
     it.
     """
 
-    aliases: ClassVar[dict[str, Any]] = {
-        "resolution": ("images.height", "images.width"),
-        "guidance_scale": "evaluation.guidance_scale",
-        "num_inference_steps": "evaluation.num_inference_steps",
-        "train_data_dir": "latents.images",
-        "max_train_samples": "latents.limit",
-        "proportion_empty_prompts": "algorithm.prompt_dropout",
-        "logit_mean": "algorithm.sigma_mean",
-        "logit_std": "algorithm.sigma_std",
-        "random_flip": "latents.random_flip",
-        "center_crop": "latents.center_crop",
-    }
-
-    output_dir: str = "runs/dcgen"
+    output_dir: str = setting("runs/dcgen", free=True)
     algorithm: DCGenConfig = field(default_factory=DCGenConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     images: DrawingConfig = field(default_factory=DrawingConfig)

@@ -6,49 +6,21 @@ No other module uses draccus.
 from __future__ import annotations
 
 import logging
-import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.base import AnyRunConfig, LoopConfig, LoraConfig, MethodConfig
+from diffalign.config.base import AnyRunConfig, LoraConfig, MethodConfig
 from diffalign.config.checks import ConfigError, nearest
-from diffalign.config.files import parse_yaml, read_recipe
-from diffalign.config.methods import DEFAULT, algorithm_class, available, run_class
+from diffalign.config.files import read_recipe
+from diffalign.config.keys import check_keys, with_lists
+from diffalign.config.methods import algorithm_class, kind_of, run_class
+from diffalign.config.overrides import assign, parse_overrides, split_flags
 from diffalign.core.text import read_text, suffix_of
 
 logger = logging.getLogger(__name__)
-
-# Flags of diffusers' training scripts, and the setting that each stands for in every kind of run.
-ALIASES = {
-    "pretrained_model_name_or_path": "model.name",
-    "revision": "model.revision",
-    "max_sequence_length": "model.max_sequence_length",
-    "gradient_checkpointing": "model.gradient_checkpointing",
-    "rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_layers": "lora.targets",
-    "train_batch_size": "training.micro_batch_size",
-    "max_train_steps": "training.num_updates",
-    "mixed_precision": "training.mixed_precision",
-    "seed": "training.seed",
-    "report_to": "training.trackers",
-    "checkpointing_steps": "training.checkpoint_every",
-    "checkpoints_total_limit": "training.keep_checkpoints",
-    "learning_rate": "optimizer.learning_rate",
-    "lr_warmup_steps": "optimizer.warmup_updates",
-    "lr_scheduler": "optimizer.lr_scheduler",
-    "adam_weight_decay": "optimizer.weight_decay",
-    "adam_epsilon": "optimizer.epsilon",
-    "max_grad_norm": "optimizer.max_grad_norm",
-}
-
-
-LISTS = (list[str], list[str] | None)
-ACCUMULATION = "gradient_accumulation_steps"
-"""Flag of diffusers' scripts: one of three factors of the number of pairs per update."""
 
 
 def recipes() -> dict[str, Path]:
@@ -83,22 +55,19 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Any
     raw: dict[str, Any] = {}
     if recipe is not None:
         raw = _read_recipe(_find(str(recipe)))
-    parsed = _parse_overrides(overrides, raw)
-    _drop_other_algorithm(raw, dict(parsed).get("algorithm.type"))
-    algorithm = dict(parsed).get("algorithm.type")
-    run = _run_class({"algorithm": {"type": algorithm}} if algorithm else raw)
-    lora = {k.removeprefix("lora."): v for k, v in parsed if k.startswith("lora.")}
+    flags = split_flags(overrides)
+    kind = dict(flags).get("algorithm.type")
+    _drop_other_algorithm(raw, kind)
+    run = run_class(kind or kind_of(raw.get("algorithm")))
+    settings = parse_overrides(flags, run, raw)
+    lora = {k.removeprefix("lora."): v for k, v in settings if k.startswith("lora.")}
     if (alpha := _alpha_of(lora, raw.get("lora"))) is not None:
-        parsed.append(("lora.alpha", alpha))
+        settings.append(("lora.alpha", alpha))
         logger.warning(
             "note: lora.alpha is %g: the ratio to lora.rank stays; set it for another", alpha
         )
-    for key, value in parsed:
-        steps = _steps(key, run)
-        if steps[0] == "rewards" and len(steps) > 1 and "rewards" not in raw:
-            # a reward on the command line is added to the default rewards, as it is to a recipe's
-            raw["rewards"] = dict(_default(run, "rewards"))
-        _assign(raw, steps, value)
+    for path, value in settings:
+        assign(raw, run, path, value)
     return decode(raw)
 
 
@@ -126,9 +95,9 @@ def decode(raw: Mapping[str, Any]) -> Any:
     """Validate a nested mapping, and build the configuration for its algorithm."""
     import draccus
 
-    kind = _run_class(raw)
-    _check_keys(kind, raw, ())
-    groups = _with_lists(kind, raw)
+    kind = run_class(kind_of(raw.get("algorithm")))
+    check_keys(kind, raw)
+    groups = with_lists(kind, raw)
     algorithm = dict(groups.pop("algorithm", {}))
     try:
         # an empty algorithm, so that draccus checks nothing against the default algorithm
@@ -149,12 +118,6 @@ def decode(raw: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{path}: {message}" if path else message) from error
 
 
-def _run_class(raw: Mapping[str, Any]) -> type[AnyRunConfig]:
-    """Return the class of run settings that belongs to a mapping's algorithm."""
-    algorithm = raw.get("algorithm")
-    return run_class(algorithm.get("type", DEFAULT) if isinstance(algorithm, Mapping) else DEFAULT)
-
-
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
     """Build the settings of the algorithm, in the class that their `type` selects."""
     # draccus cannot select a class by a field's value, and leaves the group out of its errors
@@ -162,17 +125,9 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
     from draccus.utils import DecodingError
 
     try:
-        return draccus.decode(_algorithm_class(raw), dict(raw))
+        return draccus.decode(algorithm_class(kind_of(raw)), dict(raw))
     except DecodingError as error:
         raise DecodingError(("algorithm", *error.key_path), error.message) from error
-
-
-def _algorithm_class(raw: Mapping[str, Any]) -> type[MethodConfig]:
-    return algorithm_class(raw.get("type", DEFAULT))
-
-
-def _algorithm_classes() -> list[type[MethodConfig]]:
-    return [algorithm_class(name) for name in available()]
 
 
 def dump(config: AnyRunConfig) -> str:
@@ -229,7 +184,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict):
         _drop_other_algorithm(merged, algorithm.get("type"))
-    hints = typing.get_type_hints(_run_class(merged | raw))
+    hints = typing.get_type_hints(run_class(kind_of((merged | raw).get("algorithm"))))
     if isinstance(own := raw.get("lora"), dict):
         alpha = _alpha_of(own, merged.get("lora"))
         raw["lora"] = own if alpha is None else {**own, "alpha": alpha}
@@ -242,197 +197,5 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _drop_other_algorithm(raw: dict[str, Any], kind: str | None) -> None:
     """Drop the algorithm's settings of a recipe if they belong to another algorithm."""
     algorithm = raw.get("algorithm")
-    if kind and isinstance(algorithm, dict) and algorithm.get("type", DEFAULT) != kind:
+    if kind and isinstance(algorithm, dict) and kind_of(algorithm) != kind:
         raw["algorithm"] = {}
-
-
-def _parse_overrides(overrides: Sequence[str], raw: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return settings and values; names of diffusers are translated for the run's method."""
-    flags = _split(overrides)
-    algorithm = dict(flags).get("algorithm.type")
-    run = _run_class({"algorithm": {"type": algorithm}} if algorithm else raw)
-    aliases = aliases_of(run)
-    result: list[tuple[str, Any]] = []
-    accumulation = None
-    for key, text in flags:
-        if key == ACCUMULATION and run.pairs_per_step:
-            accumulation = text
-            continue
-        names = aliases.get(key, key)
-        for name in (names,) if isinstance(names, str) else names:
-            result.append((name, _parse_value(text, _type_of(name, run), name)))
-    if accumulation is not None:
-        result.append(("training.pairs_per_update", _global_batch(accumulation, result, raw)))
-    return result
-
-
-def _split(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return keys and texts of flags: `--a.b=1`, `--a.b 1` and bare `--flag` (true)."""
-    result: list[tuple[str, str]] = []
-    items = list(overrides)
-    while items:
-        item = items.pop(0)
-        if not item.startswith("--"):
-            raise ConfigError(f"expected --key=value, got {item!r}")
-        key, equals, text = item[2:].partition("=")
-        if not equals:
-            text = items.pop(0) if items and not items[0].startswith("--") else "true"
-        if key == "enable_xformers_memory_efficient_attention":
-            key, text = "model.attention_backend", "xformers" if text == "true" else "null"
-        result.append((key, text))
-    return result
-
-
-def _global_batch(steps: str, settings: Sequence[tuple[str, Any]], raw: Mapping[str, Any]) -> int:
-    """Return the pairs per update: accumulation steps x batch size x world size."""
-    group = raw.get("training")
-    recipe = group.get("micro_batch_size") if isinstance(group, Mapping) else None
-    batch_size: Any = dict(settings).get("training.micro_batch_size")
-    batch_size = batch_size or recipe or LoopConfig.micro_batch_size
-    try:
-        return int(steps) * int(batch_size) * int(os.environ.get("WORLD_SIZE", "1"))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{ACCUMULATION}: expected a whole number, got {steps!r}") from error
-
-
-def aliases_of(run: type[AnyRunConfig]) -> dict[str, Any]:
-    """Return the flags of diffusers' scripts and the settings they stand for in a run."""
-    return ALIASES | run.aliases
-
-
-def _type_of(path: str, run: type[AnyRunConfig]) -> Any:
-    """Return the type hint of a setting, or None for an unknown setting."""
-    head, _, rest = path.partition(".")
-    # the class of the algorithm is not needed: a name has one type in all algorithms
-    if head == "algorithm" and rest:
-        hints = [typing.get_type_hints(kind) for kind in _algorithm_classes()]
-        return next((h[rest] for h in hints if rest in h), None)
-    kind: Any = run
-    for key in path.split("."):
-        kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
-    return kind
-
-
-def _parse_value(text: str, kind: Any, name: str) -> Any:
-    """Return the value of an override, whose text is YAML; correct mistakes of YAML 1.1."""
-    # YAML would read "no" as false, and the revision 1e5 as a number
-    if kind in (str, str | None):
-        return None if kind is not str and text.lower() in ("null", "none") else text
-    if kind in LISTS and not text.startswith("[") and text != "null":
-        return [part.strip() for part in text.split(",")]
-    try:
-        value = parse_yaml(text, f"{name}={text}")
-    except ConfigError:
-        # an unknown name is reported later
-        if kind is None:
-            return text
-        raise
-    # YAML 1.1 reads 3e-4 as text
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None if value.lower() == "none" else value
-    if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
-        return int(value)
-    return value
-
-
-def _default(kind: type, name: str) -> Any:
-    """Return the default of a dataclass field, made by its factory."""
-    (factory,) = (f.default_factory for f in fields(kind) if f.name == name)
-    assert callable(factory)
-    return factory()
-
-
-def _steps(path: str, kind: Any) -> list[str]:
-    """Split the path of a setting at its dots; a mapping's key stays whole."""
-    steps, rest = [], path
-    while rest and typing.get_origin(kind) is not dict:
-        step, _, rest = rest.partition(".")
-        steps.append(step)
-        kind = typing.get_type_hints(kind).get(step) if is_dataclass(kind) else None
-    return [*steps, rest] if rest else steps
-
-
-def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
-        inner = raw.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(path)}: {key} is not a group of settings")
-        raw = inner
-    raw[path[-1]] = value
-
-
-def _check_keys(kind: type, raw: Any, path: tuple[str, ...]) -> None:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{'.'.join(path)}: expected a group of settings, got {raw!r}")
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
-    for key, value in raw.items():
-        full = ".".join((*path, str(key)))
-        if key not in names:
-            raise ConfigError(_unknown(kind, full, path, names))
-        kind_of_value = hints[key]
-        choices = typing.get_args(kind_of_value)
-        if value is None and type(None) not in choices:
-            raise ConfigError(f"{full}: expected a value, got null")
-        if len(choices) == 2 and type(None) in choices:
-            kind_of_value = next(c for c in choices if c is not type(None))
-        if is_dataclass(hints[key]):
-            inner = typing.cast(type, hints[key])
-            if key == "algorithm" and isinstance(value, Mapping):
-                inner = _algorithm_class(value)
-            _check_keys(inner, value, (*path, str(key)))
-        elif isinstance(value, bool) and kind_of_value in (int, float):
-            raise ConfigError(f"{full}: expected a number, got {value}")
-        elif kind_of_value is int and isinstance(value, float) and not value.is_integer():
-            raise ConfigError(f"{full}: expected a whole number, got {value}")
-
-
-def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str]) -> str:
-    """Return the message about an unknown setting, with the form that a recipe needs."""
-    if path:
-        return f"unknown setting {full!r}{nearest(full, ['.'.join((*path, n)) for n in names])}"
-    every, aliases = _all_paths(kind), aliases_of(kind)
-    target = aliases.get(full, full)
-    settings = (target,) if isinstance(target, str) else target
-    if all(setting in every for setting in settings):
-        nested = "; ".join(
-            ": {".join(t.split(".")) + ": ..." + "}" * t.count(".") for t in settings
-        )
-        return f"setting {full!r} is a flag's name: in a recipe write `{nested}`"
-    return f"unknown setting {full!r}{nearest(full, [*every, *aliases])}"
-
-
-def _with_lists(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with comma-separated texts split if their type is a list."""
-    hints = typing.get_type_hints(kind)
-    settings = dict(raw)
-    for key, value in raw.items():
-        hint = hints.get(key)
-        if hint in LISTS and isinstance(value, str):
-            settings[key] = [part.strip() for part in value.split(",")]
-        elif is_dataclass(hint) and isinstance(value, Mapping):
-            inner = _algorithm_class(value) if key == "algorithm" else hint
-            settings[key] = _with_lists(inner, value)
-    return settings
-
-
-def _all_paths(kind: type, prefix: str = "") -> list[str]:
-    hints = typing.get_type_hints(kind)
-    result = []
-    for f in fields(kind):
-        result.append(prefix + f.name)
-        if f.name == "algorithm":
-            base = typing.cast(type, hints[f.name])
-            inner = [
-                p
-                for kind in _algorithm_classes()
-                if issubclass(kind, base)
-                for p in _all_paths(kind, "algorithm.")
-            ]
-            result += dict.fromkeys(inner)
-        elif is_dataclass(hints[f.name]):
-            result += _all_paths(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
-    return result

@@ -6,6 +6,7 @@ an entry point of the group "diffalign.algorithms" that names a `Method`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -128,6 +129,11 @@ def method(name: Any) -> Method:
         hint = nearest(str(name), list(methods))
         raise ConfigError(f"algorithm.type: unknown value {name!r}{hint}")
     return methods[name]
+
+
+def kind_of(algorithm: Any) -> Any:
+    """Return the `type` in a mapping of an algorithm's settings, or the default type."""
+    return algorithm.get("type", DEFAULT) if isinstance(algorithm, Mapping) else DEFAULT
 
 
 def imported(place: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 from diffalign.config.base import (
     SOLVERS,
@@ -14,6 +13,7 @@ from diffalign.config.base import (
     PromptsConfig,
 )
 from diffalign.config.checks import check, one_of, positive
+from diffalign.config.fields import setting
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
 
@@ -242,19 +242,19 @@ class RolloutConfig(DrawingConfig):
     prompts_per_update: int = 12
     group_size: int = 16
     """Number of images of one prompt, which are compared with each other."""
-    num_inference_steps: int = 10
+    num_inference_steps: int = setting(10, alias="num_inference_steps")
     solver: str = "default"
     """Solver of the rollouts: "default" or "adams_bashforth".
 
     With "default" the scheduler takes its own steps. With "adams_bashforth" the steps are second order on the same
     timesteps, so that fewer steps suffice; it is for losses that need clean latents only.
     """
-    guidance_scale: float | None = None
+    guidance_scale: float | None = setting(None, alias="guidance_scale")
     """Guidance scale of the rollouts; None for no classifier-free guidance.
 
     For FLUX None selects its default guidance embedding.
     """
-    overlap_rewards: bool | None = None
+    overlap_rewards: bool | None = setting(None, free=True)
     """Score a micro-batch while the next one is generated; None does so on CUDA only.
 
     On a CPU it pays for rewards that are computed elsewhere (a reward server). A reward model in this process would
@@ -287,12 +287,12 @@ class TrainingConfig(LoopConfig):
     updates_per_rollout: int = 1
     drop_uninformative: bool = True
     """Leave out groups whose images all have the same reward."""
-    on_collapse: str = "warn"
+    on_collapse: str = setting("warn", free=True)
     """Reaction to a lasting fall of the reward with a risen gradient: "warn", "stop" or "rollback".
 
     With "rollback" the run returns to the last good checkpoint and continues with half the learning rate.
     """
-    max_idle_updates: int = 20
+    max_idle_updates: int = setting(20, free=True)
     """Largest number of consecutive updates without a learning signal before the run ends.
 
     An update has no signal if all images of every prompt have the same reward. With 0 the run never ends for this
@@ -309,12 +309,6 @@ class TrainingConfig(LoopConfig):
 @dataclass
 class RunConfig(AnyRunConfig):
     """Settings of an online run."""
-
-    aliases: ClassVar[dict[str, Any]] = {
-        "resolution": ("rollout.height", "rollout.width"),
-        "guidance_scale": "rollout.guidance_scale",
-        "num_inference_steps": "rollout.num_inference_steps",
-    }
 
     algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

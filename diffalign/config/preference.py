@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from diffalign.config.base import AnyRunConfig, DrawingConfig, LoopConfig, MethodConfig
 from diffalign.config.checks import check, one_of, positive
+from diffalign.config.fields import setting
 
 LOSSES = ("sigmoid", "ipo", "hinge", "dmpo", "kto", "mapo", "sft")
 VARIANTS = ("chord", "figure", "released")
@@ -20,13 +21,13 @@ TIES = ("drop", "soft", "random")
 class PreferenceAlgorithmConfig(MethodConfig):
     """Settings that all losses on preference pairs share."""
 
-    beta: float = 2000.0
+    beta: float = setting(2000.0, alias="beta_dpo")
     """Strength of the preference, as in Diffusion-DPO's release with its factor 1/2.
 
     It is twice the value of diffusers' scripts (`--beta_dpo`). It multiplies mean errors; for summed errors it would be
     beta / D with D numbers per latent.
     """
-    loss_type: str = "sigmoid"
+    loss_type: str = setting("sigmoid", alias="loss_type")
     """Loss: sigmoid (DPO, soft labels), ipo, hinge, dmpo, kto, mapo or sft.
 
     The loss mapo needs no reference model; sft is the winner's error alone.
@@ -104,7 +105,7 @@ class InversionDPOConfig(PreferenceAlgorithmConfig):
 class InversionConfig:
     """Settings of the inversion of each image by `diffalign precompute`."""
 
-    steps: int = 16
+    steps: int = setting(16, alias="num_inference_steps")
     """Number of intervals of the scheduler's timestep grid."""
     solver: str | None = None
     """Solver of the inversion: euler, midpoint, fireflow, fixed_point or recorded.
@@ -144,7 +145,8 @@ class InversionConfig:
 class PairsConfig:
     """Settings of the preference pairs and of their cache (`diffalign precompute`)."""
 
-    source: str = ""
+    # free: the manifest of the cache names the pairs that it was made from
+    source: str = setting("", free=True, alias=("dataset_name", "train_data_dir"))
     """Source of the pairs: a folder of `diffalign pairs`, an image folder or a table.
 
     A table is parquet, json, csv or tar; an image folder has one, too (docs/preferences.md).
@@ -156,26 +158,26 @@ class PairsConfig:
 
     The roles are prompt, image_0, image_1 and label (or label_0 and label_1).
     """
-    cache: str | None = None
+    cache: str | None = setting(None, free=True)
     """Folder of the cache of latents, prompts and inverted states; null for OUTPUT_DIR-cache."""
     dtype: str = "bfloat16"
     """Dtype of the cached tensors: bfloat16 or float32. Recorded states keep their own dtype."""
     ties: str = "drop"
     """Treatment of pairs without a preference: drop, soft (label 0.5), or random (a random winner)."""
-    limit: int | None = None
+    limit: int | None = setting(None, alias="max_train_samples")
     """Largest number of pairs, taken from the start."""
     validation: float = 0.05
     """Share of the prompts whose pairs are held out from training."""
-    center_crop: bool = True
+    center_crop: bool = setting(True, alias="center_crop")
     """Crop images at their centre; with false at one random place for both images."""
-    random_flip: bool = False
+    random_flip: bool = setting(False, alias="random_flip")
     """Mirror both images of half of the pairs."""
     seed: int = 0
     """Seed of crops, flips, random ties and the choice of cached states.
 
     It is not the run's seed, so that runs of any seed share a cache.
     """
-    micro_batch_size: int = 16
+    micro_batch_size: int = setting(16, free=True)
     """Number of images encoded and inverted at a time."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
@@ -208,20 +210,8 @@ class PreferenceRunConfig(AnyRunConfig):
     """Settings of a run on preference pairs; the rewards only score held-out prompts."""
 
     pairs_per_step: ClassVar[bool] = True
-    aliases: ClassVar[dict[str, Any]] = {
-        "resolution": ("images.height", "images.width"),
-        "guidance_scale": "evaluation.guidance_scale",
-        "num_inference_steps": "pairs.inversion.steps",
-        "beta_dpo": "algorithm.beta",
-        "loss_type": "algorithm.loss_type",
-        "dataset_name": "pairs.source",
-        "train_data_dir": "pairs.source",
-        "max_train_samples": "pairs.limit",
-        "random_flip": "pairs.random_flip",
-        "center_crop": "pairs.center_crop",
-    }
 
-    output_dir: str = "runs/inversion-dpo"
+    output_dir: str = setting("runs/inversion-dpo", free=True)
     algorithm: PreferenceAlgorithmConfig = field(default_factory=InversionDPOConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     images: DrawingConfig = field(default_factory=DrawingConfig)

@@ -15,43 +15,13 @@ from typing import Any
 import yaml
 
 from diffalign.config import AnyRunConfig, ConfigError, decode, differences, dump, to_dict
+from diffalign.config.settings import free_settings
 from diffalign.core import locks
 from diffalign.core.errors import UserError
 from diffalign.core.files import contents, write_text
 from diffalign.training import checkpoint
 from diffalign.training.budget import BUDGET
 
-# A resumed run may change these settings. They determine how long a run takes and how it is watched, but not what it
-# computes.
-FREE = {
-    "output_dir",
-    "training.num_updates",
-    "training.max_minutes",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.eval_every",
-    "training.sample_every",
-    "training.on_collapse",
-    "training.max_idle_updates",
-    "training.trackers",
-    "training.micro_batch_size",
-    "rollout.micro_batch_size",
-    "teacher.micro_batch_size",
-    "model.gradient_checkpointing",
-    "model.attention_backend",
-    "model.compile",
-    "rollout.reward_timeout",
-    "rollout.overlap_rewards",
-    "teacher.reward_timeout",
-    "images.micro_batch_size",
-    "images.reward_timeout",
-    "pairs.micro_batch_size",
-    "latents.micro_batch_size",
-    "latents.cache",
-    # the manifest of the cache names the pairs that it was made from
-    "pairs.source",
-    "pairs.cache",
-}
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
 PROMPTS = "prompts.json"
 BEFORE = "before.safetensors"
@@ -166,10 +136,10 @@ class RunFolder:
             raise RunFolderError(f"{file} is not readable: {error}") from error
         except ConfigError as error:
             raise RunFolderError(f"{file} is no configuration of this version: {error}") from error
-        free = FREE
+        free = free_settings(type(config))
         if config.optimizer.lr_scheduler != "constant":
             # the learning rate's schedule depends on the number of updates
-            free = FREE - {"training.num_updates"}
+            free -= {"training.num_updates"}
         return [d for d in differences(stored, to_dict(config)) if d.partition(":")[0] not in free]
 
     def _changed_prompts(self, prompts: Mapping[str, str]) -> str | None:
