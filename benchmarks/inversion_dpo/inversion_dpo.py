@@ -32,7 +32,8 @@ from diffalign.methods.preference.trainer import PreferenceTrainer
 from diffalign.methods.preference.update import METRICS, PreferenceUpdate
 from diffalign.quantization.latency import interleaved
 from diffalign.training import trackers
-from diffalign.training.run import Run, prepare_model
+from diffalign.training.denoise import prepare_model
+from diffalign.training.run import Run
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
 from diffalign.types import PreferenceBatch
@@ -97,8 +98,7 @@ class Subject:
     @property
     def beta(self) -> float:
         """Return beta of the model's recipe, which another `algorithm.type` does not inherit."""
-        config = load(RECIPES[self.name])
-        assert isinstance(config, PreferenceRunConfig)
+        config: PreferenceRunConfig = load(RECIPES[self.name])
         return config.algorithm.beta
 
     def make_pairs(self) -> list[str]:
@@ -140,8 +140,7 @@ class Subject:
             *([f"--algorithm.beta={self.beta}"] if arm == "diffusion_dpo" else []),
             *(QUICK if self.options.quick else ()),
         ]
-        config = load(RECIPES[self.name], overrides)
-        assert isinstance(config, PreferenceRunConfig)
+        config: PreferenceRunConfig = load(RECIPES[self.name], overrides)
         return config
 
     def precomputed(self, arms: list[str]) -> dict[str, float]:

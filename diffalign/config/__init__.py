@@ -11,6 +11,7 @@ from diffalign.config.base import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    PlanConfig,
     PromptsConfig,
 )
 from diffalign.config.checks import ConfigError, nearest
@@ -84,6 +85,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PairsConfig",
+    "PlanConfig",
     "PreferenceAlgorithmConfig",
     "PreferenceRunConfig",
     "PromptsConfig",

@@ -60,6 +60,10 @@ class MethodConfig:
 
     type: str = ""
 
+    def rows_per_image(self, run: AnyRunConfig) -> int:
+        """Return the rows of a training batch for one image, or pair, of a micro-batch."""
+        return 1
+
 
 @dataclass
 class DrawingConfig:
@@ -91,6 +95,35 @@ class DrawingConfig:
     def group(self) -> str:
         """Name of the group of a run's settings that these settings belong to."""
         return "images"
+
+
+@dataclass
+class PlanConfig(DrawingConfig):
+    """Settings of generating new images in every update of a run."""
+
+    prompts_per_update: int = 12
+
+    @property
+    def images_per_prompt(self) -> int:
+        """Images of each prompt per update."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Numbers of tensors that a run stores of the images of an update.
+
+    Attributes:
+        images: images of the update, over all processes.
+        prompts: prompts of the update.
+        states_on_device: latents of an image's trajectory that stay on the device, besides the final ones.
+        states_on_host: latents of an image's trajectory that are moved to CPU memory.
+    """
+
+    images: int
+    prompts: int
+    states_on_device: int = 0
+    states_on_host: int = 0
 
 
 @dataclass
@@ -253,6 +286,8 @@ class AnyRunConfig:
 
     pairs_per_step: ClassVar[bool] = False
     """True if an optimizer step counts pairs; diffusers' scripts give three factors instead."""
+    trains_on_rewards: ClassVar[bool] = False
+    """True if the rewards are trained on; otherwise they only score held-out prompts."""
 
     output_dir: str = setting("runs/awm", free=True)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -287,3 +322,18 @@ class AnyRunConfig:
     def drawing(self) -> DrawingConfig:
         """Settings of image generation in this run."""
         raise NotImplementedError
+
+    @property
+    def plan(self) -> PlanConfig | None:
+        """Settings of the images that every update generates, or None."""
+        return None
+
+    @property
+    def training_prompts(self) -> PromptsConfig | None:
+        """Settings of the prompts to train on, or None for runs on pairs or images."""
+        return None
+
+    @property
+    def stored(self) -> Stored | None:
+        """Tensors that the run stores of an update's images, or None."""
+        return None

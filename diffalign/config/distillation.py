@@ -9,6 +9,7 @@ from diffalign.config.base import (
     DrawingConfig,
     LoopConfig,
     MethodConfig,
+    PlanConfig,
     PromptsConfig,
 )
 from diffalign.config.checks import check, one_of
@@ -29,6 +30,9 @@ class DistillationConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check(self.states_per_image >= 1, "algorithm.states_per_image", "must be at least 1")
+
+    def rows_per_image(self, run: AnyRunConfig) -> int:
+        return self.states_per_image
 
 
 @dataclass
@@ -79,7 +83,7 @@ class ConsistencyConfig(DistillationConfig):
 
 
 @dataclass
-class TeacherConfig(DrawingConfig):
+class TeacherConfig(PlanConfig):
     """Settings of the base model's trajectories, which the student learns from."""
 
     prompts_per_update: int = 32
@@ -105,11 +109,6 @@ class TeacherConfig(DrawingConfig):
     @property
     def group(self) -> str:
         return "teacher"
-
-    @property
-    def group_size(self) -> int:
-        """Images of each prompt per update: 1, because images are not compared."""
-        return 1
 
 
 @dataclass
@@ -142,3 +141,11 @@ class DistillationRunConfig(AnyRunConfig):
     @property
     def drawing(self) -> DrawingConfig:
         return self.teacher
+
+    @property
+    def plan(self) -> TeacherConfig:
+        return self.teacher
+
+    @property
+    def training_prompts(self) -> PromptsConfig:
+        return self.prompts

@@ -41,6 +41,11 @@ class Method:
 
     None for methods whose trainer has its own loss.
     """
+    source: str | None = None
+    """Path of a function (config) that checks the pairs or images to train on.
+
+    It is called before a model is loaded. None for methods that train on prompts.
+    """
 
 
 def _method(
@@ -52,36 +57,40 @@ def _method(
         loss: name of the module in `diffalign.algorithms` that has the loss of an online method.
         trainer: "module:Class" in the kind's folder of `diffalign.methods`.
     """
-    run, common, cache = _KINDS[kind]
+    run, common, *images = _KINDS[kind]
     trainer = common if trainer is None else f"diffalign.methods.{kind}.{trainer}"
     module, _, _ = run.partition(":")
     path = None if loss is None else f"diffalign.algorithms.{loss}:LOSS"
-    return Method(f"{module}:{config}", run, trainer, title, cache, path)
+    cache, source = images or (None, None)
+    return Method(f"{module}:{config}", run, trainer, title, cache, path, source)
 
 
-_KINDS: dict[str, tuple[str, str, str | None]] = {
+_KINDS: dict[str, tuple[str, ...]] = {
     "online": (
         "diffalign.config.online:RunConfig",
         "diffalign.methods.online.trainer:OnlineTrainer",
-        None,
     ),
     "preference": (
         "diffalign.config.preference:PreferenceRunConfig",
         "diffalign.methods.preference.trainer:PreferenceTrainer",
         "diffalign.methods.preference.precompute:precompute",
+        "diffalign.methods.preference.precompute:check_source",
     ),
     "distillation": (
         "diffalign.config.distillation:DistillationRunConfig",
         "diffalign.methods.distillation.reflow:ReflowTrainer",
-        None,
     ),
     "dcgen": (
         "diffalign.config.latents:LatentRunConfig",
         "diffalign.methods.dcgen.trainer:LatentTrainer",
         "diffalign.methods.dcgen.maker:precompute_latents",
+        "diffalign.methods.dcgen.maker:check_source",
     ),
 }
-"""Paths of run, trainer and cache filler of each folder of `diffalign.methods`."""
+"""Paths of run and trainer of each folder of `diffalign.methods`.
+
+Methods that train on pairs or images have two more paths: `Method.cache` and `Method.source`.
+"""
 METHODS = {
     "awm": _method("online", "AWMConfig", "AWM (online RL)", loss="awm"),
     "diffusion_nft": _method(
@@ -176,3 +185,9 @@ def loss(name: Any) -> Any:
             "TrajectoryLoss as `loss`"
         )
     return imported(place)
+
+
+def source_check(name: Any) -> Any:
+    """Return the function that checks a method's pairs or images, or None."""
+    place = method(name).source
+    return None if place is None else imported(place)

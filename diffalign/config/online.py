@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from diffalign.config.base import (
     SOLVERS,
@@ -10,7 +11,9 @@ from diffalign.config.base import (
     DrawingConfig,
     LoopConfig,
     MethodConfig,
+    PlanConfig,
     PromptsConfig,
+    Stored,
 )
 from diffalign.config.checks import check, one_of, positive
 from diffalign.config.fields import setting
@@ -59,6 +62,14 @@ class AlgorithmConfig(MethodConfig):
             "algorithm.reference_guidance_scale",
             f"must be at least 1 (no guidance), got {guidance}",
         )
+
+    def states_on_device(self, run: RunConfig) -> int:
+        """Return how many latents of an image's trajectory are trained on."""
+        return 0
+
+    def states_on_host(self, run: RunConfig) -> int:
+        """Return how many latents of an image's trajectory are stored in CPU memory."""
+        return 0
 
 
 @dataclass
@@ -120,6 +131,12 @@ class ForwardProcessConfig(AlgorithmConfig):
             "algorithm.timestep_start",
             "need 0 <= timestep_start < timestep_stop <= 1",
         )
+
+    def rows_per_image(self, run: AnyRunConfig) -> int:
+        return self.timesteps_per_image
+
+    def states_on_host(self, run: RunConfig) -> int:
+        return run.rollout.num_inference_steps + 1 if self.noise == "rollout" else 0
 
 
 @dataclass
@@ -234,12 +251,18 @@ class FlowGRPOConfig(AlgorithmConfig):
         )
         check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
 
+    def rows_per_image(self, run: AnyRunConfig) -> int:
+        assert run.plan is not None
+        return self.window_size or run.plan.num_inference_steps - 1
+
+    def states_on_device(self, run: RunConfig) -> int:
+        return self.rows_per_image(run) + 1
+
 
 @dataclass
-class RolloutConfig(DrawingConfig):
+class RolloutConfig(PlanConfig):
     """Settings of generating images for training; numbers are totals over all processes."""
 
-    prompts_per_update: int = 12
     group_size: int = 16
     """Number of images of one prompt, which are compared with each other."""
     num_inference_steps: int = setting(10, alias="num_inference_steps")
@@ -271,6 +294,10 @@ class RolloutConfig(DrawingConfig):
     @property
     def group(self) -> str:
         return "rollout"
+
+    @property
+    def images_per_prompt(self) -> int:
+        return self.group_size
 
     @property
     def images_per_update(self) -> int:
@@ -310,6 +337,8 @@ class TrainingConfig(LoopConfig):
 class RunConfig(AnyRunConfig):
     """Settings of an online run."""
 
+    trains_on_rewards: ClassVar[bool] = True
+
     algorithm: AlgorithmConfig = field(default_factory=AWMConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -344,3 +373,20 @@ class RunConfig(AnyRunConfig):
     @property
     def drawing(self) -> DrawingConfig:
         return self.rollout
+
+    @property
+    def plan(self) -> RolloutConfig:
+        return self.rollout
+
+    @property
+    def training_prompts(self) -> PromptsConfig:
+        return self.prompts
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(
+            images=self.rollout.images_per_update,
+            prompts=self.rollout.prompts_per_update,
+            states_on_device=self.algorithm.states_on_device(self),
+            states_on_host=self.algorithm.states_on_host(self),
+        )

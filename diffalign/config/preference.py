@@ -57,6 +57,9 @@ class PreferenceAlgorithmConfig(MethodConfig):
         )
         check(self.timesteps_per_pair >= 1, "algorithm.timesteps_per_pair", "must be at least 1")
 
+    def rows_per_image(self, run: AnyRunConfig) -> int:
+        return (1 if self.loss_type == "sft" else 2) * self.timesteps_per_pair
+
 
 @dataclass
 class DiffusionDPOConfig(PreferenceAlgorithmConfig):

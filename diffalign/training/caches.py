@@ -7,8 +7,8 @@ from diffalign.config.methods import cache_filler
 from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.data.shard_cache import ShardCache
+from diffalign.training.denoise import prepare_model
 from diffalign.training.inputs import check_source
-from diffalign.training.run import prepare_model
 
 
 def fill_cache(config: AnyRunConfig) -> ShardCache:

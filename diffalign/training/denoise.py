@@ -1,15 +1,37 @@
-"""Compute the denoiser's forward, its attention and the image size, for all methods."""
+"""Load a run's base model, and compute its forwards and image size, for all methods."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign.config import AnyRunConfig, ConfigError
 from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
 from diffalign.types import PromptEmbeds
+
+
+def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
+    """Load a run's frozen base model, with its attention and memory settings."""
+    c = config.model
+    model = load_model(
+        c.name,
+        dtype=getattr(torch, c.dtype),
+        revision=c.revision,
+        max_sequence_length=c.max_sequence_length,
+        device=device,
+    )
+    for part in model.pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    if c.attention_backend is not None:
+        set_attention_backend(model, c.attention_backend)
+    if c.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    return model
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> tuple[int, int]:

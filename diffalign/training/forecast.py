@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from diffalign.config import AnyRunConfig, LatentRunConfig
+from diffalign.config import AnyRunConfig
+from diffalign.config.methods import trainer_class
 from diffalign.core.errors import UserError
-from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_meta_model
-from diffalign.training.denoise import image_size
 from diffalign.training.memory import MemoryForecast, forecast
 
 
@@ -23,10 +22,7 @@ def forecast_of(config: AnyRunConfig, *, processes: int) -> MemoryForecast | Non
         model = load_meta_model(
             c.name, dtype=dtype, revision=c.revision, max_sequence_length=c.max_sequence_length
         )
-        if isinstance(config, LatentRunConfig) and config.latents.autoencoder is not None:
-            vae = load_autoencoder(config.latents.autoencoder, dtype=dtype, meta=True)
-            size = image_size(config, model)
-            model = move_model(model, vae, size=size, channels=config.latents.channels)
+        model = trainer_class(config.algorithm.type).trained_model(config, model)
         return forecast(model, config, processes=processes)
     except (OSError, UserError):
         return None

@@ -8,16 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.config import (
-    AnyRunConfig,
-    DistillationRunConfig,
-    LatentRunConfig,
-    PreferenceRunConfig,
-    RunConfig,
-)
+from diffalign.config import AnyRunConfig
+from diffalign.config.methods import source_check
 from diffalign.core.fingerprint import of_json
-from diffalign.data.captioned import RENDERED, training_images
-from diffalign.data.pairs.records import check_pairs
 from diffalign.data.prompts import Prompt, PromptError, load_prompts, told
 from diffalign.rewards import own
 from diffalign.rewards.base import RewardError
@@ -74,10 +67,9 @@ def check_source(config: AnyRunConfig) -> None:
     Raises:
         UserError: they do not exist, or their layout is unknown.
     """
-    if isinstance(config, PreferenceRunConfig):
-        check_pairs(config.pairs)
-    elif isinstance(config, LatentRunConfig) and config.latents.images not in ("", RENDERED):
-        training_images(config.latents.images)
+    check = source_check(config.algorithm.type)
+    if check is not None:
+        check(config)
 
 
 def held_out_prompts(config: AnyRunConfig) -> list[Prompt]:
@@ -123,13 +115,14 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     """
     check_source(config)
     train, notices = [], []
-    if isinstance(config, RunConfig | DistillationRunConfig):
-        train = _prompts(config.prompts.train, setting="prompts.train")
+    tasks = config.training_prompts
+    if tasks is not None:
+        train = _prompts(tasks.train, setting="prompts.train")
         notices = check_prompts(train, config)
     held_out = held_out_prompts(config)
     reward, watched = held_out_rewards(config)
-    if isinstance(config, RunConfig):
-        _check_metadata(reward, train, setting=f"prompts.train={config.prompts.train}")
+    if tasks is not None and config.trains_on_rewards:
+        _check_metadata(reward, train, setting=f"prompts.train={tasks.train}")
     for part in (reward, watched):
         _check_metadata(part, held_out, setting=f"prompts.evaluation={config.prompts.evaluation}")
     return Inputs(train, held_out, reward, watched, tuple(notices))

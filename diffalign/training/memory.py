@@ -19,15 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffalign import lora
-from diffalign.config import (
-    AnyRunConfig,
-    DCGenConfig,
-    DistillationConfig,
-    FlowGRPOConfig,
-    ForwardProcessConfig,
-    PreferenceAlgorithmConfig,
-    RunConfig,
-)
+from diffalign.config import AnyRunConfig
+from diffalign.config.methods import trainer_class
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import blocks
 from diffalign.pipelines.sampling import EmbedCache
@@ -108,12 +101,14 @@ def forecast(
         model.denoiser, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets, policies=()
     )
     trained = sum(p.numel() for p in parameters) * FLOAT32
+    # the current policy, and those that the method's trainer has besides it
+    policies = 1 + len(trainer_class(config.algorithm.type).policies)
     rollout, host = kept_of_rollout(model, config, processes=processes)
     return MemoryForecast(
         denoiser=denoiser,
         text_encoders=sum(parts.values()) - denoiser - autoencoder,
         autoencoder=autoencoder,
-        adapters=(3 if isinstance(config, RunConfig) else 2) * trained,
+        adapters=policies * trained,
         optimizer=3 * trained,
         rollout=rollout,
         activations=activations(model, config),
@@ -139,24 +134,20 @@ def kept_of_rollout(
     model: TextToImageModel, config: AnyRunConfig, *, processes: int
 ) -> tuple[int, int]:
     """Return the bytes that one process stores for a rollout: on its device, and on the CPU."""
-    if not isinstance(config, RunConfig):
+    stored = config.stored
+    if stored is None:
         return 0, 0
-    sampling, algorithm = config.rollout, config.algorithm
     base = getattr(torch, config.model.dtype)
     tokens, width, pooled = model.prompt_shape()
     prompt = (tokens * width + pooled) * base.itemsize
     latents = math.prod(model.latent_shape(*image_size(config, model)))
     latents *= (model.latents_dtype or base).itemsize
     # Latents count twice, because the training batch is a copy. It has all images if no group is dropped.
-    images = 2 * -(-sampling.images_per_update // processes)
-    rollout = images * latents + sampling.prompts_per_update * prompt
-    num_prompts = sampling.prompts_per_update * config.training.num_updates
+    images = 2 * -(-stored.images // processes)
+    rollout = images * latents * (1 + stored.states_on_device) + stored.prompts * prompt
+    num_prompts = stored.prompts * config.training.num_updates
     host = min(EmbedCache(model).size, num_prompts) * prompt
-    if isinstance(algorithm, FlowGRPOConfig):
-        rollout += images * latents * (_rows_per_image(config) + 1)
-    elif isinstance(algorithm, ForwardProcessConfig) and algorithm.noise == "rollout":
-        host += images * latents * (sampling.num_inference_steps + 1)
-    return rollout, host
+    return rollout, host + images * latents * stored.states_on_host
 
 
 def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
@@ -167,7 +158,7 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
     if autocast:
         for parameter in model.denoiser.parameters():
             parameter.data = parameter.data.to(dtype)
-    rows = config.training.micro_batch_size * _rows_per_image(config)
+    rows = config.training.micro_batch_size * config.algorithm.rows_per_image(config)
     size = image_size(config, model)
     latents, times, embeds = model.random_inputs(rows, *size)
     model.denoiser.train()
@@ -239,18 +230,3 @@ class _Kept(torch.autograd.Function):
         norms = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, norms)
         return out
-
-
-def _rows_per_image(config: AnyRunConfig) -> int:
-    algorithm = config.algorithm
-    if isinstance(algorithm, PreferenceAlgorithmConfig):
-        return (1 if algorithm.loss_type == "sft" else 2) * algorithm.timesteps_per_pair
-    if isinstance(algorithm, DistillationConfig):
-        return algorithm.states_per_image
-    if isinstance(algorithm, DCGenConfig):
-        return 1
-    if isinstance(algorithm, ForwardProcessConfig):
-        return algorithm.timesteps_per_image
-    assert isinstance(algorithm, FlowGRPOConfig)
-    assert isinstance(config, RunConfig)
-    return algorithm.window_size or config.rollout.num_inference_steps - 1

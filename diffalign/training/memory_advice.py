@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from diffalign.config import AnyRunConfig, LatentRunConfig, PreferenceRunConfig
+from collections.abc import Iterator
+from typing import Any
+
+from diffalign.config import AnyRunConfig, to_dict
+
+MICRO_BATCH = ".micro_batch_size"
 
 
 def memory_advice(config: AnyRunConfig) -> str:
@@ -12,14 +17,7 @@ def memory_advice(config: AnyRunConfig) -> str:
     except for the last, a quantised base model.
     """
     drawing, training, model = config.drawing, config.training, config.model
-    sizes = {
-        "training.micro_batch_size": training.micro_batch_size,
-        f"{drawing.group}.micro_batch_size": drawing.micro_batch_size,
-    }
-    if isinstance(config, PreferenceRunConfig):
-        sizes["pairs.micro_batch_size"] = config.pairs.micro_batch_size
-    if isinstance(config, LatentRunConfig):
-        sizes["latents.micro_batch_size"] = config.latents.micro_batch_size
+    sizes = {path: size for path, size in _leaves(to_dict(config)) if path.endswith(MICRO_BATCH)}
     parts = [f"a smaller {name} (now {size})" for name, size in sizes.items() if size > 1]
     if not model.gradient_checkpointing:
         parts.append("model.gradient_checkpointing=true")
@@ -31,3 +29,12 @@ def memory_advice(config: AnyRunConfig) -> str:
         parts.append(f"{drawing.group}.merge_lora=false")
     parts.append("a quantised base (`diffalign quantize`, then model.name)")
     return "What helps: " + ", ".join(parts)
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of every setting."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

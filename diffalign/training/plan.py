@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.config import (
-    DistillationRunConfig,
-    PromptsConfig,
-    RolloutConfig,
-    RunConfig,
-    TeacherConfig,
-    nearest,
-)
+from diffalign.config import AnyRunConfig, PlanConfig, PromptsConfig, nearest
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import IMAGES, PROMPTS, stream
 from diffalign.data.prompts import Prompt, is_file
@@ -53,9 +46,24 @@ class Plan:
         return share(len(self), rank, world_size)
 
 
-def check_prompts(
-    prompts: Sequence[Prompt], config: RunConfig | DistillationRunConfig
-) -> list[str]:
+def check_share(count: int, world_size: int, *, setting: str, unit: str = "images") -> None:
+    """Check that every process has a part of an update.
+
+    Args:
+        count: images, or pairs, of an update over all processes.
+        setting: name of the setting that decides `count`.
+
+    Raises:
+        UsageError: the update has fewer images than there are processes.
+    """
+    if count < world_size:
+        raise UsageError(
+            f"{setting} is {count}: fewer {unit} than processes ({world_size}). Start fewer processes, or raise the "
+            "setting"
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], config: AnyRunConfig) -> list[str]:
     """Check that an update can be planned, and return notes for the user.
 
     Task weights that match no prompt of a user's file are dropped with a note, because a recipe's weights are meant for
@@ -64,9 +72,11 @@ def check_prompts(
     Raises:
         UsageError: a weight names a task that no prompt has and that looks misspelt, or every task has weight 0.
     """
-    part = "rollout" if isinstance(config, RunConfig) else "teacher"
-    num_prompts: int = getattr(config, part).prompts_per_update
-    source, weights = config.prompts.train, config.prompts.task_weights or {}
+    plan, tasks = config.plan, config.training_prompts
+    if plan is None or tasks is None:
+        return []
+    setting, num_prompts = f"{plan.group}.prompts_per_update", plan.prompts_per_update
+    source, weights = tasks.train, tasks.task_weights or {}
     names = sorted({p.task for p in prompts})
     absent = [name for name in weights if name not in names]
     for name in absent:
@@ -84,11 +94,11 @@ def check_prompts(
         notices.append(
             f"prompts.task_weights: no prompt of {source} has the task {', '.join(absent)}; their weights are dropped"
         )
-    count = len(_drawable(prompts, config.prompts))
+    count = len(_drawable(prompts, tasks))
     if count < num_prompts:
         notices.append(
-            f"{part}.prompts_per_update is {num_prompts}, and prompts.train={source} has {count} to draw: each is "
-            f"repeated, with other noise. {part}.prompts_per_update={count} draws each once"
+            f"{setting} is {num_prompts}, and prompts.train={source} has {count} to draw: each is "
+            f"repeated, with other noise. {setting}={count} draws each once"
         )
     return notices
 
@@ -102,19 +112,19 @@ def _drawable(prompts: Sequence[Prompt], tasks: PromptsConfig) -> list[int]:
 
 def make_plan(
     prompts: Sequence[Prompt],
-    config: RolloutConfig | TeacherConfig,
+    config: PlanConfig,
     *,
     seed: int,
     update: int,
     tasks: PromptsConfig,
 ) -> Plan:
-    """Draw the prompts of an update, and the seeds of `group_size` images for each.
+    """Draw the prompts of an update, and the seeds of the images of each.
 
     The prompts are distinct. If there are too few, every prompt is drawn before one is repeated.
 
     Args:
         prompts: prompts of the training set.
-        config: settings with `prompts_per_update` and `group_size`.
+        config: numbers of prompts and of images of each.
         seed: seed of the run.
         update: number of the update, from 1.
         tasks: settings with the weights of tasks.
@@ -130,7 +140,7 @@ def make_plan(
     if tasks.balance_tasks:
         last = _by_task(prompts, order, left, tasks.task_weights or {}, rng)
     selected = order * rounds + last[:left]
-    index = torch.arange(len(selected)).repeat_interleave(config.group_size)
+    index = torch.arange(len(selected)).repeat_interleave(config.images_per_prompt)
     seeds = [stream(IMAGES, seed, update, i) for i in range(len(index))]
     return Plan([prompts[i] for i in selected], index, seeds)
 

@@ -37,11 +37,10 @@ from diffalign.evaluation.score import Evaluation, Score, as_dicts, evaluate_mod
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
-from diffalign.pipelines.registry import load_model
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
-from diffalign.training.denoise import set_attention_backend
+from diffalign.training.denoise import prepare_model
 from diffalign.training.inputs import read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
@@ -51,26 +50,6 @@ from diffalign.types import RewardOutput, no_reward
 
 logger = logging.getLogger(__name__)
 GRID_IMAGES = 12
-
-
-def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
-    """Load a run's frozen base model, with its attention and memory settings."""
-    c = config.model
-    model = load_model(
-        c.name,
-        dtype=getattr(torch, c.dtype),
-        revision=c.revision,
-        max_sequence_length=c.max_sequence_length,
-        device=device,
-    )
-    for part in model.pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
-    if c.attention_backend is not None:
-        set_attention_backend(model, c.attention_backend)
-    if c.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-    return model
 
 
 @dataclass

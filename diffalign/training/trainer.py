@@ -91,6 +91,16 @@ class Trainer(ABC):
         """Return the fields that the method's trainer takes from the inputs of a run."""
         return {}
 
+    @classmethod
+    def trained_model(cls, config: Any, model: TextToImageModel) -> TextToImageModel:
+        """Return the model that a run trains, on the meta device.
+
+        Args:
+            config: settings of the run.
+            model: the base model, on the meta device.
+        """
+        return model
+
     def __post_init__(self) -> None:
         c = self.config
         self.size = image_size(c, self.model)

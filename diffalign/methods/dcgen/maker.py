@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign.config import LatentRunConfig
 from diffalign.core.fingerprint import of_json, of_pipeline
 from diffalign.core.precision import compute
-from diffalign.data.captioned import CaptionedItem, ImageSource, stacked
+from diffalign.data.captioned import RENDERED, CaptionedItem, ImageSource, stacked, training_images
 from diffalign.data.fill import SHARD_ITEMS, fill
 from diffalign.data.images import ImageFolderError
 from diffalign.data.latent_cache import LatentCache
@@ -26,6 +26,16 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.moving import load_autoencoder, tokens_ratio
 from diffalign.pipelines.sampling import EmbedCache
 from diffalign.training.denoise import image_size
+
+
+def check_source(config: LatentRunConfig) -> None:
+    """Check that the images of a run exist, before a model is loaded.
+
+    Raises:
+        ImageFolderError: the folder does not exist, or holds no image or no caption.
+    """
+    if config.latents.images not in ("", RENDERED):
+        training_images(config.latents.images)
 
 
 def source_of(config: LatentRunConfig, size: tuple[int, int]) -> ImageSource:

@@ -32,10 +32,11 @@ from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, s
 from diffalign.methods.dcgen.task import DenoisingTask
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
-from diffalign.pipelines.moving import move_model, tokens_ratio
+from diffalign.pipelines.moving import load_autoencoder, move_model, tokens_ratio
 from diffalign.pipelines.saving import save_pipeline
 from diffalign.training.denoise import image_size
 from diffalign.training.order import EpochOrder
+from diffalign.training.plan import check_share
 from diffalign.training.run_folder import ALIGNED, ALIGNMENT_FACTS
 from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.training.trainer import Trainer
@@ -52,6 +53,15 @@ class LatentTrainer(Trainer):
 
     config: LatentRunConfig
 
+    @classmethod
+    def trained_model(cls, config: LatentRunConfig, model: TextToImageModel) -> TextToImageModel:
+        c = config.latents
+        if c.autoencoder is None:
+            return model
+        dtype = getattr(torch, config.model.dtype)
+        vae = load_autoencoder(c.autoencoder, dtype=dtype, meta=True)
+        return move_model(model, vae, size=image_size(config, model), channels=c.channels)
+
     def __post_init__(self) -> None:
         c = self.config
         self.base = self.model
@@ -60,11 +70,11 @@ class LatentTrainer(Trainer):
                 f"model.name={c.model.name}: a {self.base.family} model is no rectified flow. DC-Gen trains SD3, FLUX "
                 "and SANA models"
             )
-        if c.training.images_per_update < self.accelerator.num_processes:
-            raise UsageError(
-                f"training.images_per_update is {c.training.images_per_update}: fewer images than processes "
-                f"({self.accelerator.num_processes}). Start fewer processes, or raise the setting"
-            )
+        check_share(
+            c.training.images_per_update,
+            self.accelerator.num_processes,
+            setting="training.images_per_update",
+        )
         size = image_size(c, self.base)
         # called for its errors: they should come before the base model is scored
         source_of(c, size)

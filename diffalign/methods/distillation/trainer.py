@@ -31,7 +31,7 @@ from diffalign.pipelines.cards import DrawingCard
 from diffalign.pipelines.sampling import EmbedCache, initial_latents
 from diffalign.training.denoise import predict
 from diffalign.training.inputs import Inputs
-from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.plan import Plan, check_prompts, check_share, make_plan
 from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.training.trainer import Trainer
 from diffalign.types import PromptEmbeds
@@ -90,11 +90,7 @@ class DistillationTrainer(Trainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         c, world = self.config, self.accelerator.num_processes
-        if c.teacher.prompts_per_update < world:
-            raise UsageError(
-                f"teacher.prompts_per_update is {c.teacher.prompts_per_update}: fewer images than processes ({world}). "
-                "Start fewer processes, or raise the setting"
-            )
+        check_share(c.teacher.prompts_per_update, world, setting="teacher.prompts_per_update")
         check_prompts(self.prompts, c)
         if self.model.costs_a_forward(c.evaluation.guidance_scale):
             raise UsageError(

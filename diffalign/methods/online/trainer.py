@@ -37,7 +37,7 @@ from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.training.inputs import Inputs
-from diffalign.training.plan import Plan, check_prompts, make_plan
+from diffalign.training.plan import Plan, check_prompts, check_share, make_plan
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
@@ -74,12 +74,11 @@ class OnlineTrainer(Trainer):
                 f"{self.model.family} model. Use a recipe for that family"
             )
         super().__post_init__()
-        images = c.rollout.images_per_update
-        if images < self.accelerator.num_processes:
-            raise UsageError(
-                f"rollout.prompts_per_update x rollout.group_size is {images}: fewer images than processes "
-                f"({self.accelerator.num_processes}). Start fewer processes, or raise one of the two settings"
-            )
+        check_share(
+            c.rollout.images_per_update,
+            self.accelerator.num_processes,
+            setting="rollout.prompts_per_update x rollout.group_size",
+        )
         check_prompts(self.prompts, c)
         self.rollouts = RolloutMaker(
             c, self.model, self.score, self.accelerator, self.size, self.drawing

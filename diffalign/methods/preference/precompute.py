@@ -18,13 +18,22 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.core.fingerprint import of_pipeline
 from diffalign.data.fill import fill
 from diffalign.data.pairs.cache import PairCache
-from diffalign.data.pairs.records import read_pairs
+from diffalign.data.pairs.records import check_pairs, read_pairs
 from diffalign.data.pairs.tables import PairsError, tables
 from diffalign.diffusion.inversion import inversion_grid
 from diffalign.methods.preference.maker import PairMaker, solver_of
 from diffalign.methods.preference.recorded import with_solver
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import image_size
+
+
+def check_source(config: PreferenceRunConfig) -> None:
+    """Check that the pairs of a run exist, before a model is loaded.
+
+    Raises:
+        PairsError: they do not exist, or their layout is unknown.
+    """
+    check_pairs(config.pairs)
 
 
 def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 from diffalign import lora
 from diffalign.config import PreferenceRunConfig
-from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, VALIDATION
 from diffalign.data.pairs.cache import PairCache
 from diffalign.data.pairs.tables import PairsError
 from diffalign.methods.preference.precompute import grid_of, precompute
 from diffalign.methods.preference.update import PreferenceUpdate
 from diffalign.training.order import EpochOrder
+from diffalign.training.plan import check_share
 from diffalign.training.trainer import Trainer
 
 VALIDATION_PAIRS = 256
@@ -33,12 +33,12 @@ class PreferenceTrainer(Trainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         c = self.config
-        world = self.accelerator.num_processes
-        if c.training.pairs_per_update < world:
-            raise UsageError(
-                f"training.pairs_per_update is {c.training.pairs_per_update}: fewer pairs than processes ({world}). "
-                "Start fewer processes, or raise the setting"
-            )
+        check_share(
+            c.training.pairs_per_update,
+            self.accelerator.num_processes,
+            setting="training.pairs_per_update",
+            unit="pairs",
+        )
         self.update = PreferenceUpdate(
             self.model,
             c.algorithm,
