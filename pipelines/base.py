@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from diffalign.core.errors import UsageError
+from diffalign.core.errors import UsageError, one_line
 from diffalign.diffusion.paths import Path, RectifiedFlow, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
@@ -317,7 +317,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, **kwargs: Any) -> No
         else:
             scheduler.set_timesteps(num_inference_steps, **kwargs)
     except (ValueError, AssertionError, IndexError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UsageError(
             f"num_inference_steps: {name} makes no {num_inference_steps} steps ({reason}); use fewer"
         ) from error

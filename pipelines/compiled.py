@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.core.errors import first_line
+
 logger = logging.getLogger(__name__)
 POSITIONS = ("img_ids", "txt_ids")
 VARIANTS = 64
@@ -67,8 +69,7 @@ def _why_not(denoiser: nn.Module) -> str | None:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     # a compiler, headers or triton may be missing, and each raises another error
     except Exception as error:
-        text = str(error).strip() or type(error).__name__
-        return f"torch.compile fails here: {text.splitlines()[0]}"
+        return f"torch.compile fails here: {first_line(error)}"
     return None
 
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from diffalign.core.errors import one_line
 from diffalign.pipelines.places import INDEX, UnknownModel
 
 TIMEOUT = 10.0
@@ -158,7 +159,7 @@ def refusal(error: BaseException, source: str, revision: str | None = None) -> s
         )
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return unreachable(source)
-    return f"{source} could not be fetched: {' '.join(str(error).split())}"
+    return f"{source} could not be fetched: {one_line(error)}"
 
 
 def unreachable(source: str) -> str:

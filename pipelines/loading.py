@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from diffalign.core.errors import UsageError, UserError
+from diffalign.core.errors import UsageError, UserError, one_line
 from diffalign.core.fingerprint import UnknownWeights, of_denoiser
 from diffalign.lora.files import merge_lora
 from diffalign.pipelines import dcgen, folders, hub
@@ -165,7 +165,7 @@ def readable(source: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if isinstance(error, UnpicklingError) or "weights_only" in reason:
             reason = (
                 "weights in a pickle (.bin) hold more than tensors, and such a file can run code when it is read: take "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 
-from diffalign.core.errors import UsageError
+from diffalign.core.errors import UsageError, one_line
 from diffalign.latents.alignment import ratio
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import moved
@@ -41,8 +41,9 @@ def load_autoencoder(name: str, *, dtype: Any = torch.bfloat16, meta: bool = Fal
                 return kind.from_config(kind.load_config(source, **options)).to(dtype)
         return kind.from_pretrained(source, torch_dtype=dtype, **options).eval()
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"latents.autoencoder: {name} could not be loaded: {reason}") from error
+        raise UsageError(
+            f"latents.autoencoder: {name} could not be loaded: {one_line(error)}"
+        ) from error
 
 
 def _place(source: str) -> dict[str, Any]:

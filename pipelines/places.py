@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.core.errors import UserError
+from diffalign.core.errors import UserError, one_line
 from diffalign.core.files import expand_home
+from diffalign.core.nearest import closest
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"(?P<source>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
@@ -72,8 +72,8 @@ def _nearest(path: Path) -> str:
     if not parent.is_dir():
         return f"; neither does {parent}" if parent.name else ""
     names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {parent / close[0]}?" if close else f"; {parent} has no such entry"
+    close = closest(path.name, names, cutoff=0.6)
+    return f"; did you mean {parent / close}?" if close else f"; {parent} has no such entry"
 
 
 def _folder(path: Path, setting: str) -> Place:
@@ -85,9 +85,9 @@ def _folder(path: Path, setting: str) -> Place:
     if inner:
         advice = f"it holds a pipeline in {inner[-1]}: give that folder"
     elif any((path / name).is_file() for name in LORA_FILES):
-        advice = f"it holds a LoRA: give its base model, and --lora {path}"
+        advice = f"it holds a LoRA: give its base model, and {path} as `lora`"
     elif (path / "lora").is_dir():
-        advice = f"it is a training run: give the base model, and --lora {path / 'lora'}"
+        advice = f"it is a training run: give the base model, and {path / 'lora'} as `lora`"
     elif (path / "config.json").is_file():
         advice = "it is one component of a pipeline: give the folder of the whole pipeline"
     elif len(single) == 1:
@@ -124,7 +124,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UnknownModel(f"{file} could not be read: {reason}") from error
     return check_index(index, file)
 

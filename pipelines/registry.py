@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
-from diffalign.core.nearest import closest
+from diffalign.core.nearest import nearest
 from diffalign.pipelines.places import UnknownModel, look
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def resolve(name: str) -> ModelSpec:
     if place is not None:
         kinds = {"folder": "local folder", "file": "single file", "hub": "hub id"}
         return ModelSpec(place.source, kinds[place.kind], revision=place.revision)
-    close = closest(name, specs)
-    hint = f"did you mean {close!r}?" if close else f"known are {', '.join(sorted(specs))}."
+    hint = nearest(name, specs, otherwise=f"known are {', '.join(sorted(specs))}.")
     raise UnknownModel(
-        f"model.name: no model {name!r}; {hint} A folder, a .safetensors file or a hub id (owner/name) works, too"
+        f"no model {name!r}{hint} A folder, a .safetensors file or a hub id (owner/name) works, too",
+        setting="model.name",
     )
 
 

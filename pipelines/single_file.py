@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from diffalign.core.errors import one_line
 from diffalign.pipelines import hub
 from diffalign.pipelines.folders import CAN_BE_MISSING
 from diffalign.pipelines.loading import readable
@@ -54,11 +55,12 @@ def header(path: str) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UnknownModel(f"{path} is no .safetensors file that can be read: {reason}") from error
+        raise UnknownModel(
+            f"{path} is no .safetensors file that can be read: {one_line(error)}"
+        ) from error
     if any("lora_" in name or ".lora." in name for name in shapes):
         raise UnknownModel(
-            f"{path} holds a LoRA and no model: give its base model, and --lora {path}"
+            f"{path} holds a LoRA and no model: give its base model, and {path} as `lora`"
         )
     if not any(name.startswith(DENOISERS) for name in shapes):
         example = next(iter(shapes), "no tensor at all")

@@ -65,7 +65,7 @@ class InceptionFeatures(FeatureNetwork):
                 model.load_state_dict(self._read(file))
         except RewardError as error:
             raise RewardError(
-                f"{error}; --network inception:FILE reads them from a file, --network shapes_clip needs no download"
+                f"{error}; network inception:FILE reads them from a file, network shapes_clip needs no download"
             ) from error
         self.model = model.eval().requires_grad_(False).to(device())
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diffalign.core.errors import UserError
+from diffalign.core.errors import UserError, one_line
 from diffalign.core.files import expand_home
-from diffalign.core.nearest import closest
+from diffalign.core.nearest import nearest
 
 _NAME = re.compile(r"(?P<place>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*)")
 
@@ -64,8 +64,8 @@ def check(name: str, *, setting: str = "rewards") -> None:
             spec = None
         if spec is None:
             raise UnknownReward(
-                f"{setting}: {name}: there is no module {place!r} here. Install it, or name a file: "
-                f"my_reward.py:{attribute}"
+                f"{name}: there is no module {place!r} here. Install it, or name a file: my_reward.py:{attribute}",
+                setting=setting,
             )
         return
     path = expand_home(place)
@@ -73,11 +73,13 @@ def check(name: str, *, setting: str = "rewards") -> None:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except OSError as error:
         raise UnknownReward(
-            f"{setting}: {name}: {path} cannot be read ({error.strerror}). Check the path; it is taken from the "
-            "current folder."
+            f"{name}: {path} cannot be read ({error.strerror}). Check the path; it is taken from the current folder.",
+            setting=setting,
         ) from error
     except (SyntaxError, ValueError) as error:
-        raise UnknownReward(f"{setting}: {name}: {path} is no Python: {error}") from error
+        raise UnknownReward(
+            f"{name}: {path} is no Python: {error}. Correct the file", setting=setting
+        ) from error
     _check_attribute(name, _defined(tree), setting)
 
 
@@ -99,27 +101,29 @@ def load(name: str, *, setting: str = "rewards") -> Any:
     # a user's code may raise any error
     except Exception as error:
         raise UnknownReward(
-            f"{setting}: {name}: {place} raised {type(error).__name__} as it was imported: {one_line(error)}"
+            f"{name}: {place} raised {type(error).__name__} as it was imported: {_with_place(error)}",
+            setting=setting,
         ) from error
     _check_attribute(name, vars(module), setting)
     return getattr(module, attribute)
 
 
-def one_line(error: BaseException) -> str:
+def _with_place(error: BaseException) -> str:
     """Return an error's text in one line, with the place that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace else ""
-    return " ".join(str(error).split())[:300] + place
+    return one_line(error, limit=300) + place
 
 
 def _split(name: str, setting: str) -> tuple[str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise UnknownReward(
-            f"{setting}: {name}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, where NAME is a Reward class or a "
-            "function of images, prompts and metadata; see docs/rewards.md"
+            f"{name}: expected FILE.py:NAME or PACKAGE.MODULE:NAME, where NAME is a Reward class or a function of "
+            "images, prompts and metadata; see docs/rewards.md",
+            setting=setting,
         )
     return match["place"], match["attribute"]
 
@@ -129,13 +133,9 @@ def _check_attribute(name: str, defined: Iterable[str], setting: str) -> None:
     names = [n for n in defined if not n.startswith("_")]
     if attribute in names:
         return
-    close = closest(attribute, names)
-    hint = (
-        f"did you mean {close!r}?"
-        if close
-        else f"it has {', '.join(sorted(names)[:8]) or 'no names'}"
-    )
-    raise UnknownReward(f"{setting}: {name}: {place} has no {attribute!r}; {hint}")
+    some = ", ".join(sorted(names)[:8]) or "no names"
+    hint = nearest(attribute, names, otherwise=f"it has {some}")
+    raise UnknownReward(f"{name}: {place} has no {attribute!r}{hint}", setting=setting)
 
 
 def _defined(tree: ast.Module) -> list[str]:

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from diffalign.core.nearest import closest
+from diffalign.core.nearest import nearest
 from diffalign.rewards import own
 from diffalign.rewards.own import UnknownReward
 
@@ -80,13 +80,13 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
     if name not in targets and own.is_own(name):
         own.check(name, setting=setting)
     elif name not in targets:
-        close = closest(name, targets)
-        hint = (
-            f"did you mean {close!r}?"
-            if close
-            else f"known are {', '.join(sorted(targets))}; a reward of your own is FILE.py:NAME"
+        names = ", ".join(sorted(targets))
+        hint = nearest(
+            name,
+            targets,
+            otherwise=f"known are {names}; a reward of your own is FILE.py:NAME",
         )
-        raise UnknownReward(f"{setting}: unknown reward {name!r}; {hint}")
+        raise UnknownReward(f"unknown reward {name!r}{hint}", setting=setting)
 
 
 def create(name: str, *, setting: str = "rewards") -> Reward:

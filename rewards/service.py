@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from diffalign.core.errors import one_line
 from diffalign.rewards import wire
 from diffalign.rewards.base import Reward
 from diffalign.rewards.function import RewardShapeError, as_output, score_all
@@ -52,7 +53,7 @@ class Served:
         kind = type(error).__name__
         level = logging.DEBUG if kind in self.reported else logging.WARNING
         self.reported.add(kind)
-        reason = " ".join(str(error).split())[:LONGEST]
+        reason = one_line(error, limit=LONGEST)
         logger.log(
             level, "%s failed on %d images: %s: %s", self.reward.card.name, images, kind, reason
         )
@@ -192,7 +193,7 @@ def _golden(reward: Reward) -> dict[str, Any] | None:
             "%s cannot score the golden image: %s: %s",
             reward.card.name,
             type(error).__name__,
-            " ".join(str(error).split())[:LONGEST],
+            one_line(error, limit=LONGEST),
         )
         return None
 

@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffalign.core.errors import chain
+from diffalign.core.errors import chain, one_line
 
 NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
 """Libraries whose errors mean that a connection or a server failed."""
+LONGEST = 300
+"""Largest number of characters of a library's message."""
 HUB = {
     "GatedRepoError": "the model is gated: accept its licence on its page of huggingface.co, then run `hf auth login`",
     "RepositoryNotFoundError": "no such repository on huggingface.co, or it is private: check the name, or run "
@@ -42,12 +44,13 @@ def library_line(error: BaseException | None) -> str | None:
 
 def _line(error: BaseException) -> str | None:
     name, module = type(error).__name__, type(error).__module__.partition(".")[0]
+    text = one_line(error, limit=LONGEST)
     if name in HUB:
-        return f"{_first_line(error)} ({HUB[name]})"
+        return f"{text} ({HUB[name]})"
     if module in NETWORK:
         return (
-            f"the network or a server failed ({name}: {_first_line(error)}); check the connection, a mistyped path "
-            "that was taken for a hub id, or name a local folder"
+            f"the network or a server failed ({name}: {text}); check the connection, a mistyped "
+            "path that was taken for a hub id, or name a local folder"
         )
     if isinstance(error, RecursionError):
         return "a file is nested too deeply to be read; make its brackets fewer"
@@ -59,13 +62,8 @@ def _line(error: BaseException) -> str | None:
             "those from the model's page"
         )
     if name == "SafetensorError":
-        return f"a .safetensors file is damaged or cut ({_first_line(error)}); download or save it again"
+        return f"a .safetensors file is damaged or cut ({text}); download or save it again"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first 300 characters of an error's message, in one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def name_flags(text: str, flags: Mapping[str, str]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 import textwrap
 from typing import Any, NoReturn
 
 from diffalign.core.errors import UserError
-from diffalign.core.nearest import nearest
+from diffalign.core.nearest import closest, nearest
 
 WIDTH = 100
 """Width in columns of the description in `--help`; examples below it are not wrapped."""
@@ -50,12 +49,9 @@ class Parser(argparse.ArgumentParser):
         """Exit with the usage and the nearest flag for unknown arguments."""
         name = next((a for a in arguments if a.startswith("-")), "").partition("=")[0]
         flags = [f for a in self._actions for f in a.option_strings if f.startswith("--")]
-        hint = ""
-        if name:
-            bare = {f.removeprefix("--"): f for f in flags}
-            hint = nearest(name.lstrip("-").replace("-", "_"), bare)
-            hint = re.sub(r"did you mean '(\w+)'", r"did you mean --\1", hint)
-            hint = hint if "did you mean" in hint else ""
+        names = (f.removeprefix("--") for f in flags)
+        close = closest(name.lstrip("-").replace("-", "_"), names) if name else None
+        hint = f"; did you mean --{close}?" if close else ""
         self.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
 
     def error(self, message: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -74,8 +73,7 @@ def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
     try:
         notices = read_inputs(config).notices
     except UserError as error:
-        setting = re.split("[:=]", str(error), maxsplit=1)[0]
-        if any(word.startswith(f"--{setting}") for word in settings):
+        if error.setting and any(word.startswith(f"--{error.setting}") for word in settings):
             raise
         missing = error
     # a forecast is wanted even while the prompts that the recipe names are still to be written

@@ -40,7 +40,7 @@ class ConfigError(UserError, ValueError):
 def check(condition: bool, path: str, message: str) -> None:
     """Raise ConfigError about the field `path` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{path}: {message}")
+        raise ConfigError(message, setting=path)
 
 
 def one_of(value: str, choices: Sequence[str], path: str) -> None:

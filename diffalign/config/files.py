@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config.checks import ConfigError
+from diffalign.core.errors import first_line
 from diffalign.core.text import read_text, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ def parse_yaml(text: str, place: str) -> Any:
     except RecursionError:
         raise ConfigError(f"{place} is not valid YAML: nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{place} is not valid YAML: {first}") from error
+        raise ConfigError(f"{place} is not valid YAML: {first_line(error)}") from error
 
 
 def _loader() -> Any:

@@ -111,11 +111,11 @@ def decode(raw: Mapping[str, Any]) -> Any:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ConfigError):
-                raise ConfigError(str(cause)) from error
+                raise cause from None
             cause = cause.__cause__ or cause.__context__
         path = ".".join(getattr(error, "key_path", ()))
         message = str(getattr(error, "message", error)).strip()
-        raise ConfigError(f"{path}: {message}" if path else message) from error
+        raise ConfigError(message, setting=path or None) from error
 
 
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:

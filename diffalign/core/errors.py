@@ -46,7 +46,20 @@ _PEER = re.compile(
 
 
 class UserError(Exception):
-    """Base of every error whose message tells the user all that is needed."""
+    """Base of every error whose message tells the user all that is needed.
+
+    Args:
+        message: whole sentences: what is wrong, and what to do.
+        setting: setting or argument that the error is about; the text of the error begins with it.
+        value: value of the setting, which then follows it.
+    """
+
+    def __init__(
+        self, message: str = "", *, setting: str | None = None, value: object = None
+    ) -> None:
+        place = setting if value is None else f"{setting}={value}"
+        super().__init__(message if setting is None else f"{place}: {message}")
+        self.setting = setting
 
 
 class UsageError(UserError, ValueError):
@@ -55,6 +68,20 @@ class UsageError(UserError, ValueError):
 
 class ReportedError(UserError, RuntimeError):
     """Error that another process of the launch reports, so that this process prints nothing."""
+
+
+def one_line(error: BaseException, *, limit: int | None = None) -> str:
+    """Return an error's text in one line. Return its class's name if it has no text.
+
+    Args:
+        limit: largest number of characters.
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text. Return its class's name if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def explain(error: BaseException, *, memory: str = MEMORY_ADVICE) -> str | None:
@@ -124,7 +151,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _first_sentence(error: BaseException) -> str:
     """Return the first two sentences of torch's text: the requested size, and the device."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     text = re.sub(r"^\[enforce fail at [^\]]*\][^.]*?\. ", "", text)
     return ". ".join(text.split(". ")[:2]).rstrip(".")
 
@@ -138,7 +165,7 @@ def _of_peer(error: BaseException) -> str:
 
 def _of_system(error: OSError) -> str:
     if error.errno is None:  # of libraries: requests, Pillow, transformers
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     if error.errno == errno.ENOENT and error.filename is None:
         return "the current directory does not exist any more. Change to one that does"
     text = _named(error.strerror or os.strerror(error.errno), error)

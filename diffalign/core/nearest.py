@@ -26,10 +26,16 @@ def closest(name: str, valid: Iterable[str], *, cutoff: float = 0.5) -> str | No
     return min(words, key=len) if words else None
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint to append to a message: the closest valid name, or all names if few."""
+def nearest(name: str, valid: Iterable[str], *, otherwise: str | None = None) -> str:
+    """Return a hint to append to a message: the closest valid name, if there is one.
+
+    Args:
+        otherwise: hint if no name is close. None lists the valid names, if they are few.
+    """
     names = list(valid)
     close = closest(name, names)
     if close is not None:
         return f"; did you mean {close!r}?"
-    return f"; valid are {', '.join(sorted(names))}" if len(names) <= FEW else ""
+    if otherwise is None and len(names) <= FEW:
+        otherwise = f"valid are {', '.join(sorted(names))}"
+    return f"; {otherwise}" if otherwise else ""

@@ -42,7 +42,7 @@ def training_images(source: str) -> list[CaptionedImage]:
     Raises:
         ImageFolderError: the folder does not exist, or holds no image or no caption.
     """
-    images = read_folder(source, flag="latents.images")
+    images = read_folder(source, setting="latents.images")
     require_captions(images, source, why="it is to be trained on")
     return images
 

@@ -56,7 +56,7 @@ class CaptionedImage:
     prompt: Prompt
 
 
-def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedImage]:
+def read_folder(folder: str | Path, *, setting: str = "images") -> list[CaptionedImage]:
     """Return a folder's images with their captions, and log files that are left out.
 
     Captions come from three sources:
@@ -69,14 +69,14 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
     Images of a table keep its order; other images are sorted by name.
 
     Args:
-        flag: names the folder in errors.
+        setting: name of the setting that holds the folder, for errors.
 
     Raises:
         ImageFolderError: the folder does not exist or holds no image, or a table or caption is not readable.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ImageFolderError(f"{flag}: {root} is no folder")
+        raise ImageFolderError(f"{root} is no folder. Name one that exists", setting=setting)
     listing = walk_images(root, error=ImageFolderError)
     images = listing.images
     geneval = {
@@ -98,7 +98,7 @@ def read_folder(folder: str | Path, *, flag: str = "images") -> list[CaptionedIm
     beside = _Captions(listing)
     rest = [p for p in listing.images if p not in named]
     if not rows and not rest:
-        raise ImageFolderError(f"{flag}: {listing.without_image()}")
+        raise ImageFolderError(listing.without_image(), setting=setting)
     return rows + [CaptionedImage(p, _of_geneval(p, geneval) or beside.of(p)) for p in rest]
 
 

@@ -15,7 +15,7 @@ from itertools import groupby, repeat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffalign.core.errors import UserError
+from diffalign.core.errors import UserError, first_line
 from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
 from diffalign.data.folders import is_hidden
 
@@ -175,7 +175,7 @@ def open_parquet(file: Path, error: type[UserError]) -> Any:
     try:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as cause:
-        raise error(f"{file} is not readable: {_first_line(cause)}") from cause
+        raise error(f"{file} is not readable: {first_line(cause)}") from cause
 
 
 def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
@@ -196,7 +196,7 @@ def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
                     yield row if number >= skip else None
                     number += 1
         except (OSError, pa.ArrowException) as cause:
-            raise error(f"{file} is damaged at row {number}: {_first_line(cause)}") from cause
+            raise error(f"{file} is damaged at row {number}: {first_line(cause)}") from cause
 
 
 def _batch(batch: Any, file: Path, number: int) -> list[Row]:
@@ -215,10 +215,6 @@ def _batch(batch: Any, file: Path, number: int) -> list[Row]:
     return rows
 
 
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).strip() or type(cause).__name__).split("\n")[0]
-
-
 def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
     """Yield the samples of a WebDataset tar, in which members of one key are adjacent."""
     try:
@@ -232,7 +228,7 @@ def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
                 yield _sample(parts, partial(Row, file=file, number=number, name=key), archive)
             _check_end(archive)
     except (tarfile.TarError, EOFError, OSError) as cause:
-        raise error(f"{file} is not readable: {_first_line(cause)}") from cause
+        raise error(f"{file} is not readable: {first_line(cause)}") from cause
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

@@ -126,7 +126,7 @@ def reference_side(
         )
     else:
         about = {"folder": reference}
-        images = read_folder(path, flag="reference")
+        images = read_folder(path, setting="reference")
         total = len(images)
         source = folder_batches(images, about, batch_size=batch_size)
     return lambda network: lambda: extract(network, counted(source, total, progress), about)

@@ -72,11 +72,11 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                     shutil.rmtree(place)
         elif other:
             raise GenEvalError(
-                f"{folder} holds images made in another way ({', '.join(other)}): choose another --output_dir"
+                f"{folder} holds images made in another way ({', '.join(other)}): choose another `output_dir`"
             )
     elif sample_path(folder, 0, 0).parents[1].exists():
         raise GenEvalError(
-            f"{folder} holds images made by another tool: score them with --images, or choose another --output_dir"
+            f"{folder} holds images made by another tool: score them as `images`, or choose another `output_dir`"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(settings, indent=1))

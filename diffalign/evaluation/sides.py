@@ -23,7 +23,7 @@ def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -
     for text in folders:
         name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
         folder = Path(path)
-        images = read_folder(folder, flag="folders")
+        images = read_folder(folder, setting="folders")
         named = by_name(images, folder)
         geneval, correct = read_geneval(folder)
         means: dict[str, float] = {}

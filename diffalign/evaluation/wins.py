@@ -28,8 +28,8 @@ def compare_folders(
     """
     folders = (images, against)
     sets = [
-        by_name(read_folder(folder, flag=flag), folder)
-        for folder, flag in zip(folders, ("images", "against"), strict=True)
+        by_name(read_folder(folder, setting=name), folder)
+        for folder, name in zip(folders, ("images", "against"), strict=True)
     ]
     pairs = shared_names(sets)
     images_of = [[images[name] for name in pairs] for images in sets]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffalign.core.errors import UsageError
+from diffalign.core.errors import UsageError, one_line
 from diffalign.core.files import expand_home
 from diffalign.core.text import read_json
 
@@ -167,7 +167,7 @@ def _remote(repository: str, name: str) -> Source:
         ) from error
     # no such file, a full disk, a broken connection: the client's errors have no class in common
     except Exception as error:
-        reason = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        reason = one_line(error, limit=_LONGEST)
         raise UsageError(
             f"lora: {repository} is no path that exists, and the hub did not give {name or 'its files'}: {reason}"
         ) from error

@@ -23,7 +23,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
-from diffalign.core.nearest import closest
+from diffalign.core.nearest import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +100,8 @@ BACKENDS = {
 def check_name(backend: str) -> None:
     """Raise UsageError with the nearest name if there is no backend of this name."""
     if backend != "auto" and backend not in BACKENDS:
-        close = closest(backend, BACKENDS)
-        choices = f"Choose from auto, {', '.join(BACKENDS)}."
-        hint = f"Did you mean {close}?" if close else choices
-        raise UsageError(f"no quantisation backend is named {backend!r}. {hint}")
+        hint = nearest(backend, BACKENDS, otherwise=f"choose from auto, {', '.join(BACKENDS)}")
+        raise UsageError(f"no quantisation backend is named {backend!r}{hint}")
 
 
 def resolve(

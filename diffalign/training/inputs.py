@@ -83,7 +83,7 @@ def _prompts(source: str, *, setting: str, limit: int | None = None) -> list[Pro
     try:
         return load_prompts(source, limit=limit)
     except PromptError as error:
-        raise PromptError(f"{setting}: {error}") from error
+        raise PromptError(str(error), setting=setting) from error
 
 
 def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeReward]:
@@ -122,18 +122,23 @@ def read_inputs(config: AnyRunConfig) -> Inputs:
     held_out = held_out_prompts(config)
     reward, watched = held_out_rewards(config)
     if tasks is not None and config.trains_on_rewards:
-        _check_metadata(reward, train, setting=f"prompts.train={tasks.train}")
+        _check_metadata(reward, train, setting="prompts.train", value=tasks.train)
     for part in (reward, watched):
-        _check_metadata(part, held_out, setting=f"prompts.evaluation={config.prompts.evaluation}")
+        _check_metadata(
+            part, held_out, setting="prompts.evaluation", value=config.prompts.evaluation
+        )
     return Inputs(train, held_out, reward, watched, tuple(notices))
 
 
-def _check_metadata(reward: CompositeReward, prompts: Sequence[Prompt], *, setting: str) -> None:
+def _check_metadata(
+    reward: CompositeReward, prompts: Sequence[Prompt], *, setting: str, value: str
+) -> None:
     """Raise RewardError if the prompts of a setting lack metadata that a reward needs."""
     try:
         reward.check_metadata([p.metadata for p in prompts])
     except RewardError as error:
         raise RewardError(
-            f"{setting}: {error}, or choose `rewards` that need no metadata (`diffalign list rewards`), "
-            "for instance {jpeg: 1}"
+            f"{error}, or choose `rewards` that need no metadata (`diffalign list rewards`), for instance {{jpeg: 1}}",
+            setting=setting,
+            value=value,
         ) from error

@@ -112,7 +112,7 @@ def summary(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> 
         return text
     fitting = fits(config, room.free, forecast)
     advice = fitting[0][0] if fitting else "a smaller or quantised base"
-    return f"{text}: it may not fit; `--dry-run` shows more. What helps: {advice}"
+    return f"{text}: it may not fit; a dry run shows more. What helps: {advice}"
 
 
 def fits(config: AnyRunConfig, free: int, forecast: Forecast) -> list[tuple[str, int]]:

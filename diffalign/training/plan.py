@@ -83,11 +83,13 @@ def check_prompts(prompts: Sequence[Prompt], config: AnyRunConfig) -> list[str]:
         others = [n for n in names if n not in weights]
         if not is_file(source) or difflib.get_close_matches(name, others, cutoff=MISSPELT):
             raise UsageError(
-                f"prompts.task_weights: no prompt has the task {name!r}{nearest(name, names)}"
+                f"no prompt has the task {name!r}{nearest(name, names)}",
+                setting="prompts.task_weights",
             )
     if all(weights.get(name, 1.0) == 0 for name in names):
         raise UsageError(
-            "prompts.task_weights: every task of the prompts has weight 0. Give one of them a weight above 0"
+            "every task of the prompts has weight 0. Give one of them a weight above 0",
+            setting="prompts.task_weights",
         )
     notices = []
     if absent:

@@ -94,16 +94,16 @@ class RunFolder:
                 raise RunFolderError(
                     f"{self.path} holds a run with another configuration (there, here):\n  "
                     + "\n  ".join(lines)
-                    + "\nchoose another --output_dir, or delete that folder"
+                    + "\nchoose another output_dir, or delete that folder"
                 )
             if self.begun and (setting := self._changed_prompts(prompts or {})):
                 raise RunFolderError(
                     f"{self.path} holds a run with other prompts or rewards: what {setting} names has changed since it "
-                    "began; put the old file back, or choose another --output_dir"
+                    "began; put the old file back, or choose another output_dir"
                 )
         elif contents(self.path):
             raise RunFolderError(
-                f"{self.path} is not empty and no run of diffalign; choose another --output_dir"
+                f"{self.path} is not empty and no run of diffalign; choose another output_dir"
             )
 
     def claim(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:

@@ -171,7 +171,7 @@ def test_a_bad_row_is_skipped_and_the_next_is_read(tmp_path, change, why):
     ("make", "kwargs", "message"),
     [
         (lambda f: f / "nowhere", {}, "neither a file nor a folder"),
-        (lambda f: f, {}, "no .parquet"),
+        (lambda f: f, {}, "holds no table"),
         (lambda f: jsonl(f / "a.jsonl", []), {}, "has no rows"),
         (lambda f: jsonl(f / "a.jsonl", [{"x": 1}]), {}, "of no known layout"),
         (lambda f: jsonl(f / "a.jsonl", [[1]]), {}, "row 0 is no object"),

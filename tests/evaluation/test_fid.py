@@ -119,7 +119,7 @@ def test_networks_have_names_and_weights(tmp_path):
         features.load_network("resnet")
     with pytest.raises(features.UnknownNetwork):
         features.load_network("clip:some.pth")
-    with pytest.raises(RewardError, match=r"could not be loaded.*--network shapes_clip"):
+    with pytest.raises(RewardError, match=r"could not be loaded.*network shapes_clip"):
         features.load_network(f"inception:{tmp_path / 'none.pth'}")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(RewardError, match="could not be loaded"):

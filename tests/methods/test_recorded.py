@@ -191,7 +191,7 @@ class TestRefused:
 
     def test_images_without_states(self, source, tmp_path):
         states_path(source / "00001" / "samples" / "0000.png").unlink()
-        with pytest.raises(PairsError, match=r"no states of .*00001.*--record_states"):
+        with pytest.raises(PairsError, match=r"no states of .*00001.*record_states"):
             fill(source, tmp_path)
 
     def test_a_damaged_file(self, source, tmp_path):

@@ -88,7 +88,7 @@ class TestLook:
             ("x.ckpt", ["x.ckpt"], "it is a pickle, which can run code"),
             ("x.gguf", ["x.gguf"], "GGUF are not supported"),
             ("x.txt", ["x.txt"], "is no model; give a folder in diffusers' layout"),
-            ("run", ["run/lora/pytorch_lora_weights.safetensors"], "--lora run/lora"),
+            ("run", ["run/lora/pytorch_lora_weights.safetensors"], "run/lora as `lora`"),
             ("run", ["run/pytorch_lora_weights.safetensors"], "it holds a LoRA: give its base"),
             ("run", ["run/adapter_model.safetensors"], "it holds a LoRA: give its base"),
             ("part", ["part/config.json"], "it is one component of a pipeline"),

@@ -102,7 +102,7 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
     [
         (
             ("--backend=int5",),
-            "--backend: no quantisation backend is named 'int5'. Did you mean int",
+            "--backend: no quantisation backend is named 'int5'; did you mean 'int",
         ),
         (("--backend=int8-static",), "--backend=int8-static needs calibration images"),
         (

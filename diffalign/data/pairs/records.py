@@ -94,7 +94,9 @@ def check_pairs(config: PairsConfig) -> Layout:
         PairsError: the source does not exist or is not readable, or its first row fits no layout.
     """
     if not config.source:
-        raise PairsError("pairs.source: names no preference pairs; see docs/preferences.md")
+        raise PairsError(
+            "names no preference pairs; see docs/preferences.md", setting="pairs.source"
+        )
     return _layout(config)
 
 
@@ -358,16 +360,17 @@ def _layout(config: PairsConfig) -> Layout:
             if columns.issuperset(layout.known_by):
                 return layout
         raise PairsError(
-            f"pairs.source: {first.place} has the columns {', '.join(map(str, first.columns))}, of no known layout: "
-            f"name one with pairs.preset ({', '.join(LAYOUTS)}) or your columns with pairs.column_map"
+            f"{first.place} has the columns {', '.join(map(str, first.columns))}, of no known layout: "
+            f"name one with pairs.preset ({', '.join(LAYOUTS)}) or your columns with pairs.column_map",
+            setting="pairs.source",
         )
     names = config.column_map
     missing = [theirs for theirs in names.values() if theirs not in columns]
     missing += [c for c in named.known_by if c not in columns and c not in names]
     if missing:
-        setting = "pairs.column_map" if names else "pairs.preset"
         raise PairsError(
-            f"{setting}: {first.place} has no column {missing[0]!r}; it has {', '.join(map(str, first.columns))}"
+            f"{first.place} has no column {missing[0]!r}; it has {', '.join(map(str, first.columns))}",
+            setting="pairs.column_map" if names else "pairs.preset",
         )
     return named
 
@@ -377,12 +380,15 @@ def _named_layout(config: PairsConfig) -> Layout | None:
     if config.preset is not None:
         if config.preset not in LAYOUTS:
             raise PairsError(
-                f"pairs.preset: unknown layout {config.preset!r}{nearest(config.preset, list(LAYOUTS))}"
+                f"unknown layout {config.preset!r}{nearest(config.preset, list(LAYOUTS))}",
+                setting="pairs.preset",
             )
         return LAYOUTS[config.preset]
     for name in config.column_map:
         if name not in CANONICAL:
-            raise PairsError(f"pairs.column_map: no column {name!r}{nearest(name, CANONICAL)}")
+            raise PairsError(
+                f"no column {name!r}{nearest(name, CANONICAL)}", setting="pairs.column_map"
+            )
     return LAYOUTS["diffalign"] if config.column_map else None
 
 
@@ -394,7 +400,8 @@ def _first(config: PairsConfig) -> Row:
             return row
         problem = problem or f"{row.place} {row.problem}"
     raise PairsError(
-        f"pairs.source: {problem}, and no other row of {config.source} can be read"
+        f"{problem}, and no other row of {config.source} can be read. Correct one of its rows"
         if problem
-        else f"pairs.source: {config.source} has no rows"
+        else f"{config.source} has no rows. Name a table that has some",
+        setting="pairs.source",
     )

@@ -62,8 +62,8 @@ def read_states(image: Path | bytes) -> RecordedStates:
     place = states_path(image) if isinstance(image, Path) else None
     if place is None or not place.is_file():
         raise PairsError(
-            f"pairs.inversion.solver: recorded, and there are no states of {name}: `diffalign pairs --record_states K` "
-            "keeps them while it draws; images without them are inverted with fireflow (flows) or midpoint"
+            f"pairs.inversion.solver: recorded, and there are no states of {name}: `diffalign pairs` records "
+            "them while it draws (record_states); images without them are inverted with fireflow (flows) or midpoint"
         )
     try:
         with safe_open(place, framework="pt") as file:

@@ -59,18 +59,22 @@ def tables(source: str | Path) -> list[Path]:
     path = Path(source)
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
-            raise PairsError(f"pairs.source: {path} must end in {', '.join(SUFFIXES)}")
+            raise PairsError(f"{path} must end in {', '.join(SUFFIXES)}", setting="pairs.source")
         return [path]
     if not path.is_dir():
         raise PairsError(
-            f"pairs.source: {str(source)!r} is neither a file nor a folder (there is no {path.absolute()}); "
-            "`diffalign pairs` makes one, and docs/data.md shows the formats"
+            f"{str(source)!r} is neither a file nor a folder (there is no {path.absolute()}); "
+            "`diffalign pairs` makes one, and docs/data.md shows the formats",
+            setting="pairs.source",
         )
     # a folder of `diffalign pairs` holds many images beside its table, which decides
     try:
         own = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_file()}
     except OSError as error:
-        raise PairsError(f"pairs.source: {path} cannot be listed ({error.strerror})") from error
+        raise PairsError(
+            f"{path} cannot be listed ({error.strerror}). Check its permissions",
+            setting="pairs.source",
+        ) from error
     for name in TABLES:
         if name in own:
             return [own[name]]
@@ -78,7 +82,10 @@ def tables(source: str | Path) -> list[Path]:
     by_suffix = {suffix: folder.of_type((suffix,)) for suffix in SUFFIXES}
     kind = next((suffix for suffix, files in by_suffix.items() if files), None)
     if kind is None:
-        raise PairsError(f"pairs.source: no {', '.join(SUFFIXES)} in {path}")
+        raise PairsError(
+            f"{path} holds no table ({', '.join(SUFFIXES)}). Name a folder that has one",
+            setting="pairs.source",
+        )
     folder.leave_out(folder.of_type(set(SUFFIXES) - {kind}), f"beside {kind}, which is read")
     files = keep_training_files(folder, by_suffix[kind])
     folder.report()

@@ -112,7 +112,7 @@ class RecordedSource:
             wrong = float(times[distance.amin(1).argmax()])
             raise PairsError(
                 f"{pair.place}: a state at timestep {wrong:g} is not on the grid of pairs.inversion.steps="
-                f"{self.config.pairs.inversion.steps}. Set it to the --num_inference_steps of `diffalign pairs`"
+                f"{self.config.pairs.inversion.steps}. Set it to the num_inference_steps of `diffalign pairs`"
             )
         return distance.argmin(1)
 
