@@ -184,12 +184,11 @@ def names(text: str) -> list[str]:
     return names
 
 
-def named_folder(text: str) -> str:
-    """Convert `DIR` or `NAME=DIR`, where the folder must exist."""
-    if files.expand_home(text).is_dir():
-        return str(path(text))
-    name, equals, folder = text.rpartition("=")
-    return f"{name}{equals}{input_folder(folder)}"
+def named_folder(text: str) -> tuple[str, Path]:
+    """Convert `NAME=DIR`, or `DIR` with its own name, where the folder must exist."""
+    name, _, place = ("", "", text) if files.expand_home(text).is_dir() else text.rpartition("=")
+    folder = input_folder(place)
+    return name or folder.name, folder
 
 
 def is_image_folder(text: str) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffalign.core.errors import UsageError, explain
 
@@ -59,6 +61,11 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         file.write_text(text, encoding="utf-8")
         if durable:
             sync(file)
+
+
+def write_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = False) -> None:
+    """Write one JSON text per row, atomically; with `durable` it survives a power cut, too."""
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows), durable=durable)
 
 
 def contents(folder: Path) -> list[Path]:

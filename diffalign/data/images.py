@@ -6,7 +6,6 @@ Images may have any mode that Pillow reads, and broken files are reported one by
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import threading
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from diffalign.core.errors import UserError
-from diffalign.core.files import write_text
+from diffalign.core.files import write_json_lines
 from diffalign.core.text import parse_json, read_json_lines, read_text, unusable
 from diffalign.data.folders import Folder, say_once, walk_images
 from diffalign.data.prompts import Prompt
@@ -114,7 +113,7 @@ def write_captions(folder: Path, prompts: Mapping[str, Prompt]) -> None:
         for row in before
         if row.get("file_name") not in rows and (folder / str(row.get("file_name"))).is_file()
     ]
-    write_text(file, "".join(json.dumps(row) + "\n" for row in (*others, *rows.values())))
+    write_json_lines(file, (*others, *rows.values()))
 
 
 def require_captions(images: Sequence[CaptionedImage], folder: str | Path, *, why: str) -> None:

@@ -17,12 +17,11 @@ from typing import Any
 
 from diffalign.core.errors import UserError, first_line
 from diffalign.core.text import parse_json, read_json, read_lines, suffix_of
-from diffalign.data.folders import is_hidden
+from diffalign.data.folders import IMAGE_SUFFIXES, is_hidden
 
 SUFFIXES = (".parquet", ".tar", ".jsonl", ".json", ".csv", ".tsv")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-TAR_IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 MAX_MEMBER = 512 * 1024**2
 """Largest size in bytes of a tar member; a longer one is no image."""
 PADDING = 1024**2
@@ -269,7 +268,7 @@ def _sample(
         content = stream.read()
         column = name.rpartition(".")[0] or name
         try:
-            is_image = name.endswith(TAR_IMAGES)
+            is_image = name.endswith(tuple(IMAGE_SUFFIXES))
             columns[column] = content if is_image else content.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             return row({}, problem="holds text that is not UTF-8")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
-from diffalign.core.files import aside, write_text
+from diffalign.core.files import aside, write_json_lines, write_text
 from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, batches
@@ -312,7 +312,7 @@ def summary(rows: Sequence[Mapping[str, Any]], *, empty: int = 0) -> dict[str, A
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """GenEval's results file."""
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(file, rows)
 
 
 def _metadata(file: Path) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from diffalign.evaluation.folder import check_captions, counts, score_folder
 from diffalign.evaluation.preference import by_name
 
 
-def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -> list[Compared]:
-    """Read folders (`DIR` or `NAME=DIR`), and score their images if a reward is given.
+def read_sides(
+    folders: Sequence[tuple[str, Path]], reward: Any | None, *, batch_size: int
+) -> list[Compared]:
+    """Read folders with their names, and score their images if a reward is given.
 
     Raises:
         UsageError: two sides have the same name, or a reward cannot judge the images.
     """
     sides = []
-    for text in folders:
-        name, _, path = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
-        folder = Path(path)
+    for name, folder in folders:
         images = read_folder(folder, setting="folders")
         named = by_name(images, folder)
         geneval, correct = read_geneval(folder)
@@ -41,10 +41,11 @@ def read_sides(folders: Sequence[str], reward: Any | None, *, batch_size: int) -
                     for image, row in zip(images, rows, strict=True)
                     if row.get(n) is not None
                 }
-        sides.append(Compared(name or folder.name, folder, named, geneval, means, scored, values))
+        sides.append(Compared(name, folder, named, geneval, means, scored, values))
     names = [s.name for s in sides]
     if len(set(names)) < len(names):
         raise UsageError(
-            f"folders: two are called the same ({', '.join(names)}); NAME=DIR names them"
+            f"two are called the same ({', '.join(names)}); name them, as in NAME=DIR",
+            setting="folders",
         )
     return sides

@@ -112,6 +112,9 @@ XLABS = {
 }
 TABLES = {"flux": FLUX, "sd3": SD3}
 """Families that have kohya's names of transformers."""
+RELEASED = {**XLABS, **SD3, **FLUX}
+"""Modules of all families by the release's name; {} is the number of the block."""
+_BLOCK = re.compile(r"((?:double|single|joint)_blocks_)(\d+)(_.+)")
 
 # Words between which a kohya name of diffusers' modules has its dots; longer words come first.
 UNET_WORDS = re.compile(
@@ -269,12 +272,11 @@ def _full_text_name(name: str) -> str:
 def _released(name: str, part: str) -> Place | None:
     """Return the place of a name of the original release, with "_" for dots."""
     if part != UNET:
-        for table in (*TABLES.values(), XLABS):
-            for pattern, modules in table.items():
-                numbers = block_numbers(pattern, [name])
-                if numbers:
-                    own = tuple(m.format(numbers[0]) for m in modules)
-                    return Place(TRANSFORMER, own, released=True)
+        block = _BLOCK.fullmatch(name)
+        pattern, number = (f"{block[1]}{{}}{block[3]}", int(block[2])) if block else (name, 0)
+        if pattern in RELEASED:
+            modules = tuple(module.format(number) for module in RELEASED[pattern])
+            return Place(TRANSFORMER, modules, released=True)
     if part != TRANSFORMER and (unet := _of_unet_release(name)) != name:
         dotted = _split_words(unet, UNET_WORDS)
         return None if dotted is None else Place(UNET, (dotted,))

@@ -18,7 +18,7 @@ from diffalign.config import AnyRunConfig, ConfigError, decode, differences, dum
 from diffalign.config.settings import free_settings
 from diffalign.core import locks
 from diffalign.core.errors import UserError
-from diffalign.core.files import contents, write_text
+from diffalign.core.files import contents, write_json_lines, write_text
 from diffalign.training import checkpoint
 from diffalign.training.budget import BUDGET
 
@@ -193,7 +193,7 @@ class RunFolder:
     def rewind_log(self, update: int) -> None:
         """Delete the log rows of updates after `update`, which a resumed run makes again."""
         rows = [r for r in self.read_log() if r["update"] <= update]
-        self.write(LOG, "".join(json.dumps(r) + "\n" for r in rows))
+        write_json_lines(self.path / LOG, rows, durable=True)
 
 
 def set_aside(folder: Path) -> Path | None:

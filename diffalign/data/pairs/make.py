@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
-from diffalign.core.files import write_text
+from diffalign.core.files import write_json_lines
 from diffalign.data.images import CaptionedImage, batches
 from diffalign.data.pairs.ranking import choose_pairs, rank_weights
 from diffalign.data.pairs.structures import of_image
@@ -184,7 +183,7 @@ def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions)
             f"no prompt has images with different rewards: {reward.last_error or 'all are equal'}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / OWN, "".join(f"{json.dumps(row)}\n" for row in pairs))
+    write_json_lines(folder / OWN, pairs)
     return {
         "pairs": len(pairs),
         "prompts": len({r["group"] for r in usable}),
