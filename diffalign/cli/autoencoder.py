@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `autoencoder`."""
+
+    autoencoder: str
+    from_scratch: bool
+    images: str
+    output_dir: Path
+    phase: str
+    resolution: int
+    num_updates: int
+    batch_size: int
+    learning_rate: float
+    adversarial_weight: float
+    mixed_precision: str
+    checkpoint_every: int
+    seed: int
 
 
 def add_flags(parser: Parser) -> None:
@@ -65,7 +86,7 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Train an autoencoder, save it in diffusers' layout, and print its quality."""
     from dataclasses import fields
 
@@ -77,22 +98,22 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.evaluation.figures import number
     from diffalign.pipelines.moving import load_autoencoder
 
-    check_folder(args.output_dir)
+    check_folder(flags.output_dir)
     names = {f.name for f in fields(AutoencoderConfig)}
-    config = AutoencoderConfig(**{k: v for k, v in vars(args).items() if k in names})
+    config = AutoencoderConfig(**{k: v for k, v in vars(flags).items() if k in names})
     result = train_autoencoder(
-        load_autoencoder(args.autoencoder, dtype=torch.float32),
-        args.images,
-        args.output_dir,
+        load_autoencoder(flags.autoencoder, dtype=torch.float32),
+        flags.images,
+        flags.output_dir,
         config,
-        resolution=args.resolution,
-        from_scratch=args.from_scratch,
+        resolution=flags.resolution,
+        from_scratch=flags.from_scratch,
     )
     before, after = result["before"], result["after"]
     rows = [(name, number(before[name]), number(after[name])) for name in after]
     print_table("reconstruction of held-out images", ("", "before", "after"), [rows])
-    print(f"autoencoder: {args.output_dir} ({result['updates']} updates, {result['seconds']} s)")
-    suggest("train", "dcgen-shapes-flux", f"--latents.autoencoder={args.output_dir}")
+    print(f"autoencoder: {flags.output_dir} ({result['updates']} updates, {result['seconds']} s)")
+    suggest("train", "dcgen-shapes-flux", f"--latents.autoencoder={flags.output_dir}")
     emit({k: result[k] for k in ("phase", "before", "after", "updates", "seconds")})
 
 
@@ -104,4 +125,5 @@ VERB = Verb(
     description="Train an AutoencoderDC or AutoencoderKL on images, one phase after the other: reconstruct, latent, "
     "refine.\nThe same command resumes an interrupted training.",
     resumes=True,
+    flags=Flags,
 )

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `bench`."""
+
+    name: str
+    quick: bool
+    seeds: int | None
+    arms: str | None
+    work: Path
+    output: Path | None
 
 
 def add_flags(parser: Parser) -> None:
@@ -29,7 +43,7 @@ def add_flags(parser: Parser) -> None:
     options.add_output(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Run a benchmark and print its headline figures."""
     from diffalign.cli.output import emit
     from diffalign.core.checkout import require_benchmarks
@@ -37,18 +51,23 @@ def run(args: argparse.Namespace) -> None:
     require_benchmarks()
     from benchmarks.common.record import BenchOptions, run_bench
 
-    seeds = args.seeds if args.seeds is not None else 1 if args.quick else 3
-    work = args.work / (f"{args.name}-quick" if args.quick else args.name)
-    arms = None if args.arms is None else tuple(a.strip() for a in args.arms.split(","))
-    options = BenchOptions(quick=args.quick, work=work, seeds=seeds, arms=arms)
-    headline = run_bench(args.name, options, output=args.output)
+    seeds = flags.seeds if flags.seeds is not None else 1 if flags.quick else 3
+    work = flags.work / (f"{flags.name}-quick" if flags.quick else flags.name)
+    arms = None if flags.arms is None else tuple(a.strip() for a in flags.arms.split(","))
+    options = BenchOptions(quick=flags.quick, work=work, seeds=seeds, arms=arms)
+    headline = run_bench(flags.name, options, output=flags.output)
     for name, value in headline.items():
         print(f"{name}: {value}")
-    if args.output is not None:
-        print(f"result: {args.output}")
+    if flags.output is not None:
+        print(f"result: {flags.output}")
     emit(headline)
 
 
 VERB = Verb(
-    "bench", "run a benchmark behind one of the claims in the docs", add_flags, run, resumes=True
+    "bench",
+    "run a benchmark behind one of the claims in the docs",
+    add_flags,
+    run,
+    resumes=True,
+    flags=Flags,
 )

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import types
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `convert`."""
+
+    lora: str
+    to: str
+    family: str | None
+    output: Path
 
 
 def add_flags(parser: Parser) -> None:
@@ -33,22 +45,22 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Rewrite a LoRA file."""
     from diffalign.cli.output import emit, suggest
     from diffalign.core.files import aside
     from diffalign.lora.files import read_lora
     from diffalign.lora.formats import write
 
-    lora = read_lora(args.lora)
-    with aside(args.output) as file:
-        write(lora, file, to=args.to, family=args.family)
-    print(f"{args.output}: {len(lora)} modules in {args.to}'s keys")
-    if args.to == "diffusers":
-        suggest("generate", "a photo of a red circle", "--model", "MODEL", "--lora", args.output)
+    lora = read_lora(flags.lora)
+    with aside(flags.output) as file:
+        write(lora, file, to=flags.to, family=flags.family)
+    print(f"{flags.output}: {len(lora)} modules in {flags.to}'s keys")
+    if flags.to == "diffusers":
+        suggest("generate", "a photo of a red circle", "--model", "MODEL", "--lora", flags.output)
     else:
-        print(f"next: load {args.output} in the program, with strength 1")
-    emit({"file": str(args.output), "modules": len(lora), "to": args.to})
+        print(f"next: load {flags.output} in the program, with strength 1")
+    emit({"file": str(flags.output), "modules": len(lora), "to": flags.to})
 
 
 VERB = Verb(
@@ -58,4 +70,5 @@ VERB = Verb(
     run,
     epilog="""example:
   diffalign convert runs/demo/lora --to comfyui --output demo.safetensors""",
+    flags=Flags,
 )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `demo`."""
+
+    output_dir: Path
 
 
 def add_flags(parser: Parser) -> None:
@@ -14,7 +23,7 @@ def add_flags(parser: Parser) -> None:
     options.add_output_dir(parser, "runs/demo", "folder of the run")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Train the recipe `demo`.
 
     A finished demo is renamed first; an interrupted one is resumed.
@@ -23,10 +32,10 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.config import load
     from diffalign.training.run_folder import set_aside
 
-    earlier = set_aside(args.output_dir)
+    earlier = set_aside(flags.output_dir)
     if earlier is not None:
         print(f"the previous demo is now in {earlier}")
-    train_config(load("demo", [f"--output_dir={args.output_dir}"]))
+    train_config(load("demo", [f"--output_dir={flags.output_dir}"]))
 
 
 VERB = Verb(
@@ -36,4 +45,5 @@ VERB = Verb(
     run,
     shares=True,
     resumes=True,
+    flags=Flags,
 )

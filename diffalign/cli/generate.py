@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options
+from diffalign.cli.flags import DrawingFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(DrawingFlags):
+    """Values of the flags of `generate`."""
+
+    prompts: list[str]
+    output_dir: Path
 
 
 def add_flags(parser: Parser) -> None:
@@ -23,7 +33,7 @@ def add_flags(parser: Parser) -> None:
     options.add_drawing(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Write every image as PNG when it is generated, then a grid of all."""
     from diffalign.cli.models import batching, evaluation, load, settle_drawing
     from diffalign.cli.output import emit, suggest
@@ -31,21 +41,21 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.data.prompts import read_arguments
     from diffalign.evaluation.images import GRID, write_images
 
-    prompts = read_arguments(args.prompts)
-    settle_drawing(args)
+    prompts = read_arguments(flags.prompts)
+    settle_drawing(flags)
     with console.counting("images") as progress:
         files = write_images(
-            load(args),
+            load(flags),
             prompts,
-            args.output_dir,
-            evaluation(args),
+            flags.output_dir,
+            evaluation(flags),
             progress=progress,
-            **batching(args),
+            **batching(flags),
         )
-    print(f"{len(files)} images in {args.output_dir}, all of them in {args.output_dir / GRID}")
-    reward = "verifier" if args.model.startswith("shapes-") else "clip_score"
-    suggest("evaluate", "rewards", "--images", args.output_dir, "--rewards", reward)
-    emit({"folder": str(args.output_dir), "images": [str(f) for f in files]})
+    print(f"{len(files)} images in {flags.output_dir}, all of them in {flags.output_dir / GRID}")
+    reward = "verifier" if flags.model.startswith("shapes-") else "clip_score"
+    suggest("evaluate", "rewards", "--images", flags.output_dir, "--rewards", reward)
+    emit({"folder": str(flags.output_dir), "images": [str(f) for f in files]})
 
 
 VERB = Verb(
@@ -56,4 +66,5 @@ VERB = Verb(
     epilog="""examples:
   diffalign generate "a photo of a red circle" --model shapes-sd3 --lora runs/demo/lora
   diffalign generate prompts.txt --images_per_prompt 1 --output_dir runs/images""",
+    flags=Flags,
 )

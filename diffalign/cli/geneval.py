@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from diffalign.cli import options
+from diffalign.cli.flags import SampleFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(SampleFlags):
+    """Values of the flags of `evaluate geneval`."""
+
+    images: Path | None
+    output_dir: Path
+    detector: str | None
+    output: Path | None
 
 
 def add_flags(parser: Parser) -> None:
@@ -29,51 +42,65 @@ def add_flags(parser: Parser) -> None:
     options.add_drawing(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Score a folder in GenEval's layout, and generate its missing images first.
 
     With --images the folder is scored as it is.
     """
-    from diffalign.cli.models import fill, made_with, settle_drawing
     from diffalign.cli.output import print_scores, suggest, write_result
-    from diffalign.core import console, processes
+    from diffalign.core import processes
     from diffalign.core.errors import UsageError
-    from diffalign.data.prompts import load_prompts
-    from diffalign.evaluation.fill import read_made, score_filled
-    from diffalign.rewards.detection import choose_detector
 
     state = processes.current()
-    folder, detector = args.images or args.output_dir, None
-    if args.images is None:
-        shapes = args.model.startswith("shapes-")
-        args.prompts = args.prompts or ("shapes:held_out" if shapes else "geneval")
-        settle_drawing(args)
-        prompts = load_prompts(args.prompts, limit=args.max_prompts)
-        detector = choose_detector(args.detector, [p.metadata for p in prompts])
-        fill(args, folder, prompts)
-        made = made_with(args)
-    else:
-        made = read_made(folder)
-    with console.counting("scores") as progress:
-        result = score_filled(
-            folder,
-            lambda metadata: detector or choose_detector(args.detector, metadata),
-            made,
-            batch_size=args.batch_size or options.BATCH_SIZE,
-            progress=progress,
-        )
+    folder = flags.images or flags.output_dir
+    result = _score(flags, folder)
     if not state.is_main_process:
         return
-    print_scores(
-        f"GenEval of {folder}, seen by {result['detector']['name']}",
-        result["tasks"],
-        result["intervals"],
-    )
-    write_result(args.output or folder / "summary.json", result)
+    title = f"GenEval of {folder}, seen by {result['detector']['name']}"
+    print_scores(title, result["tasks"], result["intervals"])
+    write_result(flags.output or folder / "summary.json", result)
     if result["scored"] == 0:
         raise UsageError(f"no image of {folder} could be read: {result['first_error']}")
     print(f"images and scores: {folder}")
     suggest("evaluate", "report", "--folders", folder, "--output", folder / "report.html")
+
+
+def _score(flags: Flags, folder: Path) -> dict[str, Any]:
+    """Fill the folder unless it is one of the user's, and score it."""
+    from diffalign.cli.models import made_with
+    from diffalign.core import console
+    from diffalign.evaluation.fill import read_made, score_filled
+    from diffalign.rewards.detection import choose_detector
+
+    if flags.images is None:
+        detector = _fill(flags, folder)
+        made = made_with(flags)
+    else:
+        detector, made = None, read_made(folder)
+    with console.counting("scores") as progress:
+        return score_filled(
+            folder,
+            lambda metadata: detector or choose_detector(flags.detector, metadata),
+            made,
+            batch_size=flags.batch_size or options.BATCH_SIZE,
+            progress=progress,
+        )
+
+
+def _fill(flags: Flags, folder: Path) -> Any:
+    """Generate missing images, and return the detector that knows the prompts' classes."""
+    from diffalign.cli.models import fill, settle_drawing
+    from diffalign.data.prompts import load_prompts
+    from diffalign.rewards.detection import choose_detector
+
+    shapes = flags.model.startswith("shapes-")
+    flags.prompts = flags.prompts or ("shapes:held_out" if shapes else "geneval")
+    settle_drawing(flags)
+    prompts = load_prompts(flags.prompts, limit=flags.max_prompts)
+    # an unknown class is an error before anything is drawn
+    detector = choose_detector(flags.detector, [p.metadata for p in prompts])
+    fill(flags, folder, prompts)
+    return detector
 
 
 VERB = Verb(
@@ -83,4 +110,5 @@ VERB = Verb(
     run,
     shares=True,
     resumes=True,
+    flags=Flags,
 )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
 NEEDS_CUDA = "(CUDA)"
 """Ending of the description of a recipe that needs a GPU."""
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `list`."""
+
+    what: str
 
 
 def add_flags(parser: Parser) -> None:
@@ -21,11 +29,11 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Print recipes, rewards, models or benchmarks, one per line."""
     from diffalign.cli.output import emit
 
-    groups = _recipes() if args.what == "recipes" else {"": _rows(args.what)}
+    groups = _recipes() if flags.what == "recipes" else {"": _rows(flags.what)}
     width = max((len(name) for rows in groups.values() for name in rows), default=0)
     for number, (title, rows) in enumerate(groups.items()):
         if title:
@@ -72,4 +80,6 @@ def _rows(what: str) -> Mapping[str, str]:
     return {name: spec.description for name, spec in models().items()}
 
 
-VERB = Verb("list", "list recipes, rewards, models or benchmarks by name", add_flags, run)
+VERB = Verb(
+    "list", "list recipes, rewards, models or benchmarks by name", add_flags, run, flags=Flags
+)

@@ -32,6 +32,7 @@ from diffalign.cli import (
 )
 from diffalign.cli.boundary import report_to_launcher
 from diffalign.cli.endings import ending
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.types import expand_home
 from diffalign.cli.verb import Verb
@@ -132,22 +133,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.quiet(verbose=args.verbose or not args.chosen.quiet),
         output.screen(json_only=getattr(args, "json", False)),
     ):
-        return _run(args.chosen, args)
+        flags = args.chosen.flags.taken_from(vars(args))
+        return _run(args.chosen, flags, args)
 
 
-def _run(verb: Verb, args: argparse.Namespace) -> int:
+def _run(verb: Verb, flags: Values, args: argparse.Namespace) -> int:
     try:
         with ends_at_once():
             if not verb.shares:
                 _check_alone(verb)
-            verb.run(args)
+            verb.run(flags)
             sys.stdout.flush()
     except BrokenPipeError:
         # the reader, such as `head`, has ended, so that the rest of the buffer cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KeyboardInterrupt, Exception) as error:
-        end = ending(error, verb, args)
+        end = ending(error, verb, flags, parser=args.parser)
         if end is None:
             raise
         if args.verbose:

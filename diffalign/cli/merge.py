@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import ModelFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(ModelFlags):
+    """Values of the flags of `merge`."""
+
+    lora: str
+    scheduler: str | None
+    fold_guidance: float | None
+    output_dir: Path
 
 
 def add_flags(parser: Parser) -> None:
@@ -30,7 +42,7 @@ def add_flags(parser: Parser) -> None:
     options.add_output_dir(parser, None, "new folder of the model", kind=types.new_folder)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Save a pipeline with the LoRA merged into its weights.
 
     The pipeline loads and runs without adapters, at the speed of the base model.
@@ -43,19 +55,19 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.pipelines.merging import merge, merged_card
     from diffalign.pipelines.saving import save_pipeline
 
-    card = merged_card(args.model, scheduler=args.scheduler, guidance=args.fold_guidance)
-    lora = read_lora(args.lora)
+    card = merged_card(flags.model, scheduler=flags.scheduler, guidance=flags.fold_guidance)
+    lora = read_lora(flags.lora)
     with console.steps("merge", ("load", "merge", "save")) as step:
-        pipeline = load(args, adapters=False).pipeline
+        pipeline = load(flags, adapters=False).pipeline
         step()
-        merge(pipeline, lora, scheduler=args.scheduler, fold_guidance=args.fold_guidance)
+        merge(pipeline, lora, scheduler=flags.scheduler, fold_guidance=flags.fold_guidance)
         step()
-        with folder_aside(args.output_dir) as folder:
+        with folder_aside(flags.output_dir) as folder:
             save_pipeline(pipeline, folder, card=card)
         step()
-    print(f"{args.output_dir}: {args.model} with {args.lora} in its weights")
-    suggest("generate", "a photo of a red circle", "--model", args.output_dir)
-    emit({"folder": str(args.output_dir), "model": args.model, "lora": args.lora})
+    print(f"{flags.output_dir}: {flags.model} with {flags.lora} in its weights")
+    suggest("generate", "a photo of a red circle", "--model", flags.output_dir)
+    emit({"folder": str(flags.output_dir), "model": flags.model, "lora": flags.lora})
 
 
 VERB = Verb(
@@ -65,4 +77,5 @@ VERB = Verb(
     run,
     epilog="""example:
   diffalign merge --model shapes-sd3 --lora runs/demo/lora --output_dir runs/merged""",
+    flags=Flags,
 )

@@ -5,7 +5,6 @@ The module imports torch, so verbs import it inside `run`.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffalign.cli.flags import DrawingFlags, ModelFlags, SampleFlags
 from diffalign.config import EvaluationConfig
 from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
@@ -23,41 +23,41 @@ from diffalign.pipelines.registry import check_steps, load_meta_model, load_mode
 from diffalign.tuning.evaluator import Drawing
 
 
-def settle_drawing(args: argparse.Namespace) -> DrawingCard:
+def settle_drawing(flags: DrawingFlags) -> DrawingCard:
     """Complete the generation settings from the model's card, and print them.
 
     Raises:
         UsageError: the model's scheduler does not support the number of steps.
     """
-    card = card_of(args.model).updated(vars(args))
-    check_steps(args.model, card.num_inference_steps)
+    card = card_of(flags.model).updated(vars(flags))
+    check_steps(flags.model, card.num_inference_steps)
     for name, value in vars(card).items():
-        if hasattr(args, name):
-            setattr(args, name, value)
+        if hasattr(flags, name):
+            setattr(flags, name, value)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{args.model} draws in {card}", flush=True)
+        print(f"{flags.model} draws in {card}", flush=True)
     return card
 
 
-def load(args: argparse.Namespace, *, adapters: bool = True) -> TextToImageModel:
+def load(flags: ModelFlags, *, adapters: bool = True) -> TextToImageModel:
     """Load the model of --model, with --lora as adapters."""
     # sizes and the LoRA are checked before the model's weights are read
-    check_drawing(args)
-    lora = read_lora(args.lora) if adapters and args.lora is not None else None
+    check_drawing(flags)
+    lora = read_lora(flags.lora) if adapters and flags.lora is not None else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args.model, dtype=dtype_of(args), device=device)
+    model = load_model(flags.model, dtype=dtype_of(flags), device=device)
     if lora is not None:
         load_lora(model.pipeline, lora)
     return model
 
 
-def check_drawing(args: argparse.Namespace) -> None:
+def check_drawing(flags: ModelFlags) -> None:
     """Raise UsageError for sizes that the model cannot generate; read no weights."""
-    height, width = (getattr(args, side, None) for side in ("height", "width"))
+    height, width = (getattr(flags, side, None) for side in ("height", "width"))
     if height is None and width is None:
         return
     try:
-        plan = load_meta_model(args.model, dtype=dtype_of(args))
+        plan = load_meta_model(flags.model, dtype=dtype_of(flags))
     # loading the model reports the same error in full
     except Exception:
         return
@@ -65,47 +65,47 @@ def check_drawing(args: argparse.Namespace) -> None:
     plan.latent_shape(height or own[0], width or own[1])
 
 
-def dtype_of(args: argparse.Namespace) -> torch.dtype:
+def dtype_of(flags: ModelFlags) -> torch.dtype:
     """Return the torch dtype that --dtype names."""
-    dtype: torch.dtype = getattr(torch, args.dtype)
+    dtype: torch.dtype = getattr(torch, flags.dtype)
     return dtype
 
 
-def evaluation(args: argparse.Namespace) -> EvaluationConfig:
+def evaluation(flags: DrawingFlags) -> EvaluationConfig:
     """Return the settings of image generation."""
     return EvaluationConfig(
-        num_inference_steps=args.num_inference_steps,
-        solver=args.solver,
-        guidance_scale=args.guidance_scale,
-        images_per_prompt=args.images_per_prompt,
-        images_per_task=getattr(args, "images_per_task", None),
-        seed=args.seed,
+        num_inference_steps=flags.num_inference_steps,
+        solver=flags.solver,
+        guidance_scale=flags.guidance_scale,
+        images_per_prompt=flags.images_per_prompt,
+        images_per_task=flags.images_per_task,
+        seed=flags.seed,
     )
 
 
-def drawing(args: argparse.Namespace) -> dict[str, Any]:
+def drawing(flags: SampleFlags) -> dict[str, Any]:
     """Return the settings of image generation that a result records."""
     names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(flags, name) for name in names}
 
 
-def made_with(args: argparse.Namespace) -> dict[str, Any]:
+def made_with(flags: SampleFlags) -> dict[str, Any]:
     """Return the settings that a folder of samples records in its settings file."""
     return {
-        **drawing(args),
-        "model_fingerprint": of_place(args.model),
-        "lora_fingerprint": of_place(args.lora),
-        "max_prompts": args.max_prompts,
-        "images_per_prompt": args.images_per_prompt,
-        "height": args.height,
-        "width": args.width,
-        "dtype": args.dtype,
-        "record_states": getattr(args, "record_states", None),
+        **drawing(flags),
+        "model_fingerprint": of_place(flags.model),
+        "lora_fingerprint": of_place(flags.lora),
+        "max_prompts": flags.max_prompts,
+        "images_per_prompt": flags.images_per_prompt,
+        "height": flags.height,
+        "width": flags.width,
+        "dtype": flags.dtype,
+        "record_states": flags.record_states,
     }
 
 
 def fill(
-    args: argparse.Namespace, folder: Path, prompts: Sequence[Prompt], *, states: int | None = None
+    flags: SampleFlags, folder: Path, prompts: Sequence[Prompt], *, states: int | None = None
 ) -> None:
     """Generate the samples that a folder lacks, with a progress bar.
 
@@ -119,54 +119,56 @@ def fill(
         fill_folder(
             folder,
             prompts,
-            lambda: load(args),
-            evaluation(args),
-            made=made_with(args),
+            lambda: load(flags),
+            evaluation(flags),
+            made=made_with(flags),
             states=states,
             progress=progress,
-            **batching(args),
+            **batching(flags),
         )
 
 
-def chosen_prompts(args: argparse.Namespace) -> list[Prompt]:
+def chosen_prompts(flags: SampleFlags) -> list[Prompt]:
     """Load the prompts, and print how many are used if --max_prompts leaves some out."""
-    prompts = load_prompts(args.prompts)
-    few = spread(prompts, args.max_prompts)
+    prompts = load_prompts(flags.prompts)
+    few = spread(prompts, flags.max_prompts)
     if len(few) < len(prompts):
         print(f"{len(few)} of {len(prompts)} prompts are used (--max_prompts)")
     return few
 
 
-def batching(args: argparse.Namespace) -> dict[str, Any]:
+def batching(flags: DrawingFlags) -> dict[str, Any]:
     """Return image size, batch size and precision of generation."""
     return {
-        "height": args.height,
-        "width": args.width,
-        "micro_batch_size": args.batch_size,
-        "mixed_precision": "bf16" if args.dtype == "bfloat16" else "no",
+        "height": flags.height,
+        "width": flags.width,
+        "micro_batch_size": flags.batch_size,
+        "mixed_precision": "bf16" if flags.dtype == "bfloat16" else "no",
     }
 
 
-def load_reference(args: argparse.Namespace, model: TextToImageModel) -> TextToImageModel | None:
-    """Load the model of --reference onto the device of `model`, or return None without it."""
-    if args.reference is None:
+def load_reference(
+    reference: str | None, flags: ModelFlags, model: TextToImageModel
+) -> TextToImageModel | None:
+    """Load the model `reference` onto the device of `model`, or return None without it."""
+    if reference is None:
         return None
-    return load_model(args.reference, dtype=dtype_of(args), device=model.device)
+    return load_model(reference, dtype=dtype_of(flags), device=model.device)
 
 
-def calibration_drawing(args: argparse.Namespace, *, mixed_precision: str | None = None) -> Drawing:
+def calibration_drawing(flags: DrawingFlags, *, mixed_precision: str | None = None) -> Drawing:
     """Return the settings that generate calibration images.
 
     Args:
         mixed_precision: replaces the precision that follows from --dtype.
     """
     return Drawing(
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        images_per_prompt=getattr(args, "images_per_prompt", 1),
-        seed=args.seed,
-        micro_batch_size=args.batch_size,
-        mixed_precision=mixed_precision or ("bf16" if args.dtype == "bfloat16" else "no"),
+        num_inference_steps=flags.num_inference_steps,
+        guidance_scale=flags.guidance_scale,
+        height=flags.height,
+        width=flags.width,
+        images_per_prompt=flags.images_per_prompt,
+        seed=flags.seed,
+        micro_batch_size=flags.batch_size,
+        mixed_precision=mixed_precision or ("bf16" if flags.dtype == "bfloat16" else "no"),
     )

@@ -158,6 +158,27 @@ def add_prompts(parser: Parser, default: str | None, **more: Any) -> None:
     )
 
 
+def add_calibration(parser: Parser, number: int, *, required: bool = False) -> None:
+    """Add --prompts and --max_prompts of verbs that calibrate a model on some prompts.
+
+    Args:
+        number: default of --max_prompts.
+        required: make --prompts mandatory.
+    """
+    add_prompts(parser, None, required=required)
+    add_count(parser, "--max_prompts", number, "use only N of the prompts")
+
+
+def add_whole_model(parser: Parser, reason: str) -> None:
+    """Add the flags of a model without adapters, and of its images.
+
+    Args:
+        reason: reason why --lora is refused.
+    """
+    add_model(parser, lora=types.refused(reason))
+    add_drawing(parser, solver=False)
+
+
 def add_rewards(parser: Parser, default: str | None = "verifier") -> None:
     """Add --rewards."""
     parser.add_argument(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import SampleFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
@@ -23,6 +24,18 @@ PLACES = {
     "PROMPTS.txt": "your file of held-out prompts, one per line",
 }
 """Words of the next command that stand for something of the user's."""
+
+
+@dataclass(kw_only=True)
+class Flags(SampleFlags):
+    """Values of the flags of `pairs`."""
+
+    images: Path | None
+    rewards: list[str]
+    output_dir: Path
+    pick: str
+    weights: str
+    min_gap: float
 
 
 def add_flags(parser: Parser) -> None:
@@ -67,7 +80,7 @@ def add_flags(parser: Parser) -> None:
     options.add_drawing(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Score images and write preference pairs.
 
     The images are those of --images; without it missing images are generated first.
@@ -76,18 +89,18 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.core import console, processes
     from diffalign.data.pairs.make import PairOptions, by_caption, by_place, make_pairs
 
-    pick = PairOptions(args.pick, args.weights, args.min_gap)
+    pick = PairOptions(flags.pick, flags.weights, flags.min_gap)
     state = processes.current()
-    images, reward = _given(args) if args.images else _drawn(args)
+    images, reward = _given(flags) if flags.images else _drawn(flags)
     with console.counting("scores") as progress:
         result = make_pairs(
-            args.output_dir,
+            flags.output_dir,
             images,
             reward,
             pick,
-            batch_size=args.batch_size or options.BATCH_SIZE,
+            batch_size=flags.batch_size or options.BATCH_SIZE,
             state=state,
-            group=by_caption if args.images else by_place,
+            group=by_caption if flags.images else by_place,
             progress=progress,
         )
     if state.is_main_process:
@@ -95,11 +108,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{pairs} of {prompts} in {result['file']}")
         if result["unreadable"]:
             print(f"{counted(result['unreadable'], 'image')} could not be read")
-        suggest("train", *_training(args))
+        suggest("train", *_training(flags))
         emit(result)
 
 
-def _training(args: argparse.Namespace) -> list[str]:
+def _training(flags: Flags) -> list[str]:
     """Return the recipe of the model that drew, and the settings that it needs.
 
     Print what the user has to fill in.
@@ -110,23 +123,23 @@ def _training(args: argparse.Namespace) -> list[str]:
     from diffalign.data.prompts import is_file
 
     # images that somebody has are not of --model's making
-    model = None if args.images else args.model
+    model = None if flags.images else flags.model
     names = [name for name in recipes() if name.startswith(f"{RECIPE}-")]
     own = next((name for name in names if load(name).model.name == model), None)
-    settings = [f"--pairs.source={args.output_dir}"]
+    settings = [f"--pairs.source={flags.output_dir}"]
     if own is None:
-        rewards = dict.fromkeys(args.rewards, 1)
+        rewards = dict.fromkeys(flags.rewards, 1)
         settings += [f"--model.name={model or 'MODEL'}", f"--rewards={json.dumps(rewards)}"]
     held_out = load(own or RECIPE).prompts.evaluation
     if is_file(held_out) and not Path(held_out).is_file():
-        settings.append(f"--prompts.evaluation={HELD_OUT.get(args.prompts, 'PROMPTS.txt')}")
+        settings.append(f"--prompts.evaluation={HELD_OUT.get(flags.prompts, 'PROMPTS.txt')}")
     missing = [f"{text} is {what}" for text, what in PLACES.items() if text in " ".join(settings)]
     if missing:
         print(f"{own or RECIPE} needs more settings: {'; '.join(missing)}")
     return [own or RECIPE, *settings]
 
 
-def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
+def _given(flags: Flags) -> tuple[list[CaptionedImage], CompositeReward]:
     """Return the images of --images that can be compared, and the rewards."""
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
@@ -135,19 +148,19 @@ def _given(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
     from diffalign.evaluation.geneval import SETTINGS
 
     for name in ("prompts", "lora", "record_states", "max_prompts"):
-        if getattr(args, name) is not None:
+        if getattr(flags, name) is not None:
             raise UsageError(f"{name}: with `images` nothing is drawn; leave one of them out")
-    if (args.output_dir / SETTINGS).is_file() and args.output_dir != args.images:
+    if (flags.output_dir / SETTINGS).is_file() and flags.output_dir != flags.images:
         raise UsageError(
-            f"output_dir: {args.output_dir} holds images that were drawn, and their pairs; choose another folder"
+            f"output_dir: {flags.output_dir} holds images that were drawn, and their pairs; choose another folder"
         )
-    images = read_folder(args.images)
-    require_captions(images, args.images, why="pairs are of images of one caption")
-    images = comparable(images, args.images)
-    return images, load_rewards(args.rewards, [i.prompt.metadata for i in images])
+    images = read_folder(flags.images)
+    require_captions(images, flags.images, why="pairs are of images of one caption")
+    images = comparable(images, flags.images)
+    return images, load_rewards(flags.rewards, [i.prompt.metadata for i in images])
 
 
-def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeReward]:
+def _drawn(flags: Flags) -> tuple[list[CaptionedImage], CompositeReward]:
     """Generate missing images in --output_dir, and return all images and the rewards."""
     from diffalign.cli.models import fill, settle_drawing
     from diffalign.cli.rewards import load_rewards
@@ -155,16 +168,16 @@ def _drawn(args: argparse.Namespace) -> tuple[list[CaptionedImage], CompositeRew
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.geneval import read_samples
 
-    args.prompts = args.prompts or "shapes:train"
-    if args.record_states is not None and args.lora is not None:
+    flags.prompts = flags.prompts or "shapes:train"
+    if flags.record_states is not None and flags.lora is not None:
         raise UsageError(
             "record_states: states are recorded of the model that is trained later; leave out `lora`"
         )
-    settle_drawing(args)
-    prompts = load_prompts(args.prompts, limit=args.max_prompts)
-    reward = load_rewards(args.rewards, [p.metadata for p in prompts])
-    fill(args, args.output_dir, prompts, states=args.record_states)
-    images, _ = read_samples(args.output_dir)
+    settle_drawing(flags)
+    prompts = load_prompts(flags.prompts, limit=flags.max_prompts)
+    reward = load_rewards(flags.rewards, [p.metadata for p in prompts])
+    fill(flags, flags.output_dir, prompts, states=flags.record_states)
+    images, _ = read_samples(flags.output_dir)
     return images, reward
 
 
@@ -178,4 +191,5 @@ VERB = Verb(
     "(docs/preferences.md). The same command resumes.",
     shares=True,
     resumes=True,
+    flags=Flags,
 )

@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import SampleFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from diffalign.data.prompts import Prompt
+    from diffalign.pipelines.base import TextToImageModel
+    from diffalign.rewards.composition import CompositeReward
+    from diffalign.tuning.tune import Settings, TuneResult
 
 ENGINES = ("cma", "coordinate", "ramp", "grid", "none")
 
 
+@dataclass(kw_only=True)
+class Flags(SampleFlags):
+    """Values of the flags of `qsched`."""
+
+    objective: str
+    reference: str | None
+    engine: str
+    budget: int
+    box: tuple[float, float]
+    penalty: float
+    held_out: float
+    output_dir: Path | None
+    work: Path
+    plot: Path | None
+
+
 def add_flags(parser: Parser) -> None:
     """Add the flags of `qsched`."""
-    options.add_prompts(parser, None, required=True)
-    options.add_count(parser, "--max_prompts", 50, "use only N of the prompts")
+    options.add_calibration(parser, 50, required=True)
     options.add_count(parser, "--images_per_prompt", 1, "images of each prompt")
+    _add_search(parser)
+    parser.add_argument(
+        "--output_dir",
+        type=types.path,
+        default=None,
+        metavar="DIR",
+        help="new folder for a copy of the model (default: write into the folder of --model)",
+    )
+    parser.add_argument(
+        "--work",
+        type=types.output_folder,
+        default="runs/qsched",
+        metavar="DIR",
+        help="folder where scores are kept, so that the search can be resumed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=types.output_file,
+        default=None,
+        metavar="FILE",
+        help="draw the search as a picture (.png, .svg or .pdf)",
+    )
+    options.add_whole_model(
+        parser, "factors belong to one set of weights; `diffalign merge` makes it one"
+    )
+
+
+def _add_search(parser: Parser) -> None:
+    """Add the flags of the search."""
     parser.add_argument(
         "--objective",
         default="jaq",
@@ -57,90 +110,86 @@ def add_flags(parser: Parser) -> None:
         metavar="SHARE",
         help="share of the prompts that are kept for accepting the result (default: %(default)s)",
     )
-    parser.add_argument(
-        "--output_dir",
-        type=types.path,
-        default=None,
-        metavar="DIR",
-        help="new folder for a copy of the model (default: write into the folder of --model)",
-    )
-    parser.add_argument(
-        "--work",
-        type=types.output_folder,
-        default="runs/qsched",
-        metavar="DIR",
-        help="folder where scores are kept, so that the search can be resumed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plot",
-        type=types.output_file,
-        default=None,
-        metavar="FILE",
-        help="draw the search as a picture (.png, .svg or .pdf)",
-    )
-    options.add_model(
-        parser,
-        lora=types.refused("factors belong to one set of weights; `diffalign merge` makes it one"),
-    )
-    options.add_drawing(parser, solver=False)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Search the factors, print them, and write them into the model or a copy."""
-    from diffalign.cli.models import (
-        calibration_drawing,
-        chosen_prompts,
-        load,
-        load_reference,
-        settle_drawing,
-    )
+    from diffalign.cli.models import chosen_prompts, load, settle_drawing
     from diffalign.cli.output import emit, suggest
-    from diffalign.core.errors import UsageError
     from diffalign.rewards.composition import CompositeReward
-    from diffalign.tuning.objective import parse
-    from diffalign.tuning.plot import check_plot, plot_history
     from diffalign.tuning.saving import describe, keeps_earlier, save, target_folder
-    from diffalign.tuning.tune import Settings, tune
 
-    folder, whole = target_folder(args.model, args.output_dir)
-    if args.plot is not None:
-        check_plot(args.plot)
-    if args.engine == "none" and args.reference is None:
-        raise UsageError("engine: none is the closed form alone, which needs a `reference`")
-    settings = Settings(
-        parse(args.objective),
-        engine=args.engine,
-        budget=args.budget,
-        low=args.box[0],
-        high=args.box[1],
-        penalty=args.penalty,
-        held_out=args.held_out,
-        seed=args.seed,
-    )
+    folder, whole = target_folder(flags.model, flags.output_dir)
+    settings = _settings(flags)
     reward = CompositeReward.from_config(settings.objective, setting="objective")
-    prompts = chosen_prompts(args)
-    card = settle_drawing(args)
+    prompts = chosen_prompts(flags)
+    card = settle_drawing(flags)
     reward.check_metadata([p.metadata for p in prompts])
     reward.prepare()
-    model = load(args)
-    result = tune(
+    model = load(flags)
+    result = _tune(flags, settings, model, prompts, reward)
+    result.apply(model.pipeline)
+    save(model.pipeline, result, folder, whole=whole, card=card)
+    _plot(flags.plot, result)
+    print(describe(result, folder, keeps_earlier=keeps_earlier(result, model.pipeline)))
+    suggest("generate", "a photo of a red circle", "--model", folder)
+    emit({k: v for k, v in result.to_dict().items() if k != "history"})
+
+
+def _settings(flags: Flags) -> Settings:
+    """Return the settings of the search, checked before anything is loaded."""
+    from diffalign.core.errors import UsageError
+    from diffalign.tuning.objective import parse
+    from diffalign.tuning.plot import check_plot
+    from diffalign.tuning.tune import Settings
+
+    if flags.plot is not None:
+        check_plot(flags.plot)
+    if flags.engine == "none" and flags.reference is None:
+        raise UsageError(
+            "none is the closed form alone, which needs a `reference`", setting="engine"
+        )
+    return Settings(
+        parse(flags.objective),
+        engine=flags.engine,
+        budget=flags.budget,
+        low=flags.box[0],
+        high=flags.box[1],
+        penalty=flags.penalty,
+        held_out=flags.held_out,
+        seed=flags.seed,
+    )
+
+
+def _tune(
+    flags: Flags,
+    settings: Settings,
+    model: TextToImageModel,
+    prompts: list[Prompt],
+    reward: CompositeReward,
+) -> TuneResult:
+    """Search the factors, or continue the search in --work."""
+    from diffalign.cli.models import calibration_drawing, load_reference
+    from diffalign.tuning.tune import tune
+
+    return tune(
         model,
         prompts,
         reward.score,
         settings,
-        calibration_drawing(args),
-        reference=load_reference(args, model),
-        file=args.work / "scores.jsonl",
+        calibration_drawing(flags),
+        reference=load_reference(flags.reference, flags, model),
+        file=flags.work / "scores.jsonl",
     )
-    result.apply(model.pipeline)
-    save(model.pipeline, result, folder, whole=whole, card=card)
-    if args.plot is not None:
-        plot_history(result, args.plot)
-        print(f"plot: {args.plot}")
-    print(describe(result, folder, keeps_earlier=keeps_earlier(result, model.pipeline)))
-    suggest("generate", "a photo of a red circle", "--model", folder)
-    plain = result.to_dict()
-    emit({k: v for k, v in plain.items() if k != "history"})
+
+
+def _plot(file: Path | None, result: TuneResult) -> None:
+    """Draw the search as a picture, if --plot is set."""
+    from diffalign.tuning.plot import plot_history
+
+    if file is not None:
+        plot_history(result, file)
+        print(f"plot: {file}")
 
 
 VERB = Verb(
@@ -151,4 +200,5 @@ VERB = Verb(
     description="Search two factors per step of the scheduler (Q-Sched) that raise a reward, and write them into the "
     "scheduler's\nconfiguration if held-out prompts agree (docs/qsched.md). The same command resumes.",
     resumes=True,
+    flags=Flags,
 )

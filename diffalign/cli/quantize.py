@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffalign.cli import options, types
+from diffalign.cli.flags import SampleFlags
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 from diffalign.quantization.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from diffalign.data.prompts import Prompt
+    from diffalign.tuning.smaller import Smaller, SmallerSettings
+
+
+@dataclass(kw_only=True)
+class Flags(SampleFlags):
+    """Values of the flags of `quantize`."""
+
+    prompts: str | None
+    backend: str
+    output_dir: Path
+    components: list[str]
+    group_size: int
+    svd_rank: int
+    latency: int
 
 
 def add_flags(parser: Parser) -> None:
@@ -35,8 +55,7 @@ def add_flags(parser: Parser) -> None:
         "rank of a low-rank branch (SVDQuant) beside int4, int8, int8-static, torchao-int8wo or torchao-fp8wo; 0: none",
         low=0,
     )
-    options.add_prompts(parser, None)
-    options.add_count(parser, "--max_prompts", 32, "use only N of the calibration prompts")
+    options.add_calibration(parser, 32)
     options.add_count(
         parser,
         "--latency",
@@ -44,54 +63,53 @@ def add_flags(parser: Parser) -> None:
         "batch size of the forward pass that is timed beside bfloat16; 0: time nothing",
         low=0,
     )
-    options.add_model(
+    options.add_whole_model(
         parser,
-        lora=types.refused(
-            "the LoRA has to be in the weights before they are quantised; `diffalign merge` first"
-        ),
+        "the LoRA has to be in the weights before they are quantised; `diffalign merge` first",
     )
-    options.add_drawing(parser, solver=False)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Quantise a model, save the copy, and print its size and speed."""
-    from diffalign.cli.models import (
-        calibration_drawing,
-        chosen_prompts,
-        dtype_of,
-        load,
-        settle_drawing,
-    )
+    from diffalign.cli.models import chosen_prompts, settle_drawing
     from diffalign.cli.output import emit, suggest
-    from diffalign.core import console
-    from diffalign.tuning.smaller import SmallerSettings, make_smaller
+    from diffalign.tuning.smaller import SmallerSettings
 
-    prompts = chosen_prompts(args) if args.prompts else None
+    prompts = chosen_prompts(flags) if flags.prompts else None
     settings = SmallerSettings(
-        args.backend, args.components, args.group_size, args.svd_rank, args.latency
+        flags.backend, flags.components, flags.group_size, flags.svd_rank, flags.latency
     )
     settings.check(prompts)
-    settle_drawing(args)
-    with console.steps("quantize", ("load", "quantise", "save and measure")) as step:
-        model = load(args)
-        step()
-        smaller = make_smaller(
-            model,
-            args.model,
-            settings,
-            args.output_dir,
-            drawing=calibration_drawing(args, mixed_precision="bf16"),
-            dtype=dtype_of(args),
-            prompts=prompts,
-            progress=step,
-        )
+    settle_drawing(flags)
+    smaller = _quantize(flags, settings, prompts)
     print(smaller.weights)
     if smaller.speed is not None:
         print(smaller.speed)
     size = f"{smaller.part} of {smaller.result['disk_bytes']:,} bytes"
-    print(f"{args.output_dir}: {size}; diffalign.load reads it")
-    suggest("generate", "a photo of a red circle", "--model", args.output_dir)
+    print(f"{flags.output_dir}: {size}; diffalign.load reads it")
+    suggest("generate", "a photo of a red circle", "--model", flags.output_dir)
     emit(smaller.result)
+
+
+def _quantize(flags: Flags, settings: SmallerSettings, prompts: list[Prompt] | None) -> Smaller:
+    """Load, quantise and save the model, with a line for each step."""
+    from diffalign.cli.models import calibration_drawing, dtype_of, load
+    from diffalign.core import console
+    from diffalign.tuning.smaller import make_smaller
+
+    with console.steps("quantize", ("load", "quantise", "save and measure")) as step:
+        model = load(flags)
+        step()
+        return make_smaller(
+            model,
+            flags.model,
+            settings,
+            flags.output_dir,
+            drawing=calibration_drawing(flags, mixed_precision="bf16"),
+            dtype=dtype_of(flags),
+            prompts=prompts,
+            progress=step,
+        )
 
 
 VERB = Verb(
@@ -103,4 +121,5 @@ VERB = Verb(
     "(docs/qsched.md).\nPrints its size in memory and on disk, and the time of a forward pass beside the original's.",
     epilog="""example:
   diffalign quantize --model shapes-flux-schnell --backend int4 --svd_rank 16 --output_dir runs/small""",
+    flags=Flags,
 )

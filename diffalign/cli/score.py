@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffalign.cli import options
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `evaluate rewards`."""
+
+    images: Path | None
+    rewards: list[str]
+    output: Path | None
+    batch_size: int
 
 
 def add_flags(parser: Parser) -> None:
@@ -17,7 +29,7 @@ def add_flags(parser: Parser) -> None:
     options.add_batch_size(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Score the images of a folder."""
     from diffalign.cli.output import emit, print_scores, write_result
     from diffalign.cli.rewards import load_usable_rewards
@@ -30,22 +42,22 @@ def run(args: argparse.Namespace) -> None:
         score_folder,
     )
 
-    if args.images is None:
+    if flags.images is None:
         raise UsageError("evaluate rewards needs --images DIR")
-    images = read_folder(args.images)
-    reward = load_usable_rewards(args.rewards, images)
+    images = read_folder(flags.images)
+    reward = load_usable_rewards(flags.rewards, images)
     with console.counting("scores") as progress:
         rows, means = score_folder(
-            images, reward.score, batch_size=args.batch_size, progress=progress
+            images, reward.score, batch_size=flags.batch_size, progress=progress
         )
-    result = folder_result(args.images, images, rows, means, reward)
+    result = folder_result(flags.images, images, rows, means, reward)
     read = len(rows) - result["unreadable"]
-    print_scores(f"{read} of {len(rows)} images in {args.images}", means, result["intervals"])
-    if args.output is None:
+    print_scores(f"{read} of {len(rows)} images in {flags.images}", means, result["intervals"])
+    if flags.output is None:
         emit(result)
     else:
-        write_result(args.output, {**result, "scores": rows})
+        write_result(flags.output, {**result, "scores": rows})
     check_scored(rows, means, reward)
 
 
-VERB = Verb("rewards", "score the images of a folder with rewards", add_flags, run)
+VERB = Verb("rewards", "score the images of a folder with rewards", add_flags, run, flags=Flags)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 
 from diffalign.cli import types
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
+
+
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `serve-rewards`."""
+
+    rewards: list[str]
+    host: str
+    port: int
+    timeout: str
+    max_bytes: int
 
 
 def add_flags(parser: Parser) -> None:
@@ -44,7 +56,7 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Serve rewards until interrupted.
 
     If DIFFALIGN_REWARD_TOKEN is set, clients must send it as their token.
@@ -52,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
     from diffalign.rewards.serving import serve
 
     serve(
-        args.rewards,
-        host=args.host,
-        port=args.port,
-        timeout=args.timeout,
-        max_bytes=args.max_bytes,
+        flags.rewards,
+        host=flags.host,
+        port=flags.port,
+        timeout=flags.timeout,
+        max_bytes=flags.max_bytes,
     )
 
 
@@ -69,4 +81,5 @@ VERB = Verb(
     quiet=False,
     epilog="""example:
   diffalign serve-rewards --rewards pickscore,ocr --port 8100""",
+    flags=Flags,
 )

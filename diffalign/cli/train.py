@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
 from diffalign.cli.verb import Verb
 
@@ -18,6 +19,15 @@ def add_recipe(parser: Parser) -> None:
     parser.add_argument("recipe", help="name from `diffalign list recipes`, or a YAML file")
 
 
+@dataclass(kw_only=True)
+class Flags(Values):
+    """Values of the flags of `train`."""
+
+    recipe: str
+    dry_run: bool
+    settings: list[str]
+
+
 def add_flags(parser: Parser) -> None:
     """Add the flags of `train`."""
     add_recipe(parser)
@@ -28,22 +38,22 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: Flags) -> None:
     """Check a recipe before torch is imported, then print its settings or train it."""
     from diffalign import config as configuration
     from diffalign.core.files import check_target
     from diffalign.pipelines import registry as models
     from diffalign.rewards import registry as rewards
 
-    config = configuration.load(args.recipe, args.settings)
+    config = configuration.load(flags.recipe, flags.settings)
     for name in config.rewards:
         rewards.check_name(name)
     for name in config.evaluation.rewards:
         rewards.check_name(name, setting="evaluation.rewards")
     models.resolve(config.model.name)
     check_target(config.output_dir)
-    if args.dry_run:
-        for line in dry_run(config, args.settings):
+    if flags.dry_run:
+        for line in dry_run(config, flags.settings):
             print(f"# {line}")
         print(configuration.dump(config), end="")
     else:
@@ -156,4 +166,5 @@ VERB = Verb(
     shares=True,
     resumes=True,
     takes_settings=True,
+    flags=Flags,
 )

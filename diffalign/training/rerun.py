@@ -15,6 +15,7 @@ import yaml
 
 from diffalign import lora
 from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig, decode
+from diffalign.core.versions import versions
 from diffalign.evaluation.score import Evaluation, OnImages, evaluate_model
 from diffalign.lora.files import load_lora, merge_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
@@ -109,6 +110,20 @@ class FinishedRun:
             mixed_precision=self.config.training.mixed_precision,
             on_images=on_images,
         )
+
+    def result(self, scores: Evaluation) -> dict[str, Any]:
+        """Return the result of `evaluate` with its settings, and the run's own figures."""
+        config, own = self.config, self.summary.get("after", {})
+        return {
+            "run": str(self.folder),
+            "model": config.model.name,
+            "prompts": config.prompts.evaluation,
+            **vars(config.evaluation),
+            "rewards": dict(config.rewards),
+            **scores.to_dict(),
+            "of_the_run": {part: own.get(part, {}) for part in ("tasks", "means")},
+            "versions": versions(),
+        }
 
 
 def read_config(folder: Path) -> AnyRunConfig:
