@@ -60,7 +60,10 @@ def run(flags: Flags) -> None:
     print_scores(title, result["tasks"], result["intervals"])
     write_result(flags.output or folder / "summary.json", result)
     if result["scored"] == 0:
-        raise UsageError(f"no image of {folder} could be read: {result['first_error']}")
+        raise UsageError(
+            f"no image of {folder} could be read: {result['first_error']}. Delete damaged files, and the same "
+            "command draws them again"
+        )
     print(f"images and scores: {folder}")
     suggest("evaluate", "report", "--folders", folder, "--output", folder / "report.html")
 

@@ -179,5 +179,5 @@ def _check_alone(verb: Verb) -> None:
 
         if (launched() or 1) > 1:
             raise UserError(
-                f"{verb.name} shares no work: start one process, without accelerate or torchrun"
+                f"`{verb.name}` runs in one process. Start it without accelerate or torchrun"
             )

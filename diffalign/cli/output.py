@@ -169,5 +169,5 @@ def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result, indent=2))
     except OSError as error:
-        raise UsageError(f"{path} could not be written: {error}") from error
+        raise UsageError(f"{path} could not be written: {error}. Choose another file") from error
     print(f"result: {path}")

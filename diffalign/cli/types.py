@@ -92,7 +92,7 @@ def input_folder(text: str) -> Path:
     folder = path(text)
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"{folder} {kind}")
+        raise UsageError(f"{folder} {kind}; name a folder that exists")
     return folder
 
 
@@ -180,7 +180,7 @@ def names(text: str) -> list[str]:
     """Convert comma-separated names; at least one is needed."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError("names none")
+        raise UsageError("names none; give one or more, separated by commas")
     return names
 
 

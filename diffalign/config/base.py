@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from diffalign.config.checks import check, check_numbers, one_of, positive
+from diffalign.config.checks import at_least, check, check_numbers, one_of, positive
 from diffalign.config.fields import setting
 
 SOLVERS = ("default", "adams_bashforth")
@@ -87,9 +87,9 @@ class DrawingConfig:
         check(
             self.reward_timeout is None or self.reward_timeout > 0,
             f"{self.group}.reward_timeout",
-            "must be positive",
+            f"must be positive, got {self.reward_timeout}",
         )
-        check(self.micro_batch_size >= 1, f"{self.group}.micro_batch_size", "must be at least 1")
+        at_least(self, ("micro_batch_size",), self.group)
 
     @property
     def group(self) -> str:
@@ -153,7 +153,11 @@ class OptimizerConfig:
             f"must be finite and not negative, got {decay}",
         )
         one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
-        check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "must lie in 0..1")
+        check(
+            all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            f"must lie in 0..1, got {self.betas}",
+        )
 
 
 @dataclass
@@ -193,12 +197,19 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         one_of(self.mixed_precision, ("bf16", "no"), "training.mixed_precision")
-        for name in ("num_updates", "micro_batch_size", "checkpoint_every", "keep_checkpoints"):
-            check(getattr(self, name) >= 1, f"training.{name}", "must be at least 1")
+        at_least(
+            self,
+            ("num_updates", "micro_batch_size", "checkpoint_every", "keep_checkpoints"),
+            "training",
+        )
         for name in ("eval_every", "sample_every"):
-            check(getattr(self, name) >= 0, f"training.{name}", "must not be negative; 0 for none")
-        check(0 <= self.ema_max < 1, "training.ema_max", "must lie in 0..1")
-        check(self.seed >= 0, "training.seed", "must not be negative")
+            check(
+                getattr(self, name) >= 0,
+                f"training.{name}",
+                f"must not be negative; 0 for none, got {getattr(self, name)}",
+            )
+        check(0 <= self.ema_max < 1, "training.ema_max", f"must lie in 0..1, got {self.ema_max}")
+        at_least(self, ("seed",), "training", least=0)
         for name in ("max_minutes", "total_minutes"):
             minutes = getattr(self, name)
             check(
@@ -229,19 +240,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         one_of(self.solver, SOLVERS, "evaluation.solver")
-        check(self.num_inference_steps >= 1, "evaluation.num_inference_steps", "must be at least 1")
-        check(
-            self.images_per_task is None or self.images_per_task >= 1,
-            "evaluation.images_per_task",
-            "must be at least 1",
+        at_least(
+            self,
+            ("num_inference_steps", "images_per_task", "images_per_prompt", "max_prompts"),
+            "evaluation",
         )
-        check(self.images_per_prompt >= 1, "evaluation.images_per_prompt", "must be at least 1")
-        check(
-            self.max_prompts is None or self.max_prompts >= 1,
-            "evaluation.max_prompts",
-            "must be at least 1",
-        )
-        check(self.seed >= 0, "evaluation.seed", "must not be negative")
+        at_least(self, ("seed",), "evaluation", least=0)
 
 
 @dataclass

@@ -55,6 +55,14 @@ def positive(config: object, names: Sequence[str], group: str) -> None:
         check(value > 0, f"{group}.{name}", f"must be positive, got {value}")
 
 
+def at_least(config: object, names: Sequence[str], group: str, *, least: int = 1) -> None:
+    """Raise ConfigError for the first of these fields that is below `least`; None passes."""
+    bound = f"be at least {least}" if least else "not be negative"
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= least, f"{group}.{name}", f"must {bound}, got {value}")
+
+
 def check_numbers(config: Any, group: str = "") -> None:
     """Check the numbers in a dataclass and in the dataclasses nested in it.
 

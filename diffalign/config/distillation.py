@@ -12,7 +12,7 @@ from diffalign.config.base import (
     PlanConfig,
     PromptsConfig,
 )
-from diffalign.config.checks import check, one_of
+from diffalign.config.checks import at_least, check, one_of
 from diffalign.config.fields import setting
 
 TEACHER_SOLVERS = ("euler", "midpoint", "fireflow")
@@ -29,7 +29,7 @@ class DistillationConfig(MethodConfig):
     """Number of states of each teacher trajectory that an update trains on."""
 
     def __post_init__(self) -> None:
-        check(self.states_per_image >= 1, "algorithm.states_per_image", "must be at least 1")
+        at_least(self, ("states_per_image",), "algorithm")
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
         return self.states_per_image
@@ -78,7 +78,7 @@ class ConsistencyConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.skip is None or self.skip >= 1, "algorithm.skip", "must be at least 1 or null")
+        at_least(self, ("skip",), "algorithm")
         check(self.huber_c > 0, "algorithm.huber_c", f"must be positive, got {self.huber_c}")
 
 
@@ -102,8 +102,7 @@ class TeacherConfig(PlanConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompts_per_update", "num_inference_steps"):
-            check(getattr(self, name) >= 1, f"teacher.{name}", "must be at least 1")
+        at_least(self, ("prompts_per_update", "num_inference_steps"), "teacher")
         one_of(self.solver, TEACHER_SOLVERS, "teacher.solver")
 
     @property

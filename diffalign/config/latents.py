@@ -12,7 +12,7 @@ from diffalign.config.base import (
     MethodConfig,
     OptimizerConfig,
 )
-from diffalign.config.checks import check, one_of
+from diffalign.config.checks import at_least, check, one_of
 from diffalign.config.fields import setting
 
 OBJECTIVES = ("downsample", "upsample", "average")
@@ -49,8 +49,12 @@ class DCGenConfig(MethodConfig):
             "algorithm.min_guidance",
             f"1 <= min_guidance <= max_guidance must hold, got {self.min_guidance}, {self.max_guidance}",
         )
-        check(0 <= self.prompt_dropout < 1, "algorithm.prompt_dropout", "must lie in 0..1")
-        check(self.sigma_std > 0, "algorithm.sigma_std", "must be positive")
+        check(
+            0 <= self.prompt_dropout < 1,
+            "algorithm.prompt_dropout",
+            f"must lie in 0..1, got {self.prompt_dropout}",
+        )
+        check(self.sigma_std > 0, "algorithm.sigma_std", f"must be positive, got {self.sigma_std}")
 
 
 @dataclass
@@ -109,7 +113,11 @@ class LatentsConfig:
         one_of(self.mode, MODES, "latents.mode")
         one_of(self.shift, SHIFTS, "latents.shift")
         one_of(self.dtype, ("bfloat16", "float32"), "latents.dtype")
-        check(0 <= self.validation < 1, "latents.validation", "must lie in 0..1")
+        check(
+            0 <= self.validation < 1,
+            "latents.validation",
+            f"must lie in 0..1, got {self.validation}",
+        )
         check(
             self.autoencoder is not None or self.shift == "pixels",
             "latents.shift",
@@ -124,10 +132,7 @@ class LatentsConfig:
             "latents.noise_aware",
             "is for latents.objective=downsample, or upsample with mode nearest: others change the noise, too",
         )
-        check(self.limit is None or self.limit >= 1, "latents.limit", "must be at least 1")
-        check(self.channels is None or self.channels >= 1, "latents.channels", "must be at least 1")
-        check(self.micro_batch_size >= 1, "latents.micro_batch_size", "must be at least 1")
-        check(self.alignment_images >= 1, "latents.alignment_images", "must be at least 1")
+        at_least(self, ("limit", "channels", "micro_batch_size", "alignment_images"), "latents")
 
 
 @dataclass
@@ -139,7 +144,7 @@ class LatentLoopConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.images_per_update >= 1, "training.images_per_update", "must be at least 1")
+        at_least(self, ("images_per_update",), "training")
 
 
 @dataclass

@@ -164,9 +164,10 @@ def _find(recipe: str) -> Path:
         if Path(recipe).is_file():
             return Path(recipe)
         raise ConfigError(
-            f"recipe file {recipe} does not exist: there is no {Path(recipe).absolute()}"
+            f"recipe file {recipe} does not exist: there is no {Path(recipe).absolute()}. Check the path"
         )
-    raise ConfigError(f"unknown recipe {recipe!r}{nearest(recipe, list(files))}")
+    hint = nearest(recipe, files, otherwise="`diffalign list recipes` names all of them")
+    raise ConfigError(f"unknown recipe {recipe!r}{hint}")
 
 
 def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return raw
     if path.resolve() in below:
-        raise ConfigError(f"{path}: extends itself")
+        raise ConfigError(f"{path}: extends itself. Name another recipe in `extends`")
     beside = path.parent / str(base)
     merged = _read_recipe(
         beside if beside.is_file() else _find(str(base)), (*below, path.resolve())

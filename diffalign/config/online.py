@@ -15,7 +15,7 @@ from diffalign.config.base import (
     PromptsConfig,
     Stored,
 )
-from diffalign.config.checks import check, one_of, positive
+from diffalign.config.checks import at_least, check, one_of, positive
 from diffalign.config.fields import setting
 
 WEIGHTS = ("uniform", "t", "t2", "huber", "ghuber")
@@ -55,7 +55,7 @@ class AlgorithmConfig(MethodConfig):
         one_of(self.std_scope, ("global", "group"), "algorithm.std_scope")
         one_of(self.reward_mixing, ("sum", "advantages"), "algorithm.reward_mixing")
         positive(self, ("advantage_clip",), "algorithm")
-        check(self.kl_beta >= 0, "algorithm.kl_beta", "must not be negative")
+        at_least(self, ("kl_beta",), "algorithm", least=0)
         guidance = self.reference_guidance_scale
         check(
             guidance is None or guidance >= 1,
@@ -114,9 +114,8 @@ class ForwardProcessConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ema_kl_beta", "lag_ramp"):
-            check(getattr(self, name) >= 0, f"algorithm.{name}", "must not be negative")
-        check(0 <= self.lag_max < 1, "algorithm.lag_max", "must lie in 0..1")
+        at_least(self, ("ema_kl_beta", "lag_ramp"), "algorithm", least=0)
+        check(0 <= self.lag_max < 1, "algorithm.lag_max", f"must lie in 0..1, got {self.lag_max}")
         one_of(self.noise, NOISES, "algorithm.noise")
         one_of(self.timestep_sampling, TIMESTEP_SAMPLINGS, "algorithm.timestep_sampling")
         n = self.timesteps_per_image
@@ -129,7 +128,7 @@ class ForwardProcessConfig(AlgorithmConfig):
         check(
             0 <= self.timestep_start < self.timestep_stop <= 1,
             "algorithm.timestep_start",
-            "need 0 <= timestep_start < timestep_stop <= 1",
+            f"need 0 <= timestep_start < timestep_stop <= 1, got {self.timestep_start}, {self.timestep_stop}",
         )
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
@@ -244,12 +243,12 @@ class FlowGRPOConfig(AlgorithmConfig):
             "algorithm.noise_level",
             f"cps needs less than 1, got {self.noise_level}",
         )
+        at_least(self, ("window_size",), "algorithm")
         check(
-            self.window_size is None or self.window_size >= 1,
-            "algorithm.window_size",
-            "must be at least 1",
+            0 < self.window_stop <= 1,
+            "algorithm.window_stop",
+            f"must lie in 0..1, got {self.window_stop}",
         )
-        check(0 < self.window_stop <= 1, "algorithm.window_stop", "must lie in 0..1")
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
         assert run.plan is not None
@@ -288,8 +287,7 @@ class RolloutConfig(PlanConfig):
         super().__post_init__()
         check(self.group_size >= 2, "rollout.group_size", "a group needs at least 2 images")
         one_of(self.solver, SOLVERS, "rollout.solver")
-        for name in ("prompts_per_update", "num_inference_steps"):
-            check(getattr(self, name) >= 1, f"rollout.{name}", "must be at least 1")
+        at_least(self, ("prompts_per_update", "num_inference_steps"), "rollout")
 
     @property
     def group(self) -> str:
@@ -328,9 +326,9 @@ class TrainingConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.max_idle_updates >= 0, "training.max_idle_updates", "must not be negative")
+        at_least(self, ("max_idle_updates",), "training", least=0)
         one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
-        check(self.updates_per_rollout >= 1, "training.updates_per_rollout", "must be at least 1")
+        at_least(self, ("updates_per_rollout",), "training")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from diffalign.config.base import AnyRunConfig, DrawingConfig, LoopConfig, MethodConfig
-from diffalign.config.checks import check, one_of, positive
+from diffalign.config.checks import at_least, check, one_of, positive
 from diffalign.config.fields import setting
 
 LOSSES = ("sigmoid", "ipo", "hinge", "dmpo", "kto", "mapo", "sft")
@@ -55,7 +55,7 @@ class PreferenceAlgorithmConfig(MethodConfig):
             "algorithm.safeguard",
             f"must lie in 0..1 or be null, got {self.safeguard}",
         )
-        check(self.timesteps_per_pair >= 1, "algorithm.timesteps_per_pair", "must be at least 1")
+        at_least(self, ("timesteps_per_pair",), "algorithm")
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
         return (1 if self.loss_type == "sft" else 2) * self.timesteps_per_pair
@@ -129,12 +129,8 @@ class InversionConfig:
     """Guidance scale of the inversion; null for none."""
 
     def __post_init__(self) -> None:
-        check(self.steps >= 2, "pairs.inversion.steps", "must be at least 2")
-        check(
-            self.states is None or self.states >= 0,
-            "pairs.inversion.states",
-            "must not be negative",
-        )
+        at_least(self, ("steps",), "pairs.inversion", least=2)
+        at_least(self, ("states",), "pairs.inversion", least=0)
         if self.solver is not None:
             one_of(self.solver, SOLVERS, "pairs.inversion.solver")
         check(
@@ -192,8 +188,7 @@ class PairsConfig:
             "pairs.validation",
             f"must lie in 0..1, got {self.validation}",
         )
-        check(self.limit is None or self.limit >= 1, "pairs.limit", "must be at least 1")
-        check(self.micro_batch_size >= 1, "pairs.micro_batch_size", "must be at least 1")
+        at_least(self, ("limit", "micro_batch_size"), "pairs")
 
 
 @dataclass
@@ -205,7 +200,7 @@ class PreferenceLoopConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.pairs_per_update >= 1, "training.pairs_per_update", "must be at least 1")
+        at_least(self, ("pairs_per_update",), "training")
 
 
 @dataclass
@@ -228,7 +223,11 @@ class PreferenceRunConfig(AnyRunConfig):
             "pairs.inversion.states",
             f"{self.algorithm.type} trains on {self.algorithm.timesteps_per_pair} states of an image",
         )
-        check(math.isfinite(self.algorithm.beta), "algorithm.beta", "must be finite")
+        check(
+            math.isfinite(self.algorithm.beta),
+            "algorithm.beta",
+            f"must be finite, got {self.algorithm.beta}",
+        )
 
     @property
     def states(self) -> int:

@@ -147,7 +147,9 @@ def _timeout() -> timedelta:
         if not 0 < seconds < 1e7:
             raise ValueError
     except ValueError:
-        raise UsageError(f"{PEER_TIMEOUT}: {text!r} is no number of seconds above 0") from None
+        raise UsageError(
+            f"{PEER_TIMEOUT}: {text!r} is no number of seconds above 0. Give one, or unset it"
+        ) from None
     return timedelta(seconds=seconds)
 
 
@@ -159,8 +161,8 @@ def _on_cpus() -> bool:
 def _check(processes: int, kind: DistributedType) -> None:
     if launched() not in (None, processes):
         raise UsageError(
-            f"{launched()} processes were launched (WORLD_SIZE), and accelerate knows of {processes}: each would write "
-            "what the others write"
+            f"{launched()} processes were launched (WORLD_SIZE), and accelerate knows of {processes}. Launch them "
+            "with `accelerate launch`, or unset WORLD_SIZE"
         )
     if kind in SHARDED:
         raise UsageError(

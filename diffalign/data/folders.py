@@ -118,12 +118,14 @@ def walk(root: Path, *, error: type[UserError] = FolderError) -> Folder:
         error: the folder does not exist, or cannot be listed.
     """
     if not root.is_dir():
-        raise error(f"{root} is no folder")
+        raise error(f"{root} is no folder. Name one that exists")
     files: list[Path] = []
     left_out: dict[str, list[str]] = {}
 
     def refuse(cause: OSError) -> None:
-        raise error(f"{cause.filename} cannot be listed: {cause.strerror}") from cause
+        raise error(
+            f"{cause.filename} cannot be listed: {cause.strerror}. Check its permissions"
+        ) from cause
 
     visited: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(root, onerror=refuse, followlinks=True):

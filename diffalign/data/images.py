@@ -201,7 +201,7 @@ def _captioned(table: Path) -> Iterator[CaptionedImage]:
     """
     rows = [row for row in read_rows(table, error=ImageFolderError) if row is not None]
     if not rows:
-        raise ImageFolderError(f"{table} names no image")
+        raise ImageFolderError(f"{table} names no image. Add a row for each, or remove the table")
     for row in rows:
         if row.problem == "is no object":
             raise ImageFolderError(f"{row.at} must be an object with file_name and prompt")
@@ -238,11 +238,14 @@ def _inside(row: Row, name: Any) -> Path:
     """Return the file that a row names, within the folder of its table."""
     if not name:
         raise ImageFolderError(
-            f"{row.at} has no file_name; its columns are {', '.join(map(str, row.columns))}"
+            f"{row.at} has no file_name; its columns are {', '.join(map(str, row.columns))}. Add one that names "
+            "the image"
         )
     inside = os.path.normpath(str(name))
     if os.path.isabs(inside) or Path(inside).parts[0] == "..":
-        raise ImageFolderError(f"{row.at}: {name} is not inside the folder")
+        raise ImageFolderError(
+            f"{row.at}: {name} is not inside the folder. Name it relative to the table"
+        )
     return row.folder / inside
 
 

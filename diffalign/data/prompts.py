@@ -115,7 +115,7 @@ def _read(path: Path) -> list[Prompt]:
     lines = read_lines(path, error=PromptError)
     items = [parse(line, f"{path}:{i}") for i, line in lines if line.strip()]
     if not items:
-        raise PromptError(f"prompt file {path} holds no prompt")
+        raise PromptError(f"prompt file {path} holds no prompt. Write one in each line")
     return items
 
 
@@ -137,5 +137,5 @@ def _parse_json(line: str, place: str) -> Prompt:
         or not isinstance(entry.get("prompt"), str)
         or not entry["prompt"].strip()
     ):
-        raise PromptError(f'{place} needs a "prompt" with a text')
+        raise PromptError(f'{place} needs a "prompt" with a text. Correct that line')
     return Prompt(_checked(entry["prompt"], place), entry)

@@ -90,7 +90,7 @@ class ShardCache:
                 )
         elif contents(self.folder):
             raise CacheError(
-                f"{self.folder} is not empty and no cache of diffalign; choose another {self.setting}"
+                f"{self.folder} is not empty and was not created by diffalign. Choose another {self.setting}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"key": key}, indent=1))
@@ -224,7 +224,9 @@ class ShardCache:
             try:
                 self._open[shard] = safe_open(self.shard(shard), "pt").__enter__()
             except (OSError, SafetensorError) as error:
-                raise CacheError(f"{self.shard(shard)} is damaged: {error}") from error
+                raise CacheError(
+                    f"{self.shard(shard)} is damaged: {error}. Delete it, and `diffalign precompute` makes it again"
+                ) from error
         file = self._open[shard]
         names = set(file.keys()) - set(without)
         own = {k: file.get_slice(k)[offset] for k in names - {*PROMPT_PARTS, "prompt_row"}}

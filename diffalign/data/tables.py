@@ -174,7 +174,9 @@ def open_parquet(file: Path, error: type[UserError]) -> Any:
     try:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as cause:
-        raise error(f"{file} is not readable: {first_line(cause)}") from cause
+        raise error(
+            f"{file} is not readable: {first_line(cause)}. Save or download it again"
+        ) from cause
 
 
 def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
@@ -195,7 +197,9 @@ def _parquet(file: Path, skip: int, error: type[UserError]) -> Rows:
                     yield row if number >= skip else None
                     number += 1
         except (OSError, pa.ArrowException) as cause:
-            raise error(f"{file} is damaged at row {number}: {first_line(cause)}") from cause
+            raise error(
+                f"{file} is damaged at row {number}: {first_line(cause)}. Save or download it again"
+            ) from cause
 
 
 def _batch(batch: Any, file: Path, number: int) -> list[Row]:
@@ -227,7 +231,9 @@ def _tar(file: Path, skip: int, error: type[UserError]) -> Rows:
                 yield _sample(parts, partial(Row, file=file, number=number, name=key), archive)
             _check_end(archive)
     except (tarfile.TarError, EOFError, OSError) as cause:
-        raise error(f"{file} is not readable: {first_line(cause)}") from cause
+        raise error(
+            f"{file} is not readable: {first_line(cause)}. Save or download it again"
+        ) from cause
 
 
 def _check_end(archive: tarfile.TarFile) -> None:

@@ -143,7 +143,7 @@ def _places(pipeline: Any, lora: Lora) -> dict[str, dict[str, Layer]]:
             f"are those of {', '.join(lora.parts)}; this is a {type(pipeline).__name__}."
         )
     if not places:
-        raise UsageError(f"{lora.source} holds no LoRA")
+        raise UsageError(f"{lora.source} holds no LoRA. Name a file that one was saved in")
     return places
 
 
@@ -166,17 +166,18 @@ def _fitted(layer: Layer, module: Any, name: str, source: str) -> Layer:
     for features, expected in ((down.shape[1], inner[0]), (up.shape[0], outer[0])):
         if features != expected:
             raise UsageError(
-                f"{source} is a LoRA of another model: {name} has {features} features there, {expected} here"
+                f"{source} is a LoRA of another model: {name} has {features} features there, {expected} here. "
+                "Load it into the model that it was trained on"
             )
     if down.shape[1:] != inner or up.shape[2:] != outer[1:]:
         raise UsageError(
             f"{source} is a LoRA of another model: the kernel of {name} is {tuple(down.shape[2:])} there, "
-            f"{inner[1:]} here"
+            f"{inner[1:]} here. Load it into the model that it was trained on"
         )
     magnitude = layer.magnitude
     if magnitude is not None and magnitude.numel() != outer[0]:
         raise UsageError(
-            f"{source}: {name} has {magnitude.numel()} magnitudes for {outer[0]} outputs"
+            f"{source}: {name} has {magnitude.numel()} magnitudes for {outer[0]} outputs. Save it again"
         )
     return Layer(down, up, layer.alpha, magnitude)
 
@@ -196,7 +197,7 @@ def _install(component: nn.Module, layers: Mapping[str, Layer], adapter: str) ->
     dora = [layer.magnitude is not None for layer in layers.values()]
     if any(dora) and not all(dora):
         raise UsageError(
-            "a LoRA of which some layers are DoRA and others are not can only be merged"
+            "a LoRA of which some layers are DoRA and others are not can only be merged. Use `diffalign merge`"
         )
     config = PeftLoraConfig(**formats.adapter_config(layers), use_dora=any(dora))
     state: dict[str, Tensor] = {}

@@ -94,7 +94,9 @@ def read(path: Path, config: Mapping[str, Any] | None = None, *, unclear: str = 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} is no readable safetensors file: {error}") from error
+        raise UsageError(
+            f"{path} is no readable safetensors file: {error}. Save or download it again"
+        ) from error
     configs = configuration.header_configs(header, path)
     if not configs and config is not None:
         configs = {"": configuration.checked(config, path)}
@@ -104,7 +106,8 @@ def read(path: Path, config: Mapping[str, Any] | None = None, *, unclear: str = 
         place = names.find_place(module)
         if place is None:
             raise UsageError(
-                f"{path} holds {module}, by which no module of SD1.5, SDXL, SD3, FLUX or SANA is known"
+                f"{path} holds {module}, by which no module of SD1.5, SDXL, SD3, FLUX or SANA is known. "
+                "Convert it with the program that made it"
             )
         own_config = configs.get(place.part, configs.get("", {}))
         if own_config.get("use_dora") and "magnitude" not in own:
@@ -148,7 +151,8 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, T
         module, kind = place.module, place.kind
         if not tensor.is_floating_point() and kind != "alpha":
             raise UsageError(
-                f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats"
+                f"{path}: {key} holds {tensor.dtype}, and a LoRA's matrices are floats. Save it in a "
+                "floating-point format"
             )
         value = tensor.float()
         if not value.isfinite().all():
@@ -174,14 +178,18 @@ def _check_layer(module: str, own: Mapping[str, Tensor], path: Path) -> None:
             spelling = f"lora_{kind}" if module.startswith("lora_") else other
             raise UsageError(f"{path}: {module} has no {spelling}")
     if "alpha" in own and own["alpha"].numel() != 1:
-        raise UsageError(f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one")
+        raise UsageError(
+            f"{path}: alpha of {module} is {own['alpha'].numel()} numbers, not one. Save it again"
+        )
     if "alpha" in own:
         configuration.check_alpha(own["alpha"].item(), f"{module}.alpha", path)
     if own["down"].shape[:1] == (0,):
-        raise UsageError(f"{path}: {module} has rank 0")
+        raise UsageError(f"{path}: {module} has rank 0. Save it again without that layer")
     if own["up"].ndim < 2 or own["down"].ndim < 2 or own["up"].shape[1] != own["down"].shape[0]:
         shapes = f"{tuple(own['down'].shape)} and {tuple(own['up'].shape)}"
-        raise UsageError(f"{path}: the matrices of {module}, {shapes}, have no rank in common")
+        raise UsageError(
+            f"{path}: the matrices of {module}, {shapes}, have no rank in common. Save it again"
+        )
 
 
 def _check_adapters(keys: Mapping[str, names.Key | None], path: Path) -> None:

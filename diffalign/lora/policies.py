@@ -42,7 +42,8 @@ def attach(
     missing = unresolved(denoiser, targets)
     if missing:
         raise UsageError(
-            f"lora.targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}"
+            f"lora.targets that match no layer of {type(denoiser).__name__}: {', '.join(missing)}. Name endings "
+            "of its layers"
         )
     denoiser.requires_grad_(False)
     config = PeftLoraConfig(

@@ -75,9 +75,12 @@ def set_attention_backend(model: TextToImageModel, backend: str) -> None:
     if not any(hasattr(p, "_attention_backend") for p in processors):
         raise ConfigError(
             f"model.attention_backend: diffusers' {model.family} attention takes no backend and would ignore "
-            f"{backend!r}"
+            f"{backend!r}. Remove the setting"
         )
     try:
         model.denoiser.set_attention_backend(backend)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"model.attention_backend: {error}") from error
+        raise ConfigError(
+            f"{error}. Choose another backend, or remove the setting",
+            setting="model.attention_backend",
+        ) from error

@@ -176,7 +176,9 @@ class Run:
         evaluation = self._evaluate(policy)
         if evaluation.failed == len(evaluation.prompts):
             raise RewardError(
-                f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}"
+                f"no image can be scored: {self.reward.last_error or 'all rewards are NaN'}. Choose other "
+                "rewards, or mend "
+                "these"
             )
         return evaluation
 

@@ -103,7 +103,7 @@ class RunFolder:
                 )
         elif contents(self.path):
             raise RunFolderError(
-                f"{self.path} is not empty and no run of diffalign; choose another output_dir"
+                f"{self.path} is not empty and was not created by diffalign. Choose another output_dir"
             )
 
     def claim(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
@@ -133,9 +133,13 @@ class RunFolder:
             # decoding gives settings that did not exist when the run began their defaults
             stored = to_dict(decode(stored))
         except yaml.YAMLError as error:
-            raise RunFolderError(f"{file} is not readable: {error}") from error
+            raise RunFolderError(
+                f"{file} is not readable: {error}. Restore it, or choose another output_dir"
+            ) from error
         except ConfigError as error:
-            raise RunFolderError(f"{file} is no configuration of this version: {error}") from error
+            raise RunFolderError(
+                f"{file} cannot be read by this version: {error}. Choose another output_dir"
+            ) from error
         free = free_settings(type(config))
         if config.optimizer.lr_scheduler != "constant":
             # the learning rate's schedule depends on the number of updates
@@ -153,7 +157,9 @@ class RunFolder:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RunFolderError(f"{file} is not readable: {error}") from error
+            raise RunFolderError(
+                f"{file} is not readable: {error}. Restore it, or choose another output_dir"
+            ) from error
         return next((s for s, digest in prompts.items() if stored.get(s, digest) != digest), None)
 
     def _clear(self) -> None:

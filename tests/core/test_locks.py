@@ -102,7 +102,9 @@ def test_a_cache_without_a_shard_has_claimed_nothing(tmp_path):
         cache.claim({"source": "a"})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("dear")
-    with pytest.raises(CacheError, match=r"no cache of diffalign; choose another pairs\.cache"):
+    with pytest.raises(
+        CacheError, match=r"was not created by diffalign. Choose another pairs\.cache"
+    ):
         Cache(tmp_path / "thesis").claim({})
 
 

@@ -59,5 +59,5 @@ def test_verbs_that_share_no_work_are_started_once(monkeypatch, tmp_path, capsys
     monkeypatch.setenv("LOCAL_RANK", "1")
     flags = ["--model=shapes-sd3", f"--output_dir={tmp_path / 'images'}"]
     assert cli.main(["generate", "a cat", *flags]) == 2
-    assert "generate shares no work: start one process" in capsys.readouterr().err
+    assert "`generate` runs in one process. Start it" in capsys.readouterr().err
     assert not (tmp_path / "images").exists()

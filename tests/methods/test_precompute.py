@@ -268,7 +268,7 @@ class TestRefusals:
     def test_a_folder_of_others(self, source, tmp_path):
         (tmp_path / "run-cache").mkdir()
         (tmp_path / "run-cache" / "thesis.tex").write_text("")
-        with pytest.raises(CacheError, match="no cache of diffalign"):
+        with pytest.raises(CacheError, match="was not created by diffalign"):
             fill(source, tmp_path)
 
     def test_adapters_are_no_other_model(self):

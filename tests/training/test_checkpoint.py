@@ -229,7 +229,7 @@ class TestRunFolder:
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("dear to me")
-        with pytest.raises(RunFolderError, match="not empty and no run of diffalign"):
+        with pytest.raises(RunFolderError, match="not empty and was not created by diffalign"):
             RunFolder(tmp_path).claim(load("demo"))
 
     def test_log_survives_a_cut_line_and_is_rewound(self, tmp_path):

@@ -171,7 +171,7 @@ def test_the_folder_of_something_else_is_refused_before_the_forecast(
     (tmp_path / "thesis.tex").touch()
     monkeypatch.setattr("diffalign.training.forecast.forecast_of", foreign_message)
     assert train(base, prompts, tmp_path, *more) == 2
-    assert "is not empty and no run of diffalign" in capsys.readouterr().err
+    assert "is not empty and was not created by diffalign" in capsys.readouterr().err
 
 
 def test_messages_of_a_failed_start_do_not_spoil_the_folder(tmp_path):

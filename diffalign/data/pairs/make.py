@@ -180,7 +180,9 @@ def _write(folder: Path, rows: list[Row], reward: Rewards, options: PairOptions)
             row["weight"] /= mean
     if not pairs:
         raise UsageError(
-            f"no prompt has images with different rewards: {reward.last_error or 'all are equal'}"
+            f"no prompt has images with different rewards: {reward.last_error or 'all are equal'}. Draw more "
+            "images of each, or "
+            "choose other rewards"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json_lines(folder / OWN, pairs)

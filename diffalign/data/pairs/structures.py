@@ -58,7 +58,7 @@ class Structure:
             for end in (relation.subject, relation.object):
                 if end not in range(len(self.objects)):
                     raise StructureError(
-                        f"relation {number} names object {end}, which is not there"
+                        f"relation {number} names object {end}, which is not there. Correct its number"
                     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -171,5 +171,7 @@ def precompute_latents(
         items=source.items,
         limit=config.latents.limit,
         make=lambda: LatentMaker(config, base, codec, paired=paired).make,
-        nothing=lambda why: ImageFolderError(f"latents.images: no image can be used ({why})"),
+        nothing=lambda why: ImageFolderError(
+            f"latents.images: no image can be used ({why}). Replace them, or name another folder"
+        ),
     )

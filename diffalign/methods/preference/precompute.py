@@ -86,5 +86,7 @@ def precompute(
         items=lambda row: read_pairs(config.pairs, start=row),
         limit=config.pairs.limit,
         make=lambda: PairMaker(config, model, grid).make,
-        nothing=lambda reasons: PairsError(f"pairs.source: no pair can be used ({reasons})"),
+        nothing=lambda reasons: PairsError(
+            f"pairs.source: no pair can be used ({reasons}). Correct its rows, or name another source"
+        ),
     )
