@@ -50,5 +50,6 @@ class SampleFlags(DrawingFlags):
     """Flags of verbs that draw images of --prompts."""
 
     prompts: str
+    """Prompts to draw; None for the default of verbs that decide it by the model."""
     max_prompts: int | None = None
     record_states: int | None = None

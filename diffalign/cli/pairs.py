@@ -91,7 +91,7 @@ def run(flags: Flags) -> None:
 
     pick = PairOptions(flags.pick, flags.weights, flags.min_gap)
     state = processes.current()
-    images, reward = _given(flags) if flags.images else _drawn(flags)
+    images, reward = _given(flags, flags.images) if flags.images else _drawn(flags)
     with console.counting("scores") as progress:
         result = make_pairs(
             flags.output_dir,
@@ -139,7 +139,7 @@ def _training(flags: Flags) -> list[str]:
     return [own or RECIPE, *settings]
 
 
-def _given(flags: Flags) -> tuple[list[CaptionedImage], CompositeReward]:
+def _given(flags: Flags, folder: Path) -> tuple[list[CaptionedImage], CompositeReward]:
     """Return the images of --images that can be compared, and the rewards."""
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
@@ -150,13 +150,13 @@ def _given(flags: Flags) -> tuple[list[CaptionedImage], CompositeReward]:
     for name in ("prompts", "lora", "record_states", "max_prompts"):
         if getattr(flags, name) is not None:
             raise UsageError(f"{name}: with `images` nothing is drawn; leave one of them out")
-    if (flags.output_dir / SETTINGS).is_file() and flags.output_dir != flags.images:
+    if (flags.output_dir / SETTINGS).is_file() and flags.output_dir != folder:
         raise UsageError(
             f"output_dir: {flags.output_dir} holds images that were drawn, and their pairs; choose another folder"
         )
-    images = read_folder(flags.images)
-    require_captions(images, flags.images, why="pairs are of images of one caption")
-    images = comparable(images, flags.images)
+    images = read_folder(folder)
+    require_captions(images, folder, why="pairs are of images of one caption")
+    images = comparable(images, folder)
     return images, load_rewards(flags.rewards, [i.prompt.metadata for i in images])
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class Flags(SampleFlags):
     """Values of the flags of `quantize`."""
 
-    prompts: str | None
     backend: str
     output_dir: Path
     components: list[str]

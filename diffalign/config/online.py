@@ -251,8 +251,8 @@ class FlowGRPOConfig(AlgorithmConfig):
         )
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
-        assert run.plan is not None
-        return self.window_size or run.plan.num_inference_steps - 1
+        assert isinstance(run, RunConfig)
+        return self.window_size or run.rollout.num_inference_steps - 1
 
     def states_on_device(self, run: RunConfig) -> int:
         return self.rows_per_image(run) + 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
-from functools import cache
 from typing import Any
 
 from diffalign.config.base import AnyRunConfig, MethodConfig
@@ -17,7 +16,6 @@ def algorithm_classes() -> list[type[MethodConfig]]:
     return [algorithm_class(name) for name in available()]
 
 
-@cache
 def settings_of(run: type[AnyRunConfig]) -> dict[str, Field[Any]]:
     """Return the field of every setting and group of a run, by its path.
 

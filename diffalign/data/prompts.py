@@ -61,7 +61,7 @@ def load_prompts(source: str, *, limit: int | None = None) -> list[Prompt]:
         items = [Prompt(entry["prompt"], entry) for entry in entries]
     else:
         items = _read(Path(source))
-    return items if limit is None else spread(items, limit)
+    return spread(items, limit)
 
 
 def is_file(source: str) -> bool:
@@ -74,9 +74,12 @@ def told(prompts: Sequence[Prompt]) -> list[list[Any]]:
     return [[p.text, p.metadata] for p in prompts]
 
 
-def spread(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """Return `limit` prompts, spread evenly over the list; all of them if there are fewer."""
-    if limit >= len(prompts):
+def spread(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """Return `limit` prompts, spread evenly over the list.
+
+    Return all prompts for None, or if there are fewer.
+    """
+    if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // limit] for i in range(limit)]
 
