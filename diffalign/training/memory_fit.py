@@ -95,7 +95,7 @@ def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) ->
     return [
         *lines,
         f"the run does not fit with any setting; least is {size / GIB:.2f} GiB with {least}",
-        f"  with a base of `diffalign quantize --backend int4` as model.name about {small / GIB:.2f} GiB",
+        f"  with an int4 base of `diffalign quantize` as model.name about {small / GIB:.2f} GiB",
     ]
 
 
