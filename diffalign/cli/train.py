@@ -12,6 +12,7 @@ from diffalign.cli.verb import Verb
 
 if TYPE_CHECKING:
     from diffalign.config import AnyRunConfig
+    from diffalign.training.inputs import Inputs
 
 
 def add_recipe(parser: Parser) -> None:
@@ -61,8 +62,7 @@ def run(flags: Flags) -> None:
         from diffalign.training.run_folder import RunFolder
 
         RunFolder(config.output_dir).check(config)
-        read_inputs(config)
-        train_config(config)
+        train_config(config, earlier=read_inputs(config))
 
 
 def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
@@ -94,8 +94,12 @@ def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
         yield f"note: {notice}"
 
 
-def train_config(config: AnyRunConfig) -> None:
-    """Train a configuration, and print its memory forecast, its result and the result's paths."""
+def train_config(config: AnyRunConfig, *, earlier: Inputs | None = None) -> None:
+    """Train a configuration, and print its memory forecast, its result and the result's paths.
+
+    Args:
+        earlier: inputs of the run, if they were read before.
+    """
     from diffalign.cli.output import emit, print_summary
     from diffalign.core import processes
     from diffalign.training.forecast import forecast_of
@@ -115,7 +119,7 @@ def train_config(config: AnyRunConfig) -> None:
             line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
             if line is not None:
                 print(line)
-        summary = train(config)
+        summary = train(config, earlier=earlier)
     if main:
         print_summary(summary)
         for line in results_of(config):

@@ -35,6 +35,11 @@ class Inputs:
     """Notes for the user, printed before the run begins."""
 
     @property
+    def prompts(self) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
+        """Prompts to train on, prompts of evaluations, and notes, without the rewards."""
+        return self.train, self.held_out, self.notices
+
+    @property
     def digests(self) -> dict[str, str]:
         """Digests of prompts and reward files, by the setting that names them.
 
@@ -107,27 +112,37 @@ def score_with(reward: CompositeReward, watched: CompositeReward) -> Any:
     return score
 
 
-def read_inputs(config: AnyRunConfig) -> Inputs:
+def read_inputs(config: AnyRunConfig, *, earlier: Inputs | None = None) -> Inputs:
     """Read a run's prompts, look up its rewards, and check its pairs or images.
+
+    Args:
+        earlier: inputs of this run that were read before. Their prompts are used again. Rewards are not, because an
+            accelerator that was made since determines their device.
 
     Raises:
         UserError: prompts, pairs or images cannot be read, a reward is unknown, or prompts lack what a reward needs.
     """
-    check_source(config)
-    train, notices = [], []
-    tasks = config.training_prompts
-    if tasks is not None:
-        train = _prompts(tasks.train, setting="prompts.train")
-        notices = check_prompts(train, config)
-    held_out = held_out_prompts(config)
+    train, held_out, notices = _read_prompts(config) if earlier is None else earlier.prompts
     reward, watched = held_out_rewards(config)
+    tasks = config.training_prompts
     if tasks is not None and config.trains_on_rewards:
         _check_metadata(reward, train, setting="prompts.train", value=tasks.train)
     for part in (reward, watched):
         _check_metadata(
             part, held_out, setting="prompts.evaluation", value=config.prompts.evaluation
         )
-    return Inputs(train, held_out, reward, watched, tuple(notices))
+    return Inputs(train, held_out, reward, watched, notices)
+
+
+def _read_prompts(config: AnyRunConfig) -> tuple[list[Prompt], list[Prompt], tuple[str, ...]]:
+    """Return the prompts to train on, those of evaluations, and notes for the user."""
+    check_source(config)
+    train, notices = [], []
+    tasks = config.training_prompts
+    if tasks is not None:
+        train = _prompts(tasks.train, setting="prompts.train")
+        notices = check_prompts(train, config)
+    return train, held_out_prompts(config), tuple(notices)
 
 
 def _check_metadata(

@@ -17,10 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from diffalign import lora
-from diffalign.config import (
-    AnyRunConfig,
-    to_dict,
-)
+from diffalign.config import AnyRunConfig, to_dict
 from diffalign.config.methods import trainer_class
 from diffalign.core import console, processes
 from diffalign.core.errors import explain, full_disk, out_of_memory
@@ -41,7 +38,7 @@ from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.denoise import prepare_model
-from diffalign.training.inputs import read_inputs, score_with
+from diffalign.training.inputs import Inputs, read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
@@ -75,15 +72,18 @@ class Run:
     """Evaluation of the reference, which win rates compare with."""
 
     @classmethod
-    def prepare(cls, config: AnyRunConfig) -> Run:
+    def prepare(cls, config: AnyRunConfig, *, earlier: Inputs | None = None) -> Run:
         """Load and check everything that a run needs.
 
         Errors that a user can mend are raised here, before the first image is sampled.
+
+        Args:
+            earlier: inputs of the run, if they were read before.
         """
         budget = budget_of(config)
         # before the rewards, whose device the accelerator determines
         accelerator = trackers.make_accelerator(config)
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, earlier=earlier)
         if accelerator.is_main_process:
             for notice in inputs.notices:
                 console.say(f"note: {notice}")
@@ -361,8 +361,11 @@ class Run:
         self.trainer.say(text)
 
 
-def run(config: AnyRunConfig) -> dict[str, Any]:
+def run(config: AnyRunConfig, *, earlier: Inputs | None = None) -> dict[str, Any]:
     """Prepare and execute a run, with its folder locked.
+
+    Args:
+        earlier: inputs of the run, if they were read before.
 
     Raises:
         RunFolderError: another process runs in the folder, the disk is full, or the memory is full.
@@ -371,7 +374,7 @@ def run(config: AnyRunConfig) -> dict[str, Any]:
     folder, prepared = RunFolder(config.output_dir), None
     try:
         with processes.hold(folder.path):
-            prepared = Run.prepare(config)
+            prepared = Run.prepare(config, earlier=earlier)
             try:
                 return prepared.execute()
             finally:
