@@ -64,9 +64,10 @@ def test_an_algorithm_is_chosen_by_its_type():
     assert {name: algorithm_class(name).type for name in config.METHODS} == {
         name: name for name in config.METHODS
     }
-    other = load("demo", ["--algorithm.type=flow_grpo", "--algorithm.window_size=2"])
+    unmerged = "--rollout.merge_lora=false"
+    other = load("demo", ["--algorithm.type=flow_grpo", "--algorithm.window_size=2", unmerged])
     assert other.algorithm == config.FlowGRPOConfig(window_size=2)  # nothing of the recipe's AWM
-    assert other.rollout == load("demo").rollout
+    assert other.rollout == load("demo", [unmerged]).rollout
     for name in config.METHODS:
         loaded = load(None, [f"--algorithm.type={name}"])
         assert config.decode(config.to_dict(loaded)) == loaded
@@ -181,7 +182,9 @@ def test_a_recipe_extends_another(tmp_path):
 
 def test_another_algorithm_inherits_nothing_of_the_extended_one(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("extends: demo\nalgorithm: {type: flow_grpo, window_size: 2}\n")
+    file.write_text(
+        "extends: demo\nalgorithm: {type: flow_grpo, window_size: 2}\nrollout: {merge_lora: false}\n"
+    )
     found = config.load(file)
     assert found.algorithm == config.FlowGRPOConfig(window_size=2)
     assert found.lora == config.load("demo").lora
@@ -222,6 +225,7 @@ def test_the_algorithm_may_stand_apart_from_its_flag():
 def test_a_window_that_no_schedule_has_room_for():
     """Which steps can be stochastic depends on the model, that the last one cannot does not."""
     flags = ["--algorithm.type=flow_grpo", "--rollout.num_inference_steps=6"]
+    flags.append("--rollout.merge_lora=false")
     for more in (["--algorithm.window_size=5"], ["--algorithm.window_size=null"]):
         load("demo", [*flags, *more])
     for more, most in (

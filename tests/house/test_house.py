@@ -58,7 +58,7 @@ ALLOWED = {
     "diffalign/geneval/rules.py": (),
     "diffalign/config/checks.py": ("core.errors", "core.nearest"),
     "diffalign/config/fields.py": (),
-    "diffalign/config/base.py": ("config.checks",),
+    "diffalign/config/base.py": ("config.checks", "config.fields"),
     "diffalign/config/methods.py": ("config.checks",),
     "diffalign/config/online.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/preference.py": ("config.checks", "config.fields", "config.base"),

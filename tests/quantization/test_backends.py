@@ -56,7 +56,7 @@ def test_auto_chooses_by_device_model_and_purpose(machine, capability, model, tr
         ("bnb-nf4", (9, 0), {}, r"bitsandbytes>=0\.43\.3'. `int4` works"),
         ("bnb-nf4", (-1, -1), {"bitsandbytes": (0, 49)}, r"bnb-nf4 needs CUDA"),
         ("int3", (9, 0), {}, "did you mean 'int"),
-        ("nonsense", (9, 0), {}, "Choose from auto, int8, int4"),
+        ("nonsense", (9, 0), {}, "choose from auto, int8, int4"),
     ],
 )
 def test_what_cannot_run_is_refused_with_a_way_out(machine, name, capability, versions, message):

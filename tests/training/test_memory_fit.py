@@ -45,7 +45,7 @@ def test_settings_that_are_advised_fit_with_the_forecast_they_give(config):
 def test_where_nothing_fits_the_least_is_told(config):
     lines = describe(config, [Room("RAM", GIB // 100)], count)
     assert "does not fit with any setting; least is" in lines[2]
-    assert "quantize --backend int4" in lines[3]
+    assert "int4 base of `diffalign quantize`" in lines[3]
 
 
 def test_free_memory_is_shared_by_processes():
