@@ -10,9 +10,10 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -42,6 +43,8 @@ def on_startup(**_: Any) -> None:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add generated pages and the committed results."""
+    from mkdocs.structure.files import File
+
     from docs.tools import settings
 
     for source, page in ROOT_PAGES.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffalign.config.loading import aliases_of
 from diffalign.config.methods import METHODS, algorithm_class, run_class
+from docs.tools.setting_texts import TEXTS
 
 INTRODUCTION = """# Settings
 
@@ -45,9 +46,23 @@ class Setting:
 
     name: str
     kind: str
-    text: str
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the methods by the text that they give the setting."""
     defaults: dict[str, str] = field(default_factory=dict)
     """Default by the name of a method."""
+
+    @property
+    def text(self) -> str:
+        """Return the description; texts that differ name their methods."""
+        texts = dict(self.texts)
+        described = {name for names in texts.values() for name in names}
+        rest = [name for name in self.defaults if name not in described]
+        if rest and self.name in TEXTS:
+            texts[TEXTS[self.name]] = rest
+        if len(texts) <= 1:
+            return next(iter(texts), "")
+        parts = [f"- {', '.join(names)}: {text}" for text, names in texts.items()]
+        return "\n".join(part.replace("\n\n", " ") for part in parts)
 
 
 @cache
@@ -102,9 +117,11 @@ def settings() -> dict[str, Setting]:
     for method in METHODS:
         run, algorithm = run_class(method), algorithm_class(method)
         for full, item, owner in (*paths(run), *paths(algorithm, "algorithm")):
-            if full not in entries:
-                entries[full] = Setting(full, str(item.type), text_of(owner, item.name))
-            entries[full].defaults[method] = default_of(item)
+            setting = entries.setdefault(full, Setting(full, str(item.type)))
+            setting.defaults[method] = default_of(item)
+            text = text_of(owner, item.name)
+            if text:
+                setting.texts.setdefault(text, []).append(method)
     return entries
 
 

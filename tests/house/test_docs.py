@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from docs.tools import settings, tables  # noqa: E402
+from docs.tools import hooks, setting_texts, settings, tables  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
-GENERATED = {"index.md", "changelog.md", "contributing.md", "security.md", "settings.md"}
+GENERATED = {*hooks.ROOT_PAGES.values(), "settings.md"}
 
 
 class Loader(yaml.SafeLoader):
@@ -67,6 +67,22 @@ def test_navigation_names_every_page():
     assert set(named) == there | GENERATED
 
 
+@pytest.mark.parametrize(
+    ("target", "page", "place"),
+    [
+        ("docs/awm.md", "index.md", "awm.md"),
+        ("CONTRIBUTING.md", "index.md", "contributing.md"),
+        ("../awm.md", "tutorials/awm.md", "../awm.md"),
+        ("../../CONTRIBUTING.md", "guides/own-reward.md", "../contributing.md"),
+        ("../benchmarks/results/awm.json", "papers.md", "results/awm.json"),
+        ("tests/parity", "index.md", None),
+        ("https://arxiv.org/abs/2509.25050", "papers.md", "https://arxiv.org/abs/2509.25050"),
+    ],
+)
+def test_links_are_rewritten_for_the_site(target, page, place):
+    assert hooks.site_target(target, page) == place
+
+
 def keys_of(config, prefix=""):
     """Full names of the settings of a configuration."""
     for item in dataclasses.fields(config):
@@ -81,6 +97,14 @@ def keys_of(config, prefix=""):
 def test_every_setting_is_in_the_reference(recipe):
     headings = set(re.findall(r"^### `(.+)`$", settings.page(), re.M))
     assert set(keys_of(load(recipe))) <= headings
+
+
+def test_every_setting_has_a_text():
+    assert [name for name, setting in settings.settings().items() if not setting.text] == []
+
+
+def test_texts_belong_to_settings():
+    assert set(setting_texts.TEXTS) <= set(settings.settings())
 
 
 def test_reference_shows_defaults_and_flags():
