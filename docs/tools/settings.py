@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from diffalign.config.loading import aliases_of
 from diffalign.config.methods import METHODS, algorithm_class, run_class
+from diffalign.config.settings import aliases_of, free_settings
 from docs.tools.setting_texts import TEXTS
 
 INTRODUCTION = """# Settings
@@ -50,6 +50,8 @@ class Setting:
     """Names of the methods by the text that they give the setting."""
     defaults: dict[str, str] = field(default_factory=dict)
     """Default by the name of a method."""
+    free: bool = False
+    """True if a resumed run may change the setting."""
 
     @property
     def text(self) -> str:
@@ -116,9 +118,11 @@ def settings() -> dict[str, Setting]:
     entries: dict[str, Setting] = {}
     for method in METHODS:
         run, algorithm = run_class(method), algorithm_class(method)
+        free = free_settings(run)
         for full, item, owner in (*paths(run), *paths(algorithm, "algorithm")):
             setting = entries.setdefault(full, Setting(full, str(item.type)))
             setting.defaults[method] = default_of(item)
+            setting.free |= full in free
             text = text_of(owner, item.name)
             if text:
                 setting.texts.setdefault(text, []).append(method)
@@ -135,7 +139,7 @@ def flags() -> dict[str, set[str]]:
     names: dict[str, set[str]] = {}
     for method in METHODS:
         for flag, targets in aliases_of(run_class(method)).items():
-            for target in (targets,) if isinstance(targets, str) else targets:
+            for target in targets:
                 names.setdefault(target, set()).add(flag)
     return names
 
@@ -155,6 +159,8 @@ def entry(setting: Setting, aliases: set[str]) -> str:
         facts = [f"`{setting.kind}`", f"default {', '.join(parts)}"]
     if len(setting.defaults) < len(METHODS) and len(by_default) == 1:
         facts.append(f"of {', '.join(setting.defaults)}")
+    if setting.free:
+        facts.append("may change when a run is resumed")
     if aliases:
         facts.append(f"flag {', '.join(f'`--{a}`' for a in sorted(aliases))}")
     lines += ["; ".join(facts), ""]
