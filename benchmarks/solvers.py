@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import BenchOptions, spread
-from diffalign.config import SOLVERS, EvaluationConfig
+from diffalign.config import SOLVERS
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.score import evaluate_model
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
 
@@ -27,8 +28,8 @@ def run(options: BenchOptions) -> dict[str, Any]:
     for solver in options.select(SOLVERS):
         arms[solver] = {}
         for steps in STEPS[:3] if options.quick else STEPS:
-            configs = [
-                EvaluationConfig(
+            drawings = [
+                Drawing(
                     num_inference_steps=steps,
                     solver=solver,
                     images_per_task=8 if options.quick else 64,
@@ -36,7 +37,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
                 )
                 for seed in range(options.seeds)
             ]
-            evaluations = [evaluate_model(model, prompts, reward.score, c) for c in configs]
+            evaluations = [evaluate_model(model, prompts, reward.score, d) for d in drawings]
             arms[solver][str(steps)] = {
                 "geneval": spread(e.tasks["overall"] for e in evaluations),
                 "reward": spread(e.means["reward"] for e in evaluations),
@@ -46,4 +47,4 @@ def run(options: BenchOptions) -> dict[str, Any]:
         for solver, scores in arms.items()
         for steps in STEPS[:3]
     }
-    return {"headline": headline, "arms": arms, "images_per_task": configs[0].images_per_task}
+    return {"headline": headline, "arms": arms, "images_per_task": drawings[0].images_per_task}

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Size = tuple[int, int]
+"""Size of an image: (height, width) in pixels."""
+
 
 @dataclass(frozen=True)
 class PromptEmbeds:

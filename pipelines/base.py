@@ -21,7 +21,7 @@ from diffalign.core.errors import UsageError, one_line
 from diffalign.diffusion.paths import Path, RectifiedFlow, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
-from diffalign.types import PromptEmbeds
+from diffalign.types import PromptEmbeds, Size
 
 # The eight attention projections of a joint block, which the releases of AWM and Flow-GRPO train.
 JOINT_ATTENTION = (
@@ -40,6 +40,8 @@ class TextToImageModel(ABC):
     """Stock pipeline with a trainable denoiser, behind the interface of all families."""
 
     family: ClassVar[str]
+    denoiser_part: ClassVar[str] = "transformer"
+    """Name of the pipeline's component that is trained."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Name suffixes of the linear layers that carry a LoRA by default."""
     max_sequence_length: int
@@ -72,7 +74,7 @@ class TextToImageModel(ABC):
         pipeline: DiffusionPipeline,
         *,
         max_sequence_length: int | None = None,
-        default_size: tuple[int, int] | None = None,
+        default_size: Size | None = None,
     ) -> None:
         self.pipeline = pipeline
         self._default_size = default_size
@@ -106,7 +108,7 @@ class TextToImageModel(ABC):
     @property
     def denoiser(self) -> ModelMixin:
         """Trainable module of the pipeline, a transformer or a U-Net."""
-        return self.pipeline.transformer
+        return getattr(self.pipeline, self.denoiser_part)
 
     @property
     def device(self) -> torch.device:
@@ -121,15 +123,24 @@ class TextToImageModel(ABC):
         return images * (2 if self.costs_a_forward(guidance_scale) else 1)
 
     @property
-    def default_size(self) -> tuple[int, int]:
+    def default_size(self) -> Size:
         """Default image size (height, width) in pixels.
 
         It is the stock pipeline's default, unless the constructor received another one.
         """
         if self._default_size is not None:
             return self._default_size
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return side, side
+        return self.stock_side, self.stock_side
+
+    @property
+    def stock_side(self) -> int:
+        """Default side of the stock pipeline's images in pixels."""
+        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
+
+    def image_size(self, size: tuple[int | None, int | None] | None) -> Size:
+        """Return a size whose missing sides are the model's own."""
+        height, width = size or (None, None)
+        return height or self.default_size[0], width or self.default_size[1]
 
     @classmethod
     def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:

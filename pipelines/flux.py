@@ -55,11 +55,9 @@ class FluxModel(TextToImageModel):
     long_tokenizer = "tokenizer_2"
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Default image size (height, width) in pixels, from the autoencoder."""
+    def stock_side(self) -> int:
         # the transformer names no size; the autoencoder's is that of FLUX.1's pipeline, 1024 pixels
-        side = self.pipeline.vae.config.sample_size
-        return self._default_size or (side, side)
+        return super().stock_side if self.deep else int(self.pipeline.vae.config.sample_size)
 
     @classmethod
     def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
@@ -160,8 +158,3 @@ class DCGenFluxModel(FluxModel):
     def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
         """Return None: the pipeline class reads the size from its folder."""
         return None
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        return self._default_size or (side, side)

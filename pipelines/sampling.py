@@ -1,42 +1,29 @@
-"""Sampling of images like the stock pipeline, in batches, with a seed per image."""
+"""Sampling of one batch of images like the stock pipeline."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.types import PromptEmbeds
+from diffalign.pipelines.drawing import Drawing
+from diffalign.types import PromptEmbeds, Size
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Step = Callable[[int, Tensor, Tensor, Any, Generators], Tensor]
 """Function (number of the step, model_pred, latents, scheduler, generator) -> next latents."""
 
 
-def initial_latents(
-    model: TextToImageModel,
-    n: int,
-    *,
-    height: int,
-    width: int,
-    generator: Generators,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return standard normal noise (n, C, H, W), sampled like the stock pipeline does.
-
-    Args:
-        generator: one generator for all images, or one per image.
-    """
-    shape = (n, *model.latent_shape(height, width))
-    generators = list(generator) if isinstance(generator, Sequence) else generator
-    return randn_tensor(shape, generator=generators, device=model.device, dtype=dtype)
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def scheduler_step(
@@ -69,24 +56,38 @@ def step_options(scheduler: Any) -> dict[str, float]:
 
 @dataclass
 class Sampling:
-    """Settings of sampling one batch, which do not change between steps.
+    """Sampling of one batch of B prompts.
 
-    A `guidance_scale` of None or 1 means no classifier-free guidance (for FLUX its default guidance embedding). Above 1
-    `negative_embeds` has B rows. Height and width are in pixels.
+    With classifier-free guidance `negative_embeds` has B rows. `Sampler.batch` provides them.
     """
 
     model: TextToImageModel
     embeds: PromptEmbeds
-    num_inference_steps: int
-    height: int
-    width: int
-    guidance_scale: float | None = None
+    drawing: Drawing
     negative_embeds: PromptEmbeds | None = None
 
-    def __post_init__(self) -> None:
-        self.scheduler = self.model.scheduler_at(
-            self.num_inference_steps, height=self.height, width=self.width
-        )
+    @cached_property
+    def size(self) -> Size:
+        """(height, width) of the images in pixels."""
+        return self.model.image_size(self.drawing.size)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """Copy of the pipeline's scheduler, with the timesteps of this batch."""
+        height, width = self.size
+        return self.model.scheduler_at(self.drawing.num_inference_steps, height=height, width=width)
+
+    def noise(self, generator: Generators, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return standard normal noise (B, C, H, W), sampled like the stock pipeline does.
+
+        Args:
+            generator: one generator for all images, or one per image.
+            dtype: dtype of the noise; None for that of the stock pipeline.
+        """
+        shape = (len(self.embeds), *self.model.latent_shape(*self.size))
+        generators = list(generator) if isinstance(generator, Sequence) else generator
+        dtype = dtype or self.model.latents_dtype or self.embeds.prompt_embeds.dtype
+        return randn_tensor(shape, generator=generators, device=self.model.device, dtype=dtype)
 
     def start(self, generator: Generators = None, latents: Tensor | None = None) -> Tensor:
         """Return initial latents (B, C, H, W) in the scheduler's units.
@@ -94,14 +95,7 @@ class Sampling:
         Schedulers of U-Nets may hold latents in other units than the denoiser reads.
         """
         if latents is None:
-            latents = initial_latents(
-                self.model,
-                len(self.embeds),
-                height=self.height,
-                width=self.width,
-                generator=generator,
-                dtype=self.model.latents_dtype or self.embeds.prompt_embeds.dtype,
-            )
+            latents = self.noise(generator)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def scaled(self, i: int, latents: Tensor) -> Tensor:
@@ -114,10 +108,11 @@ class Sampling:
             self.scaled(i, latents),
             self.scheduler.timesteps[i].expand(len(self.embeds)),
             self.embeds,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=self.drawing.guidance_scale,
             negative_embeds=self.negative_embeds,
         )
 
+    @torch.no_grad()
     def draw(
         self,
         generator: Generators = None,
@@ -126,7 +121,15 @@ class Sampling:
         step: Step | None = None,
         first_pred: Tensor | None = None,
     ) -> Tensor:
-        """Return clean latents (B, C, H, W); see `sample` for the arguments."""
+        """Return clean latents (B, C, H, W) for the prompts.
+
+        They equal those of the stock pipeline with the same generator.
+
+        Args:
+            latents: initial noise (B, C, H, W), which replaces the generator's.
+            step: replaces the scheduler's step.
+            first_pred: (B, C, H, W), the prediction at the first step, if it is already computed.
+        """
         latents = self.start(generator, latents)
         step = step or scheduler_step
         for i in range(len(self.scheduler.timesteps)):
@@ -137,35 +140,6 @@ class Sampling:
                 model_pred = self.predict(i, latents)
             latents = step(i, model_pred, latents, self.scheduler, generator)
         return latents
-
-
-@torch.no_grad()
-def sample(
-    model: TextToImageModel,
-    embeds: PromptEmbeds,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float | None = None,
-    negative_embeds: PromptEmbeds | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    generator: Generators = None,
-    latents: Tensor | None = None,
-    step: Step | None = None,
-    first_pred: Tensor | None = None,
-) -> Tensor:
-    """Return clean latents (B, C, H, W) for B prompts.
-
-    They equal those of the stock pipeline with the same generator.
-
-    Args:
-        guidance_scale: see `Sampling`.
-        step: replaces the scheduler's step.
-        first_pred: (B, C, H, W), the prediction at the first step, if it is already computed.
-    """
-    size = height or model.default_size[0], width or model.default_size[1]
-    run = Sampling(model, embeds, num_inference_steps, *size, guidance_scale, negative_embeds)
-    return run.draw(generator, latents=latents, step=step, first_pred=first_pred)
 
 
 class EmbedCache:
@@ -191,61 +165,3 @@ class EmbedCache:
         while len(self._store) > max(self.size, len(set(texts))):
             del self._store[next(iter(self._store))]
         return PromptEmbeds.cat(rows).to(self.model.device)
-
-
-def generate(
-    model: TextToImageModel,
-    embeds: PromptEmbeds,
-    prompt_index: Tensor,
-    seeds: Sequence[int],
-    *,
-    num_inference_steps: int,
-    guidance_scale: float | None,
-    negative_embeds: PromptEmbeds | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    micro_batch_size: int = 64,
-    mixed_precision: str = "bf16",
-    step: Step | None = None,
-    on_images: Callable[[slice, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Generate clean latents and images for B prompts.
-
-    Image i depends on its own seed only. The latents of an image are NaN if its pixels are not all finite.
-
-    Args:
-        prompt_index: (B,), row of each image's prompt in `embeds`.
-        seeds: seeds of the B images.
-        on_images: receives the images of each micro-batch and their slice of the batch when they are generated.
-
-    Returns:
-        Latents (B, C, H, W), and images (B, 3, H, W) uint8 on the CPU.
-    """
-    latents, images = [], []
-    for start in range(0, len(seeds), micro_batch_size):
-        part = slice(start, start + micro_batch_size)
-        generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
-        rows = prompt_index[part].to(embeds.prompt_embeds.device)
-        negative = None
-        if negative_embeds is not None:
-            negative = negative_embeds.repeat_first(len(rows))
-        with compute(model.device, mixed_precision):
-            clean = sample(
-                model,
-                embeds[rows],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_embeds=negative,
-                height=height,
-                width=width,
-                generator=generators,
-                step=step,
-            )
-            decoded, finite = model.decode_checked(clean)
-            # 8-bit images cannot show values that are not finite
-            clean[~finite] = torch.nan
-            images.append(decoded.cpu())
-        latents.append(clean)
-        if on_images is not None:
-            on_images(part, images[-1])
-    return torch.cat(latents), torch.cat(images)

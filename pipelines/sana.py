@@ -42,9 +42,8 @@ class SanaModel(TextToImageModel):
     latents_affine = "scale"
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        side = self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
-        return self._default_size or (side, side)
+    def stock_side(self) -> int:
+        return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
@@ -19,6 +18,7 @@ class SDModel(TextToImageModel):
     """StableDiffusionPipeline behind the common interface."""
 
     family = "sd"
+    denoiser_part = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     latents_affine = "scale"
 
@@ -52,15 +52,8 @@ class SDModel(TextToImageModel):
         )
 
     @property
-    def denoiser(self) -> ModelMixin:
-        return self.pipeline.unet
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        if self._default_size is not None:
-            return self._default_size
-        side = self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
-        return side, side
+    def stock_side(self) -> int:
+        return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:

@@ -24,8 +24,9 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.flux import FluxModel
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sampling import Sampling
 from diffalign.pipelines.sana import INSTRUCTION, SanaModel
 from diffalign.pipelines.sd import SDModel
 from diffalign.pipelines.sd3 import SD3Model
@@ -280,14 +281,9 @@ UNETS = {"sd": sd_model, "sdxl": sdxl_model}
 def rollout(model, prompts, *, generator, guidance_scale):
     """(B, H, W, 3) uint8: what our sampler makes of a model, for comparison with its stock pipeline."""
     guided = guidance_scale > 1 and not model.guidance_is_embedded
-    latents = sample(
-        model,
-        model.encode_prompt(prompts),
-        num_inference_steps=4,
-        guidance_scale=guidance_scale,
-        negative_embeds=model.encode_prompt([""] * len(prompts)) if guided else None,
-        generator=generator,
-    )
+    negative = model.encode_prompt([""] * len(prompts)) if guided else None
+    batch = Sampling(model, model.encode_prompt(prompts), Drawing(4, guidance_scale), negative)
+    latents = batch.draw(generator)
     return model.decode(latents).permute(0, 2, 3, 1).numpy()
 
 

@@ -25,7 +25,7 @@ from benchmarks.dcgen.latency import kl_autoencoder, tensors_of
 from diffalign import lora
 from diffalign.config import RunConfig, load, to_dict
 from diffalign.core import processes
-from diffalign.core.precision import attention, compute
+from diffalign.core.precision import attention
 from diffalign.data.prompts import Prompt
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
 from diffalign.methods.online.trainer import OnlineTrainer
@@ -34,7 +34,7 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks
 from diffalign.pipelines.published import denoiser
 from diffalign.pipelines.registry import wrap_pipeline
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sampling import Sampling
 from diffalign.quantization.latency import interleaved
 from diffalign.shapes.text import build_clip_tokenizer
 from diffalign.training.run_folder import RunFolder
@@ -196,24 +196,17 @@ def _rollout_phases(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
     settings = c.rollout
     rows = min(settings.micro_batch_size, settings.images_per_update)
     noise, _, embeds = model.random_inputs(rows, *trainer.size)
-    guided = model.costs_a_forward(settings.guidance_scale)
+    sampler = trainer.rollouts.sampler
 
     def rollout() -> Tensor:
         policy = trainer.policy_update.rollout_policy
-        with trainer.drawing(policy), compute(model.device, c.training.mixed_precision):
-            return sample(
-                model,
-                embeds,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                negative_embeds=embeds if guided else None,
-                height=trainer.size[0],
-                width=trainer.size[1],
-                latents=noise,
-            )
+        with trainer.drawing(policy), sampler.computing():
+            negative_embeds = embeds if sampler.guided else None
+            batch = Sampling(model, embeds, sampler.drawing, negative_embeds)
+            return batch.draw(latents=noise)
 
     def decode() -> Any:
-        with compute(model.device, c.training.mixed_precision):
+        with sampler.computing():
             return model.decode_checked(noise)
 
     return {

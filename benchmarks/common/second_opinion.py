@@ -17,7 +17,7 @@ from diffalign.config import EvaluationConfig, RunConfig, to_dict
 from diffalign.core.fingerprint import of_file
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.preference import win_rate
-from diffalign.evaluation.score import Evaluation, Score, evaluate_model
+from diffalign.evaluation.score import Evaluation, Score, drawing_of, evaluate_model
 from diffalign.lora.files import load_lora
 from diffalign.pipelines.registry import load_model
 from diffalign.rewards.composition import CompositeReward
@@ -98,4 +98,4 @@ def evaluate_lora(
     model = load_model(name, device=device())
     if lora is not None:
         load_lora(model.pipeline, str(lora))
-    return evaluate_model(model, prompts, score, how)
+    return evaluate_model(model, prompts, score, drawing_of(how))

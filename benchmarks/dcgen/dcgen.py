@@ -23,7 +23,7 @@ from diffalign.config import EvaluationConfig, LatentRunConfig, load
 from diffalign.core import processes
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.preference import win_rate
-from diffalign.evaluation.score import Evaluation, evaluate_model
+from diffalign.evaluation.score import Evaluation, drawing_of, evaluate_model
 from diffalign.latents.alignment import GradientAlignment, Statistics
 from diffalign.latents.move import load_ends
 from diffalign.methods.dcgen.alignment import Alignment
@@ -161,7 +161,8 @@ def evaluate(
     model: TextToImageModel, config: EvaluationConfig, reward: CompositeReward
 ) -> Evaluation:
     """Evaluate a model on the held-out prompts, as the run does."""
-    return evaluate_model(model, load_prompts("shapes:held_out"), reward.score, config)
+    prompts = load_prompts("shapes:held_out")
+    return evaluate_model(model, prompts, reward.score, drawing_of(config))
 
 
 def alignment(options: BenchOptions) -> dict[str, Any]:

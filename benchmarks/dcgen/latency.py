@@ -20,8 +20,9 @@ from benchmarks.common.record import spread
 from benchmarks.qsched.weights import flux_inputs
 from diffalign.core.precision import attention, compute
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.published import denoiser
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sampling import Sampling
 from diffalign.quantization.latency import interleaved
 
 STEPS, IMAGES, GUIDANCE = 10, 16, 3.5
@@ -70,9 +71,7 @@ def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
 
     def denoise() -> Any:
         with compute(model.device):
-            return sample(
-                model, embeds, num_inference_steps=STEPS, guidance_scale=guidance, latents=latents
-            )
+            return Sampling(model, embeds, Drawing(STEPS, guidance)).draw(latents=latents)
 
     def decode() -> Any:
         with compute(model.device):

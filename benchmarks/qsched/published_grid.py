@@ -17,7 +17,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.evaluation.intervals import bootstrap
 from diffalign.evaluation.score import Score
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.tuning.evaluator import Drawing
+from diffalign.pipelines.drawing import Drawing
 from diffalign.tuning.objective import Objective
 from diffalign.tuning.tune import Search, Settings, score_unseen, search
 

@@ -20,11 +20,11 @@ from benchmarks.common.eyes import Eyes
 from benchmarks.common.record import BenchOptions, spread
 from benchmarks.qsched.published_grid import against_grid, summary
 from benchmarks.qsched.weights import published_sizes, speeds
-from diffalign.config import EvaluationConfig
 from diffalign.core.precision import attention
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantize_model
@@ -33,7 +33,6 @@ from diffalign.quantization.latency import interleaved
 from diffalign.rewards.composition import CompositeReward
 from diffalign.schedulers import QSched
 from diffalign.tuning.calibration import Calibration
-from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.objective import parse
 from diffalign.tuning.tune import Settings, tune
 
@@ -227,7 +226,7 @@ class Student:
             self.model(form, steps),
             self.held_out,
             self.reward.score,
-            EvaluationConfig(
+            Drawing(
                 num_inference_steps=steps,
                 images_per_task=self.size.images_per_task,
                 seed=1000 + seed,

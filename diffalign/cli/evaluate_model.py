@@ -54,7 +54,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(flags: Flags) -> None:
     """Generate images of prompts, score them, and print the scores."""
-    from diffalign.cli.models import drawing, settle_drawing
+    from diffalign.cli.models import recorded, settle_drawing
     from diffalign.cli.output import print_evaluation, write_result
     from diffalign.cli.rewards import load_rewards
     from diffalign.core.errors import UsageError
@@ -72,7 +72,7 @@ def run(flags: Flags) -> None:
     reward = load_rewards(flags.rewards, [p.metadata for p in prompts])
     scores = _score(flags, prompts, reward)
     result = {
-        **drawing(flags),
+        **recorded(flags),
         "images_per_task": flags.images_per_task,
         "rewards": {n: vars(r.card) for n, r in reward.rewards.items()},
         **scores.to_dict(),
@@ -84,13 +84,13 @@ def run(flags: Flags) -> None:
 
 def _note_other_drawing(flags: Flags) -> None:
     """Print a note if the LoRA's run drew its images in another way."""
-    from diffalign.cli.models import evaluation
+    from diffalign.cli.models import drawing
     from diffalign.training.rerun import drawn_otherwise, read_config, run_of
 
     folder = run_of(flags.lora)
     if folder is None:
         return
-    others = drawn_otherwise(read_config(folder), evaluation(flags), flags.prompts)
+    others = drawn_otherwise(read_config(folder), drawing(flags), flags.prompts)
     if others:
         print(
             f"note: the run in {folder} drew its images in another way ({'; '.join(others)}); "
@@ -100,12 +100,12 @@ def _note_other_drawing(flags: Flags) -> None:
 
 def _score(flags: Flags, prompts: list[Prompt], reward: CompositeReward) -> Evaluation:
     """Generate images of the prompts and score them, with a progress bar."""
-    from diffalign.cli.models import batching, evaluation, load
+    from diffalign.cli.models import drawing, load
     from diffalign.core import console
     from diffalign.evaluation.score import evaluate_model, repeat_prompts
 
-    config = evaluation(flags)
-    total = len(repeat_prompts(prompts, config))
+    settings = drawing(flags)
+    total = len(repeat_prompts(prompts, settings))
     model = load(flags)
     with console.counting("images") as progress:
         progress(0, total)
@@ -113,9 +113,8 @@ def _score(flags: Flags, prompts: list[Prompt], reward: CompositeReward) -> Eval
             model,
             prompts,
             reward.score,
-            config,
-            on_images=lambda part, images: progress(part.start + len(images), total),
-            **batching(flags),
+            settings,
+            on_images=lambda part, images: progress(part.stop, total),
         )
 
 

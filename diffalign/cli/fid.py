@@ -152,14 +152,14 @@ def _default_network(flags: Flags) -> str:
 
 def _generation(flags: Flags) -> Generation:
     """Return the model, prompts and settings that generate the images to compare."""
-    from diffalign.cli.models import batching, drawing, evaluation, load, settle_drawing
+    from diffalign.cli.models import drawing, load, recorded, settle_drawing
     from diffalign.data.prompts import load_prompts
     from diffalign.evaluation.fid_sides import Generation
 
     settle_drawing(flags)
-    about = {**drawing(flags), "images_per_prompt": flags.images_per_prompt, "dtype": flags.dtype}
+    about = {**recorded(flags), "images_per_prompt": flags.images_per_prompt, "dtype": flags.dtype}
     prompts = load_prompts(flags.prompts, limit=flags.max_prompts)
-    return Generation(lambda: load(flags), prompts, evaluation(flags), about, batching(flags))
+    return Generation(lambda: load(flags), prompts, drawing(flags), about)
 
 
 VERB = Verb(

@@ -35,7 +35,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(flags: Flags) -> None:
     """Write every image as PNG when it is generated, then a grid of all."""
-    from diffalign.cli.models import batching, evaluation, load, settle_drawing
+    from diffalign.cli.models import drawing, load, settle_drawing
     from diffalign.cli.output import emit, suggest
     from diffalign.core import console
     from diffalign.data.prompts import read_arguments
@@ -48,9 +48,8 @@ def run(flags: Flags) -> None:
             load(flags),
             prompts,
             flags.output_dir,
-            evaluation(flags),
+            drawing(flags),
             progress=progress,
-            **batching(flags),
         )
     print(f"{len(files)} images in {flags.output_dir}, all of them in {flags.output_dir / GRID}")
     reward = "verifier" if flags.model.startswith("shapes-") else "clip_score"

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from diffalign.cli.flags import DrawingFlags, ModelFlags, SampleFlags
-from diffalign.config import EvaluationConfig
 from diffalign.core.fingerprint import of_place
 from diffalign.data.prompts import Prompt, load_prompts, spread
 from diffalign.lora.files import load_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard, card_of
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import check_steps, load_meta_model, load_model
-from diffalign.tuning.evaluator import Drawing
 
 
 def settle_drawing(flags: DrawingFlags) -> DrawingCard:
@@ -61,8 +60,7 @@ def check_drawing(flags: ModelFlags) -> None:
     # loading the model reports the same error in full
     except Exception:
         return
-    own = plan.default_size
-    plan.latent_shape(height or own[0], width or own[1])
+    plan.latent_shape(*plan.image_size((height, width)))
 
 
 def dtype_of(flags: ModelFlags) -> torch.dtype:
@@ -71,19 +69,26 @@ def dtype_of(flags: ModelFlags) -> torch.dtype:
     return dtype
 
 
-def evaluation(flags: DrawingFlags) -> EvaluationConfig:
-    """Return the settings of image generation."""
-    return EvaluationConfig(
-        num_inference_steps=flags.num_inference_steps,
-        solver=flags.solver,
-        guidance_scale=flags.guidance_scale,
+def drawing(flags: DrawingFlags, *, mixed_precision: str | None = None) -> Drawing:
+    """Return the settings of image generation.
+
+    Args:
+        mixed_precision: replaces the precision that follows from --dtype.
+    """
+    return Drawing(
+        flags.num_inference_steps,
+        flags.guidance_scale,
+        (flags.height, flags.width),
+        flags.solver,
         images_per_prompt=flags.images_per_prompt,
         images_per_task=flags.images_per_task,
         seed=flags.seed,
+        micro_batch_size=flags.batch_size,
+        mixed_precision=mixed_precision or ("bf16" if flags.dtype == "bfloat16" else "no"),
     )
 
 
-def drawing(flags: SampleFlags) -> dict[str, Any]:
+def recorded(flags: SampleFlags) -> dict[str, Any]:
     """Return the settings of image generation that a result records."""
     names = ("model", "lora", "prompts", "num_inference_steps", "solver", "guidance_scale", "seed")
     return {name: getattr(flags, name) for name in names}
@@ -92,7 +97,7 @@ def drawing(flags: SampleFlags) -> dict[str, Any]:
 def made_with(flags: SampleFlags) -> dict[str, Any]:
     """Return the settings that a folder of samples records in its settings file."""
     return {
-        **drawing(flags),
+        **recorded(flags),
         "model_fingerprint": of_place(flags.model),
         "lora_fingerprint": of_place(flags.lora),
         "max_prompts": flags.max_prompts,
@@ -120,11 +125,10 @@ def fill(
             folder,
             prompts,
             lambda: load(flags),
-            evaluation(flags),
+            drawing(flags),
             made=made_with(flags),
             states=states,
             progress=progress,
-            **batching(flags),
         )
 
 
@@ -137,16 +141,6 @@ def chosen_prompts(flags: SampleFlags) -> list[Prompt]:
     return few
 
 
-def batching(flags: DrawingFlags) -> dict[str, Any]:
-    """Return image size, batch size and precision of generation."""
-    return {
-        "height": flags.height,
-        "width": flags.width,
-        "micro_batch_size": flags.batch_size,
-        "mixed_precision": "bf16" if flags.dtype == "bfloat16" else "no",
-    }
-
-
 def load_reference(
     reference: str | None, flags: ModelFlags, model: TextToImageModel
 ) -> TextToImageModel | None:
@@ -154,21 +148,3 @@ def load_reference(
     if reference is None:
         return None
     return load_model(reference, dtype=dtype_of(flags), device=model.device)
-
-
-def calibration_drawing(flags: DrawingFlags, *, mixed_precision: str | None = None) -> Drawing:
-    """Return the settings that generate calibration images.
-
-    Args:
-        mixed_precision: replaces the precision that follows from --dtype.
-    """
-    return Drawing(
-        num_inference_steps=flags.num_inference_steps,
-        guidance_scale=flags.guidance_scale,
-        height=flags.height,
-        width=flags.width,
-        images_per_prompt=flags.images_per_prompt,
-        seed=flags.seed,
-        micro_batch_size=flags.batch_size,
-        mixed_precision=mixed_precision or ("bf16" if flags.dtype == "bfloat16" else "no"),
-    )

@@ -169,7 +169,7 @@ def _tune(
     reward: CompositeReward,
 ) -> TuneResult:
     """Search the factors, or continue the search in --work."""
-    from diffalign.cli.models import calibration_drawing, load_reference
+    from diffalign.cli.models import drawing, load_reference
     from diffalign.tuning.tune import tune
 
     return tune(
@@ -177,7 +177,7 @@ def _tune(
         prompts,
         reward.score,
         settings,
-        calibration_drawing(flags),
+        drawing(flags),
         reference=load_reference(flags.reference, flags, model),
         file=flags.work / "scores.jsonl",
     )

@@ -92,7 +92,7 @@ def run(flags: Flags) -> None:
 
 def _quantize(flags: Flags, settings: SmallerSettings, prompts: list[Prompt] | None) -> Smaller:
     """Load, quantise and save the model, with a line for each step."""
-    from diffalign.cli.models import calibration_drawing, dtype_of, load
+    from diffalign.cli.models import drawing, dtype_of, load
     from diffalign.core import console
     from diffalign.tuning.smaller import make_smaller
 
@@ -104,7 +104,7 @@ def _quantize(flags: Flags, settings: SmallerSettings, prompts: list[Prompt] | N
             flags.model,
             settings,
             flags.output_dir,
-            drawing=calibration_drawing(flags, mixed_precision="bf16"),
+            drawing=drawing(flags, mixed_precision="bf16"),
             dtype=dtype_of(flags),
             prompts=prompts,
             progress=step,

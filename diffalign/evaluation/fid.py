@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
 from diffalign.core.files import aside, check_target
 from diffalign.data.images import CaptionedImage, batches
@@ -20,9 +19,10 @@ from diffalign.data.prompts import Prompt
 from diffalign.evaluation import distances
 from diffalign.evaluation.distances import Moments
 from diffalign.evaluation.intervals import Estimate, mean
-from diffalign.evaluation.score import image_seeds, render
+from diffalign.evaluation.score import image_seeds
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
 
 NEIGHBOURS = 3
 """k of precision and recall."""
@@ -256,40 +256,28 @@ def model_batches(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
     about: dict[str, Any],
-    config: EvaluationConfig,
+    drawing: Drawing,
     *,
-    micro_batch_size: int,
     process: tuple[int, int] = (0, 1),
-    **sizes: Any,
 ) -> Batches:
-    """Draw the images of `evaluate_model`, `config.images_per_prompt` of every prompt.
+    """Draw the images of `evaluate_model`, `images_per_prompt` of every prompt.
 
     Images that are not finite are left out and counted in `about`. `process`: number and count of the processes that
     share the work in turns of a batch.
     """
-    n = config.images_per_prompt
-    rows = [(group, p) for group, p in enumerate(prompts) for _ in range(n)]
-    seeds = image_seeds(config, len(rows))
-    cache = EmbedCache(model)
+    rows = [(i, p.text) for i, p in enumerate(prompts) for _ in range(drawing.images_per_prompt)]
+    seeds = image_seeds(drawing, len(rows))
+    sampler = Sampler(model, drawing)
     about |= {"images": 0, "not_finite": 0}
-    number, count = process
-    for start in range(number * micro_batch_size, len(rows), count * micro_batch_size):
-        part = slice(start, start + micro_batch_size)
-        texts = [p for _, p in rows[part]]
-        images, finite = render(
-            model,
-            texts,
-            seeds[part],
-            config,
-            micro_batch_size=micro_batch_size,
-            cache=cache,
-            **sizes,
-        )
+    first, count = process
+    for part in list(drawing.batches(len(rows)))[first::count]:
+        samples = sampler.images([text for _, text in rows[part]], seeds[part])
+        finite = samples.finite
         about["images"] += int(finite.sum())
         about["not_finite"] += int((~finite).sum())
         groups = [g for (g, _), good in zip(rows[part], finite.tolist(), strict=True) if good]
         if groups:
-            yield images[finite], groups
+            yield samples.images[finite], groups
 
 
 def drawn_batches(

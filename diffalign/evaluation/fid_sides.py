@@ -12,7 +12,6 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.versions import versions
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import Prompt, load_prompts
@@ -30,6 +29,7 @@ from diffalign.evaluation.fid import (
 )
 from diffalign.evaluation.score import Progress
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.shapes.world import render, sample_scene
 
 SHAPES_IMAGES = 8
@@ -47,9 +47,8 @@ class Generation:
 
     load: Callable[[], TextToImageModel]
     prompts: list[Prompt]
-    config: EvaluationConfig
+    drawing: Drawing
     about: dict[str, Any]
-    sizes: dict[str, Any]
 
 
 def generated_side(
@@ -71,9 +70,9 @@ def generated_side(
             batches = folder_batches(images, about, batch_size=batch_size, process=process)
         else:
             about = {**source.about, "formats": NO_FILE}
-            total = len(source.prompts) * source.config.images_per_prompt
+            total = len(source.prompts) * source.drawing.images_per_prompt
             batches = model_batches(
-                source.load(), source.prompts, about, source.config, process=process, **source.sizes
+                source.load(), source.prompts, about, source.drawing, process=process
             )
         share = math.ceil(total / state.num_processes)
         return extract(network, counted(batches, share, progress), about, gather=gather_object)

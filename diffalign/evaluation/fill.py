@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from diffalign.config import EvaluationConfig
 from diffalign.core import processes
 from diffalign.core.errors import UsageError
 from diffalign.core.versions import versions
@@ -28,19 +27,18 @@ from diffalign.evaluation.geneval import (
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.evaluation.score import Progress
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 
 
 def fill_folder(
     folder: Path,
     prompts: Sequence[Prompt],
     load: Callable[[], TextToImageModel],
-    config: EvaluationConfig,
+    drawing: Drawing,
     *,
     made: Mapping[str, Any],
     states: int | None = None,
     progress: Progress | None = None,
-    micro_batch_size: int,
-    **sizes: Any,
 ) -> None:
     """Draw the images of the prompts that `folder` lacks.
 
@@ -63,18 +61,16 @@ def fill_folder(
 
     with processes.hold(folder):
         # before the folder is claimed: what the keeper refuses is not noted
-        keeper = None if states is None else StateKeeper(load(), config, states, **sizes)
+        keeper = None if states is None else StateKeeper(load(), drawing, states)
         processes.on_main(prepare)
         generate_samples(
             keeper.model if keeper else load(),
             prompts,
             folder,
-            config,
+            drawing,
             process=(state.process_index, state.num_processes),
             keeper=keeper,
             progress=progress,
-            micro_batch_size=micro_batch_size,
-            **sizes,
         )
         state.wait_for_everyone()
 

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UserError
 from diffalign.core.files import aside, write_json_lines, write_text
 from diffalign.core.interruption import Interrupted, Interruption
@@ -29,10 +28,11 @@ from diffalign.data.pairs.states import states_path
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.intervals import mean, task_mean
 from diffalign.evaluation.recording import StateKeeper
-from diffalign.evaluation.score import Progress, image_seeds, render
+from diffalign.evaluation.score import Progress, image_seeds
 from diffalign.geneval.rules import Detection, judge, summarize
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler, Samples
 
 logger = logging.getLogger(__name__)
 Detect = Callable[[Tensor, Sequence[Mapping[str, Any]]], list[list[Detection]]]
@@ -116,67 +116,66 @@ def generate_samples(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
     folder: Path,
-    config: EvaluationConfig,
+    drawing: Drawing,
     *,
-    micro_batch_size: int,
     process: tuple[int, int] = (0, 1),
     keeper: StateKeeper | None = None,
     progress: Progress | None = None,
-    **sizes: Any,
 ) -> int:
-    """Draw the missing ones of `config.images_per_prompt` images per prompt, and return how many were missing.
+    """Draw the missing ones of `images_per_prompt` images per prompt, and return how many were missing.
 
     An image whose file is empty or cut off is missing, too. An image that is not finite is not written, and so counts
     as missing. A `keeper` writes states of each image, without which the image is missing.
 
     `process`: number and count of those that share the work. The images are those of `evaluate_model` with the same
-    configuration, whoever makes them and in however many goes, but for what a batch's size does to rounding.
+    settings, whoever makes them and in however many goes, but for what a batch's size does to rounding.
     """
-    n = config.images_per_prompt
-    seeds = image_seeds(config, len(prompts) * n)
-    number, count = process
-    samples = [(p, k) for p in range(number, len(prompts), count) for k in range(n)]
-
+    n = drawing.images_per_prompt
+    seeds = image_seeds(drawing, len(prompts) * n)
+    samples = [(p, k) for p in range(process[0], len(prompts), process[1]) for k in range(n)]
     missing = [
         (p, k)
         for p, k in samples
         if not is_whole(sample_path(folder, p, k), with_states=keeper is not None)
     ]
-    cache = EmbedCache(model)
+    sampler = Sampler(model, drawing)
     with Interruption("the images in hand are finished and kept") as interruption:
-        for start in range(0, len(missing), micro_batch_size):
-            part = missing[start : start + micro_batch_size]
-            images, finite = render(
-                model,
-                [prompts[p] for p, _ in part],
+        for rows in drawing.batches(len(missing)):
+            part = missing[rows]
+            drawn = sampler.images(
+                [prompts[p].text for p, _ in part],
                 [seeds[p * n + k] for p, k in part],
-                config,
-                micro_batch_size=micro_batch_size,
-                cache=cache,
-                recorder=keeper.recorder if keeper else None,
-                **sizes,
+                step=keeper.recorder.around(sampler.step()) if keeper else None,
             )
-            recording = keeper.recorder.take() if keeper else None
-            for row, ((p, k), good) in enumerate(zip(part, finite.tolist(), strict=True)):
-                place = sample_path(folder, p, k)
-                if not good:
-                    logger.warning("%s: the model made no finite image", place)
-                    continue
-                if keeper and recording:  # first: an image that is there has its states
-                    keeper.write(place, recording, row, prompt=p)
-                picture = Image.fromarray(images[row].permute(1, 2, 0).numpy())
-                with aside(place) as file:
-                    picture.save(file, format="PNG")
+            _write_samples(folder, part, drawn, keeper)
             if progress is not None:
-                progress(start + len(part), len(missing))
+                progress(rows.stop, len(missing))
             if interruption.number:
-                left = len(missing) - start - len(part)
+                left = len(missing) - rows.stop
                 raise Interrupted(
                     interruption.number,
                     f"{len(samples) - left} of {len(samples)} images are in {folder}; the same command "
                     "draws the others",
                 )
     return len(missing)
+
+
+def _write_samples(
+    folder: Path, places: Sequence[tuple[int, int]], drawn: Samples, keeper: StateKeeper | None
+) -> None:
+    """Write the finite images of one batch, each after its states."""
+    recording = keeper.recorder.take() if keeper else None
+    for row, ((p, k), good) in enumerate(zip(places, drawn.finite.tolist(), strict=True)):
+        place = sample_path(folder, p, k)
+        if not good:
+            logger.warning("%s: the model made no finite image", place)
+            continue
+        # first: an image that is there has its states
+        if keeper and recording:
+            keeper.write(place, recording, row, prompt=p)
+        picture = Image.fromarray(drawn.images[row].permute(1, 2, 0).numpy())
+        with aside(place) as file:
+            picture.save(file, format="PNG")
 
 
 def is_whole(image: Path, *, with_states: bool = False) -> bool:

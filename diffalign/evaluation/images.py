@@ -7,18 +7,17 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.files import aside
 from diffalign.data.images import write_captions
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.pictures import image_grid
 from diffalign.evaluation.score import Progress, evaluate_model, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.types import no_reward
 
 logger = logging.getLogger(__name__)
@@ -32,17 +31,16 @@ def write_images(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
     folder: Path,
-    config: EvaluationConfig,
+    drawing: Drawing,
     *,
     progress: Progress | None = None,
-    **sizes: Any,
 ) -> list[Path]:
     """Draw images of the prompts and return their files.
 
     Each image is written as PNG once it is drawn, then the captions, and a grid of all. A warning names the files of
     an earlier call that were replaced.
     """
-    rows = repeat_prompts(prompts, config)
+    rows = repeat_prompts(prompts, drawing)
     texts = [p.text for p in rows]
     names = [file_name(i, text) for i, text in enumerate(texts)]
     replaced = [name for name in (*names, GRID) if (folder / name).exists()]
@@ -57,11 +55,11 @@ def write_images(
 
     if progress is not None:
         progress(0, len(texts))
-    evaluation = evaluate_model(model, prompts, no_reward, config, on_images=write, **sizes)
+    evaluation = evaluate_model(model, prompts, no_reward, drawing, on_images=write)
     write_captions(folder, dict(zip(names, rows, strict=True)))
     # an image is drawn again by its number and the seed of all: its noise depends on both
-    captions = [f"image {i:04d} of seed {config.seed}: {text}" for i, text in enumerate(texts)]
-    grid = image_grid(evaluation.images, columns=config.images_per_prompt, captions=captions)
+    captions = [f"image {i:04d} of seed {drawing.seed}: {text}" for i, text in enumerate(texts)]
+    grid = image_grid(evaluation.images, columns=drawing.images_per_prompt, captions=captions)
     with aside(folder / GRID) as file:
         grid.save(file)
     if replaced:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.forward_process import matching_error
-from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_pipeline
 from diffalign.core.seeds import STATES, stream
 from diffalign.data.pairs.states import RecordedStates, write_states
 from diffalign.diffusion.paths import chord_target, has_noise_after_step
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.recording import Recorder, Recording
 
 
@@ -27,18 +27,15 @@ class StateKeeper:
     """
 
     model: TextToImageModel
-    config: EvaluationConfig
+    drawing: Drawing
     count: int
-    height: int | None = None
-    width: int | None = None
-    mixed_precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        plain = not self.model.costs_a_forward(self.config.guidance_scale)
+        plain = not self.model.costs_a_forward(self.drawing.guidance_scale)
         self.recorder = Recorder(predictions=plain)
-        size = self.height or self.model.default_size[0], self.width or self.model.default_size[1]
+        height, width = self.model.image_size(self.drawing.size)
         scheduler = self.model.scheduler_at(
-            self.config.num_inference_steps, height=size[0], width=size[1]
+            self.drawing.num_inference_steps, height=height, width=width
         )
         self.timesteps = scheduler.timesteps.float().cpu()
         noise = self.model.noise.scales(self.timesteps)[1]
@@ -49,14 +46,14 @@ class StateKeeper:
             )
         self.made_by = {
             "model": of_pipeline(self.model.pipeline),
-            "guidance_scale": str(self.config.guidance_scale),
-            "mixed_precision": self.mixed_precision,
+            "guidance_scale": str(self.drawing.guidance_scale),
+            "mixed_precision": self.drawing.mixed_precision,
             "dtype": str(self.model.denoiser.dtype),
         }
 
     def chosen(self, prompt: int) -> Tensor:
         """(count,) steps of a prompt's images, the least noisy first."""
-        generator = torch.Generator().manual_seed(stream(STATES, self.config.seed, prompt))
+        generator = torch.Generator().manual_seed(stream(STATES, self.drawing.seed, prompt))
         order = torch.randperm(len(self.allowed), generator=generator)[: self.count]
         return self.allowed[order].sort(descending=True).values
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from diffalign.config import EvaluationConfig
@@ -18,14 +17,11 @@ from diffalign.evaluation.figures import CORRECT
 from diffalign.evaluation.intervals import Difference, Estimate
 from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.recording import Recorder
-from diffalign.pipelines.sampling import EmbedCache, generate
-from diffalign.pipelines.solvers import solver_step
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import OnImages, Sampler
 from diffalign.types import RewardOutput
 
 Score = Callable[[Tensor, Sequence[str], Sequence[Any]], RewardOutput]
-OnImages = Callable[[slice, Tensor], None]
-"""Callback of one batch: its rows among all images, and the images (B, 3, H, W) uint8 on the CPU."""
 Progress = Callable[[int, int], None]
 """Callback of long work: images done, images in all."""
 
@@ -119,27 +115,33 @@ def as_dicts(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str
     }
 
 
+def drawing_of(config: EvaluationConfig, **others: Any) -> Drawing:
+    """Return the sampling settings of an evaluation.
+
+    Args:
+        others: further fields of `Drawing`, such as `size`.
+    """
+    own = {f.name for f in fields(Drawing)}
+    return Drawing(**{k: v for k, v in vars(config).items() if k in own}, **others)
+
+
 def evaluate_model(
     model: TextToImageModel,
     prompts: Sequence[Prompt],
     score: Score,
-    config: EvaluationConfig,
+    drawing: Drawing,
     *,
-    height: int | None = None,
-    width: int | None = None,
-    micro_batch_size: int = 64,
-    mixed_precision: str = "bf16",
     on_images: OnImages | None = None,
 ) -> Evaluation:
     """Draw and score images of every prompt.
 
-    There are `config.images_per_prompt` images for every prompt, or `config.images_per_task` for every task:
-    one for each row of `repeat_prompts`.
+    There are `images_per_prompt` images for every prompt, or `images_per_task` for every task: one for each row of
+    `repeat_prompts`.
 
     Args:
         on_images: called once for each batch, in the order of the rows, before the batch is scored.
     """
-    repeated = repeat_prompts(prompts, config)
+    repeated = repeat_prompts(prompts, drawing)
     parts: list[RewardOutput] = []
 
     def score_part(part: slice, images: Tensor) -> None:
@@ -150,19 +152,12 @@ def evaluate_model(
             score(images, [p.text for p in prompts_of_part], [p.metadata for p in prompts_of_part])
         )
 
-    images, finite = render(
-        model,
-        repeated,
-        image_seeds(config, len(repeated)),
-        config,
-        height=height,
-        width=width,
-        micro_batch_size=micro_batch_size,
-        mixed_precision=mixed_precision,
-        on_images=score_part,
+    samples = Sampler(model, drawing).images(
+        [p.text for p in repeated], image_seeds(drawing, len(repeated)), on_images=score_part
     )
-    output = without(~finite.numpy(), RewardOutput.cat(parts))
-    return replace(summarize_scores(repeated, images, output), not_finite=int((~finite).sum()))
+    output = without(~samples.finite.numpy(), RewardOutput.cat(parts))
+    evaluation = summarize_scores(repeated, samples.images, output)
+    return replace(evaluation, not_finite=int((~samples.finite).sum()))
 
 
 def without(broken: np.ndarray, output: RewardOutput) -> RewardOutput:
@@ -171,61 +166,21 @@ def without(broken: np.ndarray, output: RewardOutput) -> RewardOutput:
     return RewardOutput(np.where(broken, np.nan, output.values), columns)
 
 
-def image_seeds(config: EvaluationConfig, n: int) -> list[int]:
-    """Return the seeds of an evaluation's n images."""
-    return [stream(EVALUATION, config.seed, i) for i in range(n)]
+def image_seeds(drawing: Drawing, n: int) -> list[int]:
+    """Return the seeds of n images."""
+    return [stream(EVALUATION, drawing.seed, i) for i in range(n)]
 
 
-def render(
-    model: TextToImageModel,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    config: EvaluationConfig,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    micro_batch_size: int = 64,
-    mixed_precision: str = "bf16",
-    cache: EmbedCache | None = None,
-    recorder: Recorder | None = None,
-    on_images: OnImages | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw and return images (N, 3, H, W) uint8 of N prompts.
-
-    A second result (N,) bool is True where an image's latents are finite: pixels of uint8 do not show what was NaN. A
-    `cache` outlives the call; a `recorder` remembers the way.
-    """
-    cache = cache or EmbedCache(model)
-    guided = model.costs_a_forward(config.guidance_scale)
-    texts = list(dict.fromkeys(p.text for p in prompts))
-    row = {text: i for i, text in enumerate(texts)}
-    solver = solver_step(config.solver, model.noise)
-    latents, images = generate(
-        model,
-        cache(texts),
-        torch.tensor([row[p.text] for p in prompts]),
-        seeds,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        negative_embeds=cache([""]) if guided else None,
-        height=height,
-        width=width,
-        micro_batch_size=micro_batch_size,
-        mixed_precision=mixed_precision,
-        step=recorder.around(solver) if recorder else solver,
-        on_images=on_images,
-    )
-    return images, latents.isfinite().flatten(1).all(1).cpu()
-
-
-def repeat_prompts(prompts: Sequence[Prompt], config: EvaluationConfig) -> list[Prompt]:
-    """One prompt for every image that is to be made."""
-    if config.images_per_task is None:
-        return [p for p in prompts for _ in range(config.images_per_prompt)]
+def repeat_prompts(prompts: Sequence[Prompt], drawing: Drawing | EvaluationConfig) -> list[Prompt]:
+    """Return the prompt of every image that is to be made."""
+    if drawing.images_per_task is None:
+        return [p for p in prompts for _ in range(drawing.images_per_prompt)]
     by_task: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_task.setdefault(prompt.task, []).append(prompt)
-    return [pool[i % len(pool)] for pool in by_task.values() for i in range(config.images_per_task)]
+    return [
+        pool[i % len(pool)] for pool in by_task.values() for i in range(drawing.images_per_task)
+    ]
 
 
 def correct_column(scores: Mapping[str, np.ndarray]) -> np.ndarray | None:

@@ -33,14 +33,13 @@ class Comparison:
 
 @torch.no_grad()
 def forward_seconds(
-    model: Any, rows: int, *, height: int | None = None, width: int | None = None
+    model: Any, rows: int, size: tuple[int | None, int | None] | None = None
 ) -> list[float]:
     """Time forwards of a `TextToImageModel`'s denoiser for so many images.
 
-    They are in its own dtype and eager (not compiled). Sizes are in pixels; None is the model's own.
+    They are in its own dtype and eager (not compiled). The size is (height, width) in pixels; None is the model's own.
     """
-    size = height or model.default_size[0], width or model.default_size[1]
-    inputs = model.random_inputs(rows, *size)
+    inputs = model.random_inputs(rows, *model.image_size(size))
     with attention(model.device):
         return interleaved([lambda: model.forward(*inputs)], model.device)[0]
 

@@ -1,4 +1,4 @@
-"""Load a run's base model, and compute its forwards and image size, for all methods."""
+"""Load a run's base model, and compute its forwards and sampling settings, for all methods."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.config import AnyRunConfig, ConfigError
+from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig
 from diffalign.core.precision import compute
+from diffalign.evaluation.score import drawing_of
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
-from diffalign.types import PromptEmbeds
+from diffalign.types import PromptEmbeds, Size
 
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
@@ -34,10 +36,26 @@ def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageMode
     return model
 
 
-def image_size(config: AnyRunConfig, model: TextToImageModel) -> tuple[int, int]:
+def image_size(config: AnyRunConfig, model: TextToImageModel) -> Size:
     """Return (height, width) in pixels: the configured size, else the model's default."""
-    height, width = model.default_size
-    return config.drawing.height or height, config.drawing.width or width
+    return model.image_size((config.drawing.height, config.drawing.width))
+
+
+def evaluation_drawing(
+    config: AnyRunConfig, size: Size, evaluation: EvaluationConfig | None = None
+) -> Drawing:
+    """Return the sampling settings of a run's evaluations.
+
+    Args:
+        size: (height, width) of the images in pixels.
+        evaluation: settings that replace those of the run.
+    """
+    return drawing_of(
+        evaluation or config.evaluation,
+        size=size,
+        micro_batch_size=config.drawing.micro_batch_size,
+        mixed_precision=config.training.mixed_precision,
+    )
 
 
 def predict(

@@ -14,14 +14,15 @@ import torch
 import yaml
 
 from diffalign import lora
-from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig, decode
+from diffalign.config import AnyRunConfig, ConfigError, decode
 from diffalign.core.versions import versions
 from diffalign.evaluation.score import Evaluation, OnImages, evaluate_model
 from diffalign.lora.files import load_lora, merge_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.merging import read_scheduler
 from diffalign.pipelines.registry import load_model
-from diffalign.training.denoise import image_size, set_attention_backend
+from diffalign.training.denoise import evaluation_drawing, image_size, set_attention_backend
 from diffalign.training.inputs import held_out_prompts, held_out_rewards, score_with
 from diffalign.training.run_folder import CONFIG, LOG, SUMMARY, RunFolderError
 
@@ -98,17 +99,9 @@ class FinishedRun:
             part.check_metadata([p.metadata for p in prompts])
             part.prepare()
         model = self.load(device)
-        height, width = image_size(self.config, model)
+        drawing = evaluation_drawing(self.config, image_size(self.config, model))
         return evaluate_model(
-            model,
-            prompts,
-            score_with(reward, watched),
-            self.config.evaluation,
-            height=height,
-            width=width,
-            micro_batch_size=self.config.drawing.micro_batch_size,
-            mixed_precision=self.config.training.mixed_precision,
-            on_images=on_images,
+            model, prompts, score_with(reward, watched), drawing, on_images=on_images
         )
 
     def result(self, scores: Evaluation) -> dict[str, Any]:
@@ -154,7 +147,7 @@ def run_of(lora_source: str | None) -> Path | None:
     return None
 
 
-def drawn_otherwise(config: AnyRunConfig, drawing: EvaluationConfig, prompts: str) -> list[str]:
+def drawn_otherwise(config: AnyRunConfig, drawing: Drawing, prompts: str) -> list[str]:
     """Return the sampling settings that differ from a run's, as "name: VALUE_OF_RUN, VALUE here"."""
     names = (
         *("num_inference_steps", "guidance_scale", "solver", "seed"),

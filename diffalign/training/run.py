@@ -37,7 +37,7 @@ from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
-from diffalign.training.denoise import prepare_model
+from diffalign.training.denoise import evaluation_drawing, prepare_model
 from diffalign.training.inputs import Inputs, read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
@@ -290,11 +290,7 @@ class Run:
                 self.trainer.drawn_model(policy),
                 self.eval_prompts if prompts is None else prompts,
                 score,
-                how,
-                height=self.trainer.size[0],
-                width=self.trainer.size[1],
-                micro_batch_size=self.config.drawing.micro_batch_size,
-                mixed_precision=self.config.training.mixed_precision,
+                evaluation_drawing(self.config, self.trainer.size, how),
             )
 
     @property

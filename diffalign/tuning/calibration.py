@@ -14,12 +14,14 @@ from diffalign.core.errors import UsageError
 from diffalign.core.precision import attention
 from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation.score import image_seeds
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache, Sampling, scheduler_step
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
+from diffalign.pipelines.sampling import Sampling, generators_of, scheduler_step
 from diffalign.quantization.lowrank import collect_input_scales
 from diffalign.quantization.observer import ActivationScales, InputObserver
 from diffalign.quantization.packed import packable
-from diffalign.tuning.evaluator import Drawing
 
 MAX_TIMESTEPS = 16
 """Largest number of timesteps that get scales of their own."""
@@ -30,8 +32,7 @@ Before = Callable[[range, int, Sampling], None]
 class Calibration:
     """Calibration of a model on images of prompts.
 
-    The images are sampled by `drawing` with the scheduler's own steps, so a few-step model is calibrated on all its
-    timesteps.
+    The images are sampled by `drawing`, so a few-step model is calibrated on all its timesteps.
 
     Raises:
         UsageError: there is no prompt.
@@ -52,31 +53,20 @@ class Calibration:
         Args:
             before: is called before every prediction with the numbers of the batch's images, the step and the batch.
         """
-        drawing, size = self.drawing, self.drawing.micro_batch_size
-        embed = EmbedCache(self.model)
-        guided = self.model.costs_a_forward(drawing.guidance_scale)
-        default = self.model.default_size
+        sampler = Sampler(self.model, self.drawing)
+        step = sampler.step() or scheduler_step
+        images = range(len(self.prompts))
+        seeds = image_seeds(self.drawing, len(images))
         with attention(self.model.device):
-            for start in range(0, len(self.prompts), size):
-                texts = [p.text for p in self.prompts[start : start + size]]
-                run = Sampling(
-                    self.model,
-                    embed(texts),
-                    drawing.num_inference_steps,
-                    drawing.height or default[0],
-                    drawing.width or default[1],
-                    drawing.guidance_scale,
-                    embed([""]).repeat_first(len(texts)) if guided else None,
-                )
-                numbers = range(start, start + len(texts))
-                seeds = [stream(EVALUATION, drawing.seed, i) for i in numbers]
-                generators = [torch.Generator().manual_seed(s) for s in seeds]
+            for part in self.drawing.batches(len(images)):
+                run = sampler.batch([p.text for p in self.prompts[part]])
+                generators = generators_of(seeds[part])
                 latents = run.start(generators)
                 for i in range(len(run.scheduler.timesteps)):
                     if before is not None:
-                        before(numbers, i, run)
+                        before(images[part], i, run)
                     model_pred = run.predict(i, latents)
-                    latents = scheduler_step(i, model_pred, latents, run.scheduler, generators)
+                    latents = step(i, model_pred, latents, run.scheduler, generators)
 
     def input_scales(self) -> dict[str, Tensor]:
         """Return root mean squares (channels,) of layers' inputs, to which branches are fitted."""

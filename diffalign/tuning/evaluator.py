@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,19 @@ from torch import Tensor
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import of_json
 from diffalign.core.interruption import Interrupted, Interruption
-from diffalign.core.precision import compute
-from diffalign.core.seeds import EVALUATION, stream
 from diffalign.data.prompts import Prompt, told
-from diffalign.evaluation.score import Score
+from diffalign.evaluation.score import Score, image_seeds, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache, Sampling
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
+from diffalign.pipelines.sampling import Sampling, generators_of
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.objective import Scores
 
+__all__ = ["Drawing", "Evaluator"]
+
 DIGITS = 6
 """Decimal places of factors in the file; smaller differences do not matter."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Sampling settings of calibration images. Sizes are in pixels; None is the model's own."""
-
-    num_inference_steps: int = 4
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    images_per_prompt: int = 1
-    seed: int = 0
-    micro_batch_size: int = 64
-    mixed_precision: str = "bf16"
-
-    def __post_init__(self) -> None:
-        least = {"num_inference_steps": 1, "images_per_prompt": 1, "micro_batch_size": 1, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value < bound:
-                raise UsageError(f"{name}={value} is too small. Set at least {bound}.")
 
 
 class Evaluator:
@@ -84,15 +65,18 @@ class Evaluator:
     ) -> None:
         if not prompts:
             raise UsageError("prompts: there is no prompt to calibrate with. Give at least one.")
+        if drawing.solver != "default":
+            raise UsageError(
+                f"solver={drawing.solver}: factors belong to the scheduler's own steps. Set it to default."
+            )
         if not isinstance(model.pipeline.scheduler, QSched):
             raise TypeError(
                 "The pipeline's scheduler has no factors. Wrap it first with QSched.wrap."
             )
         self.model, self.score, self.terms, self.drawing = model, score, list(terms), drawing
-        self.prompts = [p for p in prompts for _ in range(drawing.images_per_prompt)]
-        count = range(len(self.prompts))
-        self.seeds = [stream(EVALUATION, drawing.seed, i) for i in count]
-        self.embed = EmbedCache(model)
+        self.prompts = repeat_prompts(prompts, drawing)
+        self.seeds = image_seeds(drawing, len(self.prompts))
+        self.sampler = Sampler(model, drawing)
         self.on_scores: Callable[[Coefficients, Scores], object] | None = None
         self.network_rows = 0
         self._first: list[Tensor] | None = None
@@ -133,10 +117,10 @@ class Evaluator:
             self._first = self._first_predictions()
         waiting: dict[str, list[np.ndarray]] = {term: [] for term in self.terms}
         pending, done = 0, 0
-        size = self.drawing.micro_batch_size
+        everything = range(len(candidates) * each)
         with Interruption("the current candidate is scored and stored") as interruption:
-            for start in range(0, len(candidates) * each, size):
-                rows = range(start, min(start + size, len(candidates) * each))
+            for part in self.drawing.batches(len(everything)):
+                rows = everything[part]
                 output = self._draw(rows, candidates)
                 for term in self.terms:
                     waiting[term].append(output[term])
@@ -183,24 +167,13 @@ class Evaluator:
 
     def batch(self, images: Sequence[int]) -> tuple[Sampling, list[torch.Generator]]:
         """Return a sampling run and generators for images by number."""
-        d = self.drawing
-        guided = self.model.costs_a_forward(d.guidance_scale)
-        size = self.model.default_size
-        run = Sampling(
-            self.model,
-            self.embed([self.prompts[i].text for i in images]),
-            d.num_inference_steps,
-            d.height or size[0],
-            d.width or size[1],
-            d.guidance_scale,
-            self.embed([""]).repeat_first(len(images)) if guided else None,
-        )
-        return run, [torch.Generator().manual_seed(self.seeds[i]) for i in images]
+        run = self.sampler.batch([self.prompts[i].text for i in images])
+        return run, generators_of([self.seeds[i] for i in images])
 
     @torch.no_grad()
     def _images(self, images: Sequence[int], first_pred: Tensor) -> Tensor:
         """Sample and decode images (B, 3, H, W) uint8 on the CPU."""
-        with compute(self.model.device, self.drawing.mixed_precision):
+        with self.sampler.computing():
             run, generators = self.batch(images)
             return self.model.decode(run.draw(generators, first_pred=first_pred)).cpu()
 
@@ -208,13 +181,12 @@ class Evaluator:
     def _first_predictions(self) -> list[Tensor]:
         """Return the first prediction (C, H, W) of every image, on the CPU."""
         predictions: list[Tensor] = []
-        size = self.drawing.micro_batch_size
-        for start in range(0, len(self.prompts), size):
-            part = range(start, min(start + size, len(self.prompts)))
-            with compute(self.model.device, self.drawing.mixed_precision):
-                run, generators = self.batch(part)
+        images = range(len(self.prompts))
+        for part in self.drawing.batches(len(images)):
+            with self.sampler.computing():
+                run, generators = self.batch(images[part])
                 predictions.extend(run.predict(0, run.start(generators)).cpu())
-            self.count_rows(len(part), forwards=1)
+            self.count_rows(len(images[part]), forwards=1)
         return predictions
 
     def _notify(self, candidate: Coefficients, scores: Scores) -> None:

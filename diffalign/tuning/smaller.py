@@ -19,6 +19,7 @@ from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import card_of
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.pipelines.saving import save_pipeline
 from diffalign.quantization.accounting import ModuleReport, folder_bytes, report
@@ -26,7 +27,6 @@ from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.latency import Comparison, forward_seconds
 from diffalign.tuning.calibration import Calibration
-from diffalign.tuning.evaluator import Drawing
 
 logger = logging.getLogger(__name__)
 REPORT = "quantization.json"
@@ -108,38 +108,52 @@ def make_smaller(
         model, source, settings, drawing=drawing, dtype=dtype, prompts=prompts
     )
     progress()
-    size = {"height": drawing.height, "width": drawing.width}
-    seconds = forward_seconds(model, settings.latency, **size) if settings.latency else None
+    rows, size = settings.latency, drawing.size
+    seconds = forward_seconds(model, rows, size) if rows else None
     # Layers count what they cache in their first forward.
     after = report(model.denoiser)
-    result: dict[str, Any] = {
-        "model": source,
-        "backends": backends,
-        "svd_rank": settings.svd_rank,
-        "memory_bytes": after.bytes,
-        "memory_bytes_before": before.bytes,
-        "memory_ratio_to_bf16": round(after.ratio, 4),
-        "bits_per_weight": round(after.bits_per_weight, 3),
-        "quantised_fraction": round(after.quantised_fraction, 4),
-    }
+    part = model.denoiser_part
     with folder_aside(output_dir) as folder:
         save_pipeline(model.pipeline, folder, card=card_of(source))
-        part = "unet" if (folder / "unet").is_dir() else "transformer"
-        result["disk_bytes"] = folder_bytes(folder / part)
-        result["disk_ratio_to_bf16"] = round(after.bf16_bytes / result["disk_bytes"], 4)
-        result["pipeline_disk_bytes"] = folder_bytes(folder)
-        times = None
-        if seconds is not None:
-            times = _compare(model, seconds, source, settings.latency, size)
-        if times is not None:
-            result["latency_ms"] = round(times.ms, 2)
-            result["bf16_latency_ms"] = round(times.plain_ms, 2)
-            result["latency_ratio"] = round(times.ratio, 3)
+        times = None if seconds is None else _compare(model, seconds, source, rows, size)
+        result = {
+            "model": source,
+            "backends": backends,
+            "svd_rank": settings.svd_rank,
+            **_sizes(before, after, folder, part),
+            **({} if times is None else _rounded(times)),
+        }
         text = json.dumps({**result, "versions": versions()}, indent=2)
         (folder / REPORT).write_text(text, encoding="utf-8")
     progress()
     speed = None if times is None else _describe(times, settings, set(backends.values()))
     return Smaller(part, after, speed, result)
+
+
+def _sizes(
+    before: ModuleReport, after: ModuleReport, folder: Path, part: str
+) -> dict[str, int | float]:
+    """Return the sizes of a quantised denoiser in memory and in the saved folder."""
+    disk_bytes = folder_bytes(folder / part)
+    return {
+        "memory_bytes": after.bytes,
+        "memory_bytes_before": before.bytes,
+        "memory_ratio_to_bf16": round(after.ratio, 4),
+        "bits_per_weight": round(after.bits_per_weight, 3),
+        "quantised_fraction": round(after.quantised_fraction, 4),
+        "disk_bytes": disk_bytes,
+        "disk_ratio_to_bf16": round(after.bf16_bytes / disk_bytes, 4),
+        "pipeline_disk_bytes": folder_bytes(folder),
+    }
+
+
+def _rounded(times: Comparison) -> dict[str, float]:
+    """Return the times of a forward for the result."""
+    return {
+        "latency_ms": round(times.ms, 2),
+        "bf16_latency_ms": round(times.plain_ms, 2),
+        "latency_ratio": round(times.ratio, 3),
+    }
 
 
 def _quantise(
@@ -174,15 +188,14 @@ def _quantise(
                 group_size=settings.group_size,
             )
         return model, done
-    part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
     if settings.components:
         raise UsageError(
             f"components: {name} quantises only the denoiser, while it loads. Use another backend for components."
         )
     config = quantization_config(name, device=model.device, **options)
-    mapping = PipelineQuantizationConfig(quant_mapping={part: config})
+    mapping = PipelineQuantizationConfig(quant_mapping={model.denoiser_part: config})
     again = load_model(source, dtype=dtype, device=model.device, quantization_config=mapping)
-    return again, {part: name}
+    return again, {model.denoiser_part: name}
 
 
 def _compare(
@@ -190,23 +203,22 @@ def _compare(
     seconds: list[float],
     source: str,
     rows: int,
-    size: dict[str, int | None],
+    size: tuple[int | None, int | None] | None,
 ) -> Comparison | None:
     """Time the original model in bfloat16 with the quantised denoiser freed.
 
     If memory runs out, warn and return None: the quantised folder is saved by then.
     """
-    device, own = model.device, ("unet", "transformer", "scheduler")
+    device, own = model.device, (model.denoiser_part, "scheduler")
     others = {n: part for n, part in model.pipeline.components.items() if n not in own}
-    part = "unet" if hasattr(model.pipeline, "unet") else "transformer"
-    model.pipeline.register_modules(**{part: None})
+    model.pipeline.register_modules(**{model.denoiser_part: None})
     try:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         plain = load_model(source, dtype=torch.bfloat16, **others)
         plain.denoiser.to(device)
-        return Comparison.of(seconds, forward_seconds(plain, rows, **size))
+        return Comparison.of(seconds, forward_seconds(plain, rows, size))
     except torch.OutOfMemoryError:
         logger.warning("latency: the original model does not fit in memory and is not timed")
         return None
@@ -216,9 +228,9 @@ def _describe(times: Comparison, settings: SmallerSettings, backends: set[str]) 
     compiled = [n for n in sorted(backends) if BACKENDS[n].settings and not BACKENDS[n].trains]
     more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
     # The figures are rounded as in the file.
-    ms, plain_ms = round(times.ms, 2), round(times.plain_ms, 2)
+    rounded = _rounded(times)
     images = "1 image" if settings.latency == 1 else f"{settings.latency} images"
     return (
-        f"{ms:.1f} ms per forward with {images}, {times.ratio:.2f} times the {plain_ms:.1f} ms in "
-        f"bfloat16 (both eager{more})"
+        f"{rounded['latency_ms']:.1f} ms per forward with {images}, {times.ratio:.2f} times the "
+        f"{rounded['bf16_latency_ms']:.1f} ms in bfloat16 (both eager{more})"
     )

@@ -6,12 +6,12 @@ They come from one pass of the quantised and the full-precision model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
-from diffalign.core.precision import compute
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.sampling import Sampling, scheduler_step, step_options
 from diffalign.schedulers import Coefficients
@@ -64,10 +64,8 @@ class _Batch:
         self.other = Sampling(
             reference,
             self.run.embeds.to(reference.denoiser.device),
-            self.run.num_inference_steps,
-            self.run.height,
-            self.run.width,
-            self.run.guidance_scale,
+            # the reference's own size may differ
+            replace(self.run.drawing, size=self.run.size),
             self.run.negative_embeds,
         )
         # Both models take the same steps, whichever scheduler the reference has.
@@ -96,11 +94,10 @@ class _Pair:
 
     def __init__(self, evaluator: Evaluator, reference: TextToImageModel) -> None:
         self.evaluator = evaluator
-        size = evaluator.drawing.micro_batch_size
-        count = len(evaluator.prompts)
+        images = range(len(evaluator.prompts))
         self.batches = [
-            _Batch(evaluator, reference, range(start, min(start + size, count)))
-            for start in range(0, count, size)
+            _Batch(evaluator, reference, images[part])
+            for part in evaluator.drawing.batches(len(images))
         ]
         self.latents = [b.start.float() for b in self.batches]
         self.reference_latents = [b.start.float() for b in self.batches]
@@ -108,9 +105,8 @@ class _Pair:
     def predictions(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
         """Return the predictions of both models, each on its own trajectory."""
         model_preds, reference_preds = [], []
-        device, precision = self.evaluator.model.device, self.evaluator.drawing.mixed_precision
         trajectories = zip(self.batches, self.latents, self.reference_latents, strict=True)
-        with compute(device, precision):
+        with self.evaluator.sampler.computing():
             for batch, x, reference_x in trajectories:
                 dtype = batch.start.dtype
                 model_preds.append(batch.run.predict(i, x.to(dtype)).float())

@@ -19,7 +19,7 @@ from diffalign.core.files import write_text
 from diffalign.core.fingerprint import of_denoiser, of_pipeline
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.intervals import bootstrap
-from diffalign.evaluation.score import Score
+from diffalign.evaluation.score import Score, repeat_prompts
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.engines import ENGINES, Space
@@ -175,7 +175,7 @@ def tune(
         base, best = score_unseen(
             model, held_out, score, settings, drawing, [result.best], file=file
         )
-    texts = [p.text for p in held_out for _ in range(drawing.images_per_prompt)]
+    texts = [p.text for p in repeat_prompts(held_out, drawing)]
     gain, bounds = accept(settings.objective, base, best, texts)
     return TuneResult(
         best=result.best,

@@ -22,7 +22,8 @@ from diffalign.diffusion.paths import Path as NoisePath
 from diffalign.diffusion.paths import VariancePreserving, training_timesteps
 from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampling import Sampling
 from diffalign.scripts.shapes.semantics import (
     SemanticHead,
     image_tokens,
@@ -414,14 +415,8 @@ def evaluate_shapes(
         embeds = model.encode_prompt([e["prompt"] for e in entries])
         guided = model.costs_a_forward(guidance_scale)
         negative = model.encode_prompt([NULL_PROMPT] * len(entries)) if guided else None
-        latents = sample(
-            model,
-            embeds,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_embeds=negative,
-            generator=generator,
-        )
+        drawing = Drawing(num_inference_steps, guidance_scale)
+        latents = Sampling(model, embeds, drawing, negative).draw(generator)
         images = model.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     for image, entry in zip(images, entries, strict=True):
         correct.append(verify(image, entry).correct)

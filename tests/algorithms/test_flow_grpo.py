@@ -16,7 +16,8 @@ from diffalign.algorithms.surrogate import clipped_surrogate
 from diffalign.config import ConfigError, FlowGRPOConfig
 from diffalign.core.errors import UsageError
 from diffalign.methods.online.trajectory_update import StochasticSampler, TrajectoryUpdate
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampling import Sampling
 from diffalign.training.plan import make_plan
 from diffalign.types import RewardOutput
 
@@ -317,11 +318,12 @@ def test_no_noise_is_left_in_the_images(tmp_path, dynamics):
         return noisy * (t - (1 - t) * c2) / ((1 - t) ** 2 * c2 + t**2)
 
     run.model.predict = velocity
-    embeds = run.rollouts.embed(["a photo of a circle"])[torch.zeros(64, dtype=torch.long)]
+    embeds = run.rollouts.sampler.embed(["a photo of a circle"])[torch.zeros(64, dtype=torch.long)]
 
     def spread(step):
         generator = torch.Generator().manual_seed(0)
-        made = sample(run.model, embeds, num_inference_steps=10, generator=generator, step=step)
+        batch = Sampling(run.model, embeds, Drawing(num_inference_steps=10))
+        made = batch.draw(generator, step=step)
         return made.std().item()
 
     ours = spread(run.policy_update.sampler(1))

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from test_tuning import PROMPTS, brightness, drawing
 from tiny import flux_model, sd3_model
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.interruption import Interrupted
 from diffalign.core.locks import LockError, hold
 from diffalign.data import fill
@@ -82,9 +81,10 @@ def test_filling_a_folder_of_images(tmp_path):
         return model
 
     def run(**made):
-        config = EvaluationConfig(num_inference_steps=1, images_per_prompt=2)
-        options = {"micro_batch_size": 2, "mixed_precision": "no", "height": 32, "width": 32}
-        fill_folder(tmp_path / "images", prompts, load, config, made=made, **options)
+        settings = drawing(
+            num_inference_steps=1, images_per_prompt=2, micro_batch_size=2, size=(32, 32)
+        )
+        fill_folder(tmp_path / "images", prompts, load, settings, made=made)
 
     with pytest.raises(Interrupted, match="4 of 6 images are in .*images; the same command draws"):
         run(model="a")

@@ -9,7 +9,6 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from diffalign import cli
-from diffalign.config import EvaluationConfig
 from diffalign.data.images import read_folder
 from diffalign.data.prompts import load_prompts
 from diffalign.evaluation.fid import (
@@ -26,6 +25,7 @@ from diffalign.evaluation.fid import (
     warnings,
 )
 from diffalign.evaluation.fid_sides import draw_scene
+from diffalign.pipelines.drawing import Drawing
 from diffalign.rewards import features
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.inception import FIDInception, resize_like_tensorflow1
@@ -348,11 +348,10 @@ def test_folders_count_what_they_hold_and_are_shared_among_processes(tmp_path):
 
 def test_models_share_their_batches_among_processes(sd3):
     prompts = load_prompts("shapes:held_out", limit=3)
-    config = EvaluationConfig(num_inference_steps=1, images_per_prompt=2)
+    drawing = Drawing(1, images_per_prompt=2, micro_batch_size=2, mixed_precision="no")
 
     def batches(**kwargs):
-        flags = {"micro_batch_size": 2, "mixed_precision": "no"}
-        return list(model_batches(sd3, prompts, {}, config, **flags, **kwargs))
+        return list(model_batches(sd3, prompts, {}, drawing, **kwargs))
 
     whole = batches()
     parts = [batches(process=(i, 2)) for i in range(2)]

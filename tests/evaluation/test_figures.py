@@ -12,6 +12,7 @@ from diffalign.cli import output
 from diffalign.cli.train import results_of
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation import figures, images
+from diffalign.pipelines.drawing import Drawing
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_grid_tells_how_an_image_is_drawn_again_and_what_is_replaced(
 
     monkeypatch.setattr(images, "evaluate_model", evaluate)
     monkeypatch.setattr(images, "image_grid", grid)
-    drawing = config.EvaluationConfig(images_per_prompt=3, seed=7)
+    drawing = Drawing(images_per_prompt=3, seed=7)
     images.write_images(None, [Prompt("a cat")], tmp_path, drawing)
     assert told == [f"image 000{i} of seed 7: a cat" for i in range(3)]
     assert not caplog.text

@@ -21,7 +21,8 @@ from benchmarks.awm import phases as awm_phases
 from diffalign import cli
 from diffalign.config import load
 from diffalign.evaluation.scoring import BackgroundScorer
-from diffalign.pipelines.sampling import generate
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
 from diffalign.quantization.apply import quantize_pipeline
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackSpec
@@ -278,19 +279,10 @@ def test_the_command_draws_and_rewards_load(cuda, tmp_path):
 def test_every_family_draws(family, everywhere):
     model = tiny_pairs.FAMILIES[family]()
     prompts = ["a photo of a red square", "two"]
-    negative = model.encode_prompt([""])
-    latents, images = generate(
-        model,
-        model.encode_prompt(prompts),
-        torch.arange(2),
-        [1, 2],
-        num_inference_steps=2,
-        guidance_scale=2.0,
-        negative_embeds=None if model.guidance_is_embedded else negative,
-    )
-    assert latents.is_cuda
-    assert not images.is_cuda
-    assert model.encode(images.to(CUDA)).is_cuda
+    samples = Sampler(model, Drawing(2, 2.0)).images(prompts, [1, 2])
+    assert samples.latents.is_cuda
+    assert not samples.images.is_cuda
+    assert model.encode(samples.images.to(CUDA)).is_cuda
 
 
 @pytest.mark.parametrize(("backend", "options"), [("int8", {}), ("int4", {"svd_rank": 2})])

@@ -22,9 +22,10 @@ from diffalign.core.errors import UsageError
 from diffalign.data.prompts import load_prompts
 from diffalign.diffusion.paths import RectifiedFlow, VariancePreserving
 from diffalign.methods.distillation.trainer import student_scheduler
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.flux import fold_guidance
 from diffalign.pipelines.registry import load_meta_model
-from diffalign.pipelines.sampling import generate
+from diffalign.pipelines.sampler import Sampler
 from diffalign.training.memory import forecast
 from diffalign.training.plan import make_plan
 from diffalign.training.sums import Sums
@@ -138,16 +139,15 @@ def test_students_get_schedulers_that_begin_at_noise():
 def test_images_of_stochastic_schedulers_are_a_matter_of_their_seeds():
     model = tiny.flux_model()
     model.pipeline.scheduler = student_scheduler(model, "consistency")
-    embeds = model.encode_prompt(["a", "b"])
+    sampler = Sampler(model, Drawing(num_inference_steps=3, mixed_precision="no"))
 
-    def draw(rows, seeds):
-        settings = {"num_inference_steps": 3, "guidance_scale": None, "mixed_precision": "no"}
-        return generate(model, embeds, torch.tensor(rows), seeds, **settings)[0]
+    def draw(prompts, seeds):
+        return sampler.images(prompts, seeds).latents
 
-    both = draw([0, 1], [5, 6])
+    both = draw(["a", "b"], [5, 6])
     torch.manual_seed(99)
-    torch.testing.assert_close(draw([1], [6])[0], both[1], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(draw([1], [7])[0], both[1], atol=1e-2)
+    torch.testing.assert_close(draw(["b"], [6])[0], both[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(draw(["b"], [7])[0], both[1], atol=1e-2)
 
 
 # --- the loop
@@ -190,15 +190,9 @@ def test_trajectories_are_the_teachers_and_end_where_it_ends(tmp_path):
     plan = make_plan(found.prompts, c.teacher, seed=0, update=1, tasks=c.prompts)
     drawn = found.draw(plan)
     assert drawn.states.shape[:2] == (9, 4)
-    expected, _ = generate(
-        tiny.sd3_model(),
-        found.embed([p.text for p in plan.prompts]),
-        plan.prompt_index,
-        plan.seeds,
-        num_inference_steps=8,
-        guidance_scale=None,
-        mixed_precision="no",
-    )
+    sampler = Sampler(tiny.sd3_model(), Drawing(num_inference_steps=8, mixed_precision="no"))
+    texts = [plan.prompts[i].text for i in plan.prompt_index.tolist()]
+    expected = sampler.images(texts, plan.seeds).latents
     torch.testing.assert_close(drawn.states[-1], expected, rtol=1e-3, atol=1e-3)
 
 

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from diffalign import cli
-from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UsageError
 from diffalign.data.pairs.states import states_path
 from diffalign.data.pairs.tables import PairsError
@@ -23,19 +22,21 @@ from diffalign.diffusion.paths import chord_target
 from diffalign.evaluation import geneval
 from diffalign.evaluation.recording import StateKeeper
 from diffalign.methods.preference import precompute as module
+from diffalign.pipelines.drawing import Drawing
 
 STEPS, STATES, PROMPTS = 6, 3, ("a red square", "a blue ring", "two stars")
-FLAGS = {"micro_batch_size": 4, "mixed_precision": "no"}
 
 
 def draw(folder, family="sd3", *, states=STATES, **settings):
     """Two images of each prompt with their states, and the table that makes pairs of them."""
     model = tiny_pairs.FAMILIES[family]()
-    config = EvaluationConfig(num_inference_steps=STEPS, images_per_prompt=2, **settings)
+    drawing = Drawing(
+        STEPS, images_per_prompt=2, micro_batch_size=4, mixed_precision="no", **settings
+    )
     prompts = [Prompt(text, {"prompt": text}) for text in PROMPTS]
     geneval.write_prompts(folder, prompts)
-    keeper = StateKeeper(model, config, states, mixed_precision="no")
-    geneval.generate_samples(model, prompts, folder, config, keeper=keeper, **FLAGS)
+    keeper = StateKeeper(model, drawing, states)
+    geneval.generate_samples(model, prompts, folder, drawing, keeper=keeper)
     rows = [
         {
             "prompt": text,

@@ -12,7 +12,8 @@ from diffalign.core.errors import UsageError
 from diffalign.methods.online import forward_update
 from diffalign.methods.online.forward_update import ForwardProcessUpdate, draw
 from diffalign.methods.online.update import TrainingBatch, UpdateSettings
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampling import Sampling
 from diffalign.types import Trajectory
 
 N = 6
@@ -130,12 +131,8 @@ class TestNoiseOfTheRollout:
         embeds = sd3.encode_prompt(["a photo of a ring"] * 2)
         with torch.no_grad():
             ends = [
-                sample(
-                    sd3,
-                    embeds,
-                    num_inference_steps=8,
-                    generator=torch.Generator().manual_seed(seed),
-                    step=sampler,
+                Sampling(sd3, embeds, Drawing(8)).draw(
+                    torch.Generator().manual_seed(seed), step=sampler
                 )
                 for seed in (0, 1)
             ]

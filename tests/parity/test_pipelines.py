@@ -9,7 +9,9 @@ import torch
 from diffusers import FluxPipeline
 
 from diffalign.latents import codec
-from diffalign.pipelines.sampling import EmbedCache, generate, sample
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
+from diffalign.pipelines.sampling import EmbedCache, Sampling
 from diffalign.pipelines.sana import INSTRUCTION
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "zebra 漢字 ?!"]
@@ -50,16 +52,8 @@ def test_rollout_with_a_generator_an_image_equals_stock_pipeline(model):
         model, generator=[torch.Generator().manual_seed(s) for s in seeds], guidance_scale=1.0
     )
     for micro_batch_size in (1, 2, 64):
-        _, images = generate(
-            model,
-            EmbedCache(model)(PROMPTS),
-            torch.arange(3),
-            seeds,
-            num_inference_steps=4,
-            guidance_scale=1.0,
-            micro_batch_size=micro_batch_size,
-            mixed_precision="no",
-        )
+        drawing = Drawing(4, 1.0, micro_batch_size=micro_batch_size, mixed_precision="no")
+        images = Sampler(model, drawing).images(PROMPTS, seeds).images
         difference = np.abs(images.permute(0, 2, 3, 1).numpy().astype(int) - expected.astype(int))
         assert difference.max() <= 1  # batch shape changes the last float bit, and so rounding
 
@@ -178,14 +172,9 @@ def test_sana_steps_in_float32_whatever_the_denoiser_is():
         output_type="latent",
         use_resolution_binning=False,
     ).images
-    found = sample(
-        model,
-        model.encode_prompt(PROMPTS),
-        num_inference_steps=4,
-        guidance_scale=4.5,
-        negative_embeds=model.encode_prompt([""] * 3),
-        generator=torch.Generator().manual_seed(3),
-    )
+    negative = model.encode_prompt([""] * 3)
+    batch = Sampling(model, model.encode_prompt(PROMPTS), Drawing(4, 4.5), negative)
+    found = batch.draw(torch.Generator().manual_seed(3))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

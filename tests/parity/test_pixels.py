@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
 
 from diffalign.latents.codec import CodecError
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.moving import move_model
 from diffalign.pipelines.registry import MODELS, load_model
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sampling import Sampling
 from diffalign.scripts.shapes.autoencoder import fold_shift
 from diffalign.shapes import CHECKPOINTS
 
@@ -89,13 +90,8 @@ def stock_of(name: str, dtype: torch.dtype) -> Stock:
 def test_decoded_images_equal_the_stock_pipelines(name, dtype):
     stock = stock_of(name, dtype)
     expected = (stock.images(seed=3) * 255).round().astype("uint8")
-    latents = sample(
-        stock.model,
-        stock.model.encode_prompt(PROMPTS),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(3),
-    )
+    batch = Sampling(stock.model, stock.model.encode_prompt(PROMPTS), Drawing(2, 1.0))
+    latents = batch.draw(torch.Generator().manual_seed(3))
     decoded = stock.model.decode(latents).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 2
     np.testing.assert_array_equal(decoded, expected)
@@ -168,13 +164,8 @@ def test_shipped_models_draw_what_stock_draws(name):
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    latents = sample(
-        model,
-        model.encode_prompt(PROMPTS),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(0),
-    )
+    batch = Sampling(model, model.encode_prompt(PROMPTS), Drawing(2, 1.0))
+    latents = batch.draw(torch.Generator().manual_seed(0))
     decoded = model.decode(latents).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(decoded, (expected * 255).round().astype("uint8"))
 

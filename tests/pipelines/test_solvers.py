@@ -10,7 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffalign.config import SOLVERS
 from diffalign.core.errors import UserError
 from diffalign.diffusion.paths import RectifiedFlow
-from diffalign.pipelines.sampling import EmbedCache, generate
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
 from diffalign.pipelines.solvers import AdamsBashforth, solver_step
 
 STD = 0.5
@@ -77,20 +78,16 @@ def test_exact_where_the_velocity_is_linear_in_sigma():
 
 
 def test_batches_do_not_remember_each_other(model):
-    embeds = EmbedCache(model)(["a photo of a red circle", "a photo of two blue squares"])
+    prompts = ["a photo of a red circle", *["a photo of two blue squares"] * 2]
 
     def latents(micro_batch_size):
-        return generate(
-            model,
-            embeds,
-            torch.tensor([0, 1, 1]),
-            [5, 6, 7],
+        drawing = Drawing(
             num_inference_steps=4,
-            guidance_scale=None,
+            solver="adams_bashforth",
             micro_batch_size=micro_batch_size,
             mixed_precision="no",
-            step=solver_step("adams_bashforth", model.noise),
-        )[0]
+        )
+        return Sampler(model, drawing).images(prompts, [5, 6, 7]).latents
 
     torch.testing.assert_close(latents(3), latents(1), rtol=1e-4, atol=1e-5)
 

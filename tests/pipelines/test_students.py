@@ -17,8 +17,9 @@ from diffalign import cli, lora
 from diffalign.core.errors import UsageError
 from diffalign.pipelines import published as layouts
 from diffalign.pipelines import registry
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import MODELS, load_meta_model, load_model
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.sampling import Sampling
 from diffalign.quantization.accounting import report
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.packed import pack_model
@@ -159,12 +160,8 @@ def test_a_search_draws_what_the_stock_pipeline_draws(asked, tuned):
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
-    found = sample(
-        model,
-        model.encode_prompt(["a circle"]),
-        num_inference_steps=4,
-        generator=torch.Generator().manual_seed(0),
-    )
+    batch = Sampling(model, model.encode_prompt(["a circle"]), Drawing(4))
+    found = batch.draw(torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, expected)
 
 

@@ -71,14 +71,14 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
     """In milliseconds, with the other model in bfloat16 whatever the dtype of this, which is freed before."""
     timed = []
 
-    def forward_seconds(model, rows, **size):
+    def forward_seconds(model, rows, size):
         if timed:
             assert timed[0].pipeline.transformer is None
             assert list(tmp_path.rglob("diffusion_pytorch_model*"))  # saved by then
             assert model.pipeline.vae is timed[0].pipeline.vae  # only the denoiser is read again
         timed.append(model)
         dtypes.append(model.denoiser.dtype)
-        return stock(model, rows, **size)
+        return stock(model, rows, size)
 
     dtypes = []
     stock = quantizing.forward_seconds

@@ -10,10 +10,10 @@ import torch
 from test_tuning import PROMPTS, brightness, calls, drawing, flux
 from tiny import flux_model
 
-from diffalign.config import EvaluationConfig
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
-from diffalign.evaluation.score import render
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
 from diffalign.schedulers import Coefficients, QSched
 from diffalign.tuning.objective import ObjectiveError
 from diffalign.tuning.plot import check_plot, plot_history
@@ -85,7 +85,11 @@ def test_tuning_finds_stronger_contrast_and_puts_them_into_the_pipeline(engine, 
     ):
         other = flux_model()
         other.pipeline.scheduler = scheduler
-        drawn[name] = render(other, prompts[:2], [1, 2], EvaluationConfig(num_inference_steps=3))[0]
+        drawn[name] = (
+            Sampler(other, Drawing(num_inference_steps=3))
+            .images([p.text for p in prompts[:2]], [1, 2])
+            .images
+        )
     assert torch.equal(drawn["applied"], drawn["saved"])
     assert not torch.equal(drawn["applied"], drawn["as it is"])
     config = json.loads((tmp_path / "pipe" / "scheduler" / "scheduler_config.json").read_text())

@@ -28,7 +28,9 @@ from diffalign.diffusion.inversion import integrate, inversion_grid
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
-from diffalign.pipelines.sampling import EmbedCache, initial_latents
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
+from diffalign.pipelines.sampling import generators_of
 from diffalign.training.denoise import predict
 from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, check_share, make_plan
@@ -102,7 +104,16 @@ class DistillationTrainer(Trainer):
         steps = len(self.coarse) - 1
         parts = -(-c.teacher.num_inference_steps // steps)
         self.grid = subdivide(self.coarse, parts)
-        self.embed = EmbedCache(self.model)
+        self.sampler = Sampler(
+            self.model,
+            Drawing(
+                c.teacher.num_inference_steps,
+                c.teacher.guidance_scale,
+                self.size,
+                micro_batch_size=c.teacher.micro_batch_size,
+                mixed_precision=c.training.mixed_precision,
+            ),
+        )
         # Guidance that costs a second forward is the teacher's alone; an embedded one is part of the student's input.
         embedded = self.model.guidance_is_embedded
         self.guidance_scale = c.evaluation.guidance_scale if embedded else None
@@ -156,36 +167,24 @@ class DistillationTrainer(Trainer):
 
     def draw(self, plan: Plan) -> Trajectories:
         """Sample this process's share of the teacher's trajectories."""
-        c = self.config
         mine = self.share(len(plan))
-        prompt_embeds = self.embed([p.text for p in plan.prompts])
+        prompt_embeds = self.sampler.embed([p.text for p in plan.prompts])
         embeds = prompt_embeds[plan.prompt_index[mine.start : mine.stop].to(self.model.device)]
-        guided = self.model.costs_a_forward(c.teacher.guidance_scale)
-        null = self.embed([""]) if guided else None
+        seeds = plan.seeds[mine.start : mine.stop]
         parts = []
         with lora.policy(self.model.denoiser, lora.REFERENCE):
-            for start in range(0, len(embeds), c.teacher.micro_batch_size):
-                rows = slice(start, start + c.teacher.micro_batch_size)
-                seeds = plan.seeds[mine.start : mine.stop][rows]
-                parts.append(self._trajectory(embeds[rows], seeds, null))
+            for rows in self.sampler.drawing.batches(len(embeds)):
+                parts.append(self._trajectory(embeds[rows], seeds[rows]))
         states = torch.cat(parts, dim=1)
         return Trajectories(states, embeds, list(mine))
 
-    def _trajectory(
-        self, embeds: PromptEmbeds, seeds: Sequence[int], null: PromptEmbeds | None
-    ) -> Tensor:
+    def _trajectory(self, embeds: PromptEmbeds, seeds: Sequence[int]) -> Tensor:
         """Sample one micro-batch of the teacher's trajectories, from the noise of `seeds`.
 
         The states are (K + 1, B, C, H, W) float32.
         """
-        latents = initial_latents(
-            self.model,
-            len(seeds),
-            height=self.size[0],
-            width=self.size[1],
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-        )
-        negative = None if null is None else null.repeat_first(len(seeds))
+        batch = self.sampler.batch(embeds)
+        latents = batch.noise(generators_of(seeds), dtype=torch.float32)
 
         def field(noisy: Tensor, times: Tensor) -> Tensor:
             return predict(
@@ -195,7 +194,7 @@ class DistillationTrainer(Trainer):
                 embeds,
                 mixed_precision=self.config.training.mixed_precision,
                 guidance_scale=self.config.teacher.guidance_scale,
-                negative_embeds=negative,
+                negative_embeds=batch.negative_embeds,
             )
 
         solver = self.config.teacher.solver

@@ -23,9 +23,9 @@ from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import BackgroundScorer, RewardTimeout
 from diffalign.methods.online.update import PolicyUpdate
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.recording import Recorder
-from diffalign.pipelines.sampling import EmbedCache, generate
-from diffalign.pipelines.solvers import solver_step
+from diffalign.pipelines.sampler import Sampler
 from diffalign.training.plan import Plan
 from diffalign.types import RewardOutput, Rollout
 
@@ -48,7 +48,16 @@ class RolloutMaker:
     drawing: Callable[[str], AbstractContextManager[None]]
 
     def __post_init__(self) -> None:
-        self.embed = EmbedCache(self.model)
+        c = self.config.rollout
+        drawing = Drawing(
+            c.num_inference_steps,
+            c.guidance_scale,
+            self.size,
+            c.solver,
+            micro_batch_size=c.micro_batch_size,
+            mixed_precision=self.config.training.mixed_precision,
+        )
+        self.sampler = Sampler(self.model, drawing)
         overlap = self.config.rollout.overlap_rewards
         self.scorer = BackgroundScorer(
             self.score,
@@ -65,13 +74,10 @@ class RolloutMaker:
         Raises:
             RewardTimeout: in all processes, if one of them got no reward in time.
         """
-        c = self.config.rollout
         mine = plan.shard(self.accelerator.process_index, self.accelerator.num_processes)
-        embeds = self.embed([p.text for p in plan.prompts])
+        embeds = self.sampler.embed([p.text for p in plan.prompts])
         index = plan.prompt_index[mine.start : mine.stop]
-        guided = self.model.costs_a_forward(c.guidance_scale)
-        sampler = policy_update.sampler(update)
-        solver = solver_step(c.solver, self.model.noise)
+        step = policy_update.sampler(update)
         image_prompts = [plan.prompts[i] for i in index.tolist()]
 
         def score(part: slice, images: Tensor) -> None:
@@ -79,31 +85,24 @@ class RolloutMaker:
             self.scorer.submit(images, [p.text for p in prompts], [p.metadata for p in prompts])
 
         with self.drawing(policy_update.rollout_policy):
-            latents, _ = generate(
-                self.model,
-                embeds,
-                index,
+            samples = self.sampler.images(
+                [p.text for p in image_prompts],
                 plan.seeds[mine.start : mine.stop],
-                num_inference_steps=c.num_inference_steps,
-                guidance_scale=c.guidance_scale,
-                negative_embeds=self.embed([""]) if guided else None,
-                height=self.size[0],
-                width=self.size[1],
-                micro_batch_size=c.micro_batch_size,
-                mixed_precision=self.config.training.mixed_precision,
-                step=sampler.around(solver) if isinstance(sampler, Recorder) else sampler or solver,
+                step=step.around(self.sampler.step()) if isinstance(step, Recorder) else step,
                 on_images=score,
             )
         output = self._collect()
         nothing = np.full(len(index), np.nan, np.float32)
         names = {k for part in gather_object([list(output.details)]) for k in part}
         details = {k: self._gather(output.details.get(k, nothing), plan) for k in sorted(names)}
-        broken = ~latents.isfinite().flatten(1).all(1).cpu().numpy()
+        broken = ~samples.finite.numpy()
         # a reward may return a finite score for pixels of latents that are not finite
         values = np.where(broken, np.nan, output.values)
         rewards = torch.from_numpy(self._gather(values, plan))
-        trajectory = None if sampler is None else sampler.trajectory()
-        return Rollout(latents, embeds, index, plan.prompt_index, rewards, details, trajectory)
+        trajectory = None if step is None else step.trajectory()
+        return Rollout(
+            samples.latents, embeds, index, plan.prompt_index, rewards, details, trajectory
+        )
 
     def _collect(self) -> RewardOutput:
         """Return the rewards of this process's images; raise RewardTimeout in all processes together."""

@@ -106,7 +106,7 @@ class OnlineTrainer(Trainer):
             mixed_precision=c.training.mixed_precision,
             seed=c.training.seed,
             updates_per_rollout=c.training.updates_per_rollout,
-            negative_embeds=self.rollouts.embed([""]) if guided else None,
+            negative_embeds=self.rollouts.sampler.embed([""]) if guided else None,
             sum_processes=lambda table: self.accelerator.reduce(table, "sum"),
         )
         loss = methods.loss(c.algorithm.type)

@@ -28,7 +28,8 @@ from diffalign.diffusion.inversion import Predict, integrate, round_trip_error
 from diffalign.diffusion.paths import RectifiedFlow, chord_target
 from diffalign.methods.preference.recorded import RECORDED, RecordedSource, default_solver
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.sampling import EmbedCache
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampler import Sampler
 from diffalign.training.denoise import image_size, predict
 from diffalign.types import PromptEmbeds
 
@@ -69,8 +70,11 @@ class PairMaker:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.embed = EmbedCache(self.model)
         self.size = image_size(c, self.model)
+        inversion = c.pairs.inversion
+        self.sampler = Sampler(
+            self.model, Drawing(inversion.steps, inversion.guidance_scale, self.size)
+        )
         self.dtype = getattr(torch, c.pairs.dtype)
         noise = self.model.noise.scales(self.grid)[1]
         self.allowed = [
@@ -113,7 +117,7 @@ class PairMaker:
         facts["skipped"] = dict(skipped)
         tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
         prompts = [pair["prompt"] for pair in facts["pairs"]]
-        return tensors | prompt_tensors(prompts, self.embed), facts
+        return tensors | prompt_tensors(prompts, self.sampler.embed), facts
 
     def _name(self, item: Item, why: str) -> None:
         self.named[why] += 1
@@ -178,7 +182,7 @@ class PairMaker:
         if self.model.takes_time_ids:
             tensors["time_ids"] = times
         if self.config.states:
-            embeds = self.embed([p.prompt for p in pairs for _ in range(2)])
+            embeds = self.sampler.embed([p.prompt for p in pairs for _ in range(2)])
             if self.model.takes_time_ids:
                 of_images = times.flatten(0, 1).to(self.model.device)
                 embeds = replace(embeds, time_ids=of_images)
@@ -197,9 +201,7 @@ class PairMaker:
         """
         scale = self.config.pairs.inversion.guidance_scale
         guidance = scale if guided or self.model.guidance_is_embedded else None
-        negative = None
-        if self.model.costs_a_forward(guidance):
-            negative = self.embed([""]).repeat_first(len(embeds))
+        negative = self.sampler.negatives(len(embeds)) if guided else None
 
         def field_of(noisy: Tensor, times: Tensor) -> Tensor:
             return predict(
