@@ -187,9 +187,7 @@ class TextToImageModel(ABC):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """Return the denoiser's prediction (B, C, H, W), without classifier-free guidance."""
 
-    def random_inputs(
-        self, rows: int, height: int, width: int
-    ) -> tuple[Tensor, Tensor, PromptEmbeds]:
+    def random_inputs(self, rows: int, size: Size) -> tuple[Tensor, Tensor, PromptEmbeds]:
         """Return random arguments of `forward`, to measure memory and time.
 
         They are on the denoiser's device and in its dtype.
@@ -203,13 +201,13 @@ class TextToImageModel(ABC):
             torch.randn(rows, length, features, **options),
             torch.randn(rows, pooled, **options) if pooled else None,
         )
-        latents = torch.randn(rows, *self.latent_shape(height, width), **options)
+        latents = torch.randn(rows, *self.latent_shape(size), **options)
         return latents, torch.full((rows,), 500.0, device=self.device), embeds
 
-    def image_seq_len(self, height: int, width: int) -> int:
-        """Return the number of image tokens at this resolution, for a U-Net of latent positions."""
+    def image_seq_len(self, size: Size) -> int:
+        """Return the number of image tokens of a size, for a U-Net of latent positions."""
         step = self.pixels_per_token
-        return (height // step) * (width // step)
+        return (size[0] // step) * (size[1] // step)
 
     @property
     def pixels_per_token(self) -> int:
@@ -240,12 +238,13 @@ class TextToImageModel(ABC):
         """Number of pixels that height and width must be multiples of."""
         return self.pixels_per_token
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) of one image's latents.
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the latents of one image of a size.
 
         Raises:
             UsageError: the model cannot generate images of this size.
         """
+        height, width = size
         step, scale = self.granularity, self.pipeline.vae_scale_factor
         if height <= 0 or width <= 0 or height % step or width % step:
             near = tuple(max(step, round(side / step) * step) for side in (height, width))
@@ -255,12 +254,12 @@ class TextToImageModel(ABC):
             )
         return self.latent_channels, height // scale, width // scale
 
-    def scheduler_at(self, num_inference_steps: int, *, height: int, width: int) -> Any:
+    def scheduler_at(self, num_inference_steps: int, size: Size) -> Any:
         """Return a copy of the pipeline's scheduler, with the stock pipeline's timesteps."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
         if scheduler.config.get("use_dynamic_shifting"):
-            kwargs["mu"] = dynamic_shift(scheduler.config, self.image_seq_len(height, width))
+            kwargs["mu"] = dynamic_shift(scheduler.config, self.image_seq_len(size))
         set_timesteps(scheduler, num_inference_steps, device=self.device, **kwargs)
         return scheduler
 
@@ -268,11 +267,11 @@ class TextToImageModel(ABC):
         """Return further arguments that the stock pipeline passes to `set_timesteps`."""
         return {}
 
-    def shifted(self, sigmas: Tensor, *, height: int, width: int) -> Tensor:
+    def shifted(self, sigmas: Tensor, size: Size) -> Tensor:
         """Return noise levels (N,) of a flow after the scheduler's shift for this image size."""
         config = self.pipeline.scheduler.config
         if config.get("use_dynamic_shifting"):
-            mu = dynamic_shift(config, self.image_seq_len(height, width))
+            mu = dynamic_shift(config, self.image_seq_len(size))
             linear = config.get("time_shift_type") == "linear"
             return shift_sigmas(sigmas, mu if linear else math.exp(mu))
         return shift_sigmas(sigmas, config.get("flow_shift") or config.get("shift") or 1.0)

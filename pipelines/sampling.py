@@ -74,8 +74,7 @@ class Sampling:
     @cached_property
     def scheduler(self) -> Any:
         """Copy of the pipeline's scheduler, with the timesteps of this batch."""
-        height, width = self.size
-        return self.model.scheduler_at(self.drawing.num_inference_steps, height=height, width=width)
+        return self.model.scheduler_at(self.drawing.num_inference_steps, self.size)
 
     def noise(self, generator: Generators, *, dtype: torch.dtype | None = None) -> Tensor:
         """Return standard normal noise (B, C, H, W), sampled like the stock pipeline does.
@@ -84,7 +83,7 @@ class Sampling:
             generator: one generator for all images, or one per image.
             dtype: dtype of the noise; None for that of the stock pipeline.
         """
-        shape = (len(self.embeds), *self.model.latent_shape(*self.size))
+        shape = (len(self.embeds), *self.model.latent_shape(self.size))
         generators = list(generator) if isinstance(generator, Sequence) else generator
         dtype = dtype or self.model.latents_dtype or self.embeds.prompt_embeds.dtype
         return randn_tensor(shape, generator=generators, device=self.model.device, dtype=dtype)

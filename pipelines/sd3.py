@@ -12,7 +12,7 @@ from diffalign.core.errors import UsageError
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
 from diffalign.pipelines.base import JOINT_ATTENTION, TextToImageModel
-from diffalign.types import PromptEmbeds
+from diffalign.types import PromptEmbeds, Size
 
 
 class SD3Model(TextToImageModel):
@@ -46,13 +46,13 @@ class SD3Model(TextToImageModel):
             return_dict=False,
         )[0]
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        shape = super().latent_shape(height, width)
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        shape = super().latent_shape(size)
         patch, limit = self.denoiser.config.patch_size, self.denoiser.config.pos_embed_max_size
         if max(shape[1:]) > patch * limit:
             largest = patch * limit * self.pipeline.vae_scale_factor
             raise UsageError(
-                f"{height}x{width} is beyond this model's position table, which ends at {largest} pixels"
+                f"{size[0]}x{size[1]} is beyond this model's position table, which ends at {largest} pixels"
             )
         return shape
 

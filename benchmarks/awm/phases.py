@@ -158,7 +158,7 @@ def phases(trainer: OnlineTrainer) -> dict[str, Phase]:
     images, micro = c.rollout.images_per_update, c.training.micro_batch_size
     batches = math.ceil(images / micro)
     phases_by_name = _rollout_phases(trainer, calls=math.ceil(images / c.rollout.micro_batch_size))
-    latents, _, embeds = trainer.model.random_inputs(micro, *trainer.size)
+    latents, _, embeds = trainer.model.random_inputs(micro, trainer.size)
     batch = TrainingBatch(
         latents=latents,
         embeds=embeds,
@@ -195,7 +195,7 @@ def _rollout_phases(trainer: OnlineTrainer, *, calls: int) -> dict[str, Phase]:
     c, model = trainer.config, trainer.model
     settings = c.rollout
     rows = min(settings.micro_batch_size, settings.images_per_update)
-    noise, _, embeds = model.random_inputs(rows, *trainer.size)
+    noise, _, embeds = model.random_inputs(rows, trainer.size)
     sampler = trainer.rollouts.sampler
 
     def rollout() -> Tensor:
@@ -220,7 +220,7 @@ def _distance(trainer: OnlineTrainer, policy: str, *, calls: int) -> Phase:
     update, model = trainer.policy_update, trainer.model
     assert isinstance(update, ForwardProcessUpdate)
     rows = trainer.config.training.micro_batch_size * update.config.kl_timesteps
-    noisy, times, embeds = model.random_inputs(rows, *trainer.size)
+    noisy, times, embeds = model.random_inputs(rows, trainer.size)
     guidance = update.reference_guidance_scale if policy == lora.REFERENCE else None
 
     def forward() -> Tensor:

@@ -66,7 +66,7 @@ def _parts(model: TextToImageModel, n: int) -> dict[str, Callable[[], Any]]:
     guidance = GUIDANCE if model.guidance_is_embedded else None
     with torch.no_grad(), compute(model.device):
         embeds = model.encode_prompt(prompts)
-        latents = torch.randn(n, *model.latent_shape(*model.default_size), device=model.device)
+        latents = torch.randn(n, *model.latent_shape(model.default_size), device=model.device)
         pixels = model.decode(latents)
 
     def denoise() -> Any:
@@ -95,14 +95,14 @@ def flops(models: Mapping[str, TextToImageModel]) -> dict[str, Any]:
 
 def _costs(model: TextToImageModel) -> dict[str, int]:
     size = model.default_size
-    inputs = model.random_inputs(1, *size)
-    latents = torch.randn(1, *model.latent_shape(*size)).to(model.device)
+    inputs = model.random_inputs(1, size)
+    latents = torch.randn(1, *model.latent_shape(size)).to(model.device)
     allocated = [model.denoiser, model.pipeline.vae, latents, *tensors_of(inputs)]
     with attention(model.device):
         forward = counted(partial(model.forward, *inputs), allocated)
     decode = counted(partial(model.decode, latents), allocated)
     return {
-        "tokens": model.image_seq_len(*size),
+        "tokens": model.image_seq_len(size),
         "forward": forward[0],
         "decode": decode[0],
         "forward_peak_bytes": forward[1],

@@ -247,7 +247,7 @@ class Student:
     def latency(self, form: str) -> dict[str, Any]:
         """Time a forward for a few images relative to bfloat16, eager and interleaved."""
         models = [self.model(f, self.size.steps[0]) for f in ("bf16", form)]
-        inputs = models[0].random_inputs(self.size.rows, *models[0].default_size)
+        inputs = models[0].random_inputs(self.size.rows, models[0].default_size)
         device = models[0].device
         with attention(device):
             calls = [lambda m=m: m.forward(*inputs) for m in models]

@@ -60,7 +60,7 @@ def check_drawing(flags: ModelFlags) -> None:
     # loading the model reports the same error in full
     except Exception:
         return
-    plan.latent_shape(*plan.image_size((height, width)))
+    plan.latent_shape(plan.image_size((height, width)))
 
 
 def dtype_of(flags: ModelFlags) -> torch.dtype:

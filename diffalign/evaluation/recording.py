@@ -33,10 +33,8 @@ class StateKeeper:
     def __post_init__(self) -> None:
         plain = not self.model.costs_a_forward(self.drawing.guidance_scale)
         self.recorder = Recorder(predictions=plain)
-        height, width = self.model.image_size(self.drawing.size)
-        scheduler = self.model.scheduler_at(
-            self.drawing.num_inference_steps, height=height, width=width
-        )
+        size = self.model.image_size(self.drawing.size)
+        scheduler = self.model.scheduler_at(self.drawing.num_inference_steps, size)
         self.timesteps = scheduler.timesteps.float().cpu()
         noise = self.model.noise.scales(self.timesteps)[1]
         self.allowed = has_noise_after_step(noise).nonzero().flatten()

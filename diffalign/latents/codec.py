@@ -201,14 +201,6 @@ class LatentCodec:
         values = self.statistics.values()
         return [torch.tensor(v).view(1, -1, 1, 1).to(like.device, like.dtype) for v in values]
 
-    def tokens(self, height: int, width: int) -> int:
-        """Return the number of tokens of an image of this size in pixels."""
-        return (height // self.pixels_per_token) * (width // self.pixels_per_token)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of one image's latents."""
-        return self.channels, height // self.compression, width // self.compression
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) uint8 as normalised latents (B, C, h, w).
@@ -240,14 +232,6 @@ class LatentCodec:
         finite = pixels.isfinite().flatten(1).all(1)
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
         return (pixels * 255).round().to(torch.uint8), finite
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Pack latents (B, C, h, w) into tokens (B, N, D); see `pack`."""
-        return pack(latents, self.patch_size)
-
-    def unpack(self, tokens: Tensor, *, height: int, width: int) -> Tensor:
-        """Unpack tokens (B, N, D) into latents (B, C, h, w); see `unpack`."""
-        return unpack(tokens, self.patch_size, height=height, width=width)
 
     @cached_property
     def identity(self) -> str:

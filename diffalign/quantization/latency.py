@@ -39,7 +39,7 @@ def forward_seconds(
 
     They are in its own dtype and eager (not compiled). The size is (height, width) in pixels; None is the model's own.
     """
-    inputs = model.random_inputs(rows, *model.image_size(size))
+    inputs = model.random_inputs(rows, model.image_size(size))
     with attention(model.device):
         return interleaved([lambda: model.forward(*inputs)], model.device)[0]
 

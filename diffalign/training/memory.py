@@ -140,7 +140,7 @@ def kept_of_rollout(
     base = getattr(torch, config.model.dtype)
     tokens, width, pooled = model.prompt_shape()
     prompt = (tokens * width + pooled) * base.itemsize
-    latents = math.prod(model.latent_shape(*image_size(config, model)))
+    latents = math.prod(model.latent_shape(image_size(config, model)))
     latents *= (model.latents_dtype or base).itemsize
     # Latents count twice, because the training batch is a copy. It has all images if no group is dropped.
     images = 2 * -(-stored.images // processes)
@@ -160,7 +160,7 @@ def activations(model: TextToImageModel, config: AnyRunConfig) -> int:
             parameter.data = parameter.data.to(dtype)
     rows = config.training.micro_batch_size * config.algorithm.rows_per_image(config)
     size = image_size(config, model)
-    latents, times, embeds = model.random_inputs(rows, *size)
+    latents, times, embeds = model.random_inputs(rows, size)
     model.denoiser.train()
     if config.model.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()

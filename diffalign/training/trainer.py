@@ -105,7 +105,7 @@ class Trainer(ABC):
         c = self.config
         self.size = image_size(c, self.model)
         # called for its errors: they should come now rather than at the first image
-        self.model.latent_shape(*self.size)
+        self.model.latent_shape(self.size)
         self.parameters = lora.attach(
             self.model.denoiser,
             rank=c.lora.rank,

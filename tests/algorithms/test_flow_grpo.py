@@ -341,7 +341,7 @@ def test_no_noise_outside_the_window(tmp_path):
     plan = make_plan(run.prompts, run.config.rollout, seed=0, update=1, tasks=run.config.prompts)
     made = run.rollout(plan, 1)
     embeds = made.embeds[made.prompt_index]
-    scheduler = run.model.scheduler_at(6, height=tiny.SIZE, width=tiny.SIZE)
+    scheduler = run.model.scheduler_at(6, (tiny.SIZE, tiny.SIZE))
     generators = [torch.Generator().manual_seed(s) for s in plan.seeds]
     x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators])
     for i, t in enumerate(scheduler.timesteps):

@@ -73,7 +73,7 @@ def test_inversion_and_sampling_pass_the_end(solver):
 def test_sampling_by_euler_is_ddim():
     model = zero_model()
     embeds = model.encode_prompt(["a photo of a red circle"])
-    scheduler = model.scheduler_at(4, height=tiny.SIZE, width=tiny.SIZE)
+    scheduler = model.scheduler_at(4, (tiny.SIZE, tiny.SIZE))
     noise = torch.randn(1, 4, 8, 8)
     expected = noise
     with torch.no_grad():

@@ -42,7 +42,7 @@ def test_all_but_the_ends_is_shared(family):
     assert type(model.denoiser) is type(base.denoiser)
     height, width = base.default_size
     k = model.pixels_per_token // base.pixels_per_token
-    assert model.image_seq_len(height, width) * k**2 == base.image_seq_len(height, width)
+    assert model.image_seq_len((height, width)) * k**2 == base.image_seq_len((height, width))
 
 
 @every_family
@@ -67,7 +67,7 @@ def test_the_same_latents_are_the_same_model():
     for end in (model.ends.embedder, model.ends.head):
         old = layer(base.denoiser, end)
         set_layer(layer(model.denoiser, end), LinearFit(matrix(old), old.bias, 1, 0))
-    latents, times, embeds = base.random_inputs(2, 16, 16)
+    latents, times, embeds = base.random_inputs(2, (16, 16))
     from diffalign.latents.codec import pack, unpack
 
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_any_legal_size_and_given_latents(family):
     if family == "sana":
         sizes["use_resolution_binning"] = False
     assert draw(model.pipeline, **sizes).shape[1:] == (height, width, 3)
-    c, h, w = model.latent_shape(height, width)
+    c, h, w = model.latent_shape((height, width))
     noise = torch.randn(2, c, h, w)
     given = noise.flatten(2).transpose(1, 2) if family == "flux" else noise
     a = draw(model.pipeline, latents=given, **sizes)
@@ -106,7 +106,7 @@ def test_any_legal_size_and_given_latents(family):
     with pytest.raises(ValueError, match="multiples of"):
         draw(model.pipeline, **sizes | {"height": height + 1})
     with pytest.raises(UsageError):
-        model.latent_shape(height + 1, width)
+        model.latent_shape((height + 1, width))
     with pytest.raises(ValueError, match="trained with 16 text tokens"):
         draw(model.pipeline, max_sequence_length=20)
 
@@ -183,7 +183,7 @@ def test_folding_an_adapter_gives_the_same_model_without_it(family):
     with torch.no_grad():
         for parameter in lora.trainable(model.denoiser):
             parameter.normal_(0, 0.3)
-    inputs = model.random_inputs(2, *model.default_size)
+    inputs = model.random_inputs(2, model.default_size)
     with torch.no_grad():
         wanted = model.predict(*inputs)
         plain = lora.folded(model.denoiser, lora.CURRENT)
@@ -256,7 +256,7 @@ def test_a_prefix_of_the_channels(family, tmp_path):
     """As DC-AE 1.5 is read: what is left out is zero to the decoder."""
     base = tiny.MODELS[family]()
     model = move_model(base, deep_autoencoder(), size=base.default_size, channels=5)
-    assert model.codec.channels == model.latent_shape(*model.default_size)[0] == 5
+    assert model.codec.channels == model.latent_shape(model.default_size)[0] == 5
     images = torch.randint(0, 256, (2, 3, *model.default_size), dtype=torch.uint8)
     latents = model.encode(images)
     whole = LatentCodec(deep_autoencoder())
@@ -292,10 +292,10 @@ def test_one_rule_for_training_evaluation_and_pipeline(kind, signal):
     }[kind]
     base.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**config)
     model.pipeline.scheduler = moved_scheduler(base.pipeline.scheduler, ratio=2, signal=signal)
-    size = {"height": 64, "width": 32}
+    size = (64, 32)
     steps = 8
-    ours = model.shifted(torch.linspace(1, 1 / steps, steps), **size)
-    theirs = model.scheduler_at(steps, **size).sigmas[:-1]
+    ours = model.shifted(torch.linspace(1, 1 / steps, steps), size)
+    theirs = model.scheduler_at(steps, size).sigmas[:-1]
     if kind == "static":
         theirs = torch.as_tensor(
             FlowMatchEulerDiscreteScheduler.from_config(
@@ -305,7 +305,7 @@ def test_one_rule_for_training_evaluation_and_pipeline(kind, signal):
         assert theirs == pytest.approx(3 * signal)
     else:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    plain = base.shifted(torch.linspace(1, 1 / steps, steps), **size)
+    plain = base.shifted(torch.linspace(1, 1 / steps, steps), size)
     torch.testing.assert_close(ours, signal * plain / (1 + (signal - 1) * plain))
 
 
@@ -338,8 +338,8 @@ def test_a_schedule_by_tokens_is_that_of_as_many_tokens():
     base = tiny.flux_model()
     model = move_model(base, deep_autoencoder(), size=(16, 16), shift="tokens")
     sigmas = torch.linspace(1, 0.1, 5)
-    found = model.shifted(sigmas, height=32, width=32)
-    torch.testing.assert_close(found, base.shifted(sigmas, height=16, width=16))
+    found = model.shifted(sigmas, (32, 32))
+    torch.testing.assert_close(found, base.shifted(sigmas, (16, 16)))
 
 
 def test_recomputing_activations_goes_along():
@@ -349,7 +349,7 @@ def test_recomputing_activations_goes_along():
     assert model.denoiser.gradient_checkpointing
     lora.attach(model.denoiser, rank=2, alpha=2, targets=model.lora_targets)
     model.denoiser.train()
-    model.predict(*model.random_inputs(2, 16, 16)).sum().backward()
+    model.predict(*model.random_inputs(2, (16, 16))).sum().backward()
     assert all(p.grad is not None for p in lora.trainable(model.denoiser))
 
 

@@ -257,7 +257,7 @@ def test_convolutions_carry_adapters_too(tmp_path):
     assert any(p.ndim == 4 for p in parameters)
     perturb(parameters)
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, *model.latent_shape(16, 16), generator=generator)
+    noisy = torch.randn(2, *model.latent_shape((16, 16)), generator=generator)
     embeds, times = model.encode_prompt(["a ring", "a circle"]), torch.tensor([300.0, 800.0])
     with torch.no_grad():
         expected = model.predict(noisy, times, embeds)

@@ -391,7 +391,7 @@ def test_folded_guidance_is_the_same_function():
     model = tiny.flux_model()
     plain = tiny.flux_model()
     plain.pipeline.transformer = fold_guidance(plain.denoiser, 2.5)
-    x = torch.randn(2, *model.latent_shape(16, 16))
+    x = torch.randn(2, *model.latent_shape((16, 16)))
     t = torch.tensor([900.0, 200.0])
     embeds = model.encode_prompt(["a red square", "a ring"])
     with torch.no_grad():

@@ -164,8 +164,8 @@ def test_shift_by_signal_moves_the_schedulers_noise_levels(images, autoencoder, 
     run = ready(tmp_path / "run", images, autoencoder, latents={"shift": "signal"})
     r = run.alignment["signal_shift"]
     sigmas = torch.tensor([0.2, 0.6])
-    plain = run.base.shifted(sigmas, height=16, width=16)
-    found = run.model.shifted(sigmas, height=16, width=16)
+    plain = run.base.shifted(sigmas, (16, 16))
+    found = run.model.shifted(sigmas, (16, 16))
     torch.testing.assert_close(found, r * plain / (1 + (r - 1) * plain))
     noise_aware = ready(tmp_path / "aware", images, autoencoder, latents={"noise_aware": True})
     assert noise_aware.alignment["embedder_error"] > run.alignment["embedder_error"]

@@ -33,7 +33,7 @@ def make_batch(model, n=N):
 
 
 def settings_of(model, **changes):
-    scheduler = model.scheduler_at(8, height=16, width=16)
+    scheduler = model.scheduler_at(8, (16, 16))
     values = {
         "grid": scheduler.timesteps,
         "sigmas": scheduler.sigmas,

@@ -193,7 +193,7 @@ def test_guidance_without_negative_embeddings_is_refused(sd3):
 def test_impossible_resolution_names_the_nearest(model, height, width):
     step = {"sana": 32}.get(model.family, 4)
     with pytest.raises(ValueError, match=rf"multiples of {step} pixels.*nearest is"):
-        model.latent_shape(height, width)
+        model.latent_shape((height, width))
 
 
 def test_decode_and_encode_are_scaled_like_the_pipeline(model):

@@ -66,9 +66,9 @@ def test_the_path_is_the_schedulers(unet):
 
 def test_sizes_and_shapes(unet):
     assert unet.default_size == (tiny.SIZE, tiny.SIZE)
-    assert unet.latent_shape(16, 24) == (4, 8, 12)
+    assert unet.latent_shape((16, 24)) == (4, 8, 12)
     with pytest.raises(UsageError, match="multiples of 2 pixels"):
-        unet.latent_shape(17, 16)
+        unet.latent_shape((17, 16))
     embeds = unet.encode_prompt(PROMPTS)
     tokens, width, pooled = unet.prompt_shape()
     assert embeds.prompt_embeds.shape == (3, tokens, width)

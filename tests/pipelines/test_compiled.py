@@ -19,7 +19,7 @@ def counter(monkeypatch):
 def predictions(model, rows):
     generator = torch.Generator().manual_seed(rows)
     embeds = model.encode_prompt(["a photo of a red circle"] * rows)
-    channels, height, width = model.latent_shape(*model.default_size)
+    channels, height, width = model.latent_shape(model.default_size)
     noisy = torch.randn(rows, channels, height, width, generator=generator)
     return model.predict(noisy, torch.full((rows,), 500.0), embeds)
 

@@ -295,7 +295,7 @@ class TestSingleFiles:
         expected = tiny.flux_pipeline(1).transformer.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in model.denoiser.state_dict().items())
         assert model.pipeline.vae is not None
-        assert model.latent_shape(16, 16) == (4, 8, 8)
+        assert model.latent_shape((16, 16)) == (4, 8, 8)
         assert load_meta_model(str(dream)).family == "flux"
 
     def test_a_whole_model_in_its_first_names(self, saved, tmp_path):

@@ -136,7 +136,7 @@ def test_every_lora_target_resolves(family, matrices):
 @pytest.mark.parametrize(("family", "tokens"), [("sd3", 333), ("flux", 512)])
 def test_a_forward_has_the_right_shape(family, tokens):
     model = build(family)
-    shape = model.latent_shape(512, 768)
+    shape = model.latent_shape((512, 768))
     assert shape == (16, 64, 96)
     pooled = {"sd3": 2048, "flux": 768}[family]
     with torch.device("meta"):
@@ -151,8 +151,8 @@ def test_a_forward_has_the_right_shape(family, tokens):
 def test_sana_s_forward_has_the_right_shape():
     model = build("sana")
     assert model.default_size == (1024, 1024)
-    assert model.image_seq_len(1024, 1024) == 1024
-    shape = model.latent_shape(512, 768)
+    assert model.image_seq_len((1024, 1024)) == 1024
+    shape = model.latent_shape((512, 768))
     assert shape == (32, 16, 24)
     tokens, width, pooled = model.prompt_shape()
     assert (tokens, width, pooled) == (300, 2304, 0)
@@ -163,13 +163,13 @@ def test_sana_s_forward_has_the_right_shape():
         pred = model.predict(torch.zeros(2, *shape), torch.zeros(2), embeds)
     assert pred.shape == (2, *shape)
     with pytest.raises(UsageError, match="multiples of 32 pixels"):
-        model.latent_shape(512, 528)
+        model.latent_shape((512, 528))
 
 
 @pytest.mark.parametrize(("family", "width", "pooled"), [("sd", 768, 0), ("sdxl", 2048, 1280)])
 def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
     model = build(family)
-    latents = torch.zeros(2, *model.latent_shape(512, 768), dtype=torch.bfloat16, device="meta")
+    latents = torch.zeros(2, *model.latent_shape((512, 768)), dtype=torch.bfloat16, device="meta")
     with torch.device("meta"):
         embeds = PromptEmbeds(
             torch.zeros(2, 77, width, dtype=torch.bfloat16),
@@ -181,12 +181,12 @@ def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
 
 
 def test_schedules_follow_the_resolution():
-    sd3 = build("sd3").scheduler_at(28, height=1024, width=1024)
+    sd3 = build("sd3").scheduler_at(28, (1024, 1024))
     flux = build("flux")
-    sana = build("sana").scheduler_at(20, height=1024, width=1024)
+    sana = build("sana").scheduler_at(20, (1024, 1024))
     # shift 3 of an even grid: 3 s / (1 + 2 s), its middle at 0.75
     assert sana.sigmas[10].item() == pytest.approx(0.75, abs=1e-3)
-    small, large = (flux.scheduler_at(28, height=s, width=s).sigmas[14] for s in (512, 1024))
+    small, large = (flux.scheduler_at(28, (s, s)).sigmas[14] for s in (512, 1024))
     assert len(sd3.timesteps) == 28
     # mu = 0.5 + 0.65 / 3840 * (4096 - 256) = 1.15 at 1024 px, where sigma(1/2) = e^mu / (e^mu + 1)
     assert large.item() == pytest.approx(1 / (1 + 2.718281828**-1.15), abs=1e-4)
@@ -242,7 +242,7 @@ def test_dc_ae_has_the_channels_that_sana_expects():
 )
 def test_moved_models_at_published_sizes(family, recipe, channels, tokens, parameters):
     model, config = build(family), load(recipe)
-    base = model.image_seq_len(1024, 1024)
+    base = model.image_seq_len((1024, 1024))
     k = round((base / tokens) ** 0.5)
     codec = SimpleNamespace(channels=channels, token_channels=channels)
     denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
@@ -273,7 +273,7 @@ def test_moved_models_at_published_sizes(family, recipe, channels, tokens, param
     shape = (channels, tokens**0.5, tokens**0.5)
     model.pipeline.transformer = denoiser
     inputs = torch.zeros(1, *(int(s) for s in shape), dtype=torch.bfloat16, device="meta")
-    embeds = model.random_inputs(1, 512, 512)[2].to("meta")
+    embeds = model.random_inputs(1, (512, 512))[2].to("meta")
     if family == "flux":
         model.patch_size = 1
     with torch.device("meta"):

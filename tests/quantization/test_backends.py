@@ -94,7 +94,7 @@ def test_torchao_in_place_reloads_bit_equal_and_is_weighed_whole(name, tmp_path)
     model.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert torch.equal(layer(again).weight.dequantize(), weight.dequantize())
-    inputs = tiny.flux_model().random_inputs(2, 16, 16)
+    inputs = tiny.flux_model().random_inputs(2, (16, 16))
     latents, times, embeds = (x.to(torch.bfloat16) for x in inputs)
     outputs = []
     for denoiser in (model, again):

@@ -125,7 +125,7 @@ def test_adapters_train_over_it(folder):
     assert torch.equal(image(pipeline), expected)  # a fresh adapter, and the branch is still on
     driver = tiny.flux_model()
     driver.pipeline.transformer = pipeline.transformer
-    latents, times, embeds = driver.random_inputs(1, 16, 16)
+    latents, times, embeds = driver.random_inputs(1, (16, 16))
     driver.forward(latents, times, embeds).float().square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
 

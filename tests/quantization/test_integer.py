@@ -184,7 +184,7 @@ def test_drawn_timesteps_follow_the_law_that_is_cut_off():
 def test_images_are_kept_at_the_timestep_they_drew_not_at_its_mirror():
     """Steps are counted from noise, timesteps from clean."""
     model = tiny.sd_model()
-    scheduler = model.scheduler_at(20, height=16, width=16)
+    scheduler = model.scheduler_at(20, (16, 16))
     drawn = torch.tensor([0.05, 0.9, 0.5, 0.06])
     at = {int(r): i for i in range(20) for r in rows_at(i, scheduler, drawn)}
     assert sorted(at) == [0, 1, 2, 3]
@@ -208,7 +208,7 @@ def test_few_steps_get_scales_each_and_many_share_one():
     assert all(s.shape == (1,) and (s > 0).all() for s in many.scales.values())
     quantize_model(model.denoiser, "int8-static", activations=many)
     model.predict(
-        torch.randn(1, *model.latent_shape(64, 64)),
+        torch.randn(1, *model.latent_shape((64, 64))),
         torch.tensor([300.0]),
         model.encode_prompt([PROMPTS[0].text]),
     )
@@ -260,9 +260,9 @@ def test_a_scale_for_each_step_errs_less_than_one_for_all():
             largest = {n: s.max()[None] for n, s in found.scales.items()}
             found = ActivationScales((0.0,), largest)
         embeds = model.encode_prompt([PROMPTS[0].text] * 4)
-        noisy = torch.randn(4, *model.latent_shape(64, 64))
+        noisy = torch.randn(4, *model.latent_shape((64, 64)))
         total = 0.0
-        times = model.scheduler_at(4, height=64, width=64).timesteps
+        times = model.scheduler_at(4, (64, 64)).timesteps
         plain = [model.predict(noisy, t.expand(4), embeds).detach() for t in times]
         quantize_model(model.denoiser, "int8-static", activations=found)
         with torch.no_grad():

@@ -206,7 +206,7 @@ def test_a_calibrated_branch_makes_trained_models_better(name, share):
         model = load_model(name, dtype=torch.float32)
         embeds = model.encode_prompt(prompts * 2)
         noisy = torch.randn(
-            4, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0)
+            4, *model.latent_shape((64, 64)), generator=torch.Generator().manual_seed(0)
         )
         times = torch.tensor([100.0, 350.0, 650.0, 900.0])
         with torch.no_grad():

@@ -256,7 +256,7 @@ def test_the_packaged_models_shrink_and_hardly_change(name, tmp_path):
     model = load_model(name)
     embeds = model.encode_prompt(["a photo of a red circle", "a photo of two blue squares"])
     latents = torch.randn(
-        2, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0)
+        2, *model.latent_shape((64, 64)), generator=torch.Generator().manual_seed(0)
     )
     times = torch.tensor([250.0, 750.0])
 

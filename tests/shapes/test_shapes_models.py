@@ -121,7 +121,7 @@ def test_a_model_is_loaded_by_name(name):
 
 def test_an_image_beyond_the_position_table_is_refused():
     with pytest.raises(ValueError, match="position table, which ends at 128 pixels"):
-        load_model("shapes-sd3").latent_shape(256, 64)
+        load_model("shapes-sd3").latent_shape((256, 64))
 
 
 @pytest.mark.slow

@@ -69,13 +69,13 @@ def test_the_middle_block_gives_a_state_for_every_image_token(family):
     states = []
     block = middle_block(model.denoiser)
     block.register_forward_hook(lambda _, __, output: states.append(image_tokens(output)))
-    latents, timesteps, embeds = model.random_inputs(2, *model.default_size)
+    latents, timesteps, embeds = model.random_inputs(2, model.default_size)
     model.predict(latents, timesteps, embeds)
     (state,) = states
     assert len(state) == 2
     assert state.ndim == 3
     if family != "sd":
-        assert state.shape[1] == model.image_seq_len(*model.default_size)
+        assert state.shape[1] == model.image_seq_len(model.default_size)
 
 
 @pytest.mark.parametrize("kind", [SD3Model, FluxModel])

@@ -25,7 +25,7 @@ def dataset(model, n=8):
     model.max_sequence_length = 32
     long = model.encode_prompt(TEXTS)
     model.max_sequence_length = 16
-    shape = model.latent_shape(tiny.SIZE, tiny.SIZE)
+    shape = model.latent_shape((tiny.SIZE, tiny.SIZE))
     rows = torch.arange(n) % 2 + 1
     latents = torch.randn(n, *shape, generator=generator)
     side = tiny.SIZE // model.pixels_per_token

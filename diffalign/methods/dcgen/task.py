@@ -48,7 +48,7 @@ class DenoisingTask:
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         normal, scale, coin = torch.stack(numbers).unbind(1)
         sigmas = torch.sigmoid(a.sigma_mean + a.sigma_std * normal)
-        sigmas = self.model.shifted(sigmas, height=self.size[0], width=self.size[1])
+        sigmas = self.model.shifted(sigmas, self.size)
         assert isinstance(self.model.noise, RectifiedFlow)
         timesteps = self.model.noise.timesteps(sigmas).to(latents.device)
         noises = torch.stack(noise).to(latents.device)

@@ -159,7 +159,7 @@ class LatentTrainer(Trainer):
             sigmas = logit_normal_sigmas(
                 SIGMAS, mean=c.algorithm.sigma_mean, std=c.algorithm.sigma_std, generator=generator
             )
-            sigmas = self.model.shifted(sigmas, height=self.size[0], width=self.size[1])
+            sigmas = self.model.shifted(sigmas, self.size)
         alignment.align_embedder(sigmas=sigmas)
         if c.latents.shift == "signal":
             self._shift(alignment.facts["signal_shift"])
@@ -276,15 +276,14 @@ class LatentTrainer(Trainer):
 
     def facts(self) -> dict[str, Any]:
         manifest = self.cache.manifest
-        height, width = self.size
         return {
             "images": len(self.images),
             "validation_images": len(self.kept),
             "skipped_images": manifest["skipped"],
             "precompute_seconds": manifest["seconds"],
             "tokens": {
-                "base": self.base.image_seq_len(height, width),
-                "moved": self.model.image_seq_len(height, width),
+                "base": self.base.image_seq_len(self.size),
+                "moved": self.model.image_seq_len(self.size),
             },
             "alignment": self.alignment,
         }

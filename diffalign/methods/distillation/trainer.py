@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
         """Return the student's timesteps (N + 1,), from noise to the clean end."""
         with self._student():
             scheduler = self.model.scheduler_at(
-                self.config.evaluation.num_inference_steps, height=self.size[0], width=self.size[1]
+                self.config.evaluation.num_inference_steps, self.size
             )
         return inversion_grid(scheduler.timesteps).flip(0)
 

@@ -88,9 +88,7 @@ class OnlineTrainer(Trainer):
     def _policy_update(self) -> PolicyUpdate:
         """Return the policy update of the configured algorithm."""
         c = self.config
-        scheduler = self.model.scheduler_at(
-            c.rollout.num_inference_steps, height=self.size[0], width=self.size[1]
-        )
+        scheduler = self.model.scheduler_at(c.rollout.num_inference_steps, self.size)
         reference_guidance = c.algorithm.reference_guidance_scale
         guided = self.model.costs_a_forward(reference_guidance)
         if reference_guidance is not None and not (guided or self.model.guidance_is_embedded):

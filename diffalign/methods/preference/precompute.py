@@ -60,8 +60,8 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
 
 def grid_of(config: PreferenceRunConfig, model: TextToImageModel) -> Tensor:
     """Return the timesteps (N + 1,) of the model's scheduler, from clean to noise."""
-    height, width = image_size(config, model)
-    scheduler = model.scheduler_at(config.pairs.inversion.steps, height=height, width=width)
+    size = image_size(config, model)
+    scheduler = model.scheduler_at(config.pairs.inversion.steps, size)
     return inversion_grid(scheduler.timesteps)
 
 

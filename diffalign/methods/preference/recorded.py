@@ -45,7 +45,7 @@ class RecordedSource:
                 "states are those of unflipped images. Set it to false"
             )
         self.weights = of_pipeline(self.model.pipeline)
-        self.shape = tuple(self.model.latent_shape(*image_size(self.config, self.model)))
+        self.shape = tuple(self.model.latent_shape(image_size(self.config, self.model)))
         c = self.config
         self.settings = {
             "guidance_scale": str(c.pairs.inversion.guidance_scale),

@@ -114,6 +114,6 @@ class PreferenceTrainer(Trainer):
             "skipped_pairs": manifest["skipped"],
             "precompute_seconds": manifest["seconds"],
             "round_trip_error": manifest["round_trip_error"],
-            "beta_per_element": c.algorithm.beta / math.prod(self.model.latent_shape(*self.size)),
+            "beta_per_element": c.algorithm.beta / math.prod(self.model.latent_shape(self.size)),
             "states": c.states,
         }
