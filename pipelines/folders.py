@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -10,7 +9,6 @@ from typing import Any
 
 from diffalign.pipelines.places import UnknownModel
 
-logger = logging.getLogger(__name__)
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[A-Za-z_]\w*))?(?P<shard>-\d+-of-\d+)?"
     r"(?:\.(?P<legacy>[A-Za-z_]\w*))?\.(?P<suffix>safetensors|bin)"
@@ -55,10 +53,7 @@ def options(
     for part, entry in index.items():
         if part.startswith("_") or part in passed or not isinstance(entry, list):
             continue
-        if entry[0] is None:
-            arguments[part] = None
-        elif part not in by_part and part in optional:
-            logger.warning("%s has no folder %s; it is used without", where, part)
+        if entry[0] is None or (part not in by_part and part in optional):
             arguments[part] = None
         elif part not in by_part:
             raise UnknownModel(

@@ -59,6 +59,8 @@ class Folder:
     index: dict[str, Any]
     options: dict[str, Any]
     """Arguments of `from_pretrained`: those that the folder needs and those of the caller."""
+    missing: tuple[str, ...] = ()
+    """Names of optional components that the folder lacks."""
 
     @property
     def where(self) -> dict[str, Any]:
@@ -111,9 +113,10 @@ def open_folder(place: Place, arguments: Mapping[str, Any]) -> Folder:
             repo = hub.repository(place.source, revision, **access)
         index = read_index(hub.fetch_index(place.source, revision, repo=repo, **access).parent)
         files, extra = repo.files, {"revision": revision, **repo.options}
-    extra |= folders.options(index, files, where=place.source, passed=arguments)
+    needed = folders.options(index, files, where=place.source, passed=arguments)
+    missing = tuple(k for k, v in needed.items() if v is None and index[k][0] is not None)
     rest = {k: v for k, v in arguments.items() if k != "revision" or v is not None}
-    return Folder(place.source, index, extra | rest)
+    return Folder(place.source, index, extra | needed | rest, missing)
 
 
 def check_backends(folder: Folder) -> None:
@@ -148,6 +151,8 @@ def from_folder(folder: Folder) -> Any:
     Raises:
         UnknownModel: the pipeline's files cannot be read.
     """
+    for part in folder.missing:
+        logger.warning("%s has no folder %s; it is used without", folder.source, part)
     loader = getattr(dcgen, folder.class_name, DiffusionPipeline)
     with readable(folder.source):
         return loader.from_pretrained(folder.source, **folder.options)

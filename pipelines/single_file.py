@@ -6,6 +6,7 @@ ComfyUI and civitai use such files.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def header(path: str) -> dict[str, torch.Tensor]:
     Raises:
         UnknownModel: the file is no .safetensors file, holds a LoRA, or holds no denoiser.
     """
+    stat = Path(path).stat() if Path(path).is_file() else None
+    return _header(path, None if stat is None else (stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=2)
+def _header(path: str, version: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    """Read a file's header once for each version of the file."""
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

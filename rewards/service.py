@@ -92,16 +92,7 @@ def build_app(
         token: token that `Authorization: Bearer ...` must carry; None requires no token.
         limits: limits of requests.
     """
-    bounds = limits or Limits()
-    uploads = Uploads(
-        max_bytes=bounds.max_bytes,
-        max_total=2 * bounds.max_bytes,
-        seconds=min(bounds.upload, bounds.timeout),
-    )
-    parsing = Parsing()
-    served = {name: Served(reward) for name, reward in rewards.items()}
-    for entry in served.values():
-        entry.golden = _golden(entry.reward)
+    service = Service(rewards, token, limits or Limits())
     app = FastAPI(title="diffalign rewards", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(Refusal)
@@ -112,64 +103,81 @@ def build_app(
     async def explain(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, status_code=error.status_code)
 
-    def admit(request: Request) -> None:
-        if token is None and _host_name(request.headers.get("host", "")) not in LOOPBACK:
+    app.get("/")(service.index)
+    app.get("/health")(service.health)
+    app.post("/{name}")(service.score)
+    return app
+
+
+class Service:
+    """Answers to the requests of clients."""
+
+    def __init__(self, rewards: Mapping[str, Reward], token: str | None, limits: Limits) -> None:
+        self.token, self.limits = token, limits
+        self.uploads = Uploads(
+            max_bytes=limits.max_bytes,
+            max_total=2 * limits.max_bytes,
+            seconds=min(limits.upload, limits.timeout),
+        )
+        self.parsing = Parsing()
+        self.served = {name: Served(reward) for name, reward in rewards.items()}
+        for entry in self.served.values():
+            entry.golden = _golden(entry.reward)
+
+    async def index(self, request: Request) -> JSONResponse:
+        """Answer with the rewards and how to use them."""
+        self._admit(request)
+        return JSONResponse(
+            {
+                "service": "diffalign rewards",
+                "rewards": list(self.served),
+                "GET /health": "cards, limits and a golden image's rewards",
+                "POST /NAME": "scores; see docs/rewards.md",
+                "in a recipe": {f"remote:{request.base_url}{name}": 1.0 for name in self.served},
+            }
+        )
+
+    async def health(self, request: Request) -> JSONResponse:
+        """Answer with the card, limits and golden image's rewards of each reward."""
+        self._admit(request)
+        rewards = {
+            name: {**_describe(entry), "timeout": self.limits.seconds(name)}
+            for name, entry in self.served.items()
+        }
+        return JSONResponse({"timeout": self.limits.timeout, "rewards": rewards})
+
+    async def score(self, name: str, request: Request) -> JSONResponse:
+        """Answer with the scores of images."""
+        self._admit(request)
+        if name not in self.served:
+            raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(self.served)}")
+        entry = self.served[name]
+        with self.uploads.open() as upload:
+            try:
+                await self.uploads.receive(upload, request.stream())
+            except ClientDisconnect as error:
+                raise Refusal(400, "the request ended before its body") from error
+            try:
+                async with asyncio.timeout(self.limits.seconds(name)):
+                    question = await self.parsing.parse(upload.content)
+                    if entry.waiting >= self.limits.max_waiting:
+                        raise Refusal(503, "too many requests are waiting")
+                    return JSONResponse(await _answer(entry, question))
+            except TimeoutError as error:
+                raise Refusal(504, f"no reward within {self.limits.seconds(name):g} s") from error
+
+    def _admit(self, request: Request) -> None:
+        """Raise Refusal for a request from outside, or without the token."""
+        host = _host_name(request.headers.get("host", ""))
+        if self.token is None and host not in LOOPBACK:
             raise Refusal(
                 421, f"without a token this service is called {' or '.join(LOOPBACK)} only"
             )
         header = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(
-            header.encode(errors="replace"), f"Bearer {token}".encode()
+        if self.token is not None and not hmac.compare_digest(
+            header.encode(errors="replace"), f"Bearer {self.token}".encode()
         ):
             raise Refusal(401, "a token is needed")
-
-    @app.get("/")
-    async def index(request: Request) -> JSONResponse:
-        admit(request)
-        return JSONResponse(
-            {
-                "service": "diffalign rewards",
-                "rewards": list(served),
-                "GET /health": "cards, limits and a golden image's rewards",
-                "POST /NAME": "scores; see docs/rewards.md",
-                "in a recipe": {f"remote:{request.base_url}{name}": 1.0 for name in served},
-            }
-        )
-
-    @app.get("/health")
-    async def health(request: Request) -> JSONResponse:
-        admit(request)
-        return JSONResponse(
-            {
-                "timeout": bounds.timeout,
-                "rewards": {
-                    name: {**_describe(s), "timeout": bounds.seconds(name)}
-                    for name, s in served.items()
-                },
-            }
-        )
-
-    @app.post("/{name}")
-    async def score(name: str, request: Request) -> JSONResponse:
-        admit(request)
-        if name not in served:
-            raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(served)}")
-        entry = served[name]
-        with uploads.open() as upload:
-            try:
-                await uploads.receive(upload, request.stream())
-            except ClientDisconnect as error:
-                raise Refusal(400, "the request ended before its body") from error
-            try:
-                async with asyncio.timeout(bounds.seconds(name)):
-                    question = await parsing.parse(upload.content)
-                    if entry.waiting >= bounds.max_waiting:
-                        raise Refusal(503, "too many requests are waiting")
-                    return JSONResponse(await _answer(entry, question))
-            except TimeoutError as error:
-                raise Refusal(504, f"no reward within {bounds.seconds(name):g} s") from error
-
-    return app
 
 
 def _describe(entry: Served) -> dict[str, Any]:

@@ -88,11 +88,6 @@ def encode_image(image: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def decode_image(text: Any) -> Tensor:
-    """Convert PNG in base64 to an image (3, H, W) uint8."""
-    return _decode(_content(text))
-
-
 def _content(text: Any) -> bytes:
     if not isinstance(text, str):
         raise WireError("an image must be base64 text")

@@ -24,6 +24,7 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
+from diffalign.core.fingerprint import plain_tensors
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.flux import FluxModel
 from diffalign.pipelines.sampling import Sampling
@@ -285,6 +286,11 @@ def rollout(model, prompts, *, generator, guidance_scale):
     batch = Sampling(model, model.encode_prompt(prompts), Drawing(4, guidance_scale), negative)
     latents = batch.draw(generator)
     return model.decode(latents).permute(0, 2, 3, 1).numpy()
+
+
+def tensor_bytes(tensor):
+    """Return the bytes of a tensor's data, inner tensors of a subclass included."""
+    return sum(t.nbytes for t in plain_tensors(tensor))
 
 
 def make_embeddings_depend_on_their_batch(monkeypatch) -> None:

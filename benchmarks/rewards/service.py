@@ -7,9 +7,7 @@ slow to parse, and base64 that is no image.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import multiprocessing
 import os
 import socket
@@ -23,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from PIL import Image
+import torch
 
 from benchmarks.common.record import BenchOptions
+from diffalign.rewards.http import Patience, ask, session_for
+from diffalign.rewards.wire import encode_request
 
 Attack = Callable[[int, Any], None]
 """Function that attacks a port until an event is set."""
@@ -34,7 +34,8 @@ PART = 2_000_000
 """Bytes that arrive of an unfinished upload."""
 SECONDS, QUICK_SECONDS = 8.0, 1.0
 """Seconds of one measurement."""
-START = 60.0
+START = Patience(retries=9, first_wait=0.1)
+"""Retries until the service has started."""
 HOST = "127.0.0.1"
 
 
@@ -73,11 +74,8 @@ def service() -> Iterator[tuple[int, int]]:
     assert process.stdout is not None
     try:
         port = int(process.stdout.readline().split(":")[3].partition("/")[0])
-        end = time.monotonic() + START
-        while time.monotonic() < end:
-            with contextlib.suppress(requests.ConnectionError):
-                requests.get(f"http://{HOST}:{port}/health", timeout=5)
-                break
+        url = f"http://{HOST}:{port}/health"
+        ask(session_for(url), "GET", url, patience=START, timeout=5)
         yield port, process.pid
     finally:
         process.terminate()
@@ -91,10 +89,8 @@ def measure(port: int, attack: Attack, seconds: float) -> dict[str, float]:
     stop = forked.Event()
     attacker = forked.Process(target=attack, args=(port, stop), daemon=True)
     attacker.start()
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(buffer, format="PNG")
-    image = base64.b64encode(buffer.getvalue()).decode()
-    message = {"images": [image] * 4, "prompts": ["x"] * 4}
+    images = torch.tensor([200, 30, 30], dtype=torch.uint8).view(3, 1, 1).expand(4, 3, 64, 64)
+    message = encode_request(images, ["x"] * 4, [{}] * 4)
     latencies, failures = [], 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -15,7 +15,7 @@ from diffalign.core.text import read_json_lines
 from diffalign.data.images import CaptionedImage, read_image
 from diffalign.evaluation import intervals
 from diffalign.evaluation.figures import between, number
-from diffalign.evaluation.geneval import RESULTS, read_samples, summary
+from diffalign.evaluation.geneval import RESULTS, summary
 from diffalign.evaluation.intervals import NOTE, Difference
 from diffalign.evaluation.pictures import PageImage, evenly, page_image
 from diffalign.evaluation.preference import shared_names
@@ -51,10 +51,15 @@ CORRECT = "geneval/correct"
 """Name of GenEval's verdict among the scores of images."""
 
 
-def read_geneval(folder: Path) -> tuple[dict[str, Any] | None, dict[str, float]]:
+def read_geneval(
+    folder: Path, images: Sequence[CaptionedImage]
+) -> tuple[dict[str, Any] | None, dict[str, float]]:
     """Return the summary of a scored GenEval folder, and which images are correct.
 
     Return None and {} for a folder that is not scored.
+
+    Args:
+        images: the folder's images.
 
     Raises:
         ReportError: the folder's results are damaged.
@@ -67,7 +72,9 @@ def read_geneval(folder: Path) -> tuple[dict[str, Any] | None, dict[str, float]]
         # as it is named within the folder, wherever the folder was when it was scored
         names = ["/".join(Path(row["filename"]).parts[-3:]) for row in rows]
         correct = {n: float(row["correct"]) for n, row in zip(names, rows, strict=True)}
-        return summary(rows, empty=read_samples(folder)[1]), correct
+        filled = {i.path.parents[1] for i in images}
+        empty = sum(p.name.isdigit() and p.is_dir() and p not in filled for p in folder.iterdir())
+        return summary(rows, empty=empty), correct
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ReportError(f"{file} is damaged ({error}): score the folder again") from error
 

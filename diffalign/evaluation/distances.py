@@ -120,20 +120,12 @@ def _unbiased(x: Tensor, y: Tensor) -> Tensor:
     return within(x) + within(y) - 2 * kernel(x, y).mean()
 
 
-def precision_recall(generated: Tensor, reference: Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Return precision and recall of generated images.
-
-    They are the shares of generated images within the reference's manifold, and of reference images in the generated.
-    A manifold is the union of balls up to each feature's k-th neighbour (Kynkaanniemi et al. 2019).
-    """
-    return tuple(  # type: ignore[return-value]
-        float(covered(x, y, k).double().mean())
-        for x, y in ((generated, reference), (reference, generated))
-    )
-
-
 def covered(points: Tensor, manifold: Tensor, k: int) -> Tensor:
-    """Return for each of N `points` whether it lies in some ball of `manifold` (N,)."""
+    """Return for each of N `points` whether it lies within a manifold of features (N,).
+
+    The manifold is the union of balls up to each feature's k-th neighbour (Kynkaanniemi et al. 2019). The share of
+    generated images within the reference's manifold is precision, that of reference images in the generated is recall.
+    """
     if len(manifold) <= k:
         raise ValueError(f"{len(manifold)} features have no neighbour number {k}")
     points, manifold = points.double(), manifold.double()

@@ -138,11 +138,20 @@ def difference(after: np.ndarray, before: np.ndarray, prompts: Sequence[str]) ->
     Student's t on the standard error clustered by prompt. Differences of shares get Agresti and Min's (2005) four half
     pairs besides, without which a few pairs that agree would look certain.
     """
+    pair = _spread_difference(after, before, prompts)
+    return None if pair is None else pair[0]
+
+
+def _spread_difference(
+    after: np.ndarray, before: np.ndarray, prompts: Sequence[str]
+) -> tuple[Difference, _Spread] | None:
+    """Return a paired difference and its spread, or None where no pair has both values."""
     x, _ = _finite(after - before, prompts)
     if len(x) == 0:
         return None
     spread = _difference_spread(after, before, prompts)
-    return _around(float(x.mean()), spread, n=len(x), prompts=_different(after - before, prompts))
+    different = _different(after - before, prompts)
+    return _around(float(x.mean()), spread, n=len(x), prompts=different), spread
 
 
 def task_mean(
@@ -185,11 +194,10 @@ def task_difference(
     differences: dict[str, Difference] = {}
     spreads: list[_Spread] = []
     for task, rows in _by_task(tasks).items():
-        a, b, texts = after[rows], before[rows], [prompts[i] for i in rows]
-        estimate = difference(a, b, texts)
-        if estimate is not None:
-            differences[task] = estimate
-            spreads.append(_difference_spread(a, b, texts))
+        pair = _spread_difference(after[rows], before[rows], [prompts[i] for i in rows])
+        if pair is not None:
+            differences[task] = pair[0]
+            spreads.append(pair[1])
     if not differences:
         return {}
     parts = list(differences.values())

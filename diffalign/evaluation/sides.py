@@ -25,7 +25,7 @@ def read_sides(
     for name, folder in folders:
         images = read_folder(folder, setting="folders")
         named = by_name(images, folder)
-        geneval, correct = read_geneval(folder)
+        geneval, correct = read_geneval(folder, images)
         means: dict[str, float] = {}
         scored: dict[str, dict[str, int]] = {}
         values: dict[str, dict[str, float]] = {CORRECT: correct} if correct else {}

@@ -14,15 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffalign.core.fingerprint import plain_tensors
 from diffalign.quantization.branches import BranchLinear
 from diffalign.quantization.layers import PackedLayer
 
 BF16 = 2
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's data. Count the inner tensors of a tensor subclass."""
-    return sum(t.numel() * t.element_size() for t in _inner(tensor))
 
 
 @dataclass
@@ -132,12 +128,8 @@ def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
 
 
 def _inner(tensor: Any) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor consists of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _inner(getattr(tensor, name))
-        return
-    yield tensor
+    """Yield the plain tensors that a tensor consists of, bitsandbytes' scales included."""
+    yield from plain_tensors(tensor)
     state = getattr(tensor, "quant_state", None)
     if state is not None:
         yield state.absmax

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffalign.core.errors import UsageError
 from diffalign.quantization import backends
-from diffalign.quantization.accounting import report, tensor_bytes
+from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantization_config, quantize_model, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.layers import PackedLinear
@@ -85,7 +85,7 @@ def test_torchao_in_place_reloads_bit_equal_and_is_weighed_whole(name, tmp_path)
     weight = layer(model).weight
     assert type(weight) is not torch.Tensor
     rows, columns = weight.shape
-    assert rows * columns < tensor_bytes(weight) <= rows * (columns + 8)
+    assert rows * columns < tiny.tensor_bytes(weight) <= rows * (columns + 8)
     small = report(model)
     assert small.weights == plain.weights
     assert small.bytes < plain.bytes == plain.bf16_bytes
@@ -107,7 +107,7 @@ def test_torchao_in_place_reloads_bit_equal_and_is_weighed_whole(name, tmp_path)
     kept = [
         m
         for m in (again.x_embedder, again.proj_out)
-        if tensor_bytes(m.weight) != 2 * m.weight.numel()
+        if tiny.tensor_bytes(m.weight) != 2 * m.weight.numel()
     ]
     assert not kept
 

@@ -14,7 +14,7 @@ from torch import nn
 from diffalign import lora
 from diffalign.core.errors import UsageError
 from diffalign.quantization import codes
-from diffalign.quantization.accounting import folder_bytes, report, tensor_bytes
+from diffalign.quantization.accounting import folder_bytes, report
 from diffalign.quantization.layers import PackedConv2d, PackedLayer, PackedLinear, PackSpec
 from diffalign.quantization.packed import pack_model, packable
 
@@ -92,7 +92,7 @@ def test_zeros_and_float16_weights():
 )
 def test_bytes_are_those_of_the_bits_and_the_scales(bits, group_size, each):
     layer = packed_layer(nn.Linear(640, 320, bias=False), bits=bits, group_size=group_size)
-    assert sum(tensor_bytes(p) for p in layer.parameters()) == 640 * 320 * each / 8
+    assert sum(tiny.tensor_bytes(p) for p in layer.parameters()) == 640 * 320 * each / 8
     assert report(layer).bits_per_weight == each
 
 
@@ -381,7 +381,7 @@ def test_inner_tensors_of_torchao_are_counted_where_diffusers_counts_16_bits():
     denoiser.transformer_blocks[0].ff = nn.Linear(512, 512, bias=False).bfloat16()
     torchao.quantize_(denoiser, torchao.Int8WeightOnlyConfig())
     weight = denoiser.transformer_blocks[0].ff.weight
-    assert 512 * 512 + 512 * 2 <= tensor_bytes(weight) < 1.02 * 512 * 512
+    assert 512 * 512 + 512 * 2 <= tiny.tensor_bytes(weight) < 1.02 * 512 * 512
     assert denoiser.get_memory_footprint() > 1.6 * report(denoiser).bytes
     assert report(denoiser).quantised_fraction > 0.95
 

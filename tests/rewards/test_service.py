@@ -128,7 +128,8 @@ def test_a_service_says_what_a_reward_returns_wrongly(serve):
 
 def test_images_arrive_bit_for_bit():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 17, 31), dtype=np.uint8))
-    assert torch.equal(wire.decode_image(wire.encode_image(image)), image)
+    request = wire.encode_request(image[None], ["x"], [{}])
+    assert torch.equal(wire.decode_request(request)[0][0], image)
 
 
 def test_one_bad_image_is_nan_and_the_rest_are_scored(serve):
