@@ -5,11 +5,9 @@ Entries are strings until one is used, so that listing loads neither torch nor d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
@@ -50,7 +48,6 @@ class ModelSpec:
     """Scheduler of a student, if it differs from its base's, in the notation of `schedulers.stock`."""
 
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 MODELS = {
     "shapes-sd3": ModelSpec(
@@ -173,7 +170,7 @@ def load_pipeline(source: str, **kwargs: Any) -> Any:
     spec = available().get(str(source))
     if not {"torch_dtype", "dtype"} & set(kwargs):
         kwargs["torch_dtype"] = float32
-    place = look(_source(spec) if spec else str(source), setting="source")
+    place = look(source_of(spec) if spec else str(source), setting="source")
     if place is None:
         raise UnknownModel(
             f"source: {source} is no name of a model, no folder, no .safetensors file and no hub id"
@@ -212,81 +209,22 @@ def load_model(
     """
     import torch
 
+    from diffalign.pipelines.checks import check_pipeline
+
     spec = resolve(name)
-    source = _source(spec)
+    source = source_of(spec)
     if spec.lora is not None and kwargs.get("quantization_config") is not None:
         raise UsageError(
             f"{name} has a LoRA in its weights and cannot be quantised while they are read: `diffalign merge` makes a "
             "folder of it"
         )
     revision = revision or spec.revision
-    check_pipeline(source, spec, revision=revision, arguments=kwargs)
+    check_pipeline(spec, revision=revision, arguments=kwargs)
     if revision is not None:
         kwargs["revision"] = revision
     pipeline = load_pipeline(name, torch_dtype=dtype or torch.bfloat16, **kwargs)
     pipeline.set_progress_bar_config(disable=True)
     return checked(_wrap(pipeline, spec, max_sequence_length), source).to(device)
-
-
-def check_pipeline(
-    source: str,
-    spec: ModelSpec,
-    *,
-    revision: str | None = None,
-    arguments: Mapping[str, Any] = NOTHING,
-) -> None:
-    """Check that a pipeline is supported, by its class and scheduler; read no weights.
-
-    Raises:
-        UnknownModel: the family is not supported, or files are missing.
-        UsageError: models of the family cannot be used with the scheduler.
-    """
-    from diffalign.pipelines.loading import open_folder
-    from diffalign.schedulers.stock import scheduler_like
-
-    place = look(source)
-    if place is None or place.kind == "file":
-        return
-    folder = open_folder(place, {**arguments, "revision": revision})
-    family = family_of(folder.class_name)
-    scheduler = folder.scheduler()
-    if scheduler is not None:
-        family.path_of(scheduler_like(spec.scheduler, scheduler) if spec.scheduler else scheduler)
-
-
-def check_steps(name: str, num_inference_steps: int) -> None:
-    """Check that a model's scheduler supports a number of steps, before loading.
-
-    The hub is not queried, so a model that is not on this machine yet is not checked.
-
-    Raises:
-        UsageError: the scheduler does not support the number; the message gives the reason.
-    """
-    from diffalign.pipelines import hub
-    from diffalign.pipelines.base import set_timesteps
-    from diffalign.pipelines.loading import open_folder
-    from diffalign.schedulers.stock import scheduler_like
-
-    spec = resolve(name)
-    place = look(_source(spec))
-    if place is None or place.kind == "file":
-        return
-    if place.kind == "hub" and not hub.cached_files(place.source, spec.revision):
-        return
-    local = {"revision": spec.revision, "local_files_only": True}
-    try:
-        scheduler = open_folder(place, local).scheduler()
-    # the cache may hold a part of a model only
-    except UnknownModel:
-        if place.kind == "hub":
-            return
-        raise
-    if scheduler is None:
-        return
-    if spec.scheduler:
-        scheduler = scheduler_like(spec.scheduler, scheduler)
-    shifts = scheduler.config.get("use_dynamic_shifting")
-    set_timesteps(scheduler, num_inference_steps, **({"mu": 1.0} if shifts else {}))
 
 
 def load_meta_model(
@@ -315,7 +253,7 @@ def load_meta_model(
                 torch.nn.Module.to(part, dtype or torch.bfloat16)
         as_student(pipeline, scheduler=spec.scheduler)
         return _wrap(pipeline, spec, max_sequence_length)
-    place = look(_source(spec))
+    place = look(source_of(spec))
     assert place is not None
     if place.kind == "file":
         from diffalign.pipelines.single_file import layout_of
@@ -394,7 +332,7 @@ def _wrap(pipeline: Any, spec: ModelSpec, max_sequence_length: int | None) -> Te
     return wrap_pipeline(pipeline, max_sequence_length=length)
 
 
-def _source(spec: ModelSpec) -> str:
+def source_of(spec: ModelSpec) -> str:
     """Return the folder or the hub id of a model."""
     return str(_path(spec)) if spec.source.startswith("package:") else spec.source
 

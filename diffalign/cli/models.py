@@ -18,8 +18,9 @@ from diffalign.data.prompts import Prompt, load_prompts, spread
 from diffalign.lora.files import load_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard, card_of
+from diffalign.pipelines.checks import check_steps
 from diffalign.pipelines.drawing import Drawing
-from diffalign.pipelines.registry import check_steps, load_meta_model, load_model
+from diffalign.pipelines.registry import load_meta_model, load_model
 
 
 def settle_drawing(flags: DrawingFlags) -> DrawingCard:
