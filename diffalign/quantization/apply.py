@@ -6,23 +6,20 @@ A saved model reloads in its quantised form.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
+import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
 from diffalign.core.errors import UsageError
-from diffalign.quantization.backends import BACKENDS, Backend, resolve
-from diffalign.quantization.branches import BranchConfig
+from diffalign.quantization.backends import BACKENDS, Work, resolve
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.observer import ActivationScales
-from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_unquantized, pack_model, packable
-from diffalign.quantization.quantizer import PackedConfig, PackedTextConfig
+from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_unquantized
 
 
 def quantize_pipeline(
@@ -61,8 +58,7 @@ def quantize_model(
     svd_rank: int = 0,
     input_scales: Mapping[str, Tensor] | None = None,
     activations: ActivationScales | None = None,
-    skip: Sequence[str] = SKIP,
-    min_weights: int = MIN_WEIGHTS,
+    **layers: Any,
 ) -> str:
     """Quantise a loaded denoiser or text encoder in place.
 
@@ -77,8 +73,7 @@ def quantize_model(
             8-bit weights.
         input_scales: result of `lowrank.collect_input_scales`, to which the branch is fitted.
         activations: result of `observer.InputObserver`, which "int8-static" needs.
-        skip: layers that are not quantised, as in `packed.packable`.
-        min_weights: size below which layers are not quantised, as in `packed.packable`.
+        layers: `skip` and `min_weights` of `packed.packable`, which select the layers to quantise.
 
     Returns:
         The name of the backend, which "auto" leaves open.
@@ -95,28 +90,16 @@ def quantize_model(
         raise UsageError(
             "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
         )
-    if method.is_packed:
-        config = _packed_config(model, spec, skip, min_weights)
-        if activations is not None:
-            config.activation_timesteps = list(activations.timesteps)
-        pack_model(
-            model,
-            spec=spec,
-            skip=config.skip,
-            min_weights=min_weights,
-            input_scales=input_scales,
-            activations=activations,
+    branch = method.takes_branch and isinstance(model, diffusers.ModelMixin)
+    _check_options(name, spec, branch=branch)
+    if not method.quantises_loaded:
+        raise UsageError(
+            f"backend={name}: a loaded model cannot be quantised by this backend. Pass "
+            f"quantization_config({name!r}) to from_pretrained."
         )
-    else:
-        branch = method.takes_branch and isinstance(model, diffusers.ModelMixin)
-        _check_options(name, spec, branch=branch)
-        if not method.settings:
-            raise UsageError(
-                f"backend={name}: a loaded model cannot be quantised by this backend. Pass "
-                f"quantization_config({name!r}) to from_pretrained."
-            )
-        config = _torchao_in_place(model, method, spec, skip, min_weights, input_scales)
-    _attach(model, config)
+    chosen = {"skip": SKIP, "min_weights": MIN_WEIGHTS, **layers}
+    work = Work(spec, input_scales=input_scales, activations=activations, **chosen)
+    _attach(model, method.quantize(model, work))
     return name
 
 
@@ -147,25 +130,9 @@ def quantization_config(
         UsageError: as in `backends.resolve`, or the backend does not have one of the options.
     """
     name = resolve(backend, device=device, model=model, training=training)
-    method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, None)
-    if method.is_packed:
-        return PackedConfig(spec.bits, group_size, skip, svd_rank=svd_rank)
     _check_options(name, spec)
-    if method.settings:
-        from torchao.quantization import FqnToConfig
-
-        # Full names are needed: "proj_out" in `modules_to_not_convert` would also match that of each FLUX block.
-        skipped = {f"re:{p.replace('.', '[.]').replace('*', '.*')}([.].*)?": None for p in skip}
-        return diffusers.TorchAoConfig(FqnToConfig({**skipped, "_default": _torchao(method)}))
-    if method.bits == 8:
-        return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
-    return diffusers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=list(skip),
-    )
+    return BACKENDS[name].config(spec, skip)
 
 
 def _spec(
@@ -185,48 +152,6 @@ def _spec(
     return PackSpec(backend.bits, group_size, svd_rank)
 
 
-def _packed_config(
-    model: Any, spec: PackSpec, skip: Sequence[str], min_weights: int
-) -> PackedConfig:
-    is_denoiser = isinstance(model, diffusers.ModelMixin)
-    kind = PackedConfig if is_denoiser else PackedTextConfig
-    config = kind(spec.bits, spec.group_size, skip, min_weights, spec.svd_rank)
-    # The float32 layers of a T5 overflow in float16 only.
-    if is_denoiser or model.dtype == torch.float16:
-        config.keep(model._keep_in_fp32_modules or ())
-    return config
-
-
-def _torchao_in_place(
-    model: Any,
-    backend: Backend,
-    spec: PackSpec,
-    skip: Sequence[str],
-    min_weights: int,
-    input_scales: Mapping[str, Tensor] | None,
-) -> diffusers.TorchAoConfig | transformers.TorchAoConfig:
-    from torchao.quantization import quantize_
-
-    names = set(packable(model, skip=skip, min_weights=min_weights))
-    settings = _torchao(backend)
-    library = diffusers if isinstance(model, diffusers.ModelMixin) else transformers
-    config = library.TorchAoConfig(settings)
-    if spec.svd_rank:
-        config = BranchConfig(settings, None, spec.svd_rank, skip, min_weights)
-        config.split(model, input_scales)
-    quantize_(model, settings, filter_fn=lambda m, name: name in names and isinstance(m, nn.Linear))
-    return config
-
-
-def _torchao(backend: Backend) -> Any:
-    settings = getattr(import_module("torchao.quantization"), backend.settings)
-    if backend.capability is None:
-        return settings()
-    from torchao.quantization import PerRow
-
-    return settings(granularity=PerRow())
-
-
 def _attach(model: Any, config: Any) -> None:
     """Set the attributes that from_pretrained sets on a quantised model and save_pretrained reads."""
     if isinstance(model, diffusers.ModelMixin):
@@ -242,6 +167,8 @@ def _attach(model: Any, config: Any) -> None:
 
 def _check_options(name: str, spec: PackSpec, *, branch: bool = False) -> None:
     """Raise UsageError for options that a backend does not have; `branch`: it has `svd_rank`."""
+    if BACKENDS[name].is_packed:
+        return
     if spec != PackSpec(spec.bits, svd_rank=spec.svd_rank if branch else 0):
         able = ", ".join(n for n, b in BACKENDS.items() if b.takes_branch)
         raise UsageError(

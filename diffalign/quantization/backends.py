@@ -17,33 +17,50 @@ its few steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffalign.core.errors import UsageError
 from diffalign.core.nearest import nearest
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from diffalign.quantization.layers import PackSpec
+    from diffalign.quantization.observer import ActivationScales
 
 
 @dataclass(frozen=True)
-class Backend:
+class Work:
+    """Settings with which a backend quantises one loaded model.
+
+    Attributes:
+        spec: settings of packed weights.
+        skip: layers that are not quantised, as in `packed.packable`.
+        min_weights: size below which layers are not quantised.
+        input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
+        activations: result of `observer.InputObserver`, for rounded activations.
+    """
+
+    spec: PackSpec
+    skip: Sequence[str]
+    min_weights: int
+    input_scales: Mapping[str, Tensor] | None = None
+    activations: ActivationScales | None = None
+
+
+@dataclass(frozen=True)
+class Backend(ABC):
     """Quantisation method and its requirements."""
 
     description: str
     bits: int
-    library: str = ""
-    """Library that must be installed; empty if none."""
-    least: str = ""
-    """Oldest version of the library that works."""
     capability: tuple[int, int] | None = None
     """Least compute capability of a CUDA device; None for any device, CPUs included."""
-    settings: str = ""
-    """Name of torchao's configuration class."""
     activations: bool = False
     """True if inputs of linear layers are rounded, too, with scales calibrated in advance."""
     trains: bool = True
@@ -51,49 +68,182 @@ class Backend:
 
     Without a warning, torchao 0.18 drops these gradients where it rounds activations.
     """
-
-    @property
-    def is_packed(self) -> bool:
-        return not self.library
+    library: ClassVar[str] = ""
+    """Library that must be installed; empty if none."""
+    least: ClassVar[str] = ""
+    """Oldest version of the library that works."""
+    is_packed: ClassVar[bool] = False
+    """True for this project's own formats, which have every option."""
+    quantises_loaded: ClassVar[bool] = True
+    """True if a loaded model can be quantised in place, False if only while it loads."""
 
     @property
     def takes_branch(self) -> bool:
-        """Return whether a loaded model's weights can have a low-rank branch.
+        """True if a loaded model's weights can have a low-rank branch."""
+        return False
 
-        That needs a backend that rounds weights only, in place.
-        """
-        return self.is_packed or (bool(self.settings) and self.trains)
+    @property
+    def is_for_compile(self) -> bool:
+        """True if forwards are fast only with torch.compile."""
+        return False
+
+    @abstractmethod
+    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
+        """Return diffusers' configuration that quantises a denoiser while it loads."""
+
+    @abstractmethod
+    def quantize(self, model: Any, work: Work) -> Any:
+        """Quantise a loaded model in place, and return the configuration that reloads it."""
 
 
-_AO = ("torchao", "0.16")
-BACKENDS = {
-    "int8": Backend("8 bits in groups of 64, convolutions too", 8),
-    "int4": Backend("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
-    "int8-static": Backend(
+class Packed(Backend):
+    """Integers that this project packs, for linear layers and convolutions."""
+
+    is_packed = True
+
+    @property
+    def takes_branch(self) -> bool:
+        return True
+
+    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
+        from diffalign.quantization.quantizer import PackedConfig
+
+        return PackedConfig(spec.bits, spec.group_size, skip, svd_rank=spec.svd_rank)
+
+    def quantize(self, model: Any, work: Work) -> Any:
+        import diffusers
+        import torch
+
+        from diffalign.quantization.packed import pack_model
+        from diffalign.quantization.quantizer import PackedConfig, PackedTextConfig
+
+        spec = work.spec
+        is_denoiser = isinstance(model, diffusers.ModelMixin)
+        kind = PackedConfig if is_denoiser else PackedTextConfig
+        config = kind(spec.bits, spec.group_size, work.skip, work.min_weights, spec.svd_rank)
+        # The float32 layers of a T5 overflow in float16 only.
+        if is_denoiser or model.dtype == torch.float16:
+            config.keep(model._keep_in_fp32_modules or ())
+        if work.activations is not None:
+            config.activation_timesteps = list(work.activations.timesteps)
+        pack_model(
+            model,
+            spec=spec,
+            skip=config.skip,
+            min_weights=work.min_weights,
+            input_scales=work.input_scales,
+            activations=work.activations,
+        )
+        return config
+
+
+@dataclass(frozen=True)
+class TorchAO(Backend):
+    """Weights of torchao, for linear layers."""
+
+    settings: str = ""
+    """Name of torchao's configuration class."""
+    library = "torchao"
+    least = "0.16"
+
+    @property
+    def takes_branch(self) -> bool:
+        # the branch is beside weights in 8 bits whose inputs are not rounded
+        return self.trains
+
+    @property
+    def is_for_compile(self) -> bool:
+        return not self.trains
+
+    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
+        import diffusers
+        from torchao.quantization import FqnToConfig
+
+        # Full names are needed: "proj_out" in `modules_to_not_convert` would also match that of each FLUX block.
+        skipped = {f"re:{p.replace('.', '[.]').replace('*', '.*')}([.].*)?": None for p in skip}
+        return diffusers.TorchAoConfig(FqnToConfig({**skipped, "_default": self._library_config()}))
+
+    def quantize(self, model: Any, work: Work) -> Any:
+        import diffusers
+        import transformers
+        from torch import nn
+        from torchao.quantization import quantize_
+
+        from diffalign.quantization.branches import BranchConfig
+        from diffalign.quantization.packed import packable
+
+        names = set(packable(model, skip=work.skip, min_weights=work.min_weights))
+        settings, rank = self._library_config(), work.spec.svd_rank
+        library = diffusers if isinstance(model, diffusers.ModelMixin) else transformers
+        config = library.TorchAoConfig(settings)
+        if rank:
+            config = BranchConfig(settings, None, rank, work.skip, work.min_weights)
+            config.split(model, work.input_scales)
+        quantize_(
+            model, settings, filter_fn=lambda m, name: name in names and isinstance(m, nn.Linear)
+        )
+        return config
+
+    def _library_config(self) -> Any:
+        """Return torchao's configuration."""
+        settings = getattr(import_module("torchao.quantization"), self.settings)
+        if self.capability is None:
+            return settings()
+        from torchao.quantization import PerRow
+
+        return settings(granularity=PerRow())
+
+
+class BitsAndBytes(Backend):
+    """Weights of bitsandbytes, which quantises a model only while it loads."""
+
+    library = "bitsandbytes"
+    least = "0.43.3"
+    quantises_loaded = False
+
+    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
+        import diffusers
+        import torch
+
+        if self.bits == 8:
+            return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
+        return diffusers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(skip),
+        )
+
+    def quantize(self, model: Any, work: Work) -> Any:
+        raise NotImplementedError("bitsandbytes quantises a model while it loads")
+
+
+BACKENDS: dict[str, Backend] = {
+    "int8": Packed("8 bits in groups of 64, convolutions too", 8),
+    "int4": Packed("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
+    "int8-static": Packed(
         "8-bit weights, and activations of linear layers with scales calibrated for each step",
         8,
         activations=True,
         trains=False,
     ),
-    "torchao-int8": Backend(
+    "torchao-int8": TorchAO(
         "8-bit weights and activations",
         8,
-        *_AO,
         settings="Int8DynamicActivationInt8WeightConfig",
         trains=False,
     ),
-    "torchao-int8wo": Backend("8-bit weights", 8, *_AO, settings="Int8WeightOnlyConfig"),
-    "torchao-fp8": Backend(
+    "torchao-int8wo": TorchAO("8-bit weights", 8, settings="Int8WeightOnlyConfig"),
+    "torchao-fp8": TorchAO(
         "float8 weights and activations, one scale per row",
         8,
-        *_AO,
         capability=(8, 9),
         settings="Float8DynamicActivationFloat8WeightConfig",
         trains=False,
     ),
-    "torchao-fp8wo": Backend("float8 weights", 8, *_AO, settings="Float8WeightOnlyConfig"),
-    "bnb-nf4": Backend("4-bit normal floats, while loading", 4, "bitsandbytes", "0.43.3", (0, 0)),
-    "bnb-int8": Backend("LLM.int8, while loading", 8, "bitsandbytes", "0.43.3", (0, 0)),
+    "torchao-fp8wo": TorchAO("float8 weights", 8, settings="Float8WeightOnlyConfig"),
+    "bnb-nf4": BitsAndBytes("4-bit normal floats, while loading", 4, (0, 0)),
+    "bnb-int8": BitsAndBytes("LLM.int8, while loading", 8, (0, 0)),
 }
 
 
@@ -154,7 +304,7 @@ def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str
     kind = config.get("quant_type")
     inner = kind.get("default") if isinstance(kind, Mapping) else None
     name = inner.get("_type") if isinstance(inner, Mapping) else None
-    backends = [b for b in BACKENDS.values() if name and b.settings == name]
+    backends = [b for b in BACKENDS.values() if isinstance(b, TorchAO) and b.settings == name]
     return _missing(backends[0] if backends else BACKENDS["torchao-int8wo"], device)
 
 

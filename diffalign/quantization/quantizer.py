@@ -1,7 +1,8 @@
 """Packed weights as a quantisation method of diffusers and transformers.
 
 A saved folder loads with stock classes. Importing this module registers the method and that of `branches`; a stock
-program that loads such a folder needs that one import. Without it diffusers says "Unknown quantization type, got
+program that loads such a folder needs that one import. Diffusers' loader of FLUX LoRAs is patched once a packed model
+exists. Without it diffusers says "Unknown quantization type, got
 diffalign_packed". Denoisers can be packed while they load (`from_pretrained(...,
 quantization_config=PackedConfig())`), text encoders only in place (`apply.quantize_model`).
 """
@@ -120,6 +121,8 @@ class PackedQuantizer(DiffusersQuantizer):
     quantization_config: PackedConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        # diffusers calls this for every packed model, before its weights are read
+        patch_flux_loader()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise UsageError(
@@ -219,16 +222,20 @@ class PackedTextQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Register the method with diffusers and transformers, and patch the loader of FLUX LoRAs.
-
-    That loader reads a layer's size from its weight. It would take a packed layer for a narrower one and replace it by
-    a wider one; the patch returns the real size.
-    """
+    """Register the method with diffusers and transformers."""
     name = Method.PACKED.value
     auto.AUTO_QUANTIZER_MAPPING[name] = PackedQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = PackedConfig
     transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING[name] = PackedTextQuantizer
     transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = PackedTextConfig
+
+
+def patch_flux_loader() -> None:
+    """Let diffusers' loader of FLUX LoRAs see the real sizes of packed layers.
+
+    The loader reads a layer's size from its weight. It would take a packed layer for a narrower one and replace it by
+    a wider one.
+    """
     FluxLoraLoaderMixin._calculate_module_shape = staticmethod(_module_shape)
 
 

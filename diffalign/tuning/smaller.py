@@ -169,7 +169,7 @@ def _quantise(
     name = resolve(settings.backend, device=model.device, model=model.denoiser)
     options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
     backend = BACKENDS[name]
-    if backend.is_packed or backend.settings:
+    if backend.quantises_loaded:
         scales: dict[str, Any] = {}
         if prompts:
             calibration = Calibration(model, prompts, drawing)
@@ -225,7 +225,7 @@ def _compare(
 
 
 def _describe(times: Comparison, settings: SmallerSettings, backends: set[str]) -> str:
-    compiled = [n for n in sorted(backends) if BACKENDS[n].settings and not BACKENDS[n].trains]
+    compiled = [n for n in sorted(backends) if BACKENDS[n].is_for_compile]
     more = f"; {compiled[0]} is made for torch.compile" if compiled else ""
     # The figures are rounded as in the file.
     rounded = _rounded(times)
