@@ -1,4 +1,4 @@
-"""Queries to the hub for models, and messages for its errors."""
+"""Queries to the hub for models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.core.errors import one_line
+from diffalign.core.hub import explain, status
 from diffalign.pipelines.places import INDEX, UnknownModel
 
 TIMEOUT = 10.0
@@ -132,40 +133,7 @@ def fetch_index(
         raise UnknownModel(refusal(error, source, revision)) from error
 
 
-def status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error, or None."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def refusal(error: BaseException, source: str, revision: str | None = None) -> str:
     """Return one line with the reason of the hub's error and advice."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    url = f"https://huggingface.co/{source}"
-    if isinstance(error, GatedRepoError) or status(error) == 403:
-        return f"{source} is gated: accept its licence at {url}, then `hf auth login` with a token of that account"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{source} has no revision {revision!r}; {url}/commits lists what there is"
-    if isinstance(error, RepositoryNotFoundError) or status(error) in (401, 404):
-        return (
-            f"{source} is no folder or file here and no model that the hub shows you: check the spelling at {url}; a "
-            "private model needs `hf auth login`"
-        )
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return unreachable(source)
-    return f"{source} could not be fetched: {one_line(error)}"
-
-
-def unreachable(source: str) -> str:
-    """Return one line for a missing model while the hub is unreachable."""
-    return (
-        f"{source} is no folder or file here, is not in the hub's cache, and the hub cannot be reached: check the "
-        f"spelling and the network (HF_HUB_OFFLINE, proxies), or `hf download {source}` on a machine that reaches it "
-        "and give the folder"
-    )
+    line = explain(error, source, revision=revision)
+    return line or f"{source} could not be fetched: {one_line(error)}"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from diffalign.core.errors import UsageError, UserError, one_line
 from diffalign.core.fingerprint import UnknownWeights, of_denoiser
+from diffalign.core.hub import status
 from diffalign.lora.files import merge_lora
 from diffalign.pipelines import dcgen, folders, hub
 from diffalign.pipelines.places import INDEX, Place, UnknownModel, class_name, read_index
@@ -176,7 +177,7 @@ def readable(source: str) -> Iterator[None]:
                 "weights in a pickle (.bin) hold more than tensors, and such a file can run code when it is read: take "
                 "the model's .safetensors files"
             )
-        elif hub.status(error) is not None or isinstance(error, LocalEntryNotFoundError):
+        elif status(error) is not None or isinstance(error, LocalEntryNotFoundError):
             reason = hub.refusal(error, source)
         raise UnknownModel(f"{source} could not be loaded: {reason}") from error
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 
 from diffalign.core.errors import UsageError, one_line
+from diffalign.core.hub import unreachable
 from diffalign.latents.alignment import ratio
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import moved
@@ -58,7 +59,7 @@ def _place(source: str) -> dict[str, Any]:
         raise ValueError(f"it is no folder and no hub id; shipped are {', '.join(AUTOENCODERS)}")
     repo = hub.repository(place.source, place.revision)
     if not repo.files:
-        raise ValueError(hub.unreachable(place.source))
+        raise ValueError(unreachable(place.source))
     inner = {} if "config.json" in repo.files else {"subfolder": "vae"}
     return {**repo.options, **inner}
 

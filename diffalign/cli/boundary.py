@@ -13,24 +13,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffalign.core import hub
 from diffalign.core.errors import chain, one_line
 
 NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
 """Libraries whose errors mean that a connection or a server failed."""
 LONGEST = 300
 """Largest number of characters of a library's message."""
-HUB = {
-    "GatedRepoError": "the model is gated: accept its licence on its page of huggingface.co, then run `hf auth login`",
-    "RepositoryNotFoundError": "no such repository on huggingface.co, or it is private: check the name, or run "
-    "`hf auth login`",
-    "RevisionNotFoundError": "the repository has no such revision: check the name",
-    "EntryNotFoundError": "the repository has no such file: check the name",
-    "LocalEntryNotFoundError": "the files are not in the local cache and huggingface.co cannot be reached: connect "
-    "once to download them, or name a local folder",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the files are not in the local cache: unset it once to "
-    "download them, or name a local folder",
-}
-"""Advice for each error class of huggingface_hub."""
 
 
 def library_line(error: BaseException | None) -> str | None:
@@ -45,8 +34,9 @@ def library_line(error: BaseException | None) -> str | None:
 def _line(error: BaseException) -> str | None:
     name, module = type(error).__name__, type(error).__module__.partition(".")[0]
     text = one_line(error, limit=LONGEST)
-    if name in HUB:
-        return f"{text} ({HUB[name]})"
+    advice = hub.explain(error)
+    if advice is not None:
+        return f"{text} ({advice})"
     if module in NETWORK:
         return (
             f"the network or a server failed ({name}: {text}); check the connection, a mistyped "

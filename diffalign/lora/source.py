@@ -11,6 +11,7 @@ from typing import Any
 
 from diffalign.core.errors import UsageError, one_line
 from diffalign.core.files import expand_home
+from diffalign.core.hub import explain
 from diffalign.core.text import read_json
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -140,37 +141,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _remote(repository: str, name: str) -> Source:
     """Download a file of a hub repository, its only LoRA where no name is given."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
     try:
         return _download(repository, name)
-    except GatedRepoError as error:
-        raise UsageError(
-            f"lora: {repository} is gated. Accept its conditions at https://huggingface.co/{repository}, then "
-            "`hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"lora: {repository} is neither a path that exists nor a repository of the hub that you may read. Check "
-            "the name, or `hf auth login`."
-        ) from error
     except UsageError:
         raise
-    except LocalEntryNotFoundError as error:
-        raise UsageError(
-            f"lora: {repository} is neither a path that exists nor in the hub's cache, and the hub cannot be asked "
-            "(HF_HUB_OFFLINE, or no connection). Check the name and the connection."
-        ) from error
     # no such file, a full disk, a broken connection: the client's errors have no class in common
     except Exception as error:
-        reason = one_line(error, limit=_LONGEST)
-        raise UsageError(
-            f"lora: {repository} is no path that exists, and the hub did not give {name or 'its files'}: {reason}"
-        ) from error
+        line = explain(error, repository)
+        if line is None:
+            reason = one_line(error, limit=_LONGEST)
+            line = f"{repository} is no path that exists, and the hub did not give {name or 'its files'}: {reason}"
+        raise UsageError(f"lora: {line}") from error
 
 
 def _download(repository: str, name: str) -> Source:
