@@ -134,7 +134,7 @@ def training_batch(model):
 
 
 def make_update(model, *, micro_batch_size=64, sum_processes=None, **config):
-    scheduler = model.scheduler_at(8, height=16, width=16)
+    scheduler = model.scheduler_at(8, (16, 16))
     settings = UpdateSettings(
         grid=scheduler.timesteps,
         sigmas=scheduler.sigmas,
