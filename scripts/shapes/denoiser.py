@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from diffalign.core.precision import compute
 from diffalign.diffusion.paths import Path as NoisePath
 from diffalign.diffusion.paths import VariancePreserving, training_timesteps
-from diffalign.geneval.rules import summarize
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.pipelines.drawing import Drawing
-from diffalign.pipelines.sampling import Sampling
+from diffalign.scripts.shapes.evaluation import NO_GUIDANCE, NULL_PROMPT, evaluate_shapes
 from diffalign.scripts.shapes.semantics import (
     SemanticHead,
     image_tokens,
@@ -33,13 +31,10 @@ from diffalign.scripts.shapes.semantics import (
 )
 from diffalign.shapes.prompts import prompts, sample_prompts
 from diffalign.shapes.text import WIDTH
-from diffalign.shapes.verifier import verify
 from diffalign.shapes.world import IMAGE_SIZE, render, sample_scene
 from diffalign.types import PromptEmbeds
 
-NULL_PROMPT = ""
 EMBEDS = ("embeds", "long_embeds")
-NO_GUIDANCE = 1.0
 MAX_WEIGHT = 25.0
 LONG_PADDING = 256
 LONG_SHARE = 0.03
@@ -395,29 +390,3 @@ class Pretraining:
             self.hook.remove()
         with self.averaged():
             self.denoiser.save_pretrained(self.folder / "transformer")
-
-
-@torch.no_grad()
-def evaluate_shapes(
-    model: TextToImageModel,
-    *,
-    seed: int,
-    num_inference_steps: int = 10,
-    guidance_scale: float = NO_GUIDANCE,
-    repeats: int = 2,
-    split: str = "held_out",
-) -> dict[str, float]:
-    """GenEval of a Shapes model on all prompts of a split, `repeats` images each."""
-    entries = prompts(split) * repeats
-    generator = torch.Generator().manual_seed(seed)
-    correct = []
-    with compute(model.device):
-        embeds = model.encode_prompt([e["prompt"] for e in entries])
-        guided = model.costs_a_forward(guidance_scale)
-        negative = model.encode_prompt([NULL_PROMPT] * len(entries)) if guided else None
-        drawing = Drawing(num_inference_steps, guidance_scale)
-        latents = Sampling(model, embeds, drawing, negative).draw(generator)
-        images = model.decode(latents).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    for image, entry in zip(images, entries, strict=True):
-        correct.append(verify(image, entry).correct)
-    return summarize([e["tag"] for e in entries], correct)

@@ -16,7 +16,8 @@ from torch import Tensor
 from diffalign.core.errors import UsageError
 from diffalign.diffusion.paths import expand
 from diffalign.pipelines.base import TextToImageModel
-from diffalign.scripts.shapes.denoiser import NO_GUIDANCE, Captioned, Pretraining
+from diffalign.scripts.shapes.denoiser import Captioned, Pretraining
+from diffalign.scripts.shapes.evaluation import NO_GUIDANCE
 from diffalign.types import PromptEmbeds
 
 GUIDANCE_RANGE = (1.0, 6.0)

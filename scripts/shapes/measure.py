@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffalign.core.versions import versions
 from diffalign.pipelines.registry import load_model
-from diffalign.scripts.shapes.denoiser import evaluate_shapes
+from diffalign.scripts.shapes.evaluation import evaluate_shapes
 
 SEEDS = (1, 2, 3)
 

@@ -16,7 +16,7 @@ from benchmarks.common.curves import Curve
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.dcgen import latency as deep_latency
 from benchmarks.inversion_dpo import inversion_dpo
-from benchmarks.qsched import qsched
+from benchmarks.qsched import student as students
 from benchmarks.rewards import models as reward_models
 from benchmarks.rewards import rewards as bench_rewards
 from diffalign import cli
@@ -268,7 +268,7 @@ def test_quick_qsched_bench(quick):
         "bytes_ratio",
         "int8_latency_vs_bf16",
     }
-    assert set(last["quality_recovered"]) >= set(qsched.FORMS) - {"bf16"}
+    assert set(last["quality_recovered"]) >= set(students.FORMS) - {"bf16"}
     assert min(last["bytes_ratio"].values()) > 2.8
     assert last["int8_latency_vs_bf16"] > 0
     for student in written["students"].values():

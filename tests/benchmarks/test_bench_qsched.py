@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.common.record import BenchOptions
 from benchmarks.qsched import qsched, weights
+from benchmarks.qsched import student as students
 from diffalign import cli
 from diffalign.core.errors import UsageError
 from diffalign.quantization.accounting import report
@@ -21,12 +22,12 @@ from diffalign.tuning.tune import Settings, split
 
 
 def test_forms_say_whether_they_are_calibrated():
-    assert not qsched.Form().calibrated
-    assert not qsched.Form("int8").calibrated
-    assert qsched.Form("int4", svd_rank=16).calibrated
-    assert qsched.Form("int8-static").calibrated
-    assert qsched.FORMS["bf16"].backend is None
-    assert qsched.OBJECTIVE in PRESETS
+    assert not students.Form().calibrated
+    assert not students.Form("int8").calibrated
+    assert students.Form("int4", svd_rank=16).calibrated
+    assert students.Form("int8-static").calibrated
+    assert students.FORMS["bf16"].backend is None
+    assert students.OBJECTIVE in PRESETS
 
 
 def cell(plain, best, *, accepted=True):
@@ -91,8 +92,8 @@ def keep(student, arm, seed, found, key):
 def test_a_larger_search_has_cells_of_its_own(tmp_path):
     options = BenchOptions(quick=False, work=tmp_path, seeds=2)
     name, sizes = "shapes-sd-lcm", ("budget", "prompts", "images_per_task", "by_task")
-    usual = qsched.Student(name, options)
-    more = qsched.Student(name, options, qsched.LARGER["more"])
+    usual = students.Student(name, options)
+    more = students.Student(name, options, students.LARGER["more"])
     for made, form, found, searched in (
         (usual, "bf16", cell(0.6, 0.6), ""),
         (usual, "int4 rows", cell(0.5, 0.5), ""),
@@ -103,15 +104,15 @@ def test_a_larger_search_has_cells_of_its_own(tmp_path):
         for steps in (2, 4):
             for seed in range(2):
                 keep(made, f"{name} {form} {steps}{searched}", seed, found, made.key(form, *sizes))
-    found = qsched.larger(options, qsched.LARGER["more"])
+    found = qsched.larger(options, students.LARGER["more"])
     assert found["recovered"]["2"]["geneval"]["share"] == 0.75
     assert found["recovered"]["4"]["verifier"]["means"]["lost"] == pytest.approx(0.2)
     assert found["size"]["budget"] == 48
 
 
 def test_prompts_by_task_are_as_many_of_each():
-    size = qsched.LARGER["more by task"]
-    found = qsched.training_prompts(size)
+    size = students.LARGER["more by task"]
+    found = students.training_prompts(size)
     assert len(found) == size.prompts
     tasks = Counter(p.task for p in found)
     assert set(tasks.values()) == {size.prompts // 6}
@@ -121,13 +122,13 @@ def test_prompts_by_task_are_as_many_of_each():
         assert len(counts) == 6
         assert max(counts.values()) - min(counts.values()) <= 8
     assert {p.text for p in halves[0]}.isdisjoint(p.text for p in halves[1])
-    by_list = Counter(p.task for p in qsched.training_prompts(qsched.FULL))
-    assert by_list["color_attr"] > 0.8 * qsched.FULL.prompts
+    by_list = Counter(p.task for p in students.training_prompts(students.FULL))
+    assert by_list["color_attr"] > 0.8 * students.FULL.prompts
 
 
-@pytest.mark.parametrize("size", [qsched.FULL, qsched.QUICK])
+@pytest.mark.parametrize("size", [students.FULL, students.QUICK])
 def test_what_the_grid_is_held_against_has_prompts_of_its_own(size):
-    seen, held_out = qsched.by_task(size.grid_images, size.grid_held_out)
+    seen, held_out = students.by_task(size.grid_images, size.grid_held_out)
     assert (len(seen), len(held_out)) == (size.grid_images, size.grid_held_out)
     for prompts in (seen, held_out):
         assert set(Counter(p.task for p in prompts).values()) == {len(prompts) // 6}
@@ -147,20 +148,20 @@ def test_psnr_by_hand():
     black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     grey = black + torch.tensor([51, 0], dtype=torch.uint8).view(2, 1, 1, 1)
     equal = 10 * math.log10(255**2 / 1e-3)
-    assert qsched.psnr(black, black) == pytest.approx(equal, abs=1e-3)
-    assert qsched.psnr(grey, black) == pytest.approx((20 * math.log10(5) + equal) / 2, abs=1e-3)
+    assert students.psnr(black, black) == pytest.approx(equal, abs=1e-3)
+    assert students.psnr(grey, black) == pytest.approx((20 * math.log10(5) + equal) / 2, abs=1e-3)
 
 
 def test_cells_are_taken_from_the_work_folder(tmp_path):
     options = BenchOptions(quick=True, work=tmp_path, seeds=1)
-    made = qsched.Student("shapes-flux-schnell", options)
-    assert made.size == qsched.QUICK
+    made = students.Student("shapes-flux-schnell", options)
+    assert made.size == students.QUICK
     sizes = ("budget", "prompts", "images_per_task", "by_task")
     for name, key in (
         ("shapes-flux-schnell int4 2", made.key("int4", *sizes)),
         (
             "shapes-flux-schnell published grid",
-            made.key(qsched.COARSE, "grid", "grid_images", "grid_held_out"),
+            made.key(students.COARSE, "grid", "grid_images", "grid_held_out"),
         ),
     ):
         keep(made, name, 0, {"name": name}, key)
