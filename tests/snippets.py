@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from diffalign.cli.parser import Parser
+from diffalign.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^( *)```([a-z]*)\n(.*?)^\1```$", re.M | re.S)
+
+
+class SpellingParser(Parser):
+    """Parser that checks the spelling of commands, but no values.
+
+    Paths in the commands need not exist.
+    """
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except UserError:
+            return arg_string
 
 
 @dataclass(frozen=True)

@@ -60,19 +60,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
 
-class SpellingParser(Parser):
-    """Parser that checks the spelling of commands, but no values.
-
-    Paths in the commands need not exist.
-    """
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except UserError:
-            return arg_string
-
-
 def flag_of(action: argparse.Action) -> str:
     """Return an argument as a user types it: its flag, or its name if it has none."""
     return action.option_strings[-1] if action.option_strings else str(action.dest)

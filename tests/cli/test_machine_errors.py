@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import requests
 import torch
+from snippets import SpellingParser
 
 from diffalign.cli.endings import ending, memory_advice
 from diffalign.cli.main import VERBS, build_parser, main
-from diffalign.cli.parser import SpellingParser
 from diffalign.config import load
 from diffalign.core.errors import ReportedError, UsageError, explain, out_of_memory
 from diffalign.core.interruption import Interrupted

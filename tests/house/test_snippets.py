@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import tiny_moves
 import torch
-from snippets import ROOT, commands, snippets
+from snippets import ROOT, SpellingParser, commands, snippets
 
 from diffalign import config, lora
 from diffalign.cli.main import build_parser, main, spell_out
-from diffalign.cli.parser import SpellingParser
 from diffalign.pipelines.registry import load_model
 
 COMMANDS = commands()
