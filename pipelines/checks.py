@@ -70,7 +70,7 @@ def _place(spec: ModelSpec) -> Place | None:
 
 
 def _scheduler(folder: Folder, spec: ModelSpec) -> Any:
-    """Return the scheduler that a model samples with, or None if it is no class of diffusers."""
+    """Return the scheduler that a model samples with, or None for an unknown class."""
     scheduler = folder.scheduler()
     if scheduler is None or not spec.scheduler:
         return scheduler

@@ -28,7 +28,7 @@ _PROBLEMS: tuple[tuple[tuple[str, ...], tuple[int, ...], str], ...] = (
         "one needs `hf auth login`",
     ),
 )
-"""Names of error classes of huggingface_hub, HTTP statuses, and what they mean; the first that fits counts."""
+"""Error classes of huggingface_hub, HTTP statuses, and their meaning. The first that fits counts."""
 
 
 def status(error: BaseException) -> int | None:
@@ -61,7 +61,7 @@ def unreachable(source: str) -> str:
 
 
 def _line(problem: str, source: str | None, revision: str | None) -> str:
-    wanted = "such revision" if revision is None else f"revision {revision!r}"
+    missing = "such revision" if revision is None else f"revision {revision!r}"
     url = URL if source is None else f"{URL}/{source}"
-    text = problem.format(url=url, revision=wanted, id=source or "ID")
+    text = problem.format(url=url, revision=missing, id=source or "ID")
     return f"{source or 'the repository'} {text}"

@@ -142,12 +142,12 @@ def generate_samples(
     with Interruption("the images in hand are finished and kept") as interruption:
         for rows in drawing.batches(len(missing)):
             part = missing[rows]
-            drawn = sampler.images(
+            batch = sampler.images(
                 [prompts[p].text for p, _ in part],
                 [seeds[p * n + k] for p, k in part],
                 step=keeper.recorder.around(sampler.step()) if keeper else None,
             )
-            _write_samples(folder, part, drawn, keeper)
+            _write_samples(folder, part, batch, keeper)
             if progress is not None:
                 progress(rows.stop, len(missing))
             if interruption.number:
@@ -161,11 +161,11 @@ def generate_samples(
 
 
 def _write_samples(
-    folder: Path, places: Sequence[tuple[int, int]], drawn: Samples, keeper: StateKeeper | None
+    folder: Path, places: Sequence[tuple[int, int]], batch: Samples, keeper: StateKeeper | None
 ) -> None:
     """Write the finite images of one batch, each after its states."""
     recording = keeper.recorder.take() if keeper else None
-    for row, ((p, k), good) in enumerate(zip(places, drawn.finite.tolist(), strict=True)):
+    for row, ((p, k), good) in enumerate(zip(places, batch.finite.tolist(), strict=True)):
         place = sample_path(folder, p, k)
         if not good:
             logger.warning("%s: the model made no finite image", place)
@@ -173,7 +173,7 @@ def _write_samples(
         # first: an image that is there has its states
         if keeper and recording:
             keeper.write(place, recording, row, prompt=p)
-        picture = Image.fromarray(drawn.images[row].permute(1, 2, 0).numpy())
+        picture = Image.fromarray(batch.images[row].permute(1, 2, 0).numpy())
         with aside(place) as file:
             picture.save(file, format="PNG")
 

@@ -97,8 +97,8 @@ def quantize_model(
             f"backend={name}: a loaded model cannot be quantised by this backend. Pass "
             f"quantization_config({name!r}) to from_pretrained."
         )
-    chosen = {"skip": SKIP, "min_weights": MIN_WEIGHTS, **layers}
-    work = Work(spec, input_scales=input_scales, activations=activations, **chosen)
+    selection = {"skip": SKIP, "min_weights": MIN_WEIGHTS, **layers}
+    work = Work(spec, input_scales=input_scales, activations=activations, **selection)
     _attach(model, method.quantize(model, work))
     return name
 
