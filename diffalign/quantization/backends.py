@@ -75,7 +75,7 @@ class Backend(ABC):
     is_packed: ClassVar[bool] = False
     """True for this project's own formats, which have every option."""
     quantises_loaded: ClassVar[bool] = True
-    """True if a loaded model can be quantised; False if it is quantised while it loads."""
+    """True if a loaded model can be quantised, False if only during loading."""
 
     @property
     def takes_branch(self) -> bool:
