@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffalign.core.errors import UsageError
-from diffalign.types import Size
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Drawing:
 
     Attributes:
         guidance_scale: None or 1 means no classifier-free guidance (for FLUX its default guidance embedding).
-        size: (height, width) in pixels; a None in its place is the model's own.
+        size: (height, width) in pixels; None, or a side that is None, is the model's own.
         solver: name of a solver of `pipelines.solvers`; "default" is the scheduler.
         negative_prompt: prompt that classifier-free guidance leads away from.
         images_per_prompt: number of images of each prompt.
@@ -27,7 +26,7 @@ class Drawing:
 
     num_inference_steps: int = 4
     guidance_scale: float | None = None
-    size: Size | tuple[int | None, int | None] | None = None
+    size: tuple[int | None, int | None] | None = None
     solver: str = "default"
     negative_prompt: str = ""
     images_per_prompt: int = 1

@@ -19,6 +19,7 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.places import look
 from diffalign.pipelines.registry import wrap_pipeline
 from diffalign.shapes import CHECKPOINTS
+from diffalign.types import Size
 
 AUTOENCODERS = {"shapes-dc": "an AutoencoderDC f16c32 for Shapes; ships with diffalign"}
 
@@ -71,7 +72,7 @@ def _kind(source: str, options: dict[str, Any]) -> Any:
     return {"AutoencoderDC": AutoencoderDC, "AutoencoderKL": AutoencoderKL}[name]
 
 
-def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: tuple[int, int]) -> int:
+def tokens_ratio(model: TextToImageModel, codec: LatentCodec, size: Size) -> int:
     """Return how many of the model's tokens per side one token of the codec replaces.
 
     Args:
@@ -95,7 +96,7 @@ def move_model(
     model: TextToImageModel,
     vae: Any,
     *,
-    size: tuple[int, int],
+    size: Size,
     shift: str = "pixels",
     channels: int | None = None,
 ) -> TextToImageModel:
