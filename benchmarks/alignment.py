@@ -22,14 +22,13 @@ from diffalign.geneval.rules import Metadata, entry
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.scripts.shapes.denoiser import (
-    NO_GUIDANCE,
     Captioned,
     PretrainConfig,
     Pretraining,
     build_sd3_transformer,
-    evaluate_shapes,
     make_dataset,
 )
+from diffalign.scripts.shapes.evaluation import NO_GUIDANCE, evaluate_shapes
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
 
