@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages that are made from other files, and links between them.
 
-README, CHANGELOG, CONTRIBUTING and SECURITY become pages. Results become files of the site. The reference of settings
-is generated. Links of the repository are rewritten for the site.
+README, CHANGELOG, CONTRIBUTING and SECURITY become pages. Results become files of the site. The references of settings
+and commands are generated. Links of the repository are rewritten for the site.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ def on_files(files: Files, config: Any) -> Files:
     """Add generated pages and the committed results."""
     from mkdocs.structure.files import File
 
-    from docs.tools import settings
+    from docs.tools import commands, settings
 
     for source, page in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "settings.md", content=settings.page()))
+    files.append(File.generated(config, "commands.md", content=commands.page()))
     for result in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         name = f"results/{result.name}"
         files.append(File.generated(config, name, abs_src_path=str(result)))

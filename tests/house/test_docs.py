@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from docs.tools import hooks, setting_texts, settings, tables  # noqa: E402
+from docs.tools import commands, hooks, setting_texts, settings, tables  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
-GENERATED = {*hooks.ROOT_PAGES.values(), "settings.md"}
+GENERATED = {*hooks.ROOT_PAGES.values(), "settings.md", "commands.md"}
 
 
 class Loader(yaml.SafeLoader):
@@ -97,6 +97,13 @@ def keys_of(config, prefix=""):
 def test_every_setting_is_in_the_reference(recipe):
     headings = set(re.findall(r"^### `(.+)`$", settings.page(), re.M))
     assert set(keys_of(load(recipe))) <= headings
+
+
+def test_every_command_is_in_the_reference():
+    page = commands.page()
+    for verb in ("train", "generate", "evaluate fid", "evaluate wins", "qsched", "serve-rewards"):
+        assert f"## `diffalign {verb}`" in page
+    assert "--output_dir DIR" in page
 
 
 def test_every_setting_has_a_text():
