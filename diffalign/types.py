@@ -150,7 +150,8 @@ class RewardOutput:
     @property
     def mask(self) -> np.ndarray:
         """Mask (B,) bool of the images with a usable reward."""
-        return np.isfinite(self.values)
+        usable: np.ndarray = np.isfinite(self.values)
+        return usable
 
     @classmethod
     def cat(cls, parts: Sequence[RewardOutput]) -> RewardOutput:

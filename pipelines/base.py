@@ -112,7 +112,8 @@ class TextToImageModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        device: torch.device = self.denoiser.device
+        return device
 
     def costs_a_forward(self, guidance_scale: float | None) -> bool:
         """Return True if this guidance needs negative embeddings and a second forward."""
@@ -337,4 +338,5 @@ def dynamic_shift(config: Any, image_seq_len: int) -> float:
     """Return `mu` of FLUX's resolution-dependent schedule, linear in the image tokens."""
     x0, x1 = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     y0, y1 = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return y0 + (y1 - y0) / (x1 - x0) * (image_seq_len - x0)
+    shift: float = y0 + (y1 - y0) / (x1 - x0) * (image_seq_len - x0)
+    return shift

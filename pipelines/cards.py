@@ -194,4 +194,4 @@ def _pixels(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
     if not isinstance(side, int):
         return int(vae.get("sample_size") or 1024)
     blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or range(4)
-    return side * 2 ** (len(blocks) - 1)
+    return int(side * 2 ** (len(blocks) - 1))

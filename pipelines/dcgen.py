@@ -30,24 +30,24 @@ BINS = {
 """Image sizes of SANA by aspect ratio, for each square side in pixels."""
 
 
-def compression_of(vae):
+def compression_of(vae: Any) -> int:
     """Return the number of pixels per side of the image area that one latent covers."""
     if hasattr(vae, "spatial_compression_ratio"):
-        return vae.spatial_compression_ratio
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+        return int(vae.spatial_compression_ratio)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 # type checkers accept every attribute of a stock pipeline
 _Pipeline: Any = object
 
 
-def _fill_up(channels):
+def _fill_up(channels: int) -> Any:
     """Return a hook that pads latents with zero channels up to `channels`.
 
     A denoiser of the first channels (DC-AE 1.5) does not generate the others.
     """
 
-    def hook(decoder, arguments):
+    def hook(decoder: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         latents = arguments[0]
         missing = channels - latents.shape[1]
         return (functional.pad(latents, (0, 0, 0, 0, 0, missing)), *arguments[1:])
@@ -63,7 +63,9 @@ class DeepLatents(_Pipeline):
     was trained with.
     """
 
-    def _use(self, vae, image_size, max_sequence_length, codec):
+    def _use(
+        self, vae: Any, image_size: int | None, max_sequence_length: int | None, codec: Any
+    ) -> None:
         """Add the autoencoder, after the stock pipeline was initialised without one."""
         reads = None if self.transformer is None else self.transformer.config.in_channels
         if None not in (vae, reads) and vae.config.latent_channels < reads:
@@ -97,7 +99,7 @@ class DeepLatents(_Pipeline):
         ) // self.vae_scale_factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    def _check_size(self, height, width):
+    def _check_size(self, height: int, width: int) -> None:
         f = self.vae_scale_factor
         if height % f or width % f or height <= 0 or width <= 0:
             near = [max(f, round(side / f) * f) for side in (height, width)]
@@ -106,7 +108,7 @@ class DeepLatents(_Pipeline):
                 f"{near[0]} and {near[1]}"
             )
 
-    def _text_length(self, length):
+    def _text_length(self, length: int | None) -> Any:
         trained = self.config.max_sequence_length
         if None not in (length, trained) and length != trained:
             raise ValueError(
@@ -115,7 +117,7 @@ class DeepLatents(_Pipeline):
             )
         return length or trained
 
-    def _given(self, shape, latents, dtype, device):
+    def _given(self, shape: tuple[int, ...], latents: Any, dtype: Any, device: Any) -> Any:
         if tuple(latents.shape) != tuple(shape):
             raise ValueError(
                 f"`latents` must have the shape {tuple(shape)}, not {tuple(latents.shape)}"
@@ -124,15 +126,15 @@ class DeepLatents(_Pipeline):
 
     def prepare_latents(
         self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents=None,
-    ):
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: Any,
+        device: Any,
+        generator: Any,
+        latents: Any = None,
+    ) -> Any:
         """Return the latents (B, C, h, w) of the caller, or noise."""
         f = self.vae_scale_factor
         channels = self.transformer.config.in_channels
@@ -144,7 +146,7 @@ class DeepLatents(_Pipeline):
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
     @classmethod
-    def _dict_from_json_file(cls, *args, **kwargs):
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a configuration with the plain name of the class."""
         # this class exists already, and with a plain name `from_pretrained` runs no code from the folder
         config = super()._dict_from_json_file(*args, **kwargs)
@@ -152,7 +154,7 @@ class DeepLatents(_Pipeline):
             config["_class_name"] = config["_class_name"][1]
         return config
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save like the stock method, with a copy of this file that the folder names."""
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
@@ -172,7 +174,7 @@ class DeepLatents(_Pipeline):
         shutil.copyfile(inspect.getfile(type(self)), folder / f"{MODULE}.py")
 
 
-def _edit(file, change):
+def _edit(file: Path, change: Any) -> None:
     config = change(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -208,7 +210,9 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
         )
         self._use(vae, image_size, max_sequence_length, codec)
 
-    def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
+    def check_inputs(
+        self, prompt: Any, prompt_2: Any, height: int, width: int, *args: Any, **kwargs: Any
+    ) -> None:
         self._check_size(height, width)
         factor = self.vae_scale_factor
         # the stock check only warns about sizes, and counts in patches of two
@@ -219,25 +223,27 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
             self.vae_scale_factor = factor
 
     @staticmethod
-    def _pack_latents(latents, batch_size, num_channels_latents, height, width):
+    def _pack_latents(
+        latents: Any, batch_size: int, num_channels_latents: int, height: int, width: int
+    ) -> Any:
         return latents.flatten(2).transpose(1, 2)
 
     @staticmethod
-    def _unpack_latents(latents, height, width, vae_scale_factor):
+    def _unpack_latents(latents: Any, height: int, width: int, vae_scale_factor: int) -> Any:
         size = int(height) // vae_scale_factor, int(width) // vae_scale_factor
         return latents.transpose(1, 2).unflatten(2, size)
 
     def prepare_latents(
         self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents=None,
-    ):
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: Any,
+        device: Any,
+        generator: Any,
+        latents: Any = None,
+    ) -> Any:
         """Return packed latents (B, h w, C) and their position ids."""
         h, w = int(height) // self.vae_scale_factor, int(width) // self.vae_scale_factor
         channels = self.transformer.config.in_channels
@@ -250,7 +256,7 @@ class DCGenFluxPipeline(DeepLatents, FluxPipeline):
         return self._pack_latents(noise, batch_size, channels, h, w), ids
 
     @functools.wraps(FluxPipeline.__call__)
-    def __call__(self, *args, max_sequence_length=None, **kwargs):
+    def __call__(self, *args: Any, max_sequence_length: int | None = None, **kwargs: Any) -> Any:
         return super().__call__(
             *args, max_sequence_length=self._text_length(max_sequence_length) or 512, **kwargs
         )
@@ -291,12 +297,21 @@ class DCGenStableDiffusion3Pipeline(DeepLatents, StableDiffusion3Pipeline):
         )
         self._use(vae, image_size, max_sequence_length, codec)
 
-    def check_inputs(self, prompt, prompt_2, prompt_3, height, width, *args, **kwargs):
+    def check_inputs(
+        self,
+        prompt: Any,
+        prompt_2: Any,
+        prompt_3: Any,
+        height: int,
+        width: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._check_size(height, width)
         super().check_inputs(prompt, prompt_2, prompt_3, height, width, *args, **kwargs)
 
     @functools.wraps(StableDiffusion3Pipeline.__call__)
-    def __call__(self, *args, max_sequence_length=None, **kwargs):
+    def __call__(self, *args: Any, max_sequence_length: int | None = None, **kwargs: Any) -> Any:
         return super().__call__(
             *args, max_sequence_length=self._text_length(max_sequence_length) or 256, **kwargs
         )
@@ -333,15 +348,15 @@ class DCGenSanaPipeline(DeepLatents, SanaPipeline):
     @functools.wraps(SanaPipeline.__call__)
     def __call__(
         self,
-        *args,
-        height=None,
-        width=None,
-        output_type="pil",
-        return_dict=True,
-        use_resolution_binning=True,
-        max_sequence_length=None,
-        **kwargs,
-    ):
+        *args: Any,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        use_resolution_binning: bool = True,
+        max_sequence_length: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         side = self.config.image_size or 1024
         target = height or side, width or side
         size, bins = target, BINS.get(side)

@@ -137,7 +137,8 @@ class FluxModel(TextToImageModel):
 
     @property
     def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels // self.patch_size**2
+        channels: int = self.denoiser.config.in_channels
+        return channels // self.patch_size**2
 
     def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
         """Return the changes for a codec's latents; the stock `patch_size` is 1 already."""

@@ -138,7 +138,8 @@ def family_of(pipeline_class: str) -> type[TextToImageModel]:
             f"pipeline class {pipeline_class} is not supported; supported are {', '.join(FAMILIES)}"
         )
     module, _, attribute = FAMILIES[pipeline_class].partition(":")
-    return getattr(import_module(module), attribute)
+    family: type[TextToImageModel] = getattr(import_module(module), attribute)
+    return family
 
 
 def load_pipeline(source: str, **kwargs: Any) -> Any:

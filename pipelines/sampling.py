@@ -35,7 +35,8 @@ def scheduler_step(
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
     t = scheduler.timesteps[i]
-    return scheduler.step(model_pred, t, latents, return_dict=False, **options)[0]
+    output: Tensor = scheduler.step(model_pred, t, latents, return_dict=False, **options)[0]
+    return output
 
 
 def scaled(scheduler: Any, i: int, latents: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ def scaled(scheduler: Any, i: int, latents: Tensor) -> Tensor:
     """
     if not hasattr(scheduler, "scale_model_input"):
         return latents
-    return scheduler.scale_model_input(latents, scheduler.timesteps[i])
+    model_input: Tensor = scheduler.scale_model_input(latents, scheduler.timesteps[i])
+    return model_input
 
 
 def step_options(scheduler: Any) -> dict[str, float]:

@@ -72,20 +72,22 @@ class SanaModel(TextToImageModel):
         """Return the denoiser's prediction (B, C, H, W) in float32."""
         # the stock pipeline takes its steps in float32 for every dtype of the denoiser
         dtype = self.denoiser.dtype
-        return self.denoiser(
+        prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents.to(dtype),
             encoder_hidden_states=embeds.prompt_embeds.to(dtype),
             encoder_attention_mask=embeds.prompt_attention_mask,
             timestep=timesteps * self.denoiser.config.timestep_scale,
             return_dict=False,
-        )[0].float()
+        )[0]
+        return prediction.float()
 
     def prompt_shape(self) -> tuple[int, int, int]:
         return self.max_sequence_length, self.denoiser.config.caption_channels, 0
 
     @property
     def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels
+        channels: int = self.denoiser.config.in_channels
+        return channels
 
     @property
     def granularity(self) -> int:

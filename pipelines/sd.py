@@ -63,16 +63,18 @@ class SDModel(TextToImageModel):
         return PromptEmbeds(embeds)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        return self.denoiser(
+        prediction: Tensor = self.denoiser(
             noisy_latents,
             timesteps,
             encoder_hidden_states=embeds.prompt_embeds,
             return_dict=False,
         )[0]
+        return prediction
 
     def prompt_shape(self) -> tuple[int, int, int]:
         return self.max_sequence_length, self.denoiser.config.cross_attention_dim, 0
 
     @property
     def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels
+        channels: int = self.denoiser.config.in_channels
+        return channels

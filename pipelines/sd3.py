@@ -38,13 +38,14 @@ class SD3Model(TextToImageModel):
         return PromptEmbeds(embeds, pooled)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        return self.denoiser(
+        prediction: Tensor = self.denoiser(
             hidden_states=noisy_latents,
             timestep=timesteps,
             encoder_hidden_states=embeds.prompt_embeds,
             pooled_projections=embeds.pooled_prompt_embeds,
             return_dict=False,
         )[0]
+        return prediction
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         shape = super().latent_shape(size)
@@ -63,7 +64,8 @@ class SD3Model(TextToImageModel):
 
     @property
     def latent_channels(self) -> int:
-        return self.denoiser.config.in_channels
+        channels: int = self.denoiser.config.in_channels
+        return channels
 
     @property
     def patch_size(self) -> int:  # type: ignore[override]

@@ -56,13 +56,14 @@ class SDXLModel(SDModel):
             "text_embeds": embeds.pooled_prompt_embeds,
             "time_ids": time_ids.to(embeds.prompt_embeds.dtype),
         }
-        return self.denoiser(
+        prediction: Tensor = self.denoiser(
             noisy_latents,
             timesteps,
             encoder_hidden_states=embeds.prompt_embeds,
             added_cond_kwargs=condition,
             return_dict=False,
         )[0]
+        return prediction
 
     def prompt_shape(self) -> tuple[int, int, int]:
         tokens, width, _ = super().prompt_shape()

@@ -33,7 +33,8 @@ class AdamsBashforth:
             before = sigmas[i] - sigmas[i - 1]
             slope = velocity + length / (2 * before) * (velocity - self._previous)
         self._previous = velocity
-        return (latents.float() + length * slope).to(model_pred.dtype)
+        next_latents: Tensor = latents.float() + length * slope
+        return next_latents.to(model_pred.dtype)
 
 
 def solver_step(name: str, path: Path) -> AdamsBashforth | None:

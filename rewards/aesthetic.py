@@ -30,7 +30,8 @@ class AestheticHead(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return scores (B,) of embeddings (B, D) of length 1."""
-        return self.layers(embeddings).squeeze(-1)
+        scores: Tensor = self.layers(embeddings)
+        return scores.squeeze(-1)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> AestheticHead:
@@ -78,4 +79,5 @@ class AestheticReward(ClipReward):
 
     @torch.no_grad()
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.head(self.scorer.image_features(images))
+        scores: Tensor = self.head(self.scorer.image_features(images))
+        return scores

@@ -186,4 +186,5 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 def _unit(features: Tensor) -> Tensor:
     features = features.float()
-    return features / features.norm(dim=-1, keepdim=True)
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return unit

@@ -78,11 +78,15 @@ class InceptionFeatures(FeatureNetwork):
         digest = hashlib.sha256(content).hexdigest()
         if not digest.startswith(INCEPTION_HASH):  # other weights, other features
             self.weights = f"an Inception v3 of sha256 {digest[:16]}"
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
+        return state
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.model(images.to(next(self.model.parameters()).device)).cpu()
+        features: Tensor = self.model(images.to(next(self.model.parameters()).device))
+        return features.cpu()
 
 
 class ClipFeatures(FeatureNetwork):

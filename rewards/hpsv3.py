@@ -62,7 +62,8 @@ class RewardModel(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], reward_token: int) -> Tensor:
         """Return mean and logarithm of the variance, (B, 2)."""
         hidden = self.base(**inputs).last_hidden_state
-        return self.head(hidden[inputs["input_ids"] == reward_token].float())
+        output: Tensor = self.head(hidden[inputs["input_ids"] == reward_token].float())
+        return output
 
 
 class HPSv3Reward(Reward):

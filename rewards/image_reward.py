@@ -91,7 +91,8 @@ class ImageRewardModel(nn.Module):
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], device=seen.device, dtype=torch.long),
         ).last_hidden_state[:, 0]
-        return (self.head(x.float()) - MEAN) / STD
+        scores: Tensor = (self.head(x.float()) - MEAN) / STD
+        return scores
 
     def place(self, dtype: torch.dtype | None = None) -> ImageRewardModel:
         """Move the model to this process's device, its towers in `dtype` or `tower_dtype`."""

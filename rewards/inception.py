@@ -189,7 +189,8 @@ class FIDInception(nn.Module):
         x = halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x))))
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
+        features: Tensor = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+        return features.mean((2, 3))
 
 
 def resize_like_tensorflow1(x: Tensor, height: int, width: int) -> Tensor:

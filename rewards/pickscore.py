@@ -35,4 +35,5 @@ class PickScoreReward(ClipReward):
         return ClipScorer.from_pretrained(MODEL_ID, processor_id=LAION_CLIP_H)
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scorer.scale * self.scorer.cosines(images, prompts)
+        scores: Tensor = self.scorer.scale * self.scorer.cosines(images, prompts)
+        return scores

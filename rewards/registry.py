@@ -112,4 +112,5 @@ def create(name: str, *, setting: str = "rewards") -> Reward:
             reward.declare(revision=digest[:12])
         return reward
     module, _, attribute = targets[name].partition(":")
-    return getattr(import_module(module), attribute)()
+    kind: type[Reward] = getattr(import_module(module), attribute)
+    return kind()

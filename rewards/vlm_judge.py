@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import requests
@@ -112,7 +113,7 @@ class VlmJudgeReward(Reward):
             return float("nan")
         return read_score(text)
 
-    def _ask(self, message: dict) -> str:
+    def _ask(self, message: dict[str, Any]) -> str:
         answer = ask(
             self.session,
             "POST",

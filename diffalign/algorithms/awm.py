@@ -46,9 +46,11 @@ def log_likelihood(error: Tensor, sigmas: Tensor, *, weight: str, power: float =
     if weight == "t2":
         return -sigmas.square() * error
     if weight == "huber":
-        return -sigmas * ((error + d).sqrt() - d**0.5)
+        root: float = d**0.5
+        return -sigmas * ((error + d).sqrt() - root)
     if weight == "ghuber":
-        return -sigmas / power * ((error + d).pow(power) - d**power)
+        least: float = d**power
+        return -sigmas / power * ((error + d).pow(power) - least)
     raise ValueError(f"Unknown weight {weight!r}.")
 
 

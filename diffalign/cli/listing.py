@@ -74,7 +74,8 @@ def _rows(what: str) -> Mapping[str, str]:
         require_benchmarks()
         from benchmarks import BENCHES
 
-        return BENCHES
+        benches: Mapping[str, str] = BENCHES
+        return benches
     from diffalign.pipelines.registry import available as models
 
     return {name: spec.description for name, spec in models().items()}

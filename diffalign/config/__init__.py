@@ -14,7 +14,7 @@ from diffalign.config.base import (
     PlanConfig,
     PromptsConfig,
 )
-from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.checks import ConfigError
 from diffalign.config.distillation import (
     ConsistencyConfig,
     DistillationConfig,
@@ -57,6 +57,7 @@ from diffalign.config.preference import (
     PreferenceAlgorithmConfig,
     PreferenceRunConfig,
 )
+from diffalign.core.nearest import nearest
 
 __all__ = [
     "METHODS",

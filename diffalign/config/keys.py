@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.checks import ConfigError
 from diffalign.config.methods import algorithm_class, kind_of
 from diffalign.config.overrides import LISTS
 from diffalign.config.settings import aliases_of, settings_of
+from diffalign.core.nearest import nearest
 
 
 def check_keys(kind: type, raw: Any, path: tuple[str, ...] = ()) -> None:

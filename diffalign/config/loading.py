@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.config.base import AnyRunConfig, LoraConfig, MethodConfig
-from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.checks import ConfigError
 from diffalign.config.files import read_recipe
 from diffalign.config.keys import check_keys, with_lists
 from diffalign.config.methods import algorithm_class, kind_of, run_class
 from diffalign.config.overrides import assign, parse_overrides, split_flags
+from diffalign.core.nearest import nearest
 from diffalign.core.text import read_text, suffix_of
 
 logger = logging.getLogger(__name__)
@@ -125,9 +126,10 @@ def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:
     from draccus.utils import DecodingError
 
     try:
-        return draccus.decode(algorithm_class(kind_of(raw)), dict(raw))
+        algorithm: MethodConfig = draccus.decode(algorithm_class(kind_of(raw)), dict(raw))
     except DecodingError as error:
         raise DecodingError(("algorithm", *error.key_path), error.message) from error
+    return algorithm
 
 
 def dump(config: AnyRunConfig) -> str:
@@ -145,7 +147,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return plain(asdict(config))
+    settings: dict[str, Any] = plain(asdict(config))
+    return settings
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -13,7 +13,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from diffalign.config.checks import ConfigError, nearest
+from diffalign.config.checks import ConfigError
+from diffalign.core.nearest import nearest
 
 ENTRY_POINT_GROUP = "diffalign.algorithms"
 DEFAULT = "awm"

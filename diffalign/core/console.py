@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -116,7 +116,9 @@ def _show_thread_error(error: threading.ExceptHookArgs) -> None:
         print(f"{name} failed: {error.exc_type.__name__}: {error.exc_value}", file=stderr())
 
 
-def progress(desc: str, total: int | None, *, unit: str = "image", **options: Any) -> tqdm:
+def progress(
+    desc: str, total: int | None, *, unit: str = "image", **options: Any
+) -> tqdm[NoReturn]:
     """Return a progress bar that shows the remaining time.
 
     Only the first process of a launch shows it.
@@ -152,7 +154,7 @@ def steps(desc: str, names: Sequence[str]) -> Iterator[Callable[[], None]]:
 @contextmanager
 def counting(desc: str, *, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
     """Yield a function `(done, total)` that draws a progress bar at `done` of `total`."""
-    bar: tqdm | None = None
+    bar: tqdm[NoReturn] | None = None
     started = time.time()
 
     def advance(done: int, total: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -100,7 +100,7 @@ def on_main(function: Callable[[], T]) -> T:
             they would otherwise wait forever.
     """
     state = current()
-    value: Any = None
+    value: T | None = None
     problem: UserError | None = None
     if state.is_main_process:
         try:
@@ -114,7 +114,7 @@ def on_main(function: Callable[[], T]) -> T:
         raise problem
     if failed:
         raise ReportedError("the main process reports what is wrong")
-    return value
+    return cast(T, value)
 
 
 def highest(value: int) -> int:

@@ -104,11 +104,12 @@ class ShardCache:
     def manifest(self) -> dict[str, Any]:
         file = self.folder / MANIFEST
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CacheError(
                 f"{self.folder} is no cache of {self.rows} ({error}); `diffalign precompute` makes one"
             ) from error
+        return manifest
 
     @property
     def complete(self) -> bool:
@@ -148,9 +149,10 @@ class ShardCache:
             return None
         try:
             with safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["facts"])
+                facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged ({error}); delete it to make it again") from error
+        return facts
 
     def finish(self, shards: Sequence[Mapping[str, Any]], *, notes: Mapping[str, Any]) -> None:
         """Write the index of all rows, and their counts.

@@ -159,7 +159,8 @@ def round_trip_error(
     noise = integrate(predict, latents, timesteps, path, solver=solver)[-1]
     back = integrate(predict, noise, timesteps.flip(0), path, solver=sampler)[-1]
     x = latents.float().flatten(1)
-    return (back.flatten(1) - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    error: Tensor = (back.flatten(1) - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    return error
 
 
 def inversion_grid(timesteps: Sequence[float] | Tensor, *, clean: float = 0.0) -> Tensor:

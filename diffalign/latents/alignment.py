@@ -225,4 +225,5 @@ def signal_shift(old: Moments, new: Moments) -> float:
     New tokens at the noise level r s / (1 + (r - 1) s) then have as much noise for their signal as old tokens at s. r
     is the root of the ratio of their image-to-noise ratios.
     """
-    return ((new.image / new.noise) / (old.image / old.noise)) ** 0.5
+    shift: float = ((new.image / new.noise) / (old.image / old.noise)) ** 0.5
+    return shift

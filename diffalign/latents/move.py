@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,8 +40,7 @@ class Ends:
 def layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """Return the layer of a name without its adapters."""
     module = denoiser.get_submodule(name)
-    plain: Any = getattr(module, "base_layer", module)
-    return plain
+    return cast(nn.Linear | nn.Conv2d, getattr(module, "base_layer", module))
 
 
 def matrix(end: nn.Linear | nn.Conv2d) -> Tensor:

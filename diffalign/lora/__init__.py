@@ -1,6 +1,6 @@
 """LoRA policies on one base (`policies`), files of stock pipelines (`files`), other formats (`formats`)."""
 
-from diffalign.lora.files import WEIGHT_NAME, export_lora, load_lora
+from diffalign.lora.files import export_lora, load_lora
 from diffalign.lora.policies import (
     AVERAGED,
     CURRENT,
@@ -18,6 +18,7 @@ from diffalign.lora.policies import (
     trainable,
     unresolved,
 )
+from diffalign.lora.source import WEIGHT_NAME
 
 __all__ = [
     "AVERAGED",

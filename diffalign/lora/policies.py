@@ -141,7 +141,8 @@ def _active(layers: Sequence[BaseTunerLayer]) -> str:
     """Return the policy that forwards use: `reference` without adapters."""
     if not layers or layers[0].disable_adapters:
         return REFERENCE
-    return layers[0].active_adapters[0]
+    name: str = layers[0].active_adapters[0]
+    return name
 
 
 def _activate(layers: Sequence[BaseTunerLayer], name: str) -> None:

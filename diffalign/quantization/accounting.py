@@ -124,7 +124,7 @@ def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
     if isinstance(layer, BranchLinear) and name.startswith("svd_"):
         return 0
     state = getattr(tensor, "quant_state", None)
-    return tensor.numel() if state is None else state.shape.numel()
+    return tensor.numel() if state is None else int(state.shape.numel())
 
 
 def _inner(tensor: Any) -> Iterator[Tensor]:

@@ -139,9 +139,10 @@ class IntegerLinear(PackedLinear):
             ready = self._in_onednn_order()
             tail: tuple[Any, ...] = (bias, 1.0, 0, dtype, "none", [], "")
             unsigned = (codes + ZERO_POINT).to(torch.uint8)
-            return torch.ops.onednn.qlinear_pointwise(
+            product: Tensor = torch.ops.onednn.qlinear_pointwise(
                 unsigned, scale, ZERO_POINT, ready, weight_scale, zeros, *tail
             )
+            return product
         out = torch._int_mm(codes.to(torch.int8), self.weight.t()).float() * (weight_scale * scale)
         return (out if bias is None else out + bias).to(dtype)
 
@@ -149,11 +150,13 @@ class IntegerLinear(PackedLinear):
         key = id(self.weight), self.weight._version
         if self._ready[0] != key:
             self._ready = key, torch.ops.onednn.qlinear_prepack(self.weight.detach(), None)
-        return self._ready[1]
+        ready: Tensor = self._ready[1]
+        return ready
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without cached values, which hold references to the parameters."""
-        return {**super().__getstate__(), "_scales": (None, []), "_ready": (None, None)}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_scales": (None, []), "_ready": (None, None)}
 
 
 @cache

@@ -175,8 +175,9 @@ class PackedLayer(nn.Module):
         dtype = input.dtype
         input = self._padded(input)
         bias = None if self.bias is None else self.bias.to(dtype)
+        out: Tensor
         if torch.is_grad_enabled() and input.requires_grad:
-            out = _Product.apply(input, bias, self.weight, self.weight_scale, self)
+            out = _Product.apply(input, bias, self.weight, self.weight_scale, self)  # type: ignore[no-untyped-call]
         else:
             out = self._product(input, self._unpack(self.weight, self.weight_scale, dtype), bias)
         if self.svd_up is not None and self.svd_down is not None:
@@ -271,7 +272,8 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return F.conv2d(input, weight, bias, *self._geometry)
 
     def _transposed(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        return conv2d_input(input_shape, weight, grad, *self._geometry)
+        gradient: Tensor = conv2d_input(input_shape, weight, grad, *self._geometry)
+        return gradient
 
     def _branch(self, input: Tensor, down: Tensor, up: Tensor) -> Tensor:
         middle = F.conv2d(input, down.unflatten(1, self.shape[1:]), None, *self._geometry)
@@ -287,7 +289,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, scale)
         ctx.layer, ctx.input_shape = layer, input.shape
-        return layer._product(input, layer._unpack(packed, scale, input.dtype), bias)
+        out: Tensor = layer._product(input, layer._unpack(packed, scale, input.dtype), bias)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

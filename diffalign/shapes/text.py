@@ -30,7 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from diffalign.shapes.prompts import RELATIONS, prompts, sample_prompts
+from diffalign.geneval.rules import RELATIONS
+from diffalign.shapes.prompts import prompts, sample_prompts
 from diffalign.shapes.world import COLORS, KINDS
 
 MAX_LENGTH = 16

@@ -88,7 +88,8 @@ def _renderings() -> np.ndarray:
 @cache
 def _energies() -> np.ndarray:
     """Return the sum of squares of each rendering."""
-    return (_renderings() ** 2).sum(-1)
+    energies: np.ndarray = (_renderings() ** 2).sum(-1)
+    return energies
 
 
 def name_shape(coverage: np.ndarray) -> tuple[str, float]:

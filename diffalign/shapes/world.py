@@ -62,24 +62,27 @@ def signed_distance(kind: str, x: np.ndarray, y: np.ndarray, size: float) -> np.
     The distance is exact or a close bound.
     """
     half = size / 2
+    distance: np.ndarray
     if kind == "circle":
-        return np.hypot(x, y) - half
-    if kind == "square":
-        return np.maximum(abs(x), abs(y)) - half
-    if kind == "ring":
+        distance = np.hypot(x, y) - half
+    elif kind == "square":
+        distance = np.maximum(abs(x), abs(y)) - half
+    elif kind == "ring":
         hole = half * RING_HOLE
-        return np.maximum(np.hypot(x, y) - half, hole - np.hypot(x, y))
-    if kind == "cross":
+        distance = np.maximum(np.hypot(x, y) - half, hole - np.hypot(x, y))
+    elif kind == "cross":
         arm = half * CROSS_ARM
-        return np.minimum(
+        distance = np.minimum(
             np.maximum(abs(x) - half, abs(y) - arm), np.maximum(abs(y) - half, abs(x) - arm)
         )
-    if kind == "triangle":
+    elif kind == "triangle":
         half_h = half * TRIANGLE_HEIGHT
         slope = np.hypot(half, 2 * half_h)
         side = (abs(x) * 2 * half_h - (y + half_h) * half) / slope
-        return np.maximum(side, y - half_h)
-    raise ValueError(f"Unknown shape {kind!r}. Choose from {', '.join(KINDS)}.")
+        distance = np.maximum(side, y - half_h)
+    else:
+        raise ValueError(f"Unknown shape {kind!r}. Choose from {', '.join(KINDS)}.")
+    return distance
 
 
 def render(scene: Scene, *, size: int = IMAGE_SIZE) -> np.ndarray:

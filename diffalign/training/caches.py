@@ -26,4 +26,5 @@ def fill_cache(config: AnyRunConfig) -> ShardCache:
     check_source(config)
     accelerator = processes.make_accelerator()
     model = prepare_model(config, accelerator.device)
-    return filler(config, model, accelerator)
+    cache: ShardCache = filler(config, model, accelerator)
+    return cache

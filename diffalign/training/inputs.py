@@ -12,6 +12,7 @@ from diffalign.config import AnyRunConfig
 from diffalign.config.methods import source_check
 from diffalign.core.fingerprint import of_json
 from diffalign.data.prompts import Prompt, PromptError, load_prompts, told
+from diffalign.evaluation.score import Score
 from diffalign.rewards import own
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
@@ -98,7 +99,7 @@ def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeRe
     return CompositeReward.from_config(config.rewards), watched
 
 
-def score_with(reward: CompositeReward, watched: CompositeReward) -> Any:
+def score_with(reward: CompositeReward, watched: CompositeReward) -> Score:
     """Return a function that scores images with the trained and the held-out rewards.
 
     Its values are those of the trained reward; the details have both.

@@ -216,7 +216,7 @@ class AsOnDevice(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         tensors = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        return _Kept.apply(tensors["query"], tensors["key"], tensors["value"])
+        return _Kept.apply(tensors["query"], tensors["key"], tensors["value"])  # type: ignore[no-untyped-call]
 
 
 class _Kept(torch.autograd.Function):

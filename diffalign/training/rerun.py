@@ -131,9 +131,10 @@ def read_config(folder: Path) -> AnyRunConfig:
             f"{folder} is no run folder: it has no {CONFIG}. Name the output_dir of a run"
         )
     try:
-        return decode(yaml.safe_load(file.read_text(encoding="utf-8")))
+        config: AnyRunConfig = decode(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
         raise RunFolderError(f"{file} cannot be read by this version: {error}") from error
+    return config
 
 
 def run_of(lora_source: str | None) -> Path | None:

@@ -155,7 +155,8 @@ class Run:
         }
         # The main process decides for all, so that either all of them evaluate or none.
         main = self.accelerator.is_main_process
-        evaluation = broadcast_object_list([kept(file, prompts, key=key) if main else None])[0]
+        cached = [kept(file, prompts, key=key) if main else None]
+        evaluation: Evaluation | None = broadcast_object_list(cached)[0]
         if evaluation is not None:
             return evaluation
         self._say(f"scoring {self.config.model.name} before training")
@@ -263,7 +264,7 @@ class Run:
         limit = self.config.training.max_minutes
         if limit is None:
             return False
-        return broadcast_object_list([self.trainer.progress.seconds > 60 * limit])[0]
+        return bool(broadcast_object_list([self.trainer.progress.seconds > 60 * limit])[0])
 
     def _draw_some(self, prompts: Sequence[Prompt]) -> None:
         """Sample and score one image of the base model for each of some prompts."""

@@ -122,4 +122,5 @@ def rows_at(i: int, scheduler: Any, timesteps: Tensor) -> Tensor:
     the mirrored distribution.
     """
     scaled = scheduler.timesteps.float().cpu() / scheduler.config.num_train_timesteps
-    return (timesteps[:, None] - scaled[None]).abs().argmin(1).eq(i).nonzero().flatten()
+    nearest: Tensor = (timesteps[:, None] - scaled[None]).abs().argmin(1)
+    return nearest.eq(i).nonzero().flatten()

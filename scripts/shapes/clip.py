@@ -23,8 +23,8 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from diffalign.geneval.rules import RELATIONS, judge, relative_position
-from diffalign.shapes.prompts import Metadata, prompts
+from diffalign.geneval.rules import RELATIONS, Metadata, judge, relative_position
+from diffalign.shapes.prompts import prompts
 from diffalign.shapes.text import MAX_LENGTH, TARGETS, WIDTH, build_clip_tokenizer, caption_targets
 from diffalign.shapes.text import clip_config as text_config
 from diffalign.shapes.world import (
@@ -258,7 +258,8 @@ def embed_texts(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str]) ->
     ids = tokenizer(
         texts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     )
-    return model.get_text_features(**ids).pooler_output.float()
+    features: Tensor = model.get_text_features(**ids).pooler_output
+    return features.float()
 
 
 def scene_map(scene: Scene) -> Tensor:

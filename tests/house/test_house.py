@@ -59,7 +59,7 @@ ALLOWED = {
     "diffalign/config/checks.py": ("core.errors", "core.nearest"),
     "diffalign/config/fields.py": (),
     "diffalign/config/base.py": ("config.checks", "config.fields"),
-    "diffalign/config/methods.py": ("config.checks",),
+    "diffalign/config/methods.py": ("config.checks", "core.nearest"),
     "diffalign/config/online.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/preference.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/distillation.py": ("config.checks", "config.fields", "config.base"),

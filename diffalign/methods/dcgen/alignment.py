@@ -88,7 +88,9 @@ class Alignment:
         p = self.base.patch_size
         assert old.bias is not None
         tokens = pack(latents, p) @ matrix(old).float().T + old.bias.float()
-        return tokens.transpose(1, 2).unflatten(2, (latents.shape[2] // p, latents.shape[3] // p))
+        grid = latents.shape[2] // p, latents.shape[3] // p
+        maps: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
+        return maps
 
     @torch.no_grad()
     def align_embedder(self, *, sigmas: Tensor | None = None) -> LinearFit:

@@ -217,7 +217,7 @@ def _dead(last: Sequence[Mapping[str, Any]], well: Sequence[Mapping[str, Any]]) 
         return True
     spreads = [[r.get("reward_group_std", math.nan) for r in part] for part in (last, well)]
     now, usual = (statistics.median(part) for part in spreads)
-    return now < SPREAD_LEFT * usual
+    return bool(now < SPREAD_LEFT * usual)
 
 
 def _noise(rewards: Sequence[float]) -> float:
@@ -238,4 +238,4 @@ def _gradient_rise(rows: Sequence[Mapping[str, Any]]) -> float:
     )
     if not usual or not now:
         return 0.0
-    return statistics.median(now) / max(statistics.median(usual), 1e-12)
+    return float(statistics.median(now) / max(statistics.median(usual), 1e-12))

@@ -108,8 +108,10 @@ class OnlineTrainer(Trainer):
             sum_processes=lambda table: self.accelerator.reduce(table, "sum"),
         )
         loss = methods.loss(c.algorithm.type)
+        # the registry gives each loss the settings that it reads
+        algorithm: Any = c.algorithm
         update = ForwardProcessUpdate if type(loss) is ForwardLoss else TrajectoryUpdate
-        return update(self.model, c.algorithm, settings, loss)
+        return update(self.model, algorithm, settings, loss)
 
     def full_batches(self) -> dict[bool, set[int]]:
         """Return the sizes of the denoiser's full batches, which are worth compiling for.

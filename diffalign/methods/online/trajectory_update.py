@@ -44,7 +44,9 @@ class StochasticSampler:
     def __call__(
         self, i: int, model_pred: Tensor, latents: Tensor, scheduler: Any, generator: Any
     ) -> Tensor:
-        ode = scheduler.step(model_pred, scheduler.timesteps[i], latents, return_dict=False)[0]
+        ode: Tensor = scheduler.step(
+            model_pred, scheduler.timesteps[i], latents, return_dict=False
+        )[0]
         if i not in self.window:
             return ode
         sigma, following = (scheduler.sigmas[j].expand(len(latents)) for j in (i, i + 1))
@@ -56,7 +58,7 @@ class StochasticSampler:
             noise_level=self.config.noise_level,
             dynamics=self.config.dynamics,
         )
-        noise = randn_tensor(
+        noise: Tensor = randn_tensor(
             latents.shape, generator=generator, device=latents.device, dtype=torch.float32
         )
         after = step.mean + expand(step.std, latents) * noise
