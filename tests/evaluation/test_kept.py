@@ -6,9 +6,9 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import processes
 import pytest
 import torch
+from processes import fork
 from safetensors.torch import load_file, save_file
 from whole_runs import train
 
@@ -111,10 +111,8 @@ def test_two_processes_know_of_it_together(base, prompts, tmp_path):
     """The second does not score alone what the first has found."""
     befores = []
     for updates, scored in (("1", True), ("2", False)):
-        done = processes.run(
-            2, processes.program("whole_run"), base, prompts, tmp_path / "run", updates
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = fork(2, "whole_run", base, prompts, tmp_path / "run", updates, output=tmp_path)
+        assert not any(done.returncodes), done.stderr[-2000:]
         assert (f"scoring {base} before training" in done.stdout) == scored
         befores.append(json.loads((tmp_path / "run" / "summary.json").read_text())["before"])
     assert befores[0] == befores[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import environment, python
+from processes import fork
 from safetensors import SafetensorError
 from tiny_runs import trainer
 
@@ -29,11 +29,6 @@ def everything(run):
     return state
 
 
-def child(name, *arguments):
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return python(name, *arguments, env={**environment(), **threads})
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     run = trainer(tmp_path_factory.mktemp("whole"), training={"micro_batch_size": 5})
@@ -43,9 +38,9 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("moment", ["rollout", "update", "checkpoint"])
 def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
-    died = child("killed_run", moment, tmp_path)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    run = trainer(tmp_path, training={"micro_batch_size": 5})
+    died = fork(1, "killed_run", moment, tmp_path / "run", output=tmp_path)
+    assert died.returncodes == [-signal.SIGKILL], died.stderr
+    run = trainer(tmp_path / "run", training={"micro_batch_size": 5})
     assert run.resume()
     assert run.progress.update == 2
     while run.progress.update < UPDATES:
@@ -55,7 +50,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
     found = everything(run)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[k], state[k]) for k in state)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["update"] for row in log] == [1, 2, 3, 4]
     assert [row["reward"] for row in log] == rewards
 
@@ -63,11 +58,12 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 def test_a_file_that_cannot_grow_leaves_the_last_checkpoint(tmp_path):
     """The operating system's own refusal in the middle of a write, as on a full disk."""
-    done = child("limited_files", tmp_path)
+    folder = tmp_path / "checkpoints"
+    done = fork(1, "limited_files", folder, output=tmp_path)
     assert "000002 could not be written" in done.stdout, done.stderr
     assert "the last good one is" in done.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ["000001"]
-    checkpoint.load(tmp_path / "000001")
+    assert [p.name for p in folder.iterdir()] == ["000001"]
+    checkpoint.load(folder / "000001")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
