@@ -88,7 +88,9 @@ class Sampling:
         shape = (len(self.embeds), *self.model.latent_shape(self.size))
         generators = list(generator) if isinstance(generator, Sequence) else generator
         dtype = dtype or self.model.latents_dtype or self.embeds.prompt_embeds.dtype
-        return randn_tensor(shape, generator=generators, device=self.model.device, dtype=dtype)
+        device = self.model.device
+        noise: Tensor = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
+        return noise
 
     def start(self, generator: Generators = None, latents: Tensor | None = None) -> Tensor:
         """Return initial latents (B, C, H, W) in the scheduler's units.

@@ -16,12 +16,13 @@ import yaml
 from diffalign import lora
 from diffalign.config import AnyRunConfig, ConfigError, decode
 from diffalign.core.versions import versions
-from diffalign.evaluation.score import Evaluation, OnImages, evaluate_model
+from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.lora.files import load_lora, merge_lora, read_lora
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.merging import read_scheduler
 from diffalign.pipelines.registry import load_model
+from diffalign.pipelines.sampler import OnImages
 from diffalign.training.denoise import evaluation_drawing, image_size, set_attention_backend
 from diffalign.training.inputs import held_out_prompts, held_out_rewards, score_with
 from diffalign.training.run_folder import CONFIG, LOG, SUMMARY, RunFolderError
