@@ -62,7 +62,7 @@ def look(name: str, *, setting: str = "model.name") -> Place | None:
     if hub and not looks_like_a_path:
         return Place("hub", hub["source"], hub["revision"])
     if looks_like_a_path:
-        raise UnknownModel(f"{setting}: {name} does not exist{_nearest(path)}")
+        raise UnknownModel(f"{name} does not exist{_nearest(path)}", setting=setting)
     return None
 
 
@@ -94,7 +94,7 @@ def _folder(path: Path, setting: str) -> Place:
         advice = f"it holds the single file {single[0].name}: give {single[0]}"
     elif not any(path.iterdir()):
         advice = f"it is empty: {advice}"
-    raise UnknownModel(f"{setting}: {path} has no {INDEX}; {advice}")
+    raise UnknownModel(f"{path} has no {INDEX}; {advice}", setting=setting)
 
 
 def _file(path: Path, setting: str) -> Place:
@@ -111,7 +111,7 @@ def _file(path: Path, setting: str) -> Place:
         )
     elif suffix == ".gguf":
         advice = "weights in GGUF are not supported: take the .safetensors file of that model"
-    raise UnknownModel(f"{setting}: {path} is no model; {advice}")
+    raise UnknownModel(f"{path} is no model; {advice}", setting=setting)
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -122,9 +122,9 @@ def output_file(text: str) -> Path:
 def _check_writable(place: Path, *, folder: bool = True) -> None:
     """Raise UsageError if a folder or a file cannot be created or written."""
     try:
-        check_target(place, setting="", folder=folder)
+        check_target(place, folder=folder)
     except UsageError as error:
-        raise UsageError(str(error).removeprefix(": ")) from error
+        raise UsageError(error.message) from error
 
 
 def model(text: str) -> str:
@@ -136,7 +136,7 @@ def model(text: str) -> str:
     try:
         resolve(name)
     except UserError as error:
-        raise UsageError(str(error).removeprefix("model.name: ")) from error
+        raise UsageError(error.message) from error
     return name
 
 

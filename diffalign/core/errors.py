@@ -60,6 +60,8 @@ class UserError(Exception):
         place = setting if value is None else f"{setting}={value}"
         super().__init__(message if setting is None else f"{place}: {message}")
         self.setting = setting
+        # without the setting, for callers that know it by another name
+        self.message = message
 
 
 class UsageError(UserError, ValueError):

@@ -128,20 +128,24 @@ def check_target(path: str | Path, *, setting: str = "output_dir", folder: bool 
         UsageError: the path is below a file, is a file instead of a folder (or the reverse), or cannot be written.
     """
     if not str(path):
-        raise UsageError(f"{setting}: must not be empty. Name a {'folder' if folder else 'file'}")
+        raise UsageError(
+            f"must not be empty. Name a {'folder' if folder else 'file'}", setting=setting
+        )
     try:
         place = Path(os.path.abspath(path))
         if folder and place.exists() and not place.is_dir():
-            raise UsageError(f"{setting}: {path} is a file. Choose a folder")
+            raise UsageError(f"{path} is a file. Choose a folder", setting=setting)
         if not folder and place.is_dir():
-            raise UsageError(f"{setting}: {path} is a folder. Choose a file")
+            raise UsageError(f"{path} is a folder. Choose a file", setting=setting)
         place = place if folder else place.parent
         parent = next(p for p in (place, *place.parents) if os.path.lexists(p))
         if not parent.is_dir():
-            raise UsageError(f"{setting}: {parent} is a file, so {path} cannot be made below it")
+            raise UsageError(
+                f"{parent} is a file, so {path} cannot be made below it", setting=setting
+            )
         with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{os.getpid()}."):
             pass
     except OSError as error:
         raise UsageError(
-            f"{setting}: {path} cannot be written. {explain(error) or error}"
+            f"{path} cannot be written. {explain(error) or error}", setting=setting
         ) from error

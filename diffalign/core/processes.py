@@ -85,7 +85,7 @@ def hold(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
                 stack.enter_context(locks.hold(folder, setting=setting))
             except OSError as error:
                 raise UsageError(
-                    f"{setting}: {folder} cannot be written. {explain(error) or error}"
+                    f"{folder} cannot be written. {explain(error) or error}", setting=setting
                 ) from error
 
         on_main(enter)

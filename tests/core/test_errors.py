@@ -15,7 +15,7 @@ from diffalign.core.text import read_json_lines
 def test_an_error_knows_the_setting_that_it_begins_with():
     error = UsageError("no such file", setting="prompts.train", value="a.txt")
     assert str(error) == "prompts.train=a.txt: no such file"
-    assert error.setting == "prompts.train"
+    assert (error.setting, error.message) == ("prompts.train", "no such file")
     assert UsageError("no such file").setting is None
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert (str(twin), twin.setting) == (str(error), error.setting)
