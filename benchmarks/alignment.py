@@ -1,6 +1,6 @@
-"""Pretrain small denoisers with and without the semantic map, and probe what they know of relations.
+"""Pretrain small denoisers with and without the semantic map, and probe both.
 
-The probe compares denoising errors: of held-out `position` images under their prompt and under the prompt with the
+The probe tells what a denoiser knows of relations and bindings. It compares denoising errors: of held-out `position` images under their prompt and under the prompt with the
 opposite relation, and of `color_attr` images under their prompt and under the prompt with the two colours exchanged. A
 model that knows the difference has the lower error under the right prompt; without knowledge half of the images have.
 """
@@ -74,7 +74,7 @@ def errors(model: TextToImageModel, latents: Tensor, texts: list[str], noise: Te
 
 
 def probe(model: TextToImageModel) -> dict[str, float]:
-    """Return the share of held-out images whose error is lower under the right prompt, by task."""
+    """Return the share of images with a lower error under the right prompt, by task."""
     rng, generator = np.random.default_rng(7), torch.Generator().manual_seed(7)
     shares = {}
     for task, repeats in REPEATS.items():

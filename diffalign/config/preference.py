@@ -40,7 +40,7 @@ class PreferenceAlgorithmConfig(MethodConfig):
     timesteps_per_pair: int = 1
 
     on_states: ClassVar[bool] = False
-    """Whether the loss is evaluated on states of an inversion, and not on freshly noised latents."""
+    """True if the loss reads states of an inversion instead of freshly noised latents."""
 
     @property
     def form(self) -> str:

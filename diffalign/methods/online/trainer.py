@@ -144,7 +144,10 @@ class OnlineTrainer(Trainer):
         }
 
     def learn(self, number: int) -> tuple[int, dict[str, Any]]:
-        """Sample one rollout and train on it. `rollout_seconds` is the time until its rewards are there."""
+        """Sample one rollout and train on it.
+
+        `rollout_seconds` is the time until the rollout has its rewards.
+        """
         started = time.perf_counter()
         plan = self.plan(number)
         rollout = self.rollout(plan, number)
@@ -160,7 +163,10 @@ class OnlineTrainer(Trainer):
         return len(plan), row | {"rollout_seconds": rollout_seconds}
 
     def _end_without_rewards(self, rollout: Rollout, number: int) -> NoReturn:
-        """Raise TrainingError for an update without a reward; save the run if its images are finite."""
+        """Raise TrainingError for an update without a reward.
+
+        The run is saved if its images are finite.
+        """
         if not processes.highest(int(rollout.latents.isfinite().any())):
             raise TrainingError(
                 f"update {number}: the policy draws no finite image any more, and its weights were not saved; the "

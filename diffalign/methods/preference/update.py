@@ -337,6 +337,6 @@ class PreferenceUpdate:
 
 
 def _error(model_pred: Tensor, states: PairStates) -> Tensor:
-    """Return the mean squared errors (B, I, T) of predictions (B, I, T, C, H, W)."""
+    """Return the mean squared errors (B, I, T) of the predictions."""
     target = states.by_image(states.batch.target)
     return (model_pred - target).square().flatten(3).mean(3)
