@@ -1,8 +1,9 @@
 """Pretrain small denoisers with and without the semantic map, and probe both.
 
-The probe tells what a denoiser knows of relations and bindings. It compares denoising errors: of held-out `position` images under their prompt and under the prompt with the
-opposite relation, and of `color_attr` images under their prompt and under the prompt with the two colours exchanged. A
-model that knows the difference has the lower error under the right prompt; without knowledge half of the images have.
+The probe tells what a denoiser knows of relations and bindings. It compares denoising errors: of held-out `position`
+images under their prompt and under the prompt with the opposite relation, and of `color_attr` images under their prompt
+and under the prompt with the two colours exchanged. A model that knows the difference has the lower error under the
+right prompt; without knowledge half of the images have.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class OnlineTrainer(Trainer):
     def learn(self, number: int) -> tuple[int, dict[str, Any]]:
         """Sample one rollout and train on it.
 
-        `rollout_seconds` is the time until the rollout has its rewards.
+        The log's `rollout_seconds` is the time until the rollout has its rewards.
         """
         started = time.perf_counter()
         plan = self.plan(number)
