@@ -15,6 +15,9 @@ from diffalign.training.run_folder import RunFolder
 from diffalign.types import RewardOutput
 
 ONLINE = [name for name in available() if run_class(name) is RunConfig]
+FEW = {"flow_grpo": {}, "flow_dppo": {"window_size": 2, "dynamics": "cps"}}
+"""Settings with which an algorithm fits into a rollout of three steps; TWO for the others."""
+TWO = {"timesteps_per_image": 2}
 
 
 def settings(folder, **groups):

@@ -70,6 +70,11 @@ def clip_advantages(advantages: Tensor, *, clip: float, maximum: float) -> Tenso
     return advantages.clamp(-clip, clip) / clip * maximum
 
 
+def optimality(advantages: Tensor, *, clip: float) -> Tensor:
+    """Return advantages (B,), clipped to +-clip, as values in 0..1; 0.5 stands for no advantage."""
+    return (advantages / clip).clamp(-1, 1) / 2 + 0.5
+
+
 def informative(rewards: Tensor, group: Tensor, *, tolerance: float = TOLERANCE) -> Tensor:
     """Return whether each image has a reward and its group's rewards differ, bool (B,).
 

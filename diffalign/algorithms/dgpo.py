@@ -22,7 +22,7 @@ from diffalign.algorithms.forward_process import (
     Metrics,
     matching_error,
 )
-from diffalign.config.online import DGPOConfig
+from diffalign.config.algorithms import DGPOConfig
 
 
 def advantage(sample: ForwardSample, config: DGPOConfig) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffalign.algorithms.advantages import optimality
 from diffalign.algorithms.forward_process import (
     ForwardLoss,
     ForwardSample,
@@ -72,19 +73,19 @@ def loss(sample: ForwardSample, config: DiffusionNFTConfig) -> tuple[Tensor, Met
     if sample.old_pred is None:
         raise ValueError("DiffusionNFT needs the prediction of the old policy.")
     clip = config.advantage_clip
-    optimality = (sample.advantages / clip).clamp(-1, 1) / 2 + 0.5
+    share = optimality(sample.advantages, clip=clip)
     value, metrics = nft_loss(
         sample.model_pred,
         sample.old_pred,
         sample.noisy_latents,
         sample.latents,
         sample.sigmas,
-        optimality,
+        share,
         mix=config.mix,
     )
     with torch.no_grad():
         metrics |= {
-            "optimality": optimality,
+            "optimality": share,
             "error": matching_error(sample.model_pred, sample.target),
         }
     return clip * value, metrics

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
+NORM_FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class ForwardLoss:
         needs_old: whether the loss needs an old policy even with one optimizer step per rollout. Without it the old
             policy is then the current one.
         needs_reference: whether the loss needs `reference_pred`.
+        own_sampler: whether rollouts come from a policy of their own, apart from the old policy.
         group: mean over the images of a prompt that the loss needs as `group_mean`.
     """
 
@@ -75,6 +77,7 @@ class ForwardLoss:
     metrics: tuple[str, ...]
     needs_old: bool = False
     needs_reference: bool = False
+    own_sampler: bool = False
     group: GroupStatistic | None = None
 
 
@@ -92,6 +95,21 @@ def proximal_loss(model_pred: Tensor, other_pred: Tensor) -> Tensor:
     return matching_error(model_pred, other_pred.detach())
 
 
-def lag_decay(update: int, *, ramp: float, maximum: float) -> float:
-    """Return the lagged policy's decay min(maximum, ramp * update); `update` counts from 1."""
-    return min(maximum, ramp * update)
+def lag_decay(update: int, *, ramp: float, maximum: float, start: float = 0.0) -> float:
+    """Return a lagged policy's decay min(maximum, start + ramp * update); `update` counts from 1."""
+    return min(maximum, start + ramp * update)
+
+
+def norm_ratio(model_pred: Tensor, reference_pred: Tensor) -> Tensor:
+    """Return the norm (B,) of a prediction over that of the reference's.
+
+    No gradient passes through the reference's prediction.
+    """
+    norms = (p.float().flatten(1).norm(dim=1) for p in (model_pred, reference_pred.detach()))
+    policy, reference = norms
+    return policy / reference.clamp(min=NORM_FLOOR)
+
+
+def norm_hinge(ratio: Tensor) -> Tensor:
+    """Return NormGuard's hinge (B,): the square of a ratio's excess over 1 (arXiv 2606.27771)."""
+    return (ratio - 1).clamp(min=0).square()

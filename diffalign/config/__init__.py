@@ -3,6 +3,14 @@
 This package does not import torch. Every error names the field and, for a misspelt one, the nearest valid name.
 """
 
+from diffalign.config.algorithms import (
+    WEIGHTS,
+    AlgorithmConfig,
+    AWMConfig,
+    DiffusionNFTConfig,
+    FlowGRPOConfig,
+    ForwardProcessConfig,
+)
 from diffalign.config.base import (
     SOLVERS,
     AnyRunConfig,
@@ -39,12 +47,6 @@ from diffalign.config.loading import (
 )
 from diffalign.config.methods import METHODS
 from diffalign.config.online import (
-    WEIGHTS,
-    AlgorithmConfig,
-    AWMConfig,
-    DiffusionNFTConfig,
-    FlowGRPOConfig,
-    ForwardProcessConfig,
     RolloutConfig,
     RunConfig,
     TrainingConfig,

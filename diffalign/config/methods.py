@@ -55,15 +55,15 @@ def _method(
     """Return the entry of a built-in algorithm. Its kind decides the run, and the trainer if none is given.
 
     Args:
+        config: "module:Class" in `diffalign.config`.
         loss: name of the module in `diffalign.algorithms` that has the loss of an online method.
         trainer: "module:Class" in the kind's folder of `diffalign.methods`.
     """
     run, common, *images = _KINDS[kind]
     trainer = common if trainer is None else f"diffalign.methods.{kind}.{trainer}"
-    module, _, _ = run.partition(":")
     path = None if loss is None else f"diffalign.algorithms.{loss}:LOSS"
     cache, source = images or (None, None)
-    return Method(f"{module}:{config}", run, trainer, title, cache, path, source)
+    return Method(f"diffalign.config.{config}", run, trainer, title, cache, path, source)
 
 
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -93,28 +93,34 @@ _KINDS: dict[str, tuple[str, ...]] = {
 Methods that train on pairs or images have two more paths: `Method.cache` and `Method.source`.
 """
 METHODS = {
-    "awm": _method("online", "AWMConfig", "AWM (online RL)", loss="awm"),
+    "awm": _method("online", "algorithms:AWMConfig", "AWM (online RL)", loss="awm"),
     "diffusion_nft": _method(
-        "online", "DiffusionNFTConfig", "DiffusionNFT (online RL)", loss="diffusion_nft"
+        "online", "algorithms:DiffusionNFTConfig", "DiffusionNFT (online RL)", loss="diffusion_nft"
     ),
-    "dgpo": _method("online", "DGPOConfig", "DGPO (online RL)", loss="dgpo"),
-    "flow_grpo": _method("online", "FlowGRPOConfig", "Flow-GRPO (online RL)", loss="flow_grpo"),
+    "crd": _method("online", "algorithms:CRDConfig", "CRD (online RL)", loss="crd"),
+    "dgpo": _method("online", "algorithms:DGPOConfig", "DGPO (online RL)", loss="dgpo"),
+    "flow_grpo": _method(
+        "online", "algorithms:FlowGRPOConfig", "Flow-GRPO (online RL)", loss="flow_grpo"
+    ),
+    "flow_dppo": _method(
+        "online", "algorithms:FlowDPPOConfig", "Flow-DPPO (online RL)", loss="flow_dppo"
+    ),
     "inversion_dpo": _method(
-        "preference", "InversionDPOConfig", "Inversion-DPO (preference pairs)"
+        "preference", "preference:InversionDPOConfig", "Inversion-DPO (preference pairs)"
     ),
     "diffusion_dpo": _method(
-        "preference", "DiffusionDPOConfig", "Diffusion-DPO (preference pairs)"
+        "preference", "preference:DiffusionDPOConfig", "Diffusion-DPO (preference pairs)"
     ),
     "reflow": _method(
-        "distillation", "ReflowConfig", "Piecewise rectified flow (few-step student)"
+        "distillation", "distillation:ReflowConfig", "Piecewise rectified flow (few-step student)"
     ),
     "consistency": _method(
         "distillation",
-        "ConsistencyConfig",
+        "distillation:ConsistencyConfig",
         "Latent consistency (few-step student)",
         trainer="consistency:ConsistencyTrainer",
     ),
-    "dcgen": _method("dcgen", "DCGenConfig", "DC-Gen (deeply compressed latents)"),
+    "dcgen": _method("dcgen", "latents:DCGenConfig", "DC-Gen (deeply compressed latents)"),
 }
 
 

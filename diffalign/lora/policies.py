@@ -22,6 +22,7 @@ from diffalign.core.errors import UsageError
 CURRENT = "default"
 LAGGED = "lagged"
 AVERAGED = "averaged"
+SAMPLER = "sampler"
 REFERENCE = "reference"
 
 
@@ -121,7 +122,7 @@ def blend(denoiser: nn.Module, name: str, *, decay: float) -> None:
 
 @contextmanager
 def policy(denoiser: nn.Module, name: str) -> Iterator[None]:
-    """Use one policy inside: CURRENT, LAGGED, AVERAGED or REFERENCE, the base without adapters.
+    """Use one policy inside: CURRENT, LAGGED, AVERAGED, SAMPLER or REFERENCE, the base without adapters.
 
     Afterwards the policy that was active before is back, so that policies can be nested.
     """

@@ -102,7 +102,7 @@ def forecast(
     )
     trained = sum(p.numel() for p in parameters) * FLOAT32
     # the current policy, and those that the method's trainer has besides it
-    policies = 1 + len(trainer_class(config.algorithm.type).policies)
+    policies = 1 + len(trainer_class(config.algorithm.type).policies_of(config))
     rollout, host = kept_of_rollout(model, config, processes=processes)
     return MemoryForecast(
         denoiser=denoiser,

@@ -66,8 +66,6 @@ class Trainer(ABC):
     time_plan: TimePlan = field(default=TimePlan(), kw_only=True)
     """Plan of the updates and images that fit into `training.total_minutes`."""
 
-    policies: ClassVar[tuple[str, ...]] = (lora.AVERAGED,)
-    """Names of the adapters besides the current one. A checkpoint has all of them."""
     forwards: ForwardCounter = field(init=False)
     advice: ClassVar[str] = ""
     """Further advice for errors about a gradient that is not finite."""
@@ -92,6 +90,11 @@ class Trainer(ABC):
         return {}
 
     @classmethod
+    def policies_of(cls, config: Any) -> tuple[str, ...]:
+        """Return the names of a run's adapters besides the current one. A checkpoint has all of them."""
+        return (lora.AVERAGED,)
+
+    @classmethod
     def trained_model(cls, config: Any, model: TextToImageModel) -> TextToImageModel:
         """Return the model that a run trains, on the meta device.
 
@@ -103,6 +106,7 @@ class Trainer(ABC):
 
     def __post_init__(self) -> None:
         c = self.config
+        self.policies = self.policies_of(c)
         self.size = image_size(c, self.model)
         # called for its errors: they should come now rather than at the first image
         self.model.latent_shape(self.size)

@@ -35,7 +35,6 @@ TEXTS = {
     "algorithm.advantage_clip": "Largest magnitude of an advantage.",
     "algorithm.timesteps_per_image": "Number of timesteps at which an image is trained on in an update.",
     "algorithm.timestep_start": "Beginning of the part of the rollout's timestep grid that is trained on.",
-    "algorithm.lag_ramp": "Growth of the lagged policy's decay with each update.",
     "algorithm.ghuber_power": "Exponent p of the weight `ghuber`.",
     "algorithm.clip_range": "Relative change of the likelihood ratio beyond which an image has no gradient.",
     "algorithm.timesteps_per_pair": "Number of timesteps at which a pair is trained on in an update.",

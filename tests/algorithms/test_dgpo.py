@@ -12,7 +12,7 @@ from diffalign import lora
 from diffalign.algorithms import dgpo
 from diffalign.algorithms.forward_process import ForwardSample, matching_error
 from diffalign.config import ConfigError
-from diffalign.config.online import DGPOConfig
+from diffalign.config.algorithms import DGPOConfig
 from diffalign.methods.online.forward_update import ForwardProcessUpdate, draw
 from diffalign.methods.online.update import TrainingBatch, UpdateSettings
 

@@ -60,7 +60,10 @@ ALLOWED = {
     "diffalign/config/fields.py": (),
     "diffalign/config/base.py": ("config.checks", "config.fields"),
     "diffalign/config/methods.py": ("config.checks", "core.nearest"),
-    "diffalign/config/online.py": ("config.checks", "config.fields", "config.base"),
+    "diffalign/config/algorithms.py": ("config.checks", "config.base", "config.online"),
+    "diffalign/config/online.py": (
+        *("config.checks", "config.fields", "config.base", "config.algorithms"),
+    ),
     "diffalign/config/preference.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/distillation.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/latents.py": ("config.checks", "config.fields", "config.base"),

@@ -117,9 +117,12 @@ def test_diffusion_nft_learns_and_draws_with_the_lagged_policy(tmp_path):
 
 def test_the_clock_counts_rollouts_and_updates(tmp_path, monkeypatch):
     run = trainer(tmp_path)
-    ticks = iter([0.0, 5.0, 7.0, 100.0, 103.0, 104.0])
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
-    monkeypatch.setattr("diffalign.methods.online.trainer.time", clock)
+    for module, times in (
+        ("methods.online.trainer", [0.0, 5.0, 100.0, 103.0]),
+        ("training.trainer", [0.0, 7.0, 100.0, 104.0]),
+    ):
+        clock = SimpleNamespace(perf_counter=iter(times).__next__)
+        monkeypatch.setattr(f"diffalign.{module}.time", clock)
     rows = [run.train_update() for _ in range(2)]
     assert [(r["rollout_seconds"], r["update_seconds"], r["seconds"]) for r in rows] == [
         (5.0, 2.0, 7.0),

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import torch
 from processes import save_result
-from tiny_runs import ONLINE, trainer, weights
+from tiny_runs import FEW, ONLINE, TWO, trainer, weights
 
 from diffalign import lora
 from diffalign.training.plan import Plan
@@ -24,8 +24,7 @@ def gathered(run):
 folder = sys.argv[1]
 results = {}
 for kind in ONLINE:
-    few = {"timesteps_per_image": 2} if kind in ("diffusion_nft", "dgpo") else {}
-    run = trainer(folder, algorithm={"type": kind, **few})
+    run = trainer(folder, algorithm={"type": kind, **FEW.get(kind, TWO)})
     rows = [run.train_update() for _ in range(2)]
     policies = [lora.adapter_state(run.model.denoiser, n) for n in (lora.LAGGED, lora.AVERAGED)]
     results[kind] = weights(run), rows, policies

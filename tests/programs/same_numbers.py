@@ -30,12 +30,7 @@ from diffalign.tuning.evaluator import Drawing
 from diffalign.tuning.tune import Settings, tune
 from diffalign.types import RewardOutput
 
-ONLINE = {
-    "awm": {},
-    "diffusion_nft": {"timesteps_per_image": 2},
-    "dgpo": {"timesteps_per_image": 2},
-    "flow_grpo": {},
-}
+ONLINE = ("awm", "diffusion_nft", "crd", "dgpo", "flow_grpo", "flow_dppo")
 PAIRS = ("inversion_dpo", "diffusion_dpo")
 STUDENTS = {"reflow": "flux", "consistency": "sd"}
 UPDATES = 2
@@ -78,8 +73,9 @@ def numbers(work: Path) -> dict[str, dict]:
     """Return the results of all methods; `work` is an empty folder."""
     torch.set_num_threads(1)
     results = {}
-    for name, algorithm in ONLINE.items():
-        run = tiny_runs.trainer(work / name, algorithm={"type": name, **algorithm})
+    for name in ONLINE:
+        algorithm = {"type": name, **tiny_runs.FEW.get(name, tiny_runs.TWO)}
+        run = tiny_runs.trainer(work / name, algorithm=algorithm)
         results[name] = trained(run)
     source = tiny_pairs.write_pairs(work / "pairs")
     for name in PAIRS:

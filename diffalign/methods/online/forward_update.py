@@ -10,6 +10,7 @@ neither on the micro-batch size nor on the number of processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import timesteps
+from diffalign.algorithms.advantages import optimality
 from diffalign.algorithms.forward_process import (
     ForwardLoss,
     ForwardSample,
     lag_decay,
+    norm_hinge,
+    norm_ratio,
     proximal_loss,
 )
 from diffalign.config import ForwardProcessConfig
@@ -33,6 +37,9 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.recording import Recorder
 from diffalign.training.sums import Sums, micro_batches
 from diffalign.types import DenoisingBatch, Trajectory
+
+LEAST_KL = 1e-4
+"""Weight that the distance to the reference keeps for the worst images with `kl_by_reward`."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,8 @@ class ForwardProcessUpdate(PolicyUpdate):
         self.config, self.algorithm = config, algorithm
         self.off_policy = algorithm.needs_old or settings.updates_per_rollout > 1
         self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
+        if algorithm.own_sampler:
+            self.rollout_policy = lora.SAMPLER
         self.parts = timesteps.strata(
             len(settings.grid),
             config.timesteps_per_image,
@@ -173,15 +182,28 @@ class ForwardProcessUpdate(PolicyUpdate):
             return advantages.isfinite()
         return super().takes_part(advantages, group)
 
-    def lag_decay(self, update: int) -> float:
-        return lag_decay(update, ramp=self.config.lag_ramp, maximum=self.config.lag_max)
+    def decays(self, update: int) -> dict[str, float]:
+        c = self.config
+        decays = {
+            lora.LAGGED: lag_decay(update, ramp=c.lag_ramp, maximum=c.lag_max, start=c.lag_start)
+        }
+        if self.algorithm.own_sampler:
+            decays[lora.SAMPLER] = c.sampler_decay(update)
+        return decays
 
     @property
     def metrics(self) -> list[str]:
         return [
             *self.algorithm.metrics,
             *(name for name, weight, _ in self.distances if weight),
+            *(["norm_ratio"] if self._has_norms else []),
         ]
+
+    @property
+    def _has_norms(self) -> bool:
+        """True if the norms of predictions are compared with the reference's without guidance."""
+        unguided = self.config.kl_beta > 0 and self.reference_guidance_scale is None
+        return unguided or self.config.norm_guard > 0
 
     def rows(self, images: int) -> dict[bool, set[int]]:
         policy = images * self.config.timesteps_per_image
@@ -193,6 +215,8 @@ class ForwardProcessUpdate(PolicyUpdate):
                 without.add(self.model.forward_rows(picked, self.reference_guidance_scale))
             elif weight and not self.off_policy:
                 without.add(picked)
+        if self.config.norm_guard:
+            without.add(picked)
         return {True: {policy}, False: without}
 
     def begin_step(self, batch: TrainingBatch, *, update: int, inner: int) -> None:
@@ -232,15 +256,38 @@ class ForwardProcessUpdate(PolicyUpdate):
         for name, values in metrics.items():
             sums.add(name, values)
         total = loss.sum() / (batch.total * self.config.timesteps_per_image)
+        # a mean over the picked timesteps has the expectation of the mean over all of them
+        count = batch.trained * self.config.kl_timesteps
+        for penalty in self._penalties(states, sample, sums):
+            total = total + penalty / count
+        return total
+
+    def _penalties(
+        self, states: TrainingStates, sample: ForwardSample, sums: Sums
+    ) -> Iterator[Tensor]:
+        """Yield the weighted sums of the distances, and of NormGuard's hinge, at the picked timesteps."""
+        config, pred = self.config, sample.model_pred[states.picked]
+        reference = None
         for name, weight, policy in self.distances:
             if weight == 0:
                 continue
             other = self._other_pred(states, sample, policy)
-            distance = proximal_loss(sample.model_pred[states.picked], other)
+            if policy == lora.REFERENCE and self.reference_guidance_scale is None:
+                reference = other
+            distance = proximal_loss(pred, other)
             sums.add(name, distance.detach())
-            # a mean over the picked timesteps has the expectation of the mean over all of them
-            total = total + weight * distance.sum() / (batch.trained * self.config.kl_timesteps)
-        return total
+            if policy == lora.REFERENCE and config.kl_by_reward:
+                advantages = sample.advantages[states.picked]
+                share = optimality(advantages, clip=config.advantage_clip)
+                least = min(1.0, LEAST_KL / weight)
+                distance = distance * (least + share * (1 - least))
+            yield weight * distance.sum()
+        if self._has_norms:
+            if reference is None:
+                reference = self._other_pred(states, sample, lora.REFERENCE, guided=False)
+            ratio = norm_ratio(pred, reference)
+            sums.add("norm_ratio", ratio.detach())
+            yield config.norm_guard * norm_hinge(ratio).sum()
 
     def _states(
         self, batch: TrainingBatch, rows: range, *, update: int, inner: int
@@ -301,10 +348,17 @@ class ForwardProcessUpdate(PolicyUpdate):
             reference,
         )
 
-    def _other_pred(self, states: TrainingStates, sample: ForwardSample, policy: str) -> Tensor:
-        """Return another policy's predictions at the timesteps of the distances."""
+    def _other_pred(
+        self, states: TrainingStates, sample: ForwardSample, policy: str, *, guided: bool = True
+    ) -> Tensor:
+        """Return another policy's predictions at the timesteps of the distances.
+
+        Args:
+            guided: whether the reference has the guidance of `reference_guidance_scale`.
+        """
         picked = states.picked
-        guidance = self.reference_guidance_scale if policy == lora.REFERENCE else None
+        guided = guided and policy == lora.REFERENCE
+        guidance = self.reference_guidance_scale if guided else None
         if policy == lora.LAGGED and sample.old_pred is not None:
             return sample.old_pred[picked]
         if policy == lora.REFERENCE and sample.reference_pred is not None and guidance is None:

@@ -59,8 +59,12 @@ class OnlineTrainer(Trainer):
     score: Score
     prompts: Sequence[Prompt]
 
-    policies: ClassVar[tuple[str, ...]] = (lora.LAGGED, lora.AVERAGED)
     advice: ClassVar[str] = " or a higher algorithm.kl_beta"
+
+    @classmethod
+    def policies_of(cls, config: RunConfig) -> tuple[str, ...]:
+        own = getattr(methods.loss(config.algorithm.type), "own_sampler", False)
+        return (lora.LAGGED, lora.AVERAGED, *([lora.SAMPLER] if own else []))
 
     @classmethod
     def taken_from(cls, inputs: Inputs) -> dict[str, Any]:
@@ -300,9 +304,8 @@ class OnlineTrainer(Trainer):
             sums = self.policy_update.accumulate(batch, update=number, inner=inner)
             index = (number - 1) * c.training.updates_per_rollout + inner
             rows.append(self.descend(number, sums, index=index))
-        lag = self.policy_update.lag_decay(number)
-        if lag is not None:
-            lora.blend(self.model.denoiser, lora.LAGGED, decay=lag)
+        for policy, decay in self.policy_update.decays(number).items():
+            lora.blend(self.model.denoiser, policy, decay=decay)
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
 
 

@@ -16,7 +16,7 @@ from diffalign import lora
 from diffalign.algorithms import flow_grpo
 from diffalign.algorithms.advantages import TOLERANCE
 from diffalign.algorithms.trajectory import StochasticStep, TrajectoryLoss, TrajectorySample
-from diffalign.config import FlowGRPOConfig
+from diffalign.config.algorithms import TrajectoryConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import WINDOW, stream
 from diffalign.diffusion.paths import expand
@@ -36,7 +36,7 @@ class StochasticSampler:
         window: indices of the stochastic steps.
     """
 
-    def __init__(self, config: FlowGRPOConfig, window: range) -> None:
+    def __init__(self, config: TrajectoryConfig, window: range) -> None:
         self.config = config
         self.window = window
         self._kept: list[list[Tensor]] = [[] for _ in range(len(window) + 1)]
@@ -82,7 +82,7 @@ class TrajectoryUpdate(PolicyUpdate):
     def __init__(
         self,
         model: TextToImageModel,
-        config: FlowGRPOConfig,
+        config: TrajectoryConfig,
         settings: UpdateSettings,
         algorithm: TrajectoryLoss = flow_grpo.LOSS,
     ) -> None:
@@ -90,7 +90,7 @@ class TrajectoryUpdate(PolicyUpdate):
         self.config, self.algorithm = config, algorithm
         if model.costs_a_forward(settings.guidance_scale):
             raise UsageError(
-                f"rollout.guidance_scale={settings.guidance_scale}: Flow-GRPO computes likelihoods of the policy "
+                f"rollout.guidance_scale={settings.guidance_scale}: {config.type} computes likelihoods of the policy "
                 "without guidance. Remove the setting"
             )
         self.sigmas = settings.sigmas.float().cpu()

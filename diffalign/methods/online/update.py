@@ -155,12 +155,13 @@ class PolicyUpdate(ABC):
         """
         return None
 
-    def lag_decay(self, update: int) -> float | None:
-        """Return the decay of the lagged policy after an update, counted from 1.
+    def decays(self, update: int) -> dict[str, float]:
+        """Return the decay of each policy that follows the current one.
 
-        Return None if the algorithm has no lagged policy.
+        Args:
+            update: number of the finished update, from 1.
         """
-        return None
+        return {}
 
     def accumulate(self, batch: TrainingBatch, *, update: int, inner: int = 0) -> Sums:
         """Add this process's part of the gradient to the parameters' `.grad`.
