@@ -1,17 +1,25 @@
 """A forecast beside the free memory: what fits, and with which settings, with the forecast that those give."""
 
 import re
+from functools import cache
 
 import pytest
+import yaml
 
-from diffalign.config import load
+from diffalign.config import decode, dump, load
 from diffalign.training.forecast import forecast_of
 from diffalign.training.memory import GIB
 from diffalign.training.memory_fit import Room, describe, fits, free_memory, summary
 
 
 def count(config):
-    return forecast_of(config, processes=1)
+    return count_text(dump(config))
+
+
+@cache
+def count_text(text):
+    """The forecast of a configuration's YAML; the tests ask for some of them again and again."""
+    return forecast_of(decode(yaml.safe_load(text)), processes=1)
 
 
 @pytest.fixture(scope="module")

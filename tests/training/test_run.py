@@ -51,8 +51,9 @@ def test_a_held_out_reward_is_looked_at_and_not_trained_on(
 ):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     monkeypatch.setitem(registry.BUILT_IN, "brightness", "tiny:Brightness")
-    assert train(base, prompts, plain) == 0
-    assert train(base, prompts, watched, "--evaluation.rewards=brightness") == 0
+    few = "--training.num_updates=2"
+    assert train(base, prompts, plain, few) == 0
+    assert train(base, prompts, watched, few, "--evaluation.rewards=brightness") == 0
     summary = json.loads((watched / "summary.json").read_text())
     assert 0 < summary["before"]["means"]["brightness"] < 1
     assert summary["held_out_rewards"]["brightness"]["description"]
