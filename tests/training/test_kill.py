@@ -38,6 +38,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("moment", ["rollout", "update", "checkpoint"])
 def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
+    (tmp_path / "run").mkdir()
     died = fork(1, "killed_run", moment, tmp_path / "run", output=tmp_path)
     assert died.returncodes == [-signal.SIGKILL], died.stderr
     run = trainer(tmp_path / "run", training={"micro_batch_size": 5})
