@@ -121,7 +121,7 @@ def policy(model):
 
 def training_batch(model):
     generator = torch.Generator().manual_seed(0)
-    shape = (IMAGES, *model.latent_shape(16, 16))
+    shape = (IMAGES, *model.latent_shape((16, 16)))
     return TrainingBatch(
         latents=torch.randn(shape, generator=generator),
         embeds=model.encode_prompt(["a photo of a circle", "a photo of a ring"]),

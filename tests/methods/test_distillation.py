@@ -171,11 +171,15 @@ def test_updates_bring_the_student_nearer(family, method, tmp_path, monkeypatch)
     monkeypatch.setattr("diffalign.methods.distillation.trainer.make_plan", lambda *a, **k: plan)
     with torch.no_grad():
         drawn = found.draw(plan)
-        before = found.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=99)
+        before = found.losses(
+            drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=99
+        )
         for _ in range(10):
             with torch.enable_grad():
                 row = found.train_update()
-        after = found.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=99)
+        after = found.losses(
+            drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=99
+        )
     assert after.mean() < before.mean()
     assert row["update"] == 10
     for name, value in base.items():
@@ -260,7 +264,7 @@ def test_consistency_targets_are_the_averaged_policys_and_end_at_the_teachers(
     plan = make_plan(run.prompts, c.teacher, seed=0, update=1, tasks=c.prompts)
     with torch.no_grad():
         drawn = run.draw(plan)
-        run.loss(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=1)
+        run.losses(drawn, Sums(["loss", "relative_error"], torch.device("cpu")), update=1)
     last, count = len(run.grid) - 1, c.algorithm.states_per_image
     chosen, _, _ = run.choices(drawn.image, last, 1)
     later = (chosen + 2).clamp(max=last)
