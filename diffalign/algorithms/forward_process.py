@@ -107,7 +107,8 @@ def norm_ratio(model_pred: Tensor, reference_pred: Tensor) -> Tensor:
     """
     norms = (p.float().flatten(1).norm(dim=1) for p in (model_pred, reference_pred.detach()))
     policy, reference = norms
-    return policy / reference.clamp(min=NORM_FLOOR)
+    ratio: Tensor = policy / reference.clamp(min=NORM_FLOOR)
+    return ratio
 
 
 def norm_hinge(ratio: Tensor) -> Tensor:

@@ -188,7 +188,9 @@ class ForwardProcessUpdate(PolicyUpdate):
             lora.LAGGED: lag_decay(update, ramp=c.lag_ramp, maximum=c.lag_max, start=c.lag_start)
         }
         if self.algorithm.own_sampler:
-            decays[lora.SAMPLER] = c.sampler_decay(update)
+            # only the settings of such algorithms have a decay for the sampler
+            settings: Any = c
+            decays[lora.SAMPLER] = settings.sampler_decay(update)
         return decays
 
     @property
