@@ -25,6 +25,7 @@ class AlgorithmConfig(MethodConfig):
     """Settings that all algorithms of the online loop share."""
 
     advantage_clip: float = 5.0
+    """Largest magnitude of an advantage."""
     std_scope: str = "global"
     """Scope of the standard deviation that divides advantages: "global" or "group".
 
@@ -81,7 +82,9 @@ class ForwardProcessConfig(AlgorithmConfig):
     """
 
     timesteps_per_image: int = 4
+    """Number of timesteps at which an image is trained on in an update."""
     timestep_start: float = 0.0
+    """Beginning of the part of the rollout's timestep grid that is trained on."""
     timestep_stop: float = 1.0
     """End of the part of the rollout's timestep grid that is trained on.
 
@@ -164,7 +167,9 @@ class AWMConfig(ForwardProcessConfig):
     weight: str = "ghuber"
     """Weight of the matching error over time: uniform (the paper), t, t2, huber, ghuber (the release)."""
     ghuber_power: float = 0.25
+    """Exponent p of the weight `ghuber`."""
     clip_range: float = 1.0
+    """Relative change of the likelihood ratio beyond which an image has no gradient."""
     advantage_max: float = 1.0
     """Largest magnitude of the advantages after scaling; `advantage_clip` clips them first."""
 
@@ -334,6 +339,7 @@ class FlowGRPOConfig(TrajectoryConfig):
 
     type: str = "flow_grpo"
     clip_range: float = 1e-4
+    """Relative change of the likelihood ratio beyond which an image has no gradient."""
     guard: bool = False
     """Use GRPO-Guard's ratio, which does not fall with the policy's distance; for "sde" only."""
 

@@ -23,6 +23,7 @@ class ModelConfig:
     name: str = setting("shapes-sd3", alias="pretrained_model_name_or_path")
     """Name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
     revision: str | None = setting(None, alias="revision")
+    """Branch, tag or commit of a hub id; null for the newest."""
     dtype: str = "bfloat16"
     """Dtype of the frozen base model: bfloat16, float16 or float32. LoRA weights are always float32."""
     max_sequence_length: int | None = setting(None, alias="max_sequence_length")
@@ -30,6 +31,7 @@ class ModelConfig:
     attention_backend: str | None = setting(None, free=True)
     """Attention backend of diffusers, such as "xformers", "flash" or "native"; None keeps the default."""
     gradient_checkpointing: bool = setting(False, free=True, alias="gradient_checkpointing")
+    """Recompute activations in the backward pass: far less memory, one more forward."""
     compile: bool = setting(False, free=True)
     """Compile each block of the denoiser with torch.compile: a slower start, then faster steps."""
 
@@ -42,6 +44,7 @@ class LoraConfig:
     """Settings of the LoRA adapter that is trained."""
 
     rank: int = setting(32, alias="rank")
+    """Rank of the adapter."""
     alpha: float = setting(64.0, alias="lora_alpha")
     """Numerator of the adapter's scale, alpha / rank. An override of the rank alone keeps the recipe's ratio."""
     targets: list[str] | None = setting(None, alias="lora_layers")
@@ -59,6 +62,7 @@ class MethodConfig:
     """Settings of one algorithm, which `type` names."""
 
     type: str = ""
+    """Name of the algorithm, which decides all other settings of this group."""
 
     def rows_per_image(self, run: AnyRunConfig) -> int:
         """Return the rows of a training batch for one image, or pair, of a micro-batch."""
@@ -70,7 +74,9 @@ class DrawingConfig:
     """Settings of image generation, for training and for evaluation."""
 
     height: int | None = setting(None, alias="resolution")
+    """Height of the images in pixels; null for the model's."""
     width: int | None = setting(None, alias="resolution")
+    """Width of the images in pixels; null for the model's."""
     micro_batch_size: int = setting(64, free=True)
     """Images that one process generates at a time. It changes memory use, never results."""
     merge_lora: bool = False
@@ -102,6 +108,7 @@ class PlanConfig(DrawingConfig):
     """Settings of generating new images in every update of a run."""
 
     prompts_per_update: int = 12
+    """Number of prompts that an update draws."""
 
     @property
     def images_per_prompt(self) -> int:
@@ -131,10 +138,15 @@ class OptimizerConfig:
     """Settings of AdamW on the LoRA weights."""
 
     learning_rate: float = setting(3e-4, alias="learning_rate")
+    """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of AdamW's two moments."""
     weight_decay: float = setting(1e-4, alias="adam_weight_decay")
+    """Decoupled weight decay of AdamW."""
     epsilon: float = setting(1e-8, alias="adam_epsilon")
+    """Number that AdamW adds to the root of the second moment."""
     max_grad_norm: float = setting(1.0, alias="max_grad_norm")
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     warmup_updates: int = setting(0, alias="lr_warmup_steps")
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: str = setting("constant", alias="lr_scheduler")
@@ -165,18 +177,22 @@ class LoopConfig:
     """Settings that all training loops share."""
 
     num_updates: int = setting(100, free=True, alias="max_train_steps")
+    """Number of updates; in online runs each has a rollout."""
     micro_batch_size: int = setting(64, free=True, alias="train_batch_size")
     """Images that one process trains on at a time. It changes memory use, never results."""
     mixed_precision: str = setting("bf16", alias="mixed_precision")
     """Autocast of forward passes: "bf16" or "no". In fp16 the loss of a large update would underflow."""
     seed: int = setting(0, alias="seed")
+    """Seed of all random choices of training."""
     ema_max: float = 0.99
     """Largest decay of the averaged weights, which are evaluated and saved.
 
     With 0 the current weights are evaluated and saved.
     """
     checkpoint_every: int = setting(20, free=True, alias="checkpointing_steps")
+    """Updates between checkpoints."""
     keep_checkpoints: int = setting(2, free=True, alias="checkpoints_total_limit")
+    """Number of checkpoints that are kept."""
     eval_every: int = setting(20, free=True)
     """Updates between evaluations on held-out prompts; 0 evaluates only before and after training."""
     sample_every: int = setting(20, free=True)
@@ -224,17 +240,22 @@ class EvaluationConfig:
     """Settings of scoring on held-out prompts, always with the same seeds."""
 
     num_inference_steps: int = setting(10, alias="num_inference_steps")
+    """Steps of the sampler for evaluation images."""
     solver: str = "default"
     """Solver that generates the evaluation images; see `RolloutConfig.solver`."""
     guidance_scale: float | None = setting(None, alias="guidance_scale")
+    """Guidance scale of evaluation images; null for none, or for FLUX's default."""
     images_per_prompt: int = 1
+    """Images of each held-out prompt."""
     images_per_task: int | None = None
     """Images of every task, which replaces `images_per_prompt`; the prompts of a task take turns.
 
     The overall score is a plain mean of the tasks, so one task with few images makes the whole score uncertain.
     """
     max_prompts: int | None = None
+    """Largest number of held-out prompts, spread over the set; null for all."""
     seed: int = 1000
+    """Seed of the noise of evaluation images."""
     rewards: list[str] = field(default_factory=list)
     """Held-out rewards: they are logged, never trained on, and show if the trained reward was gamed."""
 
@@ -256,6 +277,7 @@ class HeldOutPromptsConfig:
     """
 
     evaluation: str = "shapes:held_out"
+    """Prompts that are held out: they score the run and are never trained on."""
 
 
 @dataclass
@@ -263,6 +285,7 @@ class PromptsConfig(HeldOutPromptsConfig):
     """Prompts for training and for evaluation."""
 
     train: str = "shapes:train"
+    """Prompts to train on."""
     balance_tasks: bool = True
     """Sample every task (`tag` of the metadata) equally often, however many prompts it has."""
     task_weights: dict[str, float] | None = None
@@ -294,6 +317,7 @@ class AnyRunConfig:
     """True if the rewards are trained on; otherwise they only score held-out prompts."""
 
     output_dir: str = setting("runs/awm", free=True)
+    """Folder of the run. The same command resumes a run in its folder."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     algorithm: MethodConfig = field(default_factory=MethodConfig)

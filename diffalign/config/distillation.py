@@ -94,6 +94,7 @@ class TeacherConfig(PlanConfig):
     It is rounded up so that each student step covers the same number of teacher steps.
     """
     guidance_scale: float | None = setting(None, alias="guidance_scale")
+    """Guidance scale of the teacher; null for none."""
     solver: str = "euler"
     """Solver of the teacher: euler, midpoint or fireflow.
 

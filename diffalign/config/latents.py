@@ -29,6 +29,7 @@ class DCGenConfig(MethodConfig):
 
     type: str = "dcgen"
     min_guidance: float = 1.0
+    """Smallest guidance scale of training, for models with guidance as an input."""
     max_guidance: float = 14.0
     """Largest guidance scale in training; scales are sampled uniformly from `min_guidance` on.
 
@@ -37,6 +38,7 @@ class DCGenConfig(MethodConfig):
     prompt_dropout: float = setting(0.1, alias="proportion_empty_prompts")
     """Share of training images whose prompt is replaced by the empty prompt."""
     sigma_mean: float = setting(0.0, alias="logit_mean")
+    """Mean of the normal law of the training noise levels' logits."""
     sigma_std: float = setting(1.0, alias="logit_std")
     """Standard deviation of the logit of the noise level, before the scheduler's shift.
 

@@ -26,6 +26,7 @@ class RolloutConfig(PlanConfig):
     group_size: int = 16
     """Number of images of one prompt, which are compared with each other."""
     num_inference_steps: int = setting(10, alias="num_inference_steps")
+    """Steps of the sampler for rollouts; training uses their timesteps."""
     solver: str = "default"
     """Solver of the rollouts: "default" or "adams_bashforth".
 
@@ -71,6 +72,7 @@ class TrainingConfig(LoopConfig):
     """
 
     updates_per_rollout: int = 1
+    """Optimizer steps on the images of one rollout."""
     drop_uninformative: bool = True
     """Leave out groups whose images all have the same reward."""
     on_collapse: str = setting("warn", free=True)

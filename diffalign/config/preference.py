@@ -38,6 +38,7 @@ class PreferenceAlgorithmConfig(MethodConfig):
     It is SDPO's mu. The loser's gradient is scaled down accordingly. With null the loss has no safeguard.
     """
     timesteps_per_pair: int = 1
+    """Number of timesteps at which a pair is trained on in an update."""
 
     on_states: ClassVar[bool] = False
     """True if the loss reads states of an inversion instead of freshly noised latents."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from diffalign.config.methods import METHODS, algorithm_class, run_class
 from diffalign.config.settings import aliases_of, free_settings
-from docs.tools.setting_texts import TEXTS
 
 INTRODUCTION = """# Settings
 
@@ -56,14 +55,9 @@ class Setting:
     @property
     def text(self) -> str:
         """Return the description; texts that differ name their methods."""
-        texts = dict(self.texts)
-        described = {name for names in texts.values() for name in names}
-        rest = [name for name in self.defaults if name not in described]
-        if rest and self.name in TEXTS:
-            texts[TEXTS[self.name]] = rest
-        if len(texts) <= 1:
-            return next(iter(texts), "")
-        parts = [f"- {', '.join(names)}: {text}" for text, names in texts.items()]
+        if len(self.texts) <= 1:
+            return next(iter(self.texts), "")
+        parts = [f"- {', '.join(names)}: {text}" for text, names in self.texts.items()]
         return "\n".join(part.replace("\n\n", " ") for part in parts)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
 
-from docs.tools import commands, hooks, setting_texts, settings, tables  # noqa: E402
+from docs.tools import commands, hooks, settings, tables  # noqa: E402
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
@@ -108,10 +108,6 @@ def test_every_command_is_in_the_reference():
 
 def test_every_setting_has_a_text():
     assert [name for name, setting in settings.settings().items() if not setting.text] == []
-
-
-def test_texts_belong_to_settings():
-    assert set(setting_texts.TEXTS) <= set(settings.settings())
 
 
 def test_reference_shows_defaults_and_flags():
