@@ -1,5 +1,7 @@
 """The memory forecast against what a real step keeps."""
 
+from functools import cache
+
 import pytest
 import tiny
 import tiny_runs
@@ -219,6 +221,7 @@ def clip(width, layers, kind):
     )
 
 
+@cache
 def text_encoders(family):
     """Of published size, on the meta device."""
     with torch.device("meta"):
