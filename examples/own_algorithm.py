@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from diffalign import config
 from diffalign.algorithms.forward_process import ForwardLoss, matching_error
+from diffalign.config.algorithms import ForwardProcessConfig
 from diffalign.config.methods import METHODS, Method, available
-from diffalign.config.online import ForwardProcessConfig
 from diffalign.training.run import run
 
 
