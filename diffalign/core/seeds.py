@@ -14,7 +14,8 @@ def stream(*key: int) -> int:
 
     Every combination of purpose, update and image has its own stream.
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    # the shift is Python's: NumPy 1 does not shift an unsigned number by a signed one
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 # First element of every key, so that no two purposes share a stream.

@@ -256,8 +256,7 @@ def test_consistency_targets_are_the_averaged_policys_and_end_at_the_teachers(
                 parameter.add_(0.3 * torch.randn_like(parameter))
     targets = []
     monkeypatch.setattr(
-        losses,
-        "pseudo_huber",
+        "diffalign.methods.distillation.consistency.pseudo_huber",
         lambda found, target, c: targets.append(target) or target.sum((1, 2, 3)),
     )
     c = run.config
