@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffalign import lora
-from diffalign.config import AnyRunConfig, EvaluationConfig, OptimizerConfig
+from diffalign.config import AnyRunConfig, EvaluationConfig
 from diffalign.core import console, processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
@@ -28,6 +28,7 @@ from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.denoise import image_size
 from diffalign.training.inputs import Inputs
+from diffalign.training.learning_rate import lr_factor
 from diffalign.training.plan import share
 from diffalign.training.run_folder import RunFolder
 from diffalign.training.sums import Sums
@@ -380,23 +381,3 @@ class Trainer(ABC):
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(parameter.grad)
         return nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm).item()
-
-
-def lr_factor(step: float, config: OptimizerConfig, *, total: int) -> float:
-    """Return the fraction of the learning rate at an optimizer step.
-
-    The fraction depends on the step alone, so that a resumed run needs no state of a scheduler.
-
-    Args:
-        step: number of the optimizer step, from 0.
-        total: number of optimizer steps of the whole run.
-    """
-    warmup = config.warmup_updates
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total - warmup))
-    if config.lr_scheduler == "linear":
-        return 1 - done
-    if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0

@@ -17,8 +17,9 @@ from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.training import checkpoint
+from diffalign.training.learning_rate import lr_factor
 from diffalign.training.plan import check_prompts, make_plan
-from diffalign.training.trainer import TrainingError, lr_factor
+from diffalign.training.trainer import TrainingError
 from diffalign.types import RewardOutput
 
 

@@ -11,7 +11,7 @@ from diffalign.config import OptimizerConfig
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.training import pace
 from diffalign.training.budget import BUDGET, MEASURED, RESERVE, WARM_UP, Budget, TimePlan
-from diffalign.training.trainer import lr_factor
+from diffalign.training.learning_rate import lr_factor
 
 
 class Clock:
