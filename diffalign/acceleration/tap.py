@@ -1,0 +1,213 @@
+"""Interception of a pipeline's denoiser and scheduler, without a change of their classes.
+
+The denoiser's call is intercepted outside of its hooks and its compilation, so that no graph sees the interception.
+The scheduler tells when a call begins and which step it is at.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+DENOISERS = ("transformer", "unet")
+"""Names of the denoiser among a pipeline's components."""
+IMPLEMENTATION = "_compiled_call_impl"
+"""Attribute of a module that torch calls in place of its forward, if it is set."""
+
+Inner = Callable[..., Any]
+Request = dict[str, Any]
+
+
+class Handler(Protocol):
+    """Answer to the intercepted calls of a denoiser."""
+
+    def begin(self, request: Request) -> None:
+        """Start a call of the pipeline, whatever became of the call before it."""
+
+    def end_step(self, step: int) -> None:
+        """Finish a step of the scheduler."""
+
+    def forward(
+        self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, int]
+    ) -> Any:
+        """Return the denoiser's output; `place` is the step and the forward within it."""
+
+
+def denoiser_name(pipeline: Any) -> str | None:
+    """Return the name of a pipeline's denoiser, or None without one."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    return None
+
+
+def request_of(scheduler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
+    """Return the arguments of `set_timesteps` that decide on the noise levels, as JSON values."""
+    signature = inspect.signature(type(scheduler).set_timesteps)
+    try:
+        values = dict(signature.bind(scheduler, *args, **kwargs).arguments)
+    except TypeError:
+        # wrappers take any arguments
+        values = dict(kwargs)
+        if args:
+            values["num_inference_steps"] = args[0]
+    values |= values.pop("kwargs", {})
+    if len(rest := values.pop("args", ())) > 0:
+        values["num_inference_steps"] = rest[0]
+    plain = {k: _plain(v) for k, v in values.items() if k not in ("self", "device")}
+    plain = {k: v for k, v in plain.items() if v is not None}
+    for name in ("sigmas", "timesteps"):
+        # diffusers' pipelines pass either the number or the levels
+        if name in plain:
+            plain["num_inference_steps"] = len(plain[name])
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return a number or a list of numbers, rounded so that the last bits do not count."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+class _Signal:
+    """Method of a scheduler that reports its calls to a tap."""
+
+    def __init__(self, scheduler: Any, name: str, tap: Tap) -> None:
+        self._scheduler, self._name, self._tap = scheduler, name, tap
+        self.__name__ = name
+        self.previous: Inner | None = vars(scheduler).get(name)
+        # pipelines look for `sigmas`, `eta` and `generator` in the signature
+        self.__signature__ = inspect.signature(getattr(scheduler, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.previous or getattr(type(self._scheduler), self._name).__get__(self._scheduler)
+        result = inner(*args, **kwargs)
+        self._tap.heard(self._scheduler, self._name, args, kwargs)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Signal:
+        # a copied scheduler reports to the same tap, about itself
+        twin = copy.copy(self)
+        twin._scheduler = copy.deepcopy(self._scheduler, memo)
+        twin.previous = copy.deepcopy(self.previous, memo)
+        return twin
+
+
+class _Interception:
+    """Replacement of a module's call, which hands it to a tap."""
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        self._tap = tap
+        self.previous: Inner | None = vars(module).get(IMPLEMENTATION)
+        self._plain = module._call_impl
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as it would be called without the interception."""
+        return (self.previous or self._plain)(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tap.answer(self.inner, args, kwargs)
+
+
+class Tap:
+    """Connection of a handler with a pipeline's denoiser and scheduler.
+
+    The state begins anew with every `set_timesteps`, so that a call that was aborted leaves no trace in the next.
+    """
+
+    def __init__(self, pipeline: Any, handler: Handler) -> None:
+        self._pipeline = pipeline
+        self.handler = handler
+        self._module: nn.Module | None = None
+        self._scheduler: Any = None
+        self.step: int | None = None
+        """Number of the current step; None before the first call."""
+        self._forwards = 0
+        self._warned = False
+        self._attach()
+
+    def heard(self, scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Take note of a call of a scheduler's method."""
+        if name == "step":
+            if self.step is not None:
+                self.handler.end_step(self.step)
+                self.step += 1
+            self._forwards = 0
+            return
+        # the denoiser may have been compiled or replaced since the last call
+        self._attach()
+        self.step, self._forwards = 0, 0
+        self.handler.begin(request_of(scheduler, args, kwargs))
+
+    def answer(self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output of the denoiser for one call."""
+        if self._pipeline.scheduler is not self._scheduler:
+            if not self._warned:
+                logger.warning(
+                    "acceleration: the scheduler was replaced by %s, and the cache is out of force until "
+                    "`accelerate` is called again",
+                    type(self._pipeline.scheduler).__name__,
+                )
+            self._warned = True
+            return inner(*args, **kwargs)
+        if self.step is None:
+            return inner(*args, **kwargs)
+        place = self.step, self._forwards
+        self._forwards += 1
+        return self.handler.forward(inner, args, kwargs, place)
+
+    @property
+    def attached(self) -> bool:
+        """True if the pipeline's present denoiser and scheduler are those of the tap."""
+        name = denoiser_name(self._pipeline)
+        module = getattr(self._pipeline, name) if name else None
+        return module is self._module and self._pipeline.scheduler is self._scheduler
+
+    def remove(self) -> None:
+        """Give the denoiser and the scheduler back as they would be without the tap."""
+        self._detach_module()
+        if self._scheduler is not None:
+            for name in ("set_timesteps", "step"):
+                signal = vars(self._scheduler).get(name)
+                if isinstance(signal, _Signal):
+                    _put(self._scheduler, name, signal.previous)
+        self._scheduler, self.step = None, None
+
+    def _attach(self) -> None:
+        name = denoiser_name(self._pipeline)
+        assert name is not None
+        module = getattr(self._pipeline, name)
+        if module is not self._module:
+            self._detach_module()
+            self._module = module
+        if not isinstance(vars(module).get(IMPLEMENTATION), _Interception):
+            setattr(module, IMPLEMENTATION, _Interception(module, self))
+        if self._scheduler is None:
+            self._scheduler = self._pipeline.scheduler
+            for method in ("set_timesteps", "step"):
+                setattr(self._scheduler, method, _Signal(self._scheduler, method, self))
+
+    def _detach_module(self) -> None:
+        if self._module is None:
+            return
+        interception = vars(self._module).get(IMPLEMENTATION)
+        if isinstance(interception, _Interception):
+            _put(self._module, IMPLEMENTATION, interception.previous)
+        self._module = None
+
+
+def _put(target: Any, name: str, value: Any) -> None:
+    """Set an attribute of an instance, or remove it for None."""
+    if value is None:
+        vars(target).pop(name, None)
+    else:
+        setattr(target, name, value)
