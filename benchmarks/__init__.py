@@ -21,6 +21,10 @@ PROGRAMS = {
         "benchmarks.alignment",
         "pretraining with and without the semantic map: what a small model learns of relations",
     ),
+    "acceleration": (
+        "benchmarks.acceleration",
+        "drop-in acceleration: time, PSNR and GenEval of the cache, and the way back",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",

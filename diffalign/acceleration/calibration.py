@@ -15,7 +15,7 @@ from diffalign.acceleration.cache import Cache, Recorder, flat
 from diffalign.acceleration.conditions import check_cache
 from diffalign.acceleration.drawing import Call, draw, guidance_of, psnr
 from diffalign.acceleration.schedule import Moments, Schedule, choose, fewest, weights_for
-from diffalign.acceleration.tap import Handler, Tap
+from diffalign.acceleration.tap import Chain, Handler, Tap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,14 @@ TILTS = (1.0, 3.0)
 """Weights of early errors that are tried, because their growth depends on the model."""
 
 
-def calibrate(pipeline: Any, call: Call, *, target: float, computed: int | None = None) -> Schedule:
+def calibrate(
+    pipeline: Any,
+    call: Call,
+    *,
+    target: float,
+    computed: int | None = None,
+    inside: tuple[Handler, ...] = (),
+) -> Schedule:
     """Return the schedule with the fewest computed steps that reaches a PSNR.
 
     Args:
@@ -35,61 +42,61 @@ def calibrate(pipeline: Any, call: Call, *, target: float, computed: int | None 
         call: prompts, size and steps of the trajectories.
         target: PSNR in dB to the plain images that half of the images reach.
         computed: number of computed steps; None searches for it.
+        inside: handlers that are in force inside of the cache.
 
     Raises:
         UsageError: the cache cannot work with the pipeline (`conditions.check_cache`), or as in `schedule.choose`.
     """
     check_cache(pipeline, steps=call.steps)
-    recorder = Recorder(guidance_of(pipeline))
-    plain = _draw(pipeline, call, recorder)
-    moments = moments_of(pipeline.scheduler, recorder)
-
-    def best_of(number: int) -> Schedule:
-        """Return the better of the sets with so many steps."""
-        sets = {choose(moments, number, tilt=tilt) for tilt in TILTS}
-        schedules = [_measured(pipeline, call, plain, recorder, moments, s) for s in sorted(sets)]
-        return max(schedules, key=lambda s: s.measured["median_psnr"])
-
+    calibration = Calibration(pipeline, call, inside)
     if computed is not None:
-        return best_of(computed)
-    low, high = fewest(moments.steps), moments.steps
+        return calibration.best(computed)
+    low, high = fewest(calibration.moments.steps), calibration.moments.steps
     best = None
     while low < high:
         middle = (low + high) // 2
-        schedule = best_of(middle)
+        schedule = calibration.best(middle)
         if schedule.measured["median_psnr"] >= target:
             high, best = middle, schedule
         else:
             low = middle + 1
-    return best or best_of(moments.steps)
+    return best or calibration.best(calibration.moments.steps)
 
 
-def _measured(
-    pipeline: Any,
-    call: Call,
-    plain: Tensor,
-    recorder: Recorder,
-    moments: Moments,
-    computed: Sequence[int],
-) -> Schedule:
-    """Return the schedule of a set of steps, with the PSNR of a draw with it."""
-    schedule = Schedule(
-        recorder.request, moments.steps, tuple(computed), weights_for(moments, computed)
-    )
-    values = psnr(_draw(pipeline, call, Cache([schedule])), plain)
-    figures = {"median_psnr": statistics.median(values), "worst_psnr": min(values)}
-    logger.info(
-        "cache: %d of %d steps: %.1f dB", len(computed), moments.steps, figures["median_psnr"]
-    )
-    return replace(schedule, measured=figures)
+class Calibration:
+    """Recorded trajectories of a call, from which schedules are made and measured."""
 
+    def __init__(self, pipeline: Any, call: Call, inside: tuple[Handler, ...] = ()) -> None:
+        self._pipeline, self._call, self._inside = pipeline, call, inside
+        recorder = Recorder(guidance_of(pipeline))
+        self.plain = self._draw(recorder)
+        self.request = recorder.request
+        self.moments = moments_of(pipeline.scheduler, recorder)
 
-def _draw(pipeline: Any, call: Call, handler: Handler) -> Tensor:
-    tap = Tap(pipeline, handler)
-    try:
-        return draw(pipeline, call)
-    finally:
-        tap.remove()
+    def best(self, computed: int) -> Schedule:
+        """Return the better of the sets with so many computed steps."""
+        sets = {choose(self.moments, computed, tilt=tilt) for tilt in TILTS}
+        schedules = [self._measured(s) for s in sorted(sets)]
+        return max(schedules, key=lambda s: s.measured["median_psnr"])
+
+    def _measured(self, computed: Sequence[int]) -> Schedule:
+        """Return the schedule of a set of steps, with its PSNR."""
+        weights = weights_for(self.moments, computed)
+        schedule = Schedule(self.request, self.moments.steps, tuple(computed), weights)
+        values = psnr(self._draw(Cache([schedule])), self.plain)
+        figures = {"median_psnr": statistics.median(values), "worst_psnr": min(values)}
+        logger.info(
+            "cache: %d of %d steps: %.1f dB",
+            *(len(computed), self.moments.steps, figures["median_psnr"]),
+        )
+        return replace(schedule, measured=figures)
+
+    def _draw(self, handler: Handler) -> Tensor:
+        tap = Tap(self._pipeline, Chain((handler, *self._inside)))
+        try:
+            return draw(self._pipeline, self._call)
+        finally:
+            tap.remove()
 
 
 def steps_of(recorder: Recorder) -> int:

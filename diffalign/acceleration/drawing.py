@@ -15,9 +15,9 @@ from diffalign.core.errors import UsageError
 
 PROMPTS = (
     "a photo of a red circle",
-    "a photo of a blue square above a yellow triangle",
-    "a photo of two green rings",
-    "a photo of a dog and a bicycle",
+    "a photo of a blue square",
+    "a photo of two green circles",
+    "a photo of a cat",
 )
 """Prompts of calibrations and checks, if the caller passes none."""
 
@@ -52,6 +52,10 @@ class Call:
 def draw(pipeline: Any, call: Call) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1], one a prompt, on the CPU."""
     generators = [torch.Generator().manual_seed(call.seed + i) for i in range(len(call.prompts))]
+    arguments = dict(call.arguments)
+    # SANA would otherwise draw the nearest of its own sizes and resize it
+    if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
+        arguments.setdefault("use_resolution_binning", False)
     images = pipeline(
         prompt=list(call.prompts),
         num_inference_steps=call.steps,
@@ -59,14 +63,17 @@ def draw(pipeline: Any, call: Call) -> Tensor:
         width=call.width,
         generator=generators,
         output_type="pt",
-        **call.arguments,
+        **arguments,
     ).images
     tensor: Tensor = images.float().cpu()
     return tensor
 
 
 def psnr(images: Tensor, plain: Tensor) -> list[float]:
-    """Return the PSNR of each image in dB, at most 150, and NaN where a value is not finite."""
+    """Return the PSNR of each image in dB, at most 150.
+
+    It is NaN for an image whose values are not all finite.
+    """
     error = (images - plain).double().square().flatten(1).mean(1)
     ratios = -10 * torch.log10(error.clamp(min=1e-15))
     return [float(r) for r in ratios]

@@ -182,7 +182,7 @@ def extrapolations(
 
 
 def weights_for(moments: Moments, computed: Sequence[int]) -> dict[int, tuple[Weights, ...]]:
-    """Return the weights of all steps that are not computed, for each forward within a step."""
+    """Return weights for the steps that are not computed, one for each forward within a step."""
     import numpy as np
 
     weights: dict[int, tuple[Weights, ...]] = {}
@@ -253,7 +253,7 @@ def fewest(steps: int) -> int:
 
 
 def _gap_costs(moments: Moments) -> np.ndarray:
-    """Return the costs (gap, b, c) of extrapolating `gap` steps after the computed steps b < c."""
+    """Return the costs (gap, b, c) of gaps after the computed steps b < c."""
     import numpy as np
 
     steps = moments.steps

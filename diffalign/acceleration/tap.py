@@ -14,11 +14,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from diffalign.core.errors import UsageError
+
 logger = logging.getLogger(__name__)
 DENOISERS = ("transformer", "unet")
 """Names of the denoiser among a pipeline's components."""
+METHODS = ("set_timesteps", "step")
+"""Methods of a scheduler that tell where a call is."""
 IMPLEMENTATION = "_compiled_call_impl"
-"""Attribute of a module that torch calls in place of its forward, if it is set."""
+"""Attribute of a module that torch calls in place of its forward."""
 
 Inner = Callable[..., Any]
 Request = dict[str, Any]
@@ -37,6 +41,35 @@ class Handler(Protocol):
         self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, int]
     ) -> Any:
         """Return the denoiser's output; `place` is the step and the forward within it."""
+
+
+class Chain:
+    """Handler of several handlers; the first one is asked first and calls the next."""
+
+    def __init__(self, handlers: tuple[Handler, ...]) -> None:
+        self.handlers = handlers
+
+    def begin(self, request: Request) -> None:
+        for handler in self.handlers:
+            handler.begin(request)
+
+    def end_step(self, step: int) -> None:
+        for handler in self.handlers:
+            handler.end_step(step)
+
+    def forward(
+        self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, int]
+    ) -> Any:
+        for handler in reversed(self.handlers):
+            inner = _bound(handler, inner, place)
+        return inner(*args, **kwargs)
+
+
+def _bound(handler: Handler, inner: Inner, place: tuple[int, int]) -> Inner:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return handler.forward(inner, args, kwargs, place)
+
+    return call
 
 
 def denoiser_name(pipeline: Any) -> str | None:
@@ -70,7 +103,7 @@ def request_of(scheduler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _plain(value: Any) -> Any:
-    """Return a number or a list of numbers, rounded so that the last bits do not count."""
+    """Return numbers that are rounded, so that the last bits do not count."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -133,6 +166,10 @@ class Tap:
         """Number of the current step; None before the first call."""
         self._forwards = 0
         self._warned = False
+        if any(isinstance(vars(pipeline.scheduler).get(n), _Signal) for n in METHODS):
+            raise UsageError(
+                f"{type(pipeline).__name__}: this pipeline is accelerated already. Call `restore` first."
+            )
         self._attach()
 
     def heard(self, scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -176,7 +213,7 @@ class Tap:
         """Give the denoiser and the scheduler back as they would be without the tap."""
         self._detach_module()
         if self._scheduler is not None:
-            for name in ("set_timesteps", "step"):
+            for name in METHODS:
                 signal = vars(self._scheduler).get(name)
                 if isinstance(signal, _Signal):
                     _put(self._scheduler, name, signal.previous)
@@ -193,7 +230,7 @@ class Tap:
             setattr(module, IMPLEMENTATION, _Interception(module, self))
         if self._scheduler is None:
             self._scheduler = self._pipeline.scheduler
-            for method in ("set_timesteps", "step"):
+            for method in METHODS:
                 setattr(self._scheduler, method, _Signal(self._scheduler, method, self))
 
     def _detach_module(self) -> None:

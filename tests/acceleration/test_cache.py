@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from diffalign.acceleration.cache import Cache, Recorder
 from diffalign.acceleration.calibration import calibrate, moments_of
@@ -24,7 +25,8 @@ from diffalign.acceleration.schedule import (
 )
 from diffalign.acceleration.tap import IMPLEMENTATION, Tap
 from diffalign.core.errors import UsageError
-from diffalign.pipelines.sampling import sample
+from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.sampling import Sampling
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 STEPS = 12
@@ -193,7 +195,8 @@ def test_our_sampling_uses_the_cache_through_its_own_scheduler(cached, sd3):
     pipe, _, cache = cached
     embeds = sd3.encode_prompt(["a cat"])
     before = dict(cache.forwards)
-    sample(sd3, embeds, num_inference_steps=STEPS, height=16, width=16)
+    with torch.no_grad():
+        Sampling(sd3, embeds, Drawing(STEPS, size=(16, 16))).draw()
     assert cache.forwards["extrapolated"] == before["extrapolated"] + 6
     twin = copy.deepcopy(pipe.scheduler)
     twin.set_timesteps(5)
@@ -232,7 +235,7 @@ def test_no_graph_breaks_and_none_is_compiled_twice(cached):
     pipe, call, cache = cached
     eager = draw(pipe, call)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     pipe.transformer.compile(backend=counter, fullgraph=True)
     cache.forwards = dict.fromkeys(cache.forwards, 0)
     assert min(psnr(draw(pipe, call), eager)) > 80

@@ -1,0 +1,365 @@
+"""Acceleration of a pipeline in place: choose, apply in order, check, and take back what costs too much."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from diffalign.acceleration.cache import Cache
+from diffalign.acceleration.calibration import calibrate
+from diffalign.acceleration.checking import Reference, active_adapters, faults_of, timed
+from diffalign.acceleration.conditions import why_no_cache
+from diffalign.acceleration.drawing import PROMPTS, Call, default_steps, draw, psnr
+from diffalign.acceleration.guidance import Guidance, guides
+from diffalign.acceleration.options import (
+    CHOICES,
+    FLOORS,
+    LOSSY,
+    STATIC,
+    Arguments,
+    Options,
+    check_preset,
+)
+from diffalign.acceleration.parts import (
+    Inapplicable,
+    compile_parts,
+    denoiser_of,
+    offload,
+    processors_of,
+    quantize,
+    save_memory,
+    set_attention,
+)
+from diffalign.acceleration.report import Acceleration, Plan
+from diffalign.acceleration.rules import Dropped, Situation, settle
+from diffalign.acceleration.schedule import Schedule
+from diffalign.acceleration.tap import Chain, Handler, Tap, denoiser_name
+from diffalign.acceleration.undo import Undo
+from diffalign.core.errors import UsageError
+from diffalign.core.fingerprint import UnknownWeights, of_denoiser
+from diffalign.core.versions import versions
+
+ATTRIBUTE = "_diffalign_acceleration"
+"""Attribute of an accelerated pipeline that holds its report."""
+LORA_EFFECT = 100.0
+"""PSNR in dB above which a LoRA is without effect."""
+
+
+def accelerate(
+    pipeline: Any, preset: str | Path | Plan = "balanced", **options: Unpack[Arguments]
+) -> Any:
+    """Make a diffusers pipeline faster in place, check the images, and return the same pipeline.
+
+    Args:
+        pipeline: pipeline of diffusers that draws images of prompts.
+        preset: "lossless", "balanced", "fast" or "small"; a plan, or the path of one.
+        options: options of `acceleration.options.Options`. One that is "auto" is the preset's choice and is left out
+            where it cannot work, which `acceleration(pipeline)` tells.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UsageError: the pipeline is not supported or accelerated already; an option does not exist; options that the
+            caller named exclude each other; the plan belongs to another model; or an image is damaged.
+    """
+    _check_pipeline(pipeline)
+    plan = preset if isinstance(preset, Plan) else None
+    if plan is None and (isinstance(preset, Path) or str(preset).endswith(".json")):
+        plan = Plan.load(preset)
+    if plan is not None:
+        if options:
+            raise UsageError(
+                f"{', '.join(options)}: a plan has its own options. Leave them out, or name a preset."
+            )
+        return _put_in_force(pipeline, plan)
+    name = str(preset)
+    check_preset(name)
+    settings = Options.of(options)
+    call = _call_of(pipeline, settings)
+    values = settings.chosen(name)
+    active, dropped = settle(values, _situation(pipeline, call, values))
+    floor = FLOORS[name] if settings.floor is None else settings.floor
+    undo = Undo(pipeline)
+    try:
+        plain = timed(pipeline, call.take(settings.check)) if settings.check else None
+        while True:
+            try:
+                acceleration = _apply(pipeline, active, call, settings, undo)
+            except Inapplicable as error:
+                undo.to(0)
+                if values[error.option][1]:
+                    raise
+                del active[error.option]
+                dropped.append(Dropped(error.option, error.why, "leave the option out"))
+                continue
+            acceleration.preset = name
+            acceleration.dropped = dropped
+            if plain is None:
+                break
+            problem = _measure(acceleration, call.take(settings.check), plain, floor)
+            if problem is None:
+                break
+            undo.to(0)
+            weakest = next((o for o in reversed(LOSSY) if o in active), None)
+            if weakest is None:
+                raise UsageError(f"accelerate: {problem}. The pipeline is restored; report this.")
+            del active[weakest]
+            dropped.append(Dropped(weakest, problem, "lower `floor`, or choose a milder value"))
+    except BaseException:
+        undo.run()
+        raise
+    setattr(pipeline, ATTRIBUTE, acceleration)
+    return pipeline
+
+
+def report_of(pipeline: Any) -> Acceleration:
+    """Return the report of a pipeline's acceleration.
+
+    Raises:
+        UsageError: the pipeline is not accelerated.
+    """
+    report: Acceleration | None = getattr(pipeline, ATTRIBUTE, None)
+    if report is None:
+        raise UsageError(
+            f"{type(pipeline).__name__}: this pipeline is not accelerated. Call `accelerate` first."
+        )
+    return report
+
+
+def restore(pipeline: Any) -> Any:
+    """Undo a pipeline's acceleration, prove that it is what it was, and return it.
+
+    Raises:
+        UsageError: the pipeline is not accelerated; or something else changed it, which the message names.
+    """
+    report = report_of(pipeline)
+    delattr(pipeline, ATTRIBUTE)
+    report.undo.run()
+    return pipeline
+
+
+@contextmanager
+def accelerated(
+    pipeline: Any, preset: str | Path | Plan = "balanced", **options: Unpack[Arguments]
+) -> Iterator[Any]:
+    """Accelerate a pipeline in a block, and restore it at its end; see `accelerate`."""
+    accelerate(pipeline, preset, **options)
+    try:
+        yield pipeline
+    finally:
+        if hasattr(pipeline, ATTRIBUTE):
+            restore(pipeline)
+
+
+def _check_pipeline(pipeline: Any) -> None:
+    name = type(pipeline).__name__
+    if not hasattr(pipeline, "components") or denoiser_name(pipeline) is None:
+        raise UsageError(
+            f"{name}: this is no diffusers pipeline with a transformer or a U-Net. Pass the pipeline itself."
+        )
+    if getattr(pipeline, ATTRIBUTE, None) is not None:
+        raise UsageError(
+            f"{name}: this pipeline is accelerated already. Call `restore` first to change its acceleration."
+        )
+
+
+def _call_of(pipeline: Any, options: Options) -> Call:
+    """Return the call that the first of the sizes is calibrated and checked with."""
+    steps = options.steps or default_steps(pipeline)
+    height, width = options.sizes[0] if options.sizes else _default_size(pipeline)
+    prompts = tuple(options.prompts) or PROMPTS
+    return Call(steps, height, width, prompts, dict(options.arguments), options.seed)
+
+
+def _default_size(pipeline: Any) -> tuple[int, int]:
+    from diffalign.pipelines.registry import FAMILIES, wrap_pipeline
+
+    if type(pipeline).__name__ in FAMILIES:
+        height, width = wrap_pipeline(pipeline).default_size
+        return height, width
+    raise UsageError(
+        f"sizes=(): the default size of {type(pipeline).__name__} is unknown. Pass sizes=((height, width),)."
+    )
+
+
+def _situation(pipeline: Any, call: Call, active: Mapping[str, Any]) -> Situation:
+    from diffalign.pipelines.compiled import blocks
+
+    denoiser = denoiser_of(pipeline)
+    device = denoiser.device
+    is_cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if is_cuda else (0, 0)
+    guide = True
+    if "guidance" in active:
+        # a pipeline learns its guidance in a call only
+        draw(pipeline, replace(call.take(1), steps=2))
+        guide = guides(pipeline)
+    return Situation(
+        steps=call.steps,
+        device=device.type,
+        capability=capability,
+        cache_problem=why_no_cache(pipeline, steps=call.steps),
+        has_lora=bool(getattr(denoiser, "peft_config", None)),
+        has_factors=bool(pipeline.scheduler.config.get("qsched")),
+        is_quantized=bool(getattr(denoiser, "is_quantized", False)),
+        guides=guide,
+        processors=len(processors_of(denoiser)),
+        block_lists=bool(blocks(denoiser)),
+    )
+
+
+def _apply(
+    pipeline: Any,
+    active: Mapping[str, Any],
+    call: Call,
+    settings: Options,
+    undo: Undo,
+    schedules: tuple[Schedule, ...] = (),
+) -> Acceleration:
+    """Apply the options in their order, and return the report without a check."""
+    fingerprints = [_fingerprint(pipeline)]
+    if "quantize" in active and not getattr(denoiser_of(pipeline), "is_quantized", False):
+        quantize(pipeline, str(active["quantize"]), undo)
+        fingerprints.append(_fingerprint(pipeline))
+    if "attention" in active:
+        set_attention(denoiser_of(pipeline), str(active["attention"]), undo)
+    if "cache" in active or "guidance" in active:
+        schedules = _tap(pipeline, active, call, undo, schedules, settings.sizes)
+    if "compile" in active:
+        compile_parts(denoiser_of(pipeline), settings.batch_sizes, undo)
+    if "offload" in active:
+        offload(pipeline, str(active["offload"]), undo)
+    if "vae" in active:
+        save_memory(pipeline.vae, str(active["vae"]), undo)
+    plan = Plan(
+        type(pipeline).__name__,
+        tuple(fingerprints),
+        type(pipeline.scheduler).__name__,
+        {name: active[name] for name in CHOICES if name in active},
+        call.steps,
+        settings.sizes or ((call.height, call.width),),
+        schedules,
+        versions=versions(),
+        device=denoiser_of(pipeline).device.type,
+    )
+    return Acceleration("plan", plan, [], undo)
+
+
+def _fingerprint(pipeline: Any) -> str:
+    try:
+        return of_denoiser(pipeline)
+    except UnknownWeights:
+        return "unknown"
+
+
+def _tap(
+    pipeline: Any,
+    active: Mapping[str, Any],
+    call: Call,
+    undo: Undo,
+    schedules: tuple[Schedule, ...],
+    sizes: tuple[tuple[int, int], ...],
+) -> tuple[Schedule, ...]:
+    """Put guidance and cache in force, and return the cache's schedules."""
+    handlers: tuple[Handler, ...] = ()
+    if "guidance" in active:
+        handlers = (Guidance(pipeline, str(active["guidance"]), steps=call.steps),)
+    if "cache" in active:
+        if not schedules:
+            value = active["cache"]
+            target = STATIC if value == "static" else float(value)
+            schedules = _calibrated(pipeline, handlers, call, target, sizes)
+        handlers = (Cache(schedules), *handlers)
+    undo.add(Tap(pipeline, Chain(handlers)).remove)
+    return schedules
+
+
+def _calibrated(
+    pipeline: Any,
+    handlers: tuple[Handler, ...],
+    call: Call,
+    target: float,
+    sizes: tuple[tuple[int, int], ...],
+) -> tuple[Schedule, ...]:
+    """Return a schedule for each size whose noise levels are its own."""
+    schedules: list[Schedule] = []
+    for height, width in sizes or ((call.height, call.width),):
+        sized = replace(call, height=height, width=width)
+        schedule = calibrate(pipeline, sized, target=target, inside=handlers)
+        if all(schedule.request != s.request for s in schedules):
+            schedules.append(schedule)
+    return tuple(schedules)
+
+
+def _measure(
+    report: Acceleration, call: Call, plain: tuple[Any, float], floor: float
+) -> str | None:
+    """Draw the images of the check, and return what is wrong with them."""
+    pipeline = report.undo.pipeline
+    images, seconds = timed(pipeline, call)
+    before, plain_seconds = plain
+    values = psnr(images, before)
+    figures = {
+        "plain_seconds": plain_seconds,
+        "seconds": seconds,
+        "ratio": plain_seconds / seconds,
+        "psnr": statistics.median(values),
+        "worst_psnr": min(values),
+        "images": float(len(values)),
+    }
+    report.plan = replace(report.plan, measured=figures)
+    adapters = active_adapters(pipeline)
+    report.reference = Reference(pipeline, call, before, images, adapters, floor)
+    if faults_of(images) and not faults_of(before):
+        return faults_of(images)[0]
+    if adapters and _is_without_effect(pipeline, call, images):
+        return f"the LoRA {', '.join(adapters)} has no effect on the images"
+    if figures["psnr"] < floor:
+        return f"the images have {figures['psnr']:.1f} dB to the plain ones, below the floor of {floor:g} dB"
+    return None
+
+
+def _is_without_effect(pipeline: Any, call: Call, images: Any) -> bool:
+    """Return whether the images are the same without the pipeline's LoRA."""
+    denoiser = denoiser_of(pipeline)
+    denoiser.disable_adapters()
+    try:
+        return statistics.median(psnr(draw(pipeline, call), images)) > LORA_EFFECT
+    finally:
+        denoiser.enable_adapters()
+
+
+def _put_in_force(pipeline: Any, plan: Plan) -> Any:
+    """Apply a plan after checking that it belongs to the pipeline."""
+    name = type(pipeline).__name__
+    if plan.pipeline != name:
+        raise UsageError(
+            f"preset: the plan is for {plan.pipeline}, and this is {name}. Accelerate with a preset instead."
+        )
+    if _fingerprint(pipeline) not in plan.denoiser:
+        raise UsageError(
+            "preset: the plan belongs to other weights of the denoiser. Accelerate with a preset instead."
+        )
+    if plan.scheduler != type(pipeline.scheduler).__name__:
+        raise UsageError(
+            f"preset: the plan is for {plan.scheduler}, and the pipeline has "
+            f"{type(pipeline.scheduler).__name__}. Put the scheduler back, or accelerate with a preset."
+        )
+    height, width = plan.sizes[0]
+    call = Call(plan.steps, height, width)
+    undo = Undo(pipeline)
+    try:
+        report = _apply(pipeline, plan.options, call, Options(), undo, plan.schedules)
+    except BaseException:
+        undo.run()
+        raise
+    report.plan = replace(report.plan, measured=plan.measured)
+    setattr(pipeline, ATTRIBUTE, report)
+    return pipeline

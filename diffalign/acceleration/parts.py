@@ -1,0 +1,136 @@
+"""Options of an acceleration, each applied to a pipeline with the step that undoes it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffalign.acceleration.tap import denoiser_name
+from diffalign.acceleration.undo import Undo
+from diffalign.core.errors import UsageError
+
+GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+"""Hooks of diffusers' group offloading."""
+
+
+class Inapplicable(UsageError):
+    """Option that cannot be applied to a pipeline."""
+
+    def __init__(self, option: str, value: Any, why: str) -> None:
+        self.option, self.why = option, why.rstrip(".")
+        super().__init__(f"{option}={value!r}: {self.why}. Leave the option out.")
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """Return a pipeline's denoiser."""
+    return getattr(pipeline, str(denoiser_name(pipeline)))
+
+
+def processors_of(denoiser: nn.Module) -> list[Any]:
+    """Return the attention processors that diffusers' dispatcher reaches."""
+    processors = [getattr(part, "processor", None) for part in denoiser.modules()]
+    return [p for p in processors if p is not None and hasattr(p, "_attention_backend")]
+
+
+def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
+    """Put a quantised copy of the denoiser into the pipeline; keep the original on the CPU."""
+    from diffalign.quantization.apply import quantize_model
+
+    name, original = str(denoiser_name(pipeline)), denoiser_of(pipeline)
+    twin = copy.deepcopy(original)
+    try:
+        quantize_model(twin, backend)
+    except UsageError as error:
+        raise Inapplicable("quantize", backend, str(error)) from error
+    pipeline.register_modules(**{name: twin})
+    device = original.device
+    if device.type == "cuda":
+        original.to("cpu")
+
+    def put_back() -> None:
+        original.to(device)
+        pipeline.register_modules(**{name: original})
+
+    undo.add(put_back)
+
+
+def set_attention(denoiser: Any, backend: str, undo: Undo) -> None:
+    """Set the attention backend of a denoiser, and of nothing else."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    process_wide = _AttentionBackendRegistry._active_backend
+    before = [(p, p._attention_backend) for p in processors_of(denoiser)]
+
+    def put_back() -> None:
+        for processor, value in before:
+            processor._attention_backend = value
+
+    undo.add(put_back)
+    try:
+        denoiser.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise Inapplicable(
+            "attention", backend, f"diffusers refuses this backend here ({error})"
+        ) from error
+    finally:
+        # diffusers changes it for every pipeline in the process
+        _AttentionBackendRegistry._active_backend = process_wide
+
+
+def compile_parts(denoiser: Any, batch_sizes: tuple[int, ...], undo: Undo) -> None:
+    """Compile the blocks of a denoiser when they are first called."""
+    from diffalign.pipelines.compiled import blocks
+
+    limit = torch._dynamo.config.recompile_limit
+    parts = [b for b in blocks(denoiser) if b._compiled_call_impl is None]
+
+    def put_back() -> None:
+        for part in parts:
+            vars(part).pop("_compiled_call_impl", None)
+        torch._dynamo.config.recompile_limit = limit
+
+    undo.add(put_back)
+    torch._dynamo.config.recompile_limit = max(limit, 64)
+    for part in parts:
+        part.compile(dynamic=False)
+
+
+def offload(pipeline: Any, kind: str, undo: Undo) -> None:
+    """Offload the parts of a pipeline to the CPU, by diffusers."""
+    device = denoiser_of(pipeline).device
+
+    def put_back() -> None:
+        if kind == "model":
+            pipeline.remove_all_hooks()
+        else:
+            _remove_group_offload(pipeline)
+        pipeline.to(device)
+
+    undo.add(put_back)
+    if kind == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.enable_group_offload(onload_device=device, offload_type="leaf_level")
+
+
+def _remove_group_offload(pipeline: Any) -> None:
+    from diffusers.hooks import HookRegistry
+
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            registry = HookRegistry.check_if_exists_or_initialize(part)
+            for hook in GROUP_HOOKS:
+                registry.remove_hook(hook, recurse=True)
+
+
+def save_memory(vae: Any, kind: str, undo: Undo) -> None:
+    """Turn slicing or tiling of an autoencoder on."""
+    if not hasattr(vae, f"enable_{kind}"):
+        raise Inapplicable("vae", kind, f"{type(vae).__name__} has no {kind}")
+    if getattr(vae, f"use_{kind}", False):
+        return
+    undo.add(getattr(vae, f"disable_{kind}"))
+    getattr(vae, f"enable_{kind}")()
