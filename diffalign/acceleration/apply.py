@@ -21,6 +21,7 @@ from diffalign.acceleration.options import (
     CHOICES,
     FLOORS,
     LOSSY,
+    PRESETS,
     STATIC,
     Arguments,
     Options,
@@ -70,9 +71,13 @@ def accelerate(
             caller named exclude each other; the plan belongs to another model; or an image is damaged.
     """
     _check_pipeline(pipeline)
-    plan = preset if isinstance(preset, Plan) else None
-    if plan is None and (isinstance(preset, Path) or str(preset).endswith(".json")):
-        plan = Plan.load(preset)
+    if isinstance(preset, Plan):
+        plan: Plan | None = preset
+    else:
+        is_path = preset not in PRESETS and (
+            Path(preset).suffix == ".json" or Path(preset).is_dir()
+        )
+        plan = Plan.load(preset) if is_path else None
     if plan is not None:
         if options:
             raise UsageError(
@@ -113,7 +118,7 @@ def accelerate(
             del active[weakest]
             dropped.append(Dropped(weakest, problem, "lower `floor`, or choose a milder value"))
     except BaseException:
-        undo.run()
+        undo.to(0)
         raise
     setattr(pipeline, ATTRIBUTE, acceleration)
     return pipeline
@@ -358,7 +363,7 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
     try:
         report = _apply(pipeline, plan.options, call, Options(), undo, plan.schedules)
     except BaseException:
-        undo.run()
+        undo.to(0)
         raise
     report.plan = replace(report.plan, measured=plan.measured)
     setattr(pipeline, ATTRIBUTE, report)

@@ -178,7 +178,8 @@ def extrapolations(
     # a feature that is zero everywhere gets the weight 0
     square = square + np.einsum("pj,jk->pjk", RIDGE * diagonal + 1e-30, np.eye(1 + inputs))
     weights = np.linalg.solve(square, products @ residual[:, :, None])
-    return line + np.einsum("pj,pjn->pn", weights[..., 0], basis)
+    result: np.ndarray = line + np.einsum("pj,pjn->pn", weights[..., 0], basis)
+    return result
 
 
 def weights_for(moments: Moments, computed: Sequence[int]) -> dict[int, tuple[Weights, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from diffalign.acceleration.tap import IMPLEMENTATION
+from diffalign.acceleration.tap import DENOISERS, IMPLEMENTATION, METHODS
 from diffalign.core.errors import UsageError
 from diffalign.core.fingerprint import UnknownWeights, fingerprint
 
@@ -59,10 +59,12 @@ def state_of(pipeline: Any) -> dict[str, Any]:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             state[f"weights of {name}"] = _weights(name, part)
-            state[f"hooks of {name}"] = hooks_of(part)
+            # transformers puts hooks of its own into text encoders in their first call
+            if name in (*DENOISERS, "vae"):
+                state[f"hooks of {name}"] = hooks_of(part)
     scheduler = pipeline.scheduler
     state["scheduler"] = type(scheduler)
-    state["hooks of scheduler"] = {"set_timesteps", "step"} & set(vars(scheduler))
+    state["hooks of scheduler"] = set(METHODS) & set(vars(scheduler))
     vae = getattr(pipeline, "vae", None)
     state["tiling of vae"] = [getattr(vae, n, None) for n in ("use_slicing", "use_tiling")]
     return state
@@ -87,7 +89,7 @@ def _changes(module: nn.Module, attribute: str) -> bool:
 
 def hooks_of(module: nn.Module) -> list[tuple[str, ...]]:
     """Return the hooks, compilations and attention processors of a module and its parts."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, part in module.named_modules():
         for attribute in PRIVATE:
             if _changes(part, attribute):

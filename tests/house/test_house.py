@@ -42,6 +42,10 @@ FORBIDDEN = {
         *("pipelines", "rewards", "training", "methods", "evaluation", "algorithms", "data"),
         *("config", "tuning", "schedulers", "quantization", *SURFACE),
     ),
+    "diffalign/acceleration": (
+        *("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
+        *("tuning", "schedulers", "shapes", *SURFACE),
+    ),
     "diffalign/tuning": ("training", "methods", "rewards", "algorithms", "shapes", *SURFACE),
     "pipelines": ("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
     "rewards": (
