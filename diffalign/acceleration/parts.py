@@ -36,7 +36,7 @@ def processors_of(denoiser: nn.Module) -> list[Any]:
 
 
 def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
-    """Put a quantised copy of the denoiser into the pipeline; keep the original on the CPU."""
+    """Put a quantised copy of the denoiser into the pipeline; keep the original."""
     from diffalign.quantization.apply import quantize_model
 
     name, original = str(denoiser_name(pipeline)), denoiser_of(pipeline)

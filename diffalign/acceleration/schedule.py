@@ -183,7 +183,7 @@ def extrapolations(
 
 
 def weights_for(moments: Moments, computed: Sequence[int]) -> dict[int, tuple[Weights, ...]]:
-    """Return weights for the steps that are not computed, one for each forward within a step."""
+    """Return the weights of each step that is not computed, by forward."""
     import numpy as np
 
     weights: dict[int, tuple[Weights, ...]] = {}
