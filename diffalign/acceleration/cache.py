@@ -114,8 +114,10 @@ class _Computing:
         self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], place: Place
     ) -> Point:
         """Call the denoiser and return its point."""
+        # a callback may change latents in place, and a CUDA graph writes its next output into the same memory
+        inputs = [t.clone() for t in latents_of(args, kwargs)]
         output = inner(*args, **kwargs)
-        return Point(place[0], latents_of(args, kwargs), predictions_of(output), output)
+        return Point(place[0], inputs, [t.clone() for t in predictions_of(output)], output)
 
 
 class Cache(_Computing):

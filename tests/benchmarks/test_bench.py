@@ -42,6 +42,7 @@ def test_names_and_seeds_are_checked(capsys):
     assert cli.main(["bench", "demo", "--seeds=0"]) == 2
     assert cli.main(["list", "benches"]) == 0
     assert set(BENCHES) == {
+        "acceleration",
         "demo",
         "awm",
         "rewards",
