@@ -84,44 +84,72 @@ def accelerate(
                 f"{', '.join(options)}: a plan has its own options. Leave them out, or name a preset."
             )
         return _put_in_force(pipeline, plan)
-    name = str(preset)
-    check_preset(name)
-    settings = Options.of(options)
-    call = _call_of(pipeline, settings)
-    values = settings.chosen(name)
-    active, dropped = settle(values, _situation(pipeline, call, values))
-    floor = FLOORS[name] if settings.floor is None else settings.floor
-    undo = Undo(pipeline)
+    trial = _Trial(pipeline, str(preset), Options.of(options))
     try:
-        plain = timed(pipeline, call.take(settings.check)) if settings.check else None
+        report = trial.run()
+    except BaseException:
+        trial.undo.to(0)
+        raise
+    setattr(pipeline, ATTRIBUTE, report)
+    return pipeline
+
+
+class _Trial:
+    """Search for the options of a preset that can be in force and keep the images.
+
+    It applies all of them, and takes one back after the other while something is wrong.
+    """
+
+    def __init__(self, pipeline: Any, preset: str, settings: Options) -> None:
+        check_preset(preset)
+        self._pipeline, self._preset, self._settings = pipeline, preset, settings
+        self._call = _call_of(pipeline, settings)
+        self._values = settings.chosen(preset)
+        situation = _situation(pipeline, self._call, self._values)
+        self._active, self._dropped = settle(self._values, situation)
+        self._floor = FLOORS[preset] if settings.floor is None else settings.floor
+        self.undo = Undo(pipeline)
+
+    def run(self) -> Acceleration:
+        """Return the report of the options that remain, which are in force then."""
+        check = self._call.take(self._settings.check)
+        plain = None
+        if self._settings.check:
+            # the first call of a process pays for much that has nothing to do with the pipeline
+            draw(self._pipeline, replace(check.take(1), steps=2))
+            plain = timed(self._pipeline, check)
         while True:
             try:
-                acceleration = _apply(pipeline, active, call, settings, undo)
+                report = _apply(self._pipeline, self._active, self._call, self._settings, self.undo)
             except Inapplicable as error:
-                undo.to(0)
-                if values[error.option][1]:
+                if self._values[error.option][1]:
                     raise
-                del active[error.option]
-                dropped.append(Dropped(error.option, error.why, "leave the option out"))
+                self._take_back(error.option, error.why, "leave the option out")
                 continue
-            acceleration.preset = name
-            acceleration.dropped = dropped
-            if plain is None:
-                break
-            problem = _measure(acceleration, call.take(settings.check), plain, floor)
-            if problem is None:
-                break
-            undo.to(0)
-            weakest = next((o for o in reversed(LOSSY) if o in active), None)
-            if weakest is None:
-                raise UsageError(f"accelerate: {problem}. The pipeline is restored; report this.")
-            del active[weakest]
-            dropped.append(Dropped(weakest, problem, "lower `floor`, or choose a milder value"))
-    except BaseException:
-        undo.to(0)
-        raise
-    setattr(pipeline, ATTRIBUTE, acceleration)
-    return pipeline
+            report.preset, report.dropped = self._preset, self._dropped
+            if plain is None or not self._is_worse(report, check, plain):
+                return report
+
+    def _is_worse(self, report: Acceleration, call: Call, plain: tuple[Any, float]) -> bool:
+        """Check the images, and take one option back if something is wrong."""
+        problem = _measure(report, call, plain, self._floor)
+        weakest = next((o for o in reversed(LOSSY) if o in self._active), None)
+        if problem is not None and weakest is None:
+            raise UsageError(f"accelerate: {problem}. The pipeline is restored; report this.")
+        if problem is not None and weakest is not None:
+            self._take_back(weakest, problem, "lower `floor`, or choose a milder value")
+            return True
+        ratio = report.measured["ratio"]
+        if "compile" in self._active and not self._values["compile"][1] and ratio < 1:
+            why = f"with it a call takes {1 / ratio:.2f} times as long as without"
+            self._take_back("compile", why, "name it to compile anyway: compile='blocks'")
+            return True
+        return False
+
+    def _take_back(self, option: str, why: str, remedy: str) -> None:
+        self.undo.to(0)
+        del self._active[option]
+        self._dropped.append(Dropped(option, why, remedy))
 
 
 def report_of(pipeline: Any) -> Acceleration:
@@ -308,6 +336,8 @@ def _measure(
 ) -> str | None:
     """Draw the images of the check, and return what is wrong with them."""
     pipeline = report.undo.pipeline
+    if "compile" in report.applied:
+        draw(pipeline, call)
     images, seconds = timed(pipeline, call)
     before, plain_seconds = plain
     values = psnr(images, before)
