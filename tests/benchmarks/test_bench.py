@@ -43,6 +43,7 @@ def test_names_and_seeds_are_checked(capsys):
     assert cli.main(["list", "benches"]) == 0
     assert set(BENCHES) == {
         "acceleration",
+        "alignment",
         "demo",
         "awm",
         "rewards",
