@@ -95,7 +95,7 @@ def accelerate(
 
 
 class _Trial:
-    """Search for the options of a preset that can be in force and keep the images.
+    """Search for the options of a preset that keep the images.
 
     It applies all of them, and takes one back after the other while something is wrong.
     """
