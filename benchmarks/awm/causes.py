@@ -13,13 +13,13 @@ from torch import Tensor
 
 from benchmarks.awm.arms import AWM, COSTS, LONG, NOISES, RIVALS, Arm, configuration
 from benchmarks.awm.gradients import direction, gradients, load_policy, signal
-from benchmarks.awm.relations import colours, positions
 from benchmarks.common.record import BenchOptions, spread
 from benchmarks.common.second_opinion import evaluate_lora, lora_left, weights_left
 from diffalign.config import ForwardProcessConfig, RunConfig, to_dict
 from diffalign.data.prompts import load_prompts
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.quantization.latency import interleaved
+from diffalign.scripts.shapes.relations import colours, positions
 from diffalign.shapes.verifier import detect
 from diffalign.training.run import Run
 from diffalign.types import no_reward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel, T5EncoderModel, T5Tokenizer
 
-from diffalign.core.files import folder_aside
+from diffalign.core.files import folder_aside, write_text
 from diffalign.pipelines import saving
 from diffalign.pipelines.cards import PUBLISHED
 from diffalign.scripts.shapes.autoencoder import fold_shift
@@ -156,4 +157,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.to(dtype=torch.bfloat16)
     with folder_aside(folder) as hidden:
         saving.save_pipeline(pipeline, hidden, card=PUBLISHED.get(folder.name))
+        forget_places(hidden)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_places(folder: Path) -> None:
+    """Remove the folders of this machine from which parts of a pipeline were loaded."""
+    for file in folder.rglob("*.json"):
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and facts.pop("_name_or_path", None) is not None:
+            write_text(file, json.dumps(facts, indent=2) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from diffalign.core.versions import versions
 from diffalign.pipelines.registry import load_model
 from diffalign.scripts.shapes.evaluation import evaluate_shapes
+from diffalign.scripts.shapes.relations import measure_relations
 
 SEEDS = (1, 2, 3)
 
@@ -59,6 +60,7 @@ def main() -> None:
         "num_inference_steps": args.num_inference_steps,
         "seeds": SEEDS,
         "held_out": measure(args.model, args.num_inference_steps, args.guidance_scale),
+        "relations": measure_relations(load_model(args.model), seed=SEEDS[0]),
         "versions": versions(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.awm.relations import colours, positions
 from diffalign.data.prompts import load_prompts
+from diffalign.scripts.shapes.relations import colours, positions
 from diffalign.shapes.verifier import detect
 from diffalign.shapes.world import GRID, SceneObject, render, sample_scene
 
@@ -33,7 +33,7 @@ def test_who_knows_the_relation_is_always_right():
     prompts = POSITION * 3
     found = positions(right(prompts), prompts, detect)
     assert found["both objects"] == {"share": 1.0, "error": 0.0, "images": 60}
-    assert found["then as asked"]["share"] == 1.0
+    assert found["then as prompted"]["share"] == 1.0
     # one relation, or two where the offset is a diagonal
     assert 0.25 <= found["then by chance"]["share"] < 0.4
 
@@ -43,7 +43,7 @@ def test_who_does_not_is_right_by_chance():
     prompts = POSITION * 30
     found = positions([by_chance(p, rng) for p in prompts], prompts, detect)
     assert found["both objects"]["share"] == 1.0
-    asked, chance = found["then as asked"], found["then by chance"]
+    asked, chance = found["then as prompted"], found["then by chance"]
     # drawn by chance, a prompt's images are as independent as any
     assert asked["error"] == pytest.approx(
         (asked["share"] * (1 - asked["share"]) / 600) ** 0.5, rel=0.4
@@ -67,13 +67,13 @@ def test_a_missing_object_is_no_wrong_relation():
     alone = SceneObject(prompt.metadata["include"][0]["class"], "red", GRID[0], GRID[0], 14.0)
     found = positions([render((alone,))], [prompt], detect)
     assert found["both objects"]["share"] == 0.0
-    assert found["then as asked"] == {"share": None, "error": None, "images": 0}
+    assert found["then as prompted"] == {"share": None, "error": None, "images": 0}
 
 
 def test_colours_are_right_swapped_or_missing():
     images = right(COLOR_ATTR)
     found = colours(images, COLOR_ATTR, detect)
-    assert found["both objects and colours"]["share"] == found["then as asked"]["share"] == 1.0
+    assert found["both objects and colours"]["share"] == found["then as prompted"]["share"] == 1.0
 
     def drawn(prompt, shades):
         return render(
@@ -89,4 +89,4 @@ def test_colours_are_right_swapped_or_missing():
     swapped, same = drawn(COLOR_ATTR[0], (second, first)), drawn(COLOR_ATTR[0], (first, first))
     found = colours([images[0], swapped, same], [COLOR_ATTR[0]] * 3, detect)
     assert found["both objects and colours"] == {"share": 0.6667, "error": None, "images": 3}
-    assert found["then as asked"]["share"] == 0.5
+    assert found["then as prompted"]["share"] == 0.5

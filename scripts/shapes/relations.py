@@ -13,6 +13,10 @@ import numpy as np
 
 from diffalign.data.prompts import Prompt
 from diffalign.geneval.rules import RELATIONS, Detection, relative_position
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.scripts.shapes.evaluation import draw_shapes
+from diffalign.shapes.prompts import prompts
+from diffalign.shapes.verifier import detect
 
 Detect = Callable[[np.ndarray], list[Detection]]
 
@@ -60,7 +64,7 @@ def positions(images: Sequence[np.ndarray], prompts: Sequence[Prompt], detect: D
             chance.append((prompt.text, len(relations) / len(RELATIONS)))
     return {
         "both objects": _share(both),
-        "then as asked": _share(right),
+        "then as prompted": _share(right),
         "then by chance": _share(chance),
     }
 
@@ -82,4 +86,20 @@ def colours(images: Sequence[np.ndarray], prompts: Sequence[Prompt], detect: Det
         both.append((prompt.text, both_present))
         if both_present:
             right.append((prompt.text, colors == prompted_colors))
-    return {"both objects and colours": _share(both), "then as asked": _share(right)}
+    return {"both objects and colours": _share(both), "then as prompted": _share(right)}
+
+
+def measure_relations(model: TextToImageModel, *, seed: int, repeats: int = 6) -> dict[str, Any]:
+    """Measure relations and colour owners on held-out prompts, without guidance.
+
+    Args:
+        seed: seed of the noise.
+        repeats: images of each prompt.
+    """
+    result = {}
+    for task, measure in (("position", positions), ("color_attr", colours)):
+        entries = [entry for entry in prompts("held_out") if entry["tag"] == task] * repeats
+        images = draw_shapes(model, entries, seed=seed)
+        texts = [Prompt(entry["prompt"], metadata=entry) for entry in entries]
+        result[task] = measure(list(images), texts, detect)
+    return result
