@@ -262,13 +262,14 @@ def test_flatness_falls_with_what_coarse_weights_do_to_an_image():
     assert (scores[2] < scores[0]).all()
 
 
+COLUMNS = 8
+
+
 def test_the_documentation_says_what_the_cards_say():
     lines = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().splitlines()
-    table = [
-        [c.strip().replace("`", "") for c in x.strip("|").split("|")]
-        for x in lines
-        if x[:3] == "| `"
-    ]
+    rows = (x.strip("|").split("|") for x in lines if x[:3] == "| `")
+    # the table of times has fewer columns
+    table = [[c.strip().replace("`", "") for c in row] for row in rows if len(row) == COLUMNS]
     cards = [registry.create(name).card for name in sorted(registry.BUILT_IN)]
 
     def commits(card):
