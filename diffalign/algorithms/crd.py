@@ -47,8 +47,8 @@ def implicit_reward(sample: ForwardSample) -> Tensor:
 
 def gap(sample: ForwardSample, config: CRDConfig) -> Tensor:
     """Return beta r - a (B,), whose mean over a group is subtracted from it."""
-    target = optimality(sample.advantages, clip=config.advantage_clip)
-    return config.beta * implicit_reward(sample) - target
+    share = optimality(sample.advantages, clip=config.advantage_clip)
+    return config.beta * implicit_reward(sample) - share
 
 
 def loss(sample: ForwardSample, config: CRDConfig) -> tuple[Tensor, Metrics]:
@@ -62,15 +62,13 @@ def loss(sample: ForwardSample, config: CRDConfig) -> tuple[Tensor, Metrics]:
     """
     if sample.group_mean is None:
         raise ValueError("CRD needs the mean over the images of a prompt.")
-    centred = gap(sample, config) - sample.group_mean.detach()
+    reward = implicit_reward(sample)
+    share = optimality(sample.advantages, clip=config.advantage_clip)
+    centred = config.beta * reward - share - sample.group_mean.detach()
     value = config.advantage_clip / config.beta * centred.square()
     with torch.no_grad():
-        metrics = {
-            "implicit_reward": implicit_reward(sample),
-            "optimality": optimality(sample.advantages, clip=config.advantage_clip),
-            "error": matching_error(sample.model_pred, sample.target),
-        }
-    return value, metrics
+        error = matching_error(sample.model_pred, sample.target)
+    return value, {"implicit_reward": reward.detach(), "optimality": share, "error": error}
 
 
 LOSS = ForwardLoss(
@@ -78,5 +76,5 @@ LOSS = ForwardLoss(
     metrics=("implicit_reward", "optimality", "error"),
     needs_old=True,
     own_sampler=True,
-    group=GroupStatistic(gap),
+    group=GroupStatistic(gap, needs_old=True),
 )

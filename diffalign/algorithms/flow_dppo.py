@@ -8,8 +8,6 @@ moved in the direction of the advantage, so that the gradient would increase D f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,9 +44,4 @@ def loss(sample: TrajectorySample, config: FlowDPPOConfig) -> tuple[Tensor, Metr
     return value, {"ratio": ratio.detach(), "left_out": left_out.float(), "divergence": distance}
 
 
-def always(config: Any) -> bool:
-    """Return True: the divergence needs the old policy's means."""
-    return True
-
-
-LOSS = TrajectoryLoss(loss, metrics=("ratio", "left_out", "divergence"), needs_mean=always)
+LOSS = TrajectoryLoss(loss, metrics=("ratio", "left_out", "divergence"))

@@ -114,9 +114,4 @@ def loss(sample: TrajectorySample, config: FlowGRPOConfig) -> tuple[Tensor, Metr
     return clipped_surrogate(ratios, advantages, clip_range=config.clip_range)
 
 
-def guarded(config: FlowGRPOConfig) -> bool:
-    """Return whether the ratio is GRPO-Guard's, which needs the old policy's means."""
-    return config.guard
-
-
-LOSS = TrajectoryLoss(loss, metrics=METRICS, needs_mean=guarded)
+LOSS = TrajectoryLoss(loss, metrics=METRICS)

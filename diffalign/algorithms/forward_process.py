@@ -53,10 +53,12 @@ class GroupStatistic:
     Attributes:
         values: maps a sample without `group_mean` and the algorithm's settings to the values (B,) to average.
         needs_reference: whether `values` needs `reference_pred`.
+        needs_old: whether `values` needs `old_pred`.
     """
 
     values: Callable[[ForwardSample, Any], Tensor]
     needs_reference: bool = False
+    needs_old: bool = False
 
 
 @dataclass(frozen=True)

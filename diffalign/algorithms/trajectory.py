@@ -38,7 +38,7 @@ class TrajectorySample:
         log_probs: log-probabilities (B,) of the steps that the rollout took, under the policy.
         old_log_probs: log-probabilities (B,) of the same steps under the policy that sampled them.
         advantages: advantages (B,), neither clipped nor scaled.
-        old_mean: means (B, ...) of the steps under the policy that sampled them; None if the loss does not need them.
+        old_mean: means (B, ...) of the steps under that policy; None if the settings do not need them.
     """
 
     step: StochasticStep
@@ -48,11 +48,6 @@ class TrajectorySample:
     old_mean: Tensor | None = None
 
 
-def no_mean(config: Any) -> bool:
-    """Return False: the loss does not need the means of the policy that sampled the rollout."""
-    return False
-
-
 @dataclass(frozen=True)
 class TrajectoryLoss:
     """Loss on the stochastic steps of a rollout.
@@ -60,9 +55,7 @@ class TrajectoryLoss:
     Attributes:
         loss: maps a sample and the algorithm's settings to the losses (B,) and their metrics, (B,) each.
         metrics: names of the metrics.
-        needs_mean: maps the algorithm's settings to whether the loss needs `old_mean`.
     """
 
     loss: Callable[[TrajectorySample, Any], tuple[Tensor, Metrics]]
     metrics: tuple[str, ...]
-    needs_mean: Callable[[Any], bool] = no_mean

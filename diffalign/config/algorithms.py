@@ -286,6 +286,11 @@ class TrajectoryConfig(AlgorithmConfig):
     """
     kl_beta: float = 0.04
 
+    @property
+    def needs_mean(self) -> bool:
+        """True if the loss needs the means of the policy that sampled the rollout."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, ("noise_level",), "algorithm")
@@ -343,6 +348,11 @@ class FlowGRPOConfig(TrajectoryConfig):
     guard: bool = False
     """Use GRPO-Guard's ratio, which does not fall with the policy's distance; for "sde" only."""
 
+    @property
+    def needs_mean(self) -> bool:
+        """True for GRPO-Guard's ratio."""
+        return self.guard
+
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, ("clip_range",), "algorithm")
@@ -368,6 +378,11 @@ class FlowDPPOConfig(TrajectoryConfig):
     """
     window_size: int | None = 3
     window_stop: float = 0.5
+
+    @property
+    def needs_mean(self) -> bool:
+        """True: the divergence is that from the old policy's means."""
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

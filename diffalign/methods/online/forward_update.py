@@ -232,7 +232,11 @@ class ForwardProcessUpdate(PolicyUpdate):
         for rows in micro_batches(len(batch.image), self.settings.micro_batch_size):
             states = self._states(batch, rows, update=update, inner=inner)
             with torch.no_grad():
-                sample = self._sample(states, needs_reference=statistic.needs_reference)
+                sample = self._sample(
+                    states,
+                    needs_old=statistic.needs_old,
+                    needs_reference=statistic.needs_reference,
+                )
                 values = statistic.values(sample, self.config).double().cpu().view(-1, steps)
             index = batch.prompt_index[rows.start : rows.stop]
             table[0].index_add_(0, index, values)
@@ -250,7 +254,9 @@ class ForwardProcessUpdate(PolicyUpdate):
         inner: int,
     ) -> Tensor:
         states = self._states(batch, rows, update=update, inner=inner)
-        sample = self._sample(states, needs_reference=self.algorithm.needs_reference)
+        sample = self._sample(
+            states, needs_old=self.off_policy, needs_reference=self.algorithm.needs_reference
+        )
         if self.group_means is not None:
             means = self.group_means[batch.prompt_index[rows.start : rows.stop]].flatten()
             sample = replace(sample, group_mean=means.float().to(batch.latents.device))
@@ -327,13 +333,15 @@ class ForwardProcessUpdate(PolicyUpdate):
             (draws.kl_pick + offset).flatten().to(device),
         )
 
-    def _sample(self, states: TrainingStates, *, needs_reference: bool) -> ForwardSample:
+    def _sample(
+        self, states: TrainingStates, *, needs_old: bool, needs_reference: bool
+    ) -> ForwardSample:
         """Return the input of the loss: the states with the predictions that it needs."""
         batch = states.batch
         arguments = (batch.noisy, batch.timesteps, batch.embeds)
         old = reference = None
         with torch.no_grad():
-            if self.off_policy:
+            if needs_old:
                 with lora.policy(self.model.denoiser, lora.LAGGED):
                     old = self.predict(*arguments)
             if needs_reference:

@@ -148,7 +148,7 @@ class TrajectoryUpdate(PolicyUpdate):
             raise ValueError("a loss on trajectories needs the trajectory of the rollout")
         latents = batch.trajectory.latents
         means = None
-        if self.algorithm.needs_mean(self.config):
+        if self.config.needs_mean:
             means = torch.empty_like(latents[:, 1:], dtype=torch.float32)
         old_log_probs = torch.empty(len(latents), self.size, device=latents.device)
         return replace(batch, old_log_probs=old_log_probs, old_means=means)
