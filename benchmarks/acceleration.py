@@ -79,8 +79,9 @@ def _measured(name: str, seed: int, quick: bool) -> dict[str, Any]:
     )
     (schedule,) = diffalign.acceleration(fast.pipeline).plan.schedules
     ratio = _ratio(plain, fast, test)
-    values = psnr(draw(fast.pipeline, test), images)
-    alone = [psnr(_alone(fast, test, i), draw(fast.pipeline, test)[i : i + 1])[0] for i in (0, 1)]
+    accelerated = draw(fast.pipeline, test)
+    values = psnr(accelerated, images)
+    alone = [psnr(_alone(fast, test, i), accelerated[i : i + 1])[0] for i in (0, 1)]
     drop = _geneval(plain, seed, quick) - _geneval(fast, seed, quick)
     diffalign.restore(fast.pipeline)
     restored = torch.equal(draw(fast.pipeline, test), images)

@@ -36,14 +36,19 @@ def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> 
     if problem is not None:
         logger.warning("model.compile: going on without, slower: %s", problem)
         return False
+    compile_each(blocks(denoiser))
+    _PaddedBatches(denoiser, sizes)
+    return True
+
+
+def compile_each(parts: Iterable[nn.Module]) -> None:
+    """Compile blocks with static shapes; equal blocks share one compilation."""
     # unequal blocks (the last of SD3 has no context), policies and modes are variants of one function, and torch falls
     # back to eager beyond the limit
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
-    for block in blocks(denoiser):
-        block.compile(dynamic=False)
-    _PaddedBatches(denoiser, sizes)
-    return True
+    for part in parts:
+        part.compile(dynamic=False)
 
 
 def compiling_seconds() -> float:

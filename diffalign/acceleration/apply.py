@@ -13,7 +13,13 @@ import torch
 
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
-from diffalign.acceleration.checking import Reference, active_adapters, faults_of, timed
+from diffalign.acceleration.checking import (
+    NO_EFFECT,
+    Reference,
+    active_adapters,
+    faults_of,
+    timed,
+)
 from diffalign.acceleration.conditions import why_no_cache
 from diffalign.acceleration.drawing import PROMPTS, Call, default_steps, draw, psnr
 from diffalign.acceleration.guidance import Guidance, guides
@@ -48,8 +54,6 @@ from diffalign.core.versions import versions
 
 ATTRIBUTE = "_diffalign_acceleration"
 """Attribute of an accelerated pipeline that holds its report."""
-LORA_EFFECT = 100.0
-"""PSNR in dB above which a LoRA is without effect."""
 
 
 def accelerate(
@@ -88,7 +92,7 @@ def accelerate(
     try:
         report = trial.run()
     except BaseException:
-        trial.undo.to(0)
+        trial.undo.back()
         raise
     setattr(pipeline, ATTRIBUTE, report)
     return pipeline
@@ -147,7 +151,7 @@ class _Trial:
         return False
 
     def _take_back(self, option: str, why: str, remedy: str) -> None:
-        self.undo.to(0)
+        self.undo.back()
         del self._active[option]
         self._dropped.append(Dropped(option, why, remedy))
 
@@ -266,7 +270,7 @@ def _apply(
     if "cache" in active or "guidance" in active:
         schedules = _tap(pipeline, active, call, undo, schedules, settings.sizes)
     if "compile" in active:
-        compile_parts(denoiser_of(pipeline), settings.batch_sizes, undo)
+        compile_parts(denoiser_of(pipeline), undo)
     if "offload" in active:
         offload(pipeline, str(active["offload"]), undo)
     if "vae" in active:
@@ -352,8 +356,9 @@ def _measure(
     report.plan = replace(report.plan, measured=figures)
     adapters = active_adapters(pipeline)
     report.reference = Reference(pipeline, call, before, images, adapters, floor)
-    if faults_of(images) and not faults_of(before):
-        return faults_of(images)[0]
+    faults = faults_of(images)
+    if faults and not faults_of(before):
+        return faults[0]
     if adapters and _is_without_effect(pipeline, call, images):
         return f"the LoRA {', '.join(adapters)} has no effect on the images"
     if figures["psnr"] < floor:
@@ -366,7 +371,7 @@ def _is_without_effect(pipeline: Any, call: Call, images: Any) -> bool:
     denoiser = denoiser_of(pipeline)
     denoiser.disable_adapters()
     try:
-        return statistics.median(psnr(draw(pipeline, call), images)) > LORA_EFFECT
+        return statistics.median(psnr(draw(pipeline, call), images)) > NO_EFFECT
     finally:
         denoiser.enable_adapters()
 
@@ -393,7 +398,7 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
     try:
         report = _apply(pipeline, plan.options, call, Options(), undo, plan.schedules)
     except BaseException:
-        undo.to(0)
+        undo.back()
         raise
     report.plan = replace(report.plan, measured=plan.measured)
     setattr(pipeline, ATTRIBUTE, report)

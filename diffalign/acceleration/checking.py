@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.acceleration.drawing import Call, draw, psnr
+from diffalign.acceleration.parts import denoiser_of
 
 SAME = 60.0
 """PSNR in dB above which two draws of an acceleration show the same image."""
@@ -25,14 +26,9 @@ def timed(pipeline: Any, call: Call) -> tuple[Tensor, float]:
     return images, time.perf_counter() - started
 
 
-def has_lora(pipeline: Any) -> bool:
-    """Return whether a LoRA is active on a pipeline's denoiser."""
-    return bool(active_adapters(pipeline))
-
-
 def active_adapters(pipeline: Any) -> list[str]:
     """Return the names of the denoiser's active adapters."""
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
+    denoiser = denoiser_of(pipeline)
     if not getattr(denoiser, "peft_config", None):
         return []
     names = denoiser.active_adapters()

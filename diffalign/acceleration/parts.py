@@ -80,9 +80,9 @@ def set_attention(denoiser: Any, backend: str, undo: Undo) -> None:
         _AttentionBackendRegistry._active_backend = process_wide
 
 
-def compile_parts(denoiser: Any, batch_sizes: tuple[int, ...], undo: Undo) -> None:
+def compile_parts(denoiser: Any, undo: Undo) -> None:
     """Compile the blocks of a denoiser when they are first called."""
-    from diffalign.pipelines.compiled import blocks
+    from diffalign.pipelines.compiled import blocks, compile_each
 
     limit = torch._dynamo.config.recompile_limit
     parts = [b for b in blocks(denoiser) if b._compiled_call_impl is None]
@@ -93,9 +93,7 @@ def compile_parts(denoiser: Any, batch_sizes: tuple[int, ...], undo: Undo) -> No
         torch._dynamo.config.recompile_limit = limit
 
     undo.add(put_back)
-    torch._dynamo.config.recompile_limit = max(limit, 64)
-    for part in parts:
-        part.compile(dynamic=False)
+    compile_each(parts)
 
 
 def offload(pipeline: Any, kind: str, undo: Undo) -> None:

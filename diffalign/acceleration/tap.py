@@ -202,13 +202,6 @@ class Tap:
         self._forwards += 1
         return self.handler.forward(inner, args, kwargs, place)
 
-    @property
-    def attached(self) -> bool:
-        """True if the pipeline's present denoiser and scheduler are those of the tap."""
-        name = denoiser_name(self._pipeline)
-        module = getattr(self._pipeline, name) if name else None
-        return module is self._module and self._pipeline.scheduler is self._scheduler
-
     def remove(self) -> None:
         """Give the denoiser and the scheduler back as they would be without the tap."""
         self._detach_module()

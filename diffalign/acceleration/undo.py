@@ -27,21 +27,18 @@ class Undo:
         """Add a step, which is undone before those added earlier."""
         self._steps.append(step)
 
-    def to(self, length: int) -> None:
-        """Undo the steps after the first `length`."""
-        while len(self._steps) > length:
+    def back(self) -> None:
+        """Undo all steps, the last one first."""
+        while self._steps:
             self._steps.pop()()
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
     def run(self) -> None:
-        """Undo all steps.
+        """Undo all steps, and check that they brought the state back.
 
         Raises:
             UsageError: something is not what it was; the message names it.
         """
-        self.to(0)
+        self.back()
         after = state_of(self.pipeline)
         different = [name for name, value in self._before.items() if after.get(name) != value]
         if different:
