@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffalign.config import AnyRunConfig, dump
+from diffalign.core.commands import command
 from diffalign.core.files import write_text
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.charts import Chart, chart
@@ -97,21 +97,18 @@ def usage(folder: Path, config: AnyRunConfig, prompt: str) -> list[str]:
     c = config.evaluation
     lora, pipeline, scheduler = (folder / n for n in ("lora", "pipeline", "scheduler"))
     commands = []
-    model = ["--model", config.model.name, "--lora", str(lora)]
+    model: dict[str, object] = {"model": config.model.name, "lora": lora}
     if pipeline.exists():
-        model = ["--model", str(pipeline)]
+        model = {"model": pipeline}
     elif scheduler.exists():
         # a student draws with its own
-        student = str(folder / "student")
-        more = ["--scheduler", str(scheduler), "--output_dir", student]
-        commands.append(["diffalign", "merge", *model, *more])
-        model = ["--model", student]
-    steps = ["--num_inference_steps", str(c.num_inference_steps)]
-    if c.guidance_scale is not None:
-        steps += ["--guidance_scale", str(c.guidance_scale)]
-    commands.append(["diffalign", "generate", prompt, *model, *steps])
-    commands.append(["diffalign", "evaluate", "--run", str(folder)])
-    return [shlex.join(words) for words in commands]
+        student = folder / "student"
+        commands.append(command("merge", **model, scheduler=scheduler, output_dir=student))
+        model = {"model": student}
+    drawing = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
+    commands.append(command("generate", prompt, **model, **drawing))
+    commands.append(command("evaluate", run=folder))
+    return commands
 
 
 def _drawing(config: AnyRunConfig) -> str:
