@@ -170,15 +170,28 @@ def report_of(pipeline: Any) -> Acceleration:
     return report
 
 
-def restore(pipeline: Any) -> Any:
+def restore(pipeline: Any, *, check: bool = False) -> Any:
     """Undo a pipeline's acceleration, prove that it is what it was, and return it.
 
+    The proof compares every bit of the weights, the modules, LoRAs, hooks, processors, and the scheduler.
+
+    Args:
+        check: draw the check's images again, too, and compare them pixel for pixel with the plain ones.
+
     Raises:
-        UsageError: the pipeline is not accelerated; or something else changed it, which the message names.
+        UsageError: the pipeline is not accelerated; something else changed it, which the message names; or `check` is
+            set and the acceleration was made without images.
     """
     report = report_of(pipeline)
+    if check:
+        report.need_reference()
     delattr(pipeline, ATTRIBUTE)
     report.undo.run()
+    if check and not report.need_reference().is_plain():
+        raise UsageError(
+            "restore: the pipeline's state is what it was, and its images are not. This device may not compute the "
+            "same twice; draw the images of two plain calls to see. Load the pipeline again otherwise."
+        )
     return pipeline
 
 

@@ -79,6 +79,10 @@ class Reference:
             )
         return problems
 
+    def is_plain(self) -> bool:
+        """Draw the images again, and return whether they are the plain ones, pixel for pixel."""
+        return torch.equal(draw(self.pipeline, self.call), self.plain)
+
 
 def faults_of(images: Tensor) -> list[str]:
     """Return faults that images show by themselves: values that are not finite, or one colour."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffalign.acceleration.tap import denoiser_name
 from diffalign.acceleration.undo import Undo
 from diffalign.core.errors import UsageError
 
+logger = logging.getLogger(__name__)
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 """Hooks of diffusers' group offloading."""
 
@@ -51,6 +53,11 @@ def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
         original.to("cpu")
 
     def put_back() -> None:
+        if names := list(getattr(twin, "peft_config", None) or {}):
+            logger.warning(
+                "restore: the LoRA %s was loaded onto the quantised weights, and is gone with them; load it again",
+                ", ".join(names),
+            )
         original.to(device)
         pipeline.register_modules(**{name: original})
 

@@ -125,11 +125,19 @@ class Acceleration:
         Raises:
             UsageError: the acceleration was made without a check.
         """
+        return self.need_reference().problems()
+
+    def need_reference(self) -> Reference:
+        """Return the images of the check.
+
+        Raises:
+            UsageError: the acceleration was made without a check.
+        """
         if self.reference is None:
             raise UsageError(
                 "check=0: there are no images to compare with. Call `accelerate` with check=2."
             )
-        return self.reference.problems()
+        return self.reference
 
     def save(self, folder: str | Path) -> Path:
         """Write the plan into a pipeline's folder, from which `diffalign.load` puts it in force."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ SMALL = 500_000_000
 """Size in bytes below which `of_place` reads a file whole."""
 SMALLEST = 2.0**-14
 """Smallest normal number of float16."""
+WORDS = 1 << 20
+"""Number of 64-bit words that `checksum` sums at a time."""
 
 
 class UnknownWeights(UsageError):
@@ -83,6 +86,44 @@ def fingerprint(modules: Mapping[str, nn.Module], *, rounded: bool = False) -> s
                     values = inner.flatten()[:64].float().cpu()
                     digest.update((_coarse(values) if rounded else values).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return 16 hex digits of every bit of a tensor, computed where the tensor lies.
+
+    It is a sum of 64-bit words times odd pseudo-random numbers, modulo 2^64, for each block of `WORDS` words. A change
+    of one word always changes it, other changes with a probability of 1 - 2^-63. Dtype and shape are not part of it.
+
+    Raises:
+        UnknownWeights: the values are not in memory.
+    """
+    digest = hashlib.sha256()
+    for inner in plain_tensors(tensor.detach()):
+        if inner.is_meta:
+            raise UnknownWeights("the values of a tensor are on the meta device")
+        octets = inner.contiguous().flatten().view(torch.uint8)
+        rest = len(octets) % 8
+        if rest:
+            octets = torch.nn.functional.pad(octets, (0, 8 - rest))
+        elif octets.storage_offset() % 8:
+            octets = octets.clone()
+        sums = [
+            (part * _multipliers(part.device)[: len(part)]).sum()
+            for part in octets.view(torch.int64).split(WORDS)
+        ]
+        if sums:
+            digest.update(torch.stack(sums).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _multipliers(device: torch.device) -> Tensor:
+    """Return (WORDS,) odd pseudo-random numbers."""
+    # the mixing of SplitMix64 (Steele, Lea and Flood 2014), whose constants wrap in 64 bits with a sign
+    numbers = torch.arange(1, WORDS + 1, device=device) * -0x61C8864680B583EB
+    numbers = (numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47
+    numbers = (numbers ^ (numbers >> 27)) * -0x6B2FB644ECCEEE15
+    return numbers | 1
 
 
 def of_pipeline(pipeline: Any) -> str:

@@ -16,7 +16,7 @@ import diffalign
 from diffalign import lora
 from diffalign.acceleration.drawing import Call, draw
 from diffalign.acceleration.rules import RULES, Situation, settle
-from diffalign.acceleration.undo import state_of
+from diffalign.acceleration.state import state_of
 from diffalign.core.errors import UsageError
 from diffalign.quantization import apply as quantization
 
