@@ -1,4 +1,4 @@
-"""State of a pipeline that an acceleration must bring back, and what differs between two states."""
+"""State of a pipeline that an acceleration must bring back, and how two states differ."""
 
 from __future__ import annotations
 
