@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
+from diffalign.acceleration.attention import is_lossy, parts_of, pick, set_attention
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
 from diffalign.acceleration.checking import (
@@ -38,10 +40,8 @@ from diffalign.acceleration.parts import (
     compile_parts,
     denoiser_of,
     offload,
-    processors_of,
     quantize,
     save_memory,
-    set_attention,
 )
 from diffalign.acceleration.report import Acceleration, Plan
 from diffalign.acceleration.rules import Dropped, Situation, settle
@@ -109,10 +109,25 @@ class _Trial:
         self._pipeline, self._preset, self._settings = pipeline, preset, settings
         self._call = _call_of(pipeline, settings)
         self._values = settings.chosen(preset)
+        self._reasons: dict[str, str] = {}
+        unpicked = self._pick_attention()
         situation = _situation(pipeline, self._call, self._values)
         self._active, self._dropped = settle(self._values, situation)
+        self._dropped += unpicked
         self._floor = FLOORS[preset] if settings.floor is None else settings.floor
         self.undo = Undo(pipeline)
+
+    def _pick_attention(self) -> list[Dropped]:
+        """Replace "auto" by the backend for this machine, or return why torch's own choice stays."""
+        if self._values.get("attention", ("", False))[0] != "auto":
+            return []
+        choice = pick(denoiser_of(self._pipeline))
+        if choice.backend is None:
+            del self._values["attention"]
+            return [Dropped("attention", choice.why, choice.remedy)]
+        self._values["attention"] = choice.backend, False
+        self._reasons["attention"] = choice.why
+        return []
 
     def run(self) -> Acceleration:
         """Return the report of the options that remain, which are in force then."""
@@ -128,16 +143,21 @@ class _Trial:
             except Inapplicable as error:
                 if self._values[error.option][1]:
                     raise
-                self._take_back(error.option, error.why, "leave the option out")
+                remedy = error.remedy[0].lower() + error.remedy[1:]
+                self._take_back(error.option, error.why, remedy)
                 continue
             report.preset, report.dropped = self._preset, self._dropped
+            report.reasons = {o: r for o, r in self._reasons.items() if o in self._active}
             if plain is None or not self._is_worse(report, check, plain):
                 return report
 
     def _is_worse(self, report: Acceleration, call: Call, plain: tuple[Any, float]) -> bool:
         """Check the images, and take one option back if something is wrong."""
         problem = _measure(report, call, plain, self._floor)
-        weakest = next((o for o in reversed(LOSSY) if o in self._active), None)
+        lossy = [o for o in reversed(LOSSY) if o in self._active]
+        if is_lossy(self._active.get("attention")):
+            lossy.append("attention")
+        weakest = lossy[0] if lossy else None
         if problem is not None and weakest is None:
             raise UsageError(f"accelerate: {problem}. The pipeline is restored; report this.")
         if problem is not None and weakest is not None:
@@ -260,7 +280,7 @@ def _situation(pipeline: Any, call: Call, active: Mapping[str, Any]) -> Situatio
         has_factors=bool(pipeline.scheduler.config.get("qsched")),
         is_quantized=bool(getattr(denoiser, "is_quantized", False)),
         guides=guide,
-        processors=len(processors_of(denoiser)),
+        attention_parts=len(parts_of(denoiser)),
         block_lists=bool(blocks(denoiser)),
     )
 
@@ -279,7 +299,8 @@ def _apply(
         quantize(pipeline, str(active["quantize"]), undo)
         fingerprints.append(_fingerprint(pipeline))
     if "attention" in active:
-        set_attention(denoiser_of(pipeline), str(active["attention"]), undo)
+        probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
+        set_attention(denoiser_of(pipeline), str(active["attention"]), undo, probe=probe)
     if "cache" in active or "guidance" in active:
         schedules = _tap(pipeline, active, call, undo, schedules, settings.sizes)
     if "compile" in active:
@@ -409,7 +430,7 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
     call = Call(plan.steps, height, width)
     undo = Undo(pipeline)
     try:
-        report = _apply(pipeline, plan.options, call, Options(), undo, plan.schedules)
+        report = _apply(pipeline, plan.options, call, Options(check=0), undo, plan.schedules)
     except BaseException:
         undo.back()
         raise

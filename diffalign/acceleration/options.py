@@ -29,12 +29,15 @@ STATIC = 50.0
 INTERVAL = (0.2, 0.8)
 """Part of the schedule in which `guidance="interval"` guides."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "lossless": {"compile": "blocks"},
-    "balanced": {"compile": "blocks", "cache": STATIC},
-    "fast": {"compile": "blocks", "cache": 40.0, "guidance": "interval"},
-    "small": {"quantize": "int4", "offload": "model", "vae": "slicing"},
+    "lossless": {"attention": "auto", "compile": "blocks"},
+    "balanced": {"attention": "auto", "compile": "blocks", "cache": STATIC},
+    "fast": {"attention": "auto", "compile": "blocks", "cache": 40.0, "guidance": "interval"},
+    "small": {"attention": "auto", "quantize": "int4", "offload": "model", "vae": "slicing"},
 }
-"""Values of the options that a preset leaves to "auto"; others are off."""
+"""Values of the options that a preset leaves to "auto"; others are off.
+
+The value "auto" of `attention` is `attention.pick`.
+"""
 FLOORS = {"lossless": 60.0, "balanced": 30.0, "fast": 15.0, "small": 15.0}
 """Median PSNR in dB below which a preset takes its last lossy option back."""
 Choice = str | float | bool
@@ -68,7 +71,7 @@ class Options:
         quantize: backend of `diffalign.quantization` for the denoiser.
         cache: "static", or the PSNR in dB that half of the images shall reach with the static cache.
         compile: "blocks" compiles the denoiser's blocks.
-        attention: attention backend of diffusers.
+        attention: attention backend of diffusers; "auto" is `attention.pick`'s.
         guidance: "interval" guides in the middle of the schedule only; "reuse" computes the negative half of the batch
             in every second step.
         offload: "model" or "group", diffusers' offloading to the CPU.

@@ -21,20 +21,16 @@ GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_gro
 class Inapplicable(UsageError):
     """Option that cannot be applied to a pipeline."""
 
-    def __init__(self, option: str, value: Any, why: str) -> None:
-        self.option, self.why = option, why.rstrip(".")
-        super().__init__(f"{option}={value!r}: {self.why}. Leave the option out.")
+    def __init__(
+        self, option: str, value: Any, why: str, remedy: str = "Leave the option out"
+    ) -> None:
+        self.option, self.why, self.remedy = option, why.rstrip("."), remedy
+        super().__init__(f"{option}={value!r}: {self.why}. {remedy}.")
 
 
 def denoiser_of(pipeline: Any) -> Any:
     """Return a pipeline's denoiser."""
     return getattr(pipeline, str(denoiser_name(pipeline)))
-
-
-def processors_of(denoiser: nn.Module) -> list[Any]:
-    """Return the attention processors that diffusers' dispatcher reaches."""
-    processors = [getattr(part, "processor", None) for part in denoiser.modules()]
-    return [p for p in processors if p is not None and hasattr(p, "_attention_backend")]
 
 
 def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
@@ -62,29 +58,6 @@ def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
         pipeline.register_modules(**{name: original})
 
     undo.add(put_back)
-
-
-def set_attention(denoiser: Any, backend: str, undo: Undo) -> None:
-    """Set the attention backend of a denoiser, and of nothing else."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-    process_wide = _AttentionBackendRegistry._active_backend
-    before = [(p, p._attention_backend) for p in processors_of(denoiser)]
-
-    def put_back() -> None:
-        for processor, value in before:
-            processor._attention_backend = value
-
-    undo.add(put_back)
-    try:
-        denoiser.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise Inapplicable(
-            "attention", backend, f"diffusers refuses this backend here ({error})"
-        ) from error
-    finally:
-        # diffusers changes it for every pipeline in the process
-        _AttentionBackendRegistry._active_backend = process_wide
 
 
 def compile_parts(denoiser: Any, undo: Undo) -> None:

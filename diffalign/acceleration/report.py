@@ -100,6 +100,7 @@ class Acceleration:
         preset: name of the preset, or "plan".
         plan: settings in force.
         dropped: options that are not in force.
+        reasons: why the options of "auto" have the values that they have.
         measured: seconds, ratio and PSNR of the check; empty without one.
     """
 
@@ -108,6 +109,7 @@ class Acceleration:
     dropped: list[Dropped]
     undo: Undo
     reference: Reference | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def applied(self) -> dict[str, Any]:
@@ -146,11 +148,14 @@ class Acceleration:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         dropped = [asdict(d) for d in self.dropped]
-        return {"preset": self.preset, "dropped": dropped, **self.plan.to_json()}
+        choice = {"preset": self.preset, "dropped": dropped, "reasons": dict(self.reasons)}
+        return {**choice, **self.plan.to_json()}
 
     def __str__(self) -> str:
         rows = [f"preset     {self.preset}"]
-        rows += [f"applied    {name} = {value}" for name, value in self.applied.items()]
+        for name, value in self.applied.items():
+            reason = f" ({self.reasons[name]})" if name in self.reasons else ""
+            rows.append(f"applied    {name} = {value}{reason}")
         for schedule in self.plan.schedules:
             rows.append(
                 f"           {len(schedule.computed)} of {schedule.steps} steps are computed"

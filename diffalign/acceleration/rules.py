@@ -26,7 +26,7 @@ class Situation:
         has_factors: whether Q-Sched's factors are in force.
         is_quantized: whether the denoiser is quantised already.
         guides: whether guidance costs a second half of the batch.
-        processors: number of attention processors that diffusers' dispatcher reaches.
+        attention_parts: number of parts whose attention a backend can compute.
         block_lists: whether the denoiser has lists of blocks.
     """
 
@@ -39,7 +39,7 @@ class Situation:
     has_factors: bool = False
     is_quantized: bool = False
     guides: bool = True
-    processors: int = 1
+    attention_parts: int = 1
     block_lists: bool = True
 
 
@@ -120,10 +120,10 @@ RULES = (
     ),
     Rule(
         "attention",
-        lambda s: s.processors == 0,
-        "no attention processor of this denoiser goes through diffusers' dispatcher",
-        "leave the backend out: the processors use torch's fastest kernel already",
-        "huggingface/diffusers: set_attention_backend reaches no processor of SD3, SANA and U-Nets",
+        lambda s: s.attention_parts == 0,
+        "no attention of this denoiser goes through torch's kernel or diffusers' dispatcher",
+        "leave the backend out, or put diffusers' default processors back",
+        "diffalign.acceleration.attention.parts_of",
     ),
     Rule(
         "guidance",
