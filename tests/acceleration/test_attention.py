@@ -267,7 +267,7 @@ def test_auto_says_why(sd3, monkeypatch):
     assert "on cpu torch chooses" in dropped.why
     diffalign.restore(sd3.pipeline)
     monkeypatch.setattr(
-        "diffalign.acceleration.apply.pick", lambda _: attention.Pick("_native_math", "of a test")
+        "diffalign.acceleration.trial.pick", lambda _: attention.Pick("_native_math", "of a test")
     )
     diffalign.accelerate(sd3.pipeline, "lossless", **given)
     report = diffalign.acceleration(sd3.pipeline)
