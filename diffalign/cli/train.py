@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffalign.cli.flags import Values
 from diffalign.cli.parser import Parser
@@ -122,21 +122,28 @@ def train_config(config: AnyRunConfig, *, earlier: Inputs | None = None) -> None
         summary = train(config, earlier=earlier)
     if main:
         print_summary(summary)
-        for line in results_of(config):
+        for line in results_of(config, summary):
             print(line)
         emit({k: v for k, v in summary.items() if k != "config"})
 
 
-def results_of(config: AnyRunConfig) -> list[str]:
-    """Return lines with the paths of a run's results and a suggested next command."""
+def results_of(config: AnyRunConfig, summary: Mapping[str, Any]) -> list[str]:
+    """Return lines with the paths of a run's results and a suggested next command.
+
+    Args:
+        config: settings of the run.
+        summary: content of the run's `summary.json`.
+    """
     from diffalign.data.prompts import is_file, load_prompts
-    from diffalign.evaluation.report import usage
+    from diffalign.evaluation.report import best_told, earlier_best, usage
     from diffalign.training.run_folder import REPORT, RunFolder
 
     folder = RunFolder(config.output_dir)
     lora, pipeline, scheduler = (folder.path / n for n in ("lora", "pipeline", "scheduler"))
+    best = earlier_best(summary)
     places = {
         "LoRA": lora,
+        **({"best LoRA": folder.best / "lora"} if best else {}),
         "pipeline": pipeline,
         "scheduler": scheduler,
         "checkpoint": folder.newest_checkpoint or folder.checkpoints,
@@ -151,8 +158,10 @@ def results_of(config: AnyRunConfig) -> list[str]:
             f"note: trained on {train}, evaluated on prompts.evaluation={held_out}; "
             "name a file of held-out prompts there to evaluate on prompts like yours"
         )
+    if sentence := best_told(summary):
+        lines.append(sentence)
     prompt = load_prompts(held_out, limit=1)[0].text
-    return [*lines, f"next: {usage(folder.path, config, prompt)[0]}"]
+    return [*lines, f"next: {usage(folder.path, config, prompt, best=best)[0]}"]
 
 
 VERB = Verb(

@@ -32,6 +32,7 @@ CURVES = {
 }
 FILES = (
     "lora/pytorch_lora_weights.safetensors",
+    "best/lora/pytorch_lora_weights.safetensors",
     "pipeline/model_index.json",
     "scheduler/scheduler_config.json",
     "summary.json",
@@ -80,7 +81,8 @@ def write_report(
         tables=tables,
         wins=_wins(summary.get("win_rate")),
         drawing=_drawing(config),
-        usage=usage(folder, config, prompts[0].text),
+        usage=usage(folder, config, prompts[0].text, best=earlier_best(summary)),
+        best=best_told(summary),
         files=[name for name in FILES if (folder / name).exists()],
         images=len(before.prompts),
         note=NOTE,
@@ -92,8 +94,38 @@ def write_report(
     return path
 
 
-def usage(folder: Path, config: AnyRunConfig, prompt: str) -> list[str]:
-    """Return the commands that draw a prompt with a run's policy, and evaluate the policy."""
+def earlier_best(summary: Mapping[str, Any]) -> bool:
+    """Return whether an earlier policy than the last is the best by held-out rewards."""
+    best = summary.get("best")
+    return bool(best) and 0 < best["update"] < summary["updates"]
+
+
+def best_told(summary: Mapping[str, Any]) -> str:
+    """Return a sentence on the best policy by held-out rewards; empty without one."""
+    best = summary.get("best")
+    if not best:
+        return ""
+    rewards = ", ".join("the rewards" if name == "reward" else name for name in best["by"])
+    if best["update"] == 0:
+        return (
+            f"By {rewards}, which are held out, no evaluated update is better than the base model."
+        )
+    where = "best/lora" if earlier_best(summary) else "the last"
+    return (
+        f"By {rewards}, held out, the best policy is that of update {best['update']} of {summary['updates']} "
+        f"({where}): {best['gain']:+.2f} standard deviations of the base model's images."
+    )
+
+
+def usage(folder: Path, config: AnyRunConfig, prompt: str, *, best: bool = False) -> list[str]:
+    """Return the commands that draw a prompt with a run's policy, and evaluate the policy.
+
+    Args:
+        folder: the run folder.
+        config: settings of the run.
+        prompt: prompt to draw.
+        best: draw with the best policy by held-out rewards first, then with the last.
+    """
     c = config.evaluation
     lora, pipeline, scheduler = (folder / n for n in ("lora", "pipeline", "scheduler"))
     commands = []
@@ -106,6 +138,9 @@ def usage(folder: Path, config: AnyRunConfig, prompt: str) -> list[str]:
         commands.append(command("merge", **model, scheduler=scheduler, output_dir=student))
         model = {"model": student}
     drawing = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
+    if best:
+        of_best = model | {"lora": folder / "best" / "lora"}
+        commands.append(command("generate", prompt, **of_best, **drawing))
     commands.append(command("generate", prompt, **model, **drawing))
     commands.append(command("evaluate", run=folder))
     return commands

@@ -158,6 +158,13 @@ def drop_after(path: Path) -> None:
             shutil.rmtree(other)
 
 
+def keep_only(path: Path) -> None:
+    """Delete all checkpoints beside the checkpoint `path`."""
+    for other in _all(path.parent):
+        if other != path:
+            shutil.rmtree(other)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the state of an optimizer as tensors named "index.name", by the parameter's index."""
     state = optimizer.state_dict()["state"]

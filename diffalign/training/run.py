@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -24,24 +23,25 @@ from diffalign.core.errors import explain, full_disk, out_of_memory
 from diffalign.core.files import aside
 from diffalign.core.fingerprint import of_pipeline
 from diffalign.core.interruption import Interrupted, Interruption
-from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.kept import keep, kept
 from diffalign.evaluation.pictures import image_grid
 from diffalign.evaluation.preference import win_rate
 from diffalign.evaluation.report import shown, write_report
-from diffalign.evaluation.score import Evaluation, Score, as_dicts, evaluate_model, repeat_prompts
+from diffalign.evaluation.score import Evaluation, Score, evaluate_model, repeat_prompts
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import compile_blocks, compiling_seconds
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
+from diffalign.training.best import BestKeeper
 from diffalign.training.denoise import evaluation_drawing, prepare_model
 from diffalign.training.inputs import Inputs, read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
+from diffalign.training.run_summary import summary_of
 from diffalign.training.trainer import Trainer
 from diffalign.types import RewardOutput, no_reward
 
@@ -70,6 +70,8 @@ class Run:
     """True once the last update is saved."""
     before: Evaluation = field(init=False)
     """Evaluation of the reference, which win rates compare with."""
+    best: BestKeeper = field(init=False)
+    """Keeper of the best policy by held-out rewards."""
 
     @classmethod
     def prepare(cls, config: AnyRunConfig, *, earlier: Inputs | None = None) -> Run:
@@ -115,9 +117,11 @@ class Run:
             self._say(f"resumed after update {self.resumed_after}")
         self.pace.plan_evaluations(self.eval_prompts, self._draw_some)
         self.before = self._reference()
+        self.best = BestKeeper(self.trainer, self.before)
         self._train()
         after = self._scored(self.trainer.policy)
-        summary = self._summary(after, time.perf_counter() - started)
+        self.best.consider(after)
+        summary = summary_of(self, after, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self.trainer.export(self.trainer.folder.path)
             self.trainer.folder.write(SUMMARY, json.dumps(summary, indent=2))
@@ -186,7 +190,7 @@ class Run:
     def _train(self) -> None:
         trainer, main = self.trainer, self.accelerator.is_main_process
         trackers.start(self.accelerator, self.config)
-        log = trainer.folder.read_log()
+        log, before = trainer.folder.read_log(), self.before.to_dict()
         bar = console.progress(
             self.config.algorithm.type,
             self.pace.updates,
@@ -205,7 +209,7 @@ class Run:
                 if not interruption.number:
                     with interruption.breaks_off():
                         self._look(row, last=last)
-                finding = trainer.watch(log, self.before.means)
+                finding = trainer.watch(log, before)
                 trackers.log(self.accelerator, row)
                 if main:
                     trainer.folder.append_log(row)
@@ -252,8 +256,9 @@ class Run:
         c = self.config.training
         if c.eval_every and row["update"] % c.eval_every == 0 and not last:
             evaluation = self._evaluate(self.trainer.policy)
+            self.best.consider(evaluation)
             row["evaluation"] = (
-                evaluation.to_dict() | self.trainer.validate() | self._wins(evaluation)
+                evaluation.to_dict() | self.trainer.validate() | self.wins(evaluation)
             )
         main = self.accelerator.is_main_process
         if main and c.sample_every and row["update"] % c.sample_every == 0:
@@ -315,7 +320,7 @@ class Run:
             grid.save(file)
         trackers.log_images(self.accelerator, evaluation.images, grid=grid, update=update)
 
-    def _wins(self, evaluation: Evaluation) -> dict[str, Any]:
+    def wins(self, evaluation: Evaluation) -> dict[str, Any]:
         """Return the share of images with a higher reward than the base model's.
 
         An image is compared with the base model's image from the same noise.
@@ -323,36 +328,6 @@ class Run:
         prompts = [p.text for p in evaluation.prompts]
         wins = win_rate(evaluation.rewards, self.before.rewards, prompts)
         return {"win_rate": None if wins is None else wins.to_dict()}
-
-    def _summary(self, after: Evaluation, seconds: float) -> dict[str, Any]:
-        device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        before = self.before
-        summary = {
-            "before": before.to_dict(),
-            "after": after.to_dict() | self.trainer.validate(),
-            "differences": as_dicts(after.differences(before)),
-            **self._wins(after),
-            "updates": self.trainer.progress.update,
-            "resumed_after": self.resumed_after,
-            "training_seconds": round(self.trainer.progress.seconds, 1),
-            "seconds": round(seconds, 1),
-            "device": name,
-            "processes": self.accelerator.num_processes,
-            **self.trainer.facts(),
-            "failed_rewards": self.failures,
-            "rewards": {n: vars(r.card) for n, r in self.reward.rewards.items()},
-            "held_out_rewards": {n: vars(r.card) for n, r in self.held_out_reward.rewards.items()},
-            "versions": versions(),
-            "config": to_dict(self.config),
-        }
-        if before.tasks and after.tasks:
-            summary = {
-                "geneval_before": round(before.tasks["overall"], 4),
-                "geneval_after": round(after.tasks["overall"], 4),
-                **summary,
-            }
-        return summary
 
     def _say(self, text: str) -> None:
         self.trainer.say(text)

@@ -28,8 +28,10 @@ BEFORE = "before.safetensors"
 """File with the base model's evaluation on held-out prompts."""
 ALIGNED, ALIGNMENT_FACTS = "aligned.safetensors", "aligned.json"
 """Files with a DC-Gen run's aligned embedder and last layer, and the alignment's figures."""
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
-PREPARED = (CONFIG, PROMPTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES)
+CHECKPOINTS, SAMPLES, BEST = "checkpoints", "samples", "best"
+BEST_RECORD = "best.json"
+"""File in `best/` with the figures of the best evaluation by held-out rewards."""
+PREPARED = (CONFIG, PROMPTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES, BEST)
 """Files and folders that a run may leave if it ends before its first update.
 
 They are deleted if another configuration takes over the folder. `before.safetensors` stays: its key names what it was
@@ -50,6 +52,25 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
+
+    @property
+    def best(self) -> Path:
+        """Folder of the best policy by held-out rewards: its checkpoint, its LoRA and its figures."""
+        return self.path / BEST
+
+    def read_best(self) -> dict[str, Any] | None:
+        """Return the figures of the best evaluation by held-out rewards, or None.
+
+        A record whose checkpoint is missing does not count.
+        """
+        try:
+            record: dict[str, Any] = json.loads((self.best / BEST_RECORD).read_text("utf-8"))
+            update, by = int(record["update"]), tuple(record["by"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if update and not (self.best / f"{update:06d}").is_dir():
+            return None
+        return record | {"by": by}
 
     @property
     def newest_checkpoint(self) -> Path | None:

@@ -6,11 +6,12 @@ It has the adapters, the optimizer, progress, checkpoints and the step on summed
 from __future__ import annotations
 
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,12 +48,14 @@ class Progress:
         step: number of optimizer steps.
         seconds: seconds of training.
         rollbacks: number of rollbacks, each of which halves the learning rate.
+        kl_raises: number of times that the weight of the distance to the reference was raised.
     """
 
     update: int = 0
     step: int = 0
     seconds: float = 0.0
     rollbacks: int = 0
+    kl_raises: int = 0
 
 
 @dataclass
@@ -72,6 +75,8 @@ class Trainer(ABC):
     """Further advice for errors about a gradient that is not finite."""
     unit: ClassVar[str] = "image"
     """Noun for what an update trains on: "image" or "pair"."""
+    keeps_best: ClassVar[bool] = False
+    """True if the best policy by held-out rewards is kept beside the last one."""
 
     @classmethod
     def of_run(
@@ -209,14 +214,14 @@ class Trainer(ABC):
         if self.accelerator.is_main_process:
             console.say(text)
 
-    def watch(self, log: list[dict[str, Any]], before: Mapping[str, float]) -> Any:
+    def watch(self, log: list[dict[str, Any]], before: Mapping[str, Any]) -> Any:
         """Look for faults of the run, and store warnings in the last log row.
 
         The method is called after every update.
 
         Args:
             log: rows of the log.
-            before: means of the evaluation before training.
+            before: evaluation before training, as in a row's `evaluation`.
 
         Returns:
             The finding that `answer` reacts to, or None.
@@ -235,6 +240,11 @@ class Trainer(ABC):
     def ended(self, log: Sequence[Mapping[str, Any]]) -> str | None:
         """Return the reason why training ends before its planned updates, or None."""
         return None
+
+    @property
+    def rolls_back(self) -> bool:
+        """True if the run may return to the base model, which then needs a checkpoint."""
+        return False
 
     @property
     def policy(self) -> str:
@@ -316,10 +326,11 @@ class Trainer(ABC):
         self._load(path)
         return True
 
-    def roll_back(self, good: int) -> None:
+    def roll_back(self, good: int, *, to_best: bool = False) -> None:
         """Load the newest checkpoint of update `good` at most, and halve the learning rate.
 
-        Later checkpoints are deleted.
+        Later checkpoints are deleted. With `to_best` the best policy by held-out rewards is loaded if no such
+        checkpoint is newer.
 
         Raises:
             TrainingError: there is no such checkpoint.
@@ -328,6 +339,10 @@ class Trainer(ABC):
         path = processes.on_main(
             lambda: checkpoint.load_newest(self.folder.checkpoints, until=good)
         )
+        if to_best:
+            best = processes.on_main(lambda: checkpoint.load_newest(self.folder.best))
+            if best is not None and (path is None or int(path.name) < int(best.name) <= good):
+                path = best
         if path is None:
             raise TrainingError(
                 f"no checkpoint of update {good} or before is left to roll back to. Keep more checkpoints "
@@ -337,7 +352,7 @@ class Trainer(ABC):
         self._load(path)
         self.progress.rollbacks, self.progress.seconds = rollbacks, seconds
         if self.accelerator.is_main_process:
-            checkpoint.drop_after(path)
+            checkpoint.drop_after(self.folder.checkpoints / path.name)
         self.accelerator.wait_for_everyone()
         # an interruption must not undo the rollback
         self.save()
@@ -351,24 +366,25 @@ class Trainer(ABC):
         if self.accelerator.is_main_process:
             self.folder.rewind_log(update)
 
-    def save(self) -> None:
-        """Save a checkpoint in the main process. Every process has the same state."""
+    def save(self, folder: Path | None = None) -> None:
+        """Save a checkpoint in the main process. Every process has the same state.
+
+        Args:
+            folder: folder of checkpoints; None for the run's own, which deletes old ones.
+        """
         if self.accelerator.is_main_process:
             tensors = {
                 name: lora.adapter_state(self.model.denoiser, name)
                 for name in (lora.CURRENT, *self.policies)
             }
             tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer)
+            state = asdict(self.progress)
             checkpoint.save(
-                self.folder.checkpoints,
-                self.progress.update,
+                folder or self.folder.checkpoints,
+                state.pop("update"),
                 tensors,
-                {
-                    "step": self.progress.step,
-                    "seconds": self.progress.seconds,
-                    "rollbacks": self.progress.rollbacks,
-                },
-                keep=self.config.training.keep_checkpoints,
+                state,
+                keep=self.config.training.keep_checkpoints if folder is None else sys.maxsize,
             )
         self.accelerator.wait_for_everyone()
 

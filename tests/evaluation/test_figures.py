@@ -143,7 +143,8 @@ def test_a_grid_tells_how_an_image_is_drawn_again_and_what_is_replaced(
 def test_own_training_prompts_with_a_built_in_evaluation_are_noted(tmp_path):
     def lines(recipe="awm-shapes-sd3", **prompts):
         flags = [f"--prompts.{key}={value}" for key, value in prompts.items()]
-        return "".join(results_of(config.load(recipe, [*flags, f"--output_dir={tmp_path}"])))
+        loaded = config.load(recipe, [*flags, f"--output_dir={tmp_path}"])
+        return "".join(results_of(loaded, {}))
 
     file = tmp_path / "mine.txt"
     file.write_text("a cat\n")

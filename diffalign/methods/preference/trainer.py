@@ -29,6 +29,7 @@ class PreferenceTrainer(Trainer):
 
     config: PreferenceRunConfig
     unit: ClassVar[str] = "pair"
+    keeps_best: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
