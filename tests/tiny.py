@@ -314,3 +314,22 @@ class Brightness(Reward):
 
     def score(self, images, prompts, metadata):
         return RewardOutput((images.float().mean((1, 2, 3)) / 255).numpy())
+
+
+class Redness(Reward):
+    """More red, less blue: a reward that any model can learn."""
+
+    card = RewardCard(name="redness", description="red less blue", raw_range=(-1, 1))
+
+    def score(self, images, prompts, metadata):
+        values = (images[:, 0].float() - images[:, 2].float()).mean((1, 2)) / 255
+        return RewardOutput(values.numpy())
+
+
+class Blueness(Redness):
+    """The opposite of `Redness`: what one gains the other loses."""
+
+    card = RewardCard(name="blueness", description="blue less red", raw_range=(-1, 1))
+
+    def score(self, images, prompts, metadata):
+        return RewardOutput(-super().score(images, prompts, metadata).values)

@@ -18,6 +18,8 @@ from diffalign.config.base import (
 from diffalign.config.checks import at_least, check, one_of
 from diffalign.config.fields import setting
 
+ON_HACKING = ("warn", "raise_kl", "rollback", "stop")
+
 
 @dataclass
 class RolloutConfig(PlanConfig):
@@ -80,6 +82,16 @@ class TrainingConfig(LoopConfig):
 
     With "rollback" the run returns to the last good checkpoint and continues with half the learning rate.
     """
+    on_hacking: str = setting("warn", free=True)
+    """Reaction to a trained reward that is gamed: "warn", "raise_kl", "rollback" or "stop".
+
+    The signs are a held-out reward that falls while the trained reward rises, images of a prompt that become alike, and
+    predictions that grow beyond the reference's.
+
+    - raise_kl: the distance to the reference counts four times as much.
+    - rollback: the run returns to the last good checkpoint and continues with half the learning rate.
+    - stop: training ends, and the best checkpoint is exported beside the last.
+    """
     max_idle_updates: int = setting(20, free=True)
     """Largest number of consecutive updates without a learning signal before the run ends.
 
@@ -91,6 +103,7 @@ class TrainingConfig(LoopConfig):
         super().__post_init__()
         at_least(self, ("max_idle_updates",), "training", least=0)
         one_of(self.on_collapse, ("warn", "stop", "rollback"), "training.on_collapse")
+        one_of(self.on_hacking, ON_HACKING, "training.on_hacking")
         at_least(self, ("updates_per_rollout",), "training")
 
 
@@ -108,6 +121,18 @@ class RunConfig(AnyRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm.check_rollout(self)
+        reaction = self.training.on_hacking
+        check(
+            reaction == "warn" or (bool(self.evaluation.rewards) and self.training.eval_every > 0),
+            "training.on_hacking",
+            f"{reaction} needs a held-out reward that is evaluated during training. Name one in evaluation.rewards, "
+            "and set training.eval_every above 0",
+        )
+        check(
+            reaction != "raise_kl" or self.algorithm.kl_beta > 0,
+            "training.on_hacking",
+            "raise_kl needs a distance to the reference. Set algorithm.kl_beta above 0",
+        )
 
     @property
     def drawing(self) -> DrawingConfig:

@@ -128,8 +128,8 @@ def test_images_that_become_noise_are_warned_of():
     rows = course(
         (20, {"reward": 0.5, "diversity": 0.39}), (10, {"reward": 0.0, "diversity": 0.88})
     )
-    assert "perhaps into noise" in find_warnings(rows, {}, [])["diversity"]
-    assert find_warnings(rows[:20], {}, []) == {}
+    assert "perhaps into noise" in find_warnings(rows)["diversity"]
+    assert find_warnings(rows[:20]) == {}
 
 
 def row(update, **values):
@@ -138,31 +138,12 @@ def row(update, **values):
 
 def test_images_that_become_alike_are_warned_of():
     rows = [row(i + 1, diversity=1.0 - 0.03 * i) for i in range(30)]
-    first = next(n for n in range(31) if find_warnings(rows[:n], {}, []))
+    first = next(n for n in range(31) if find_warnings(rows[:n]))
     assert np.median([r["diversity"] for r in rows[first - 5 : first]]) < 0.5 * 0.94
-    assert "become alike" in find_warnings(rows, {}, [])["diversity"]
+    assert "become alike" in find_warnings(rows)["diversity"]
     steady = [row(i, diversity=0.8 + 0.2 * (i % 2)) for i in range(30)]
-    assert find_warnings(steady, {}, []) == {}
-    assert find_warnings([], {}, []) == {}
-
-
-def test_a_reward_that_is_only_looked_at_and_falls_is_warned_of():
-    def seen(*means):
-        rows = [row(i) for i in range(9)]
-        for at, (reward, other) in zip((2, 5, 8), means, strict=False):
-            rows[at]["evaluation"] = {"means": {"reward": reward, "other": other}}
-        return find_warnings(rows, {"reward": 0.5, "other": 0.5}, ["other"])
-
-    assert (
-        "other, which is only looked at, fell from 0.500 to 0.300"
-        in seen((0.6, 0.4), (0.7, 0.3))["other"]
-    )
-    nothing = [row(1), row(2, evaluation={"means": {}}), row(3, evaluation={"means": {}})]
-    assert find_warnings(nothing, {"reward": 0.5, "other": 0.5}, ["other"]) == {}  # none was scored
-    assert seen((0.6, 0.4)) == {}  # once may be chance
-    assert seen((0.6, 0.6), (0.7, 0.4)) == {}
-    assert seen((0.4, 0.4), (0.4, 0.3)) == {}  # the trained one fell as well: that is no gaming
-    assert seen((0.6, 0.4), (0.7, 0.3), (0.8, 0.6)) == {}
+    assert find_warnings(steady) == {}
+    assert find_warnings([]) == {}
 
 
 def test_rolling_back_restores_the_good_policy_and_halves_the_rate(tmp_path):

@@ -276,9 +276,10 @@ class ForwardProcessUpdate(PolicyUpdate):
         """Yield the weighted sums of the distances, and of NormGuard's hinge, at the picked timesteps."""
         config, pred = self.config, sample.model_pred[states.picked]
         reference = None
-        for name, weight, policy in self.distances:
-            if weight == 0:
+        for name, constant, policy in self.distances:
+            if constant == 0:
                 continue
+            weight = constant * (self.kl_factor if policy == lora.REFERENCE else 1.0)
             other = self._other_pred(states, sample, policy)
             if policy == lora.REFERENCE and self.reference_guidance_scale is None:
                 reference = other

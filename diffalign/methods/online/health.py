@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,43 +104,30 @@ class Idle:
         )
 
 
-def find_warnings(
-    rows: Sequence[Mapping[str, Any]], before: Mapping[str, float], held_out: Iterable[str]
-) -> dict[str, str]:
-    """Return warnings, as a dictionary from "diversity" or a reward's name to a text.
+def find_warnings(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return warnings, as a dictionary from "diversity" to a text.
 
-    Images of a prompt may become alike, or may become noise. A held-out reward may have fallen in two successive
-    evaluations while the trained reward rose.
+    Images of a prompt may become alike, or may become noise.
 
     Args:
         rows: rows of the log.
-        before: means of the evaluation before training.
-        held_out: names of the rewards that are evaluated but not trained on.
     """
-    warnings = {}
-    update = rows[-1]["update"] if rows else 0
     spread = [r["diversity"] for r in rows if math.isfinite(r.get("diversity", math.nan))]
-    if len(spread) >= 3 * WINDOW:
-        first, last = (statistics.median(part) for part in (spread[:WINDOW], spread[-WINDOW:]))
-        if last < DIVERSITY_LEFT * first:
-            warnings["diversity"] = (
-                f"update {update}: images of one prompt become alike: their spread fell from {first:.3f} to {last:.3f}"
-            )
-        elif last > DIVERSITY_RISE * first:
-            warnings["diversity"] = (
-                f"update {update}: images of one prompt come apart, perhaps into noise: their spread rose from "
-                f"{first:.3f} to {last:.3f}; look at the samples, and lower optimizer.learning_rate"
-            )
-    seen = [r["evaluation"]["means"] for r in rows if "evaluation" in r][-2:]
-    start = before.get("reward", math.inf)
-    better = len(seen) == 2 and all(m.get("reward", -math.inf) > start for m in seen)
-    for name in held_out:
-        if better and all(m.get(name, math.inf) < before.get(name, -math.inf) for m in seen):
-            warnings[name] = (
-                f"update {update}: the trained reward rose from {before['reward']:.3f} to {seen[-1]['reward']:.3f} and "
-                f"{name}, which is only looked at, fell from {before[name]:.3f} to {seen[-1][name]:.3f}"
-            )
-    return warnings
+    if len(spread) < 3 * WINDOW:
+        return {}
+    update = rows[-1]["update"]
+    first, last = (statistics.median(part) for part in (spread[:WINDOW], spread[-WINDOW:]))
+    if last < DIVERSITY_LEFT * first:
+        return {
+            "diversity": f"update {update}: images of one prompt become alike: their spread fell from {first:.3f} to "
+            f"{last:.3f}"
+        }
+    if last > DIVERSITY_RISE * first:
+        return {
+            "diversity": f"update {update}: images of one prompt come apart, perhaps into noise: their spread rose "
+            f"from {first:.3f} to {last:.3f}; look at the samples, and lower optimizer.learning_rate"
+        }
+    return {}
 
 
 def find_collapse(rows: Sequence[Mapping[str, Any]]) -> Collapse | None:

@@ -26,6 +26,7 @@ from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import RewardTimeout
 from diffalign.methods.online.forward_update import ForwardProcessUpdate
+from diffalign.methods.online.hacking import Hacking, find_hacking, find_unscored
 from diffalign.methods.online.health import (
     Collapse,
     Idle,
@@ -42,8 +43,12 @@ from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
 logger = logging.getLogger(__name__)
-COLLAPSE = "collapse"
-"""Key of a collapse among the `warnings` of a log row."""
+COLLAPSE, HACKING = "collapse", "hacking"
+"""Keys of a collapse and of reward hacking among the `warnings` of a log row."""
+KL_RAISE, MOST_KL_RAISES = 4.0, 4
+"""Factor of a raised distance to the reference, and the largest number of raises."""
+MOST_ROLLBACKS = 4
+"""Number of rollbacks after which hacking ends the training."""
 
 
 @dataclass
@@ -60,6 +65,7 @@ class OnlineTrainer(Trainer):
     prompts: Sequence[Prompt]
 
     advice: ClassVar[str] = " or a higher algorithm.kl_beta"
+    keeps_best: ClassVar[bool] = True
 
     @classmethod
     def policies_of(cls, config: RunConfig) -> tuple[str, ...]:
@@ -138,7 +144,11 @@ class OnlineTrainer(Trainer):
         return self.config.training.num_updates * self.config.training.updates_per_rollout
 
     def facts(self) -> dict[str, Any]:
-        return {"rollbacks": self.progress.rollbacks}
+        return {"rollbacks": self.progress.rollbacks, "kl_raises": self.progress.kl_raises}
+
+    @property
+    def rolls_back(self) -> bool:
+        return self.config.training.on_hacking == "rollback"
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {
@@ -160,6 +170,9 @@ class OnlineTrainer(Trainer):
         rollout_seconds = time.perf_counter() - started
         batch, row = self.make_batch(plan, rollout)
         row["diversity"] = self._diversity(rollout)
+        self.policy_update.kl_factor = KL_RAISE**self.progress.kl_raises
+        if self.progress.kl_raises:
+            row["kl_factor"] = self.policy_update.kl_factor
         if batch.trained == 0:
             logger.warning("update %d: no group has different rewards; nothing to learn", number)
         else:
@@ -184,47 +197,81 @@ class OnlineTrainer(Trainer):
         )
 
     def watch(
-        self, log: list[dict[str, Any]], before: Mapping[str, float]
-    ) -> Collapse | Idle | None:
-        """Look for a collapse, or for a run without anything to learn from.
+        self, log: list[dict[str, Any]], before: Mapping[str, Any]
+    ) -> Collapse | Hacking | Idle | None:
+        """Look for a collapse, for reward hacking, and for updates without a signal.
 
         Each warning is printed once and stored in the last log row. After a collapse that was only warned of, later
         rows are compared with each other alone. A policy that has learnt everything is no fault; `ended` reports it.
 
         Returns:
-            The collapse or the idle updates that `answer` reacts to, or None.
+            The finding that `answer` reacts to, or None.
         """
-        warnings = find_warnings(log, before, self.config.evaluation.rewards)
+        held_out = self.config.evaluation.rewards
+        warnings = find_warnings(log) | find_unscored(log, before, held_out)
         noted = [row.get("warnings", {}) for row in log]
         earlier = {about for texts in noted for about in texts}
         since = max((i + 1 for i, texts in enumerate(noted) if COLLAPSE in texts), default=0)
         new = {about: text for about, text in warnings.items() if about not in earlier}
         for text in new.values():
             self.say(f"warning: {text}")
-        collapse = find_collapse(log[since:])
-        if collapse is not None:
-            new[COLLAPSE] = str(collapse)
+        collapse, hacking = find_collapse(log[since:]), find_hacking(log, before, held_out)
+        new |= {
+            about: str(finding)
+            for about, finding in ((COLLAPSE, collapse), (HACKING, hacking))
+            if finding is not None
+        }
         if new:
             log[-1]["warnings"] = new
         idle = find_idle(log, self.config.training.max_idle_updates)
-        return collapse or (idle if idle is not None and not idle.learnt else None)
+        return collapse or hacking or (idle if idle is not None and not idle.learnt else None)
 
-    def answer(self, finding: Collapse | Idle) -> None:
+    def answer(self, finding: Collapse | Hacking | Idle) -> None:
         if isinstance(finding, Idle):
             self.save()
             raise TrainingError(f"{finding}. The run is saved at update {finding.update}")
+        if isinstance(finding, Hacking):
+            self._answer_hacking(finding)
+            return
         reaction = self.config.training.on_collapse
         if reaction == "stop":
             raise TrainingError(f"{finding}; stopped, every checkpoint is kept")
         self.say(f"warning: {finding}")
         if reaction == "rollback":
             self.roll_back(finding.good)
-            self.say(
-                f"rolled back to update {self.progress.update}, learning rate times "
-                f"{0.5**self.progress.rollbacks:g}"
-            )
+            self._say_rollback()
+
+    def _answer_hacking(self, finding: Hacking) -> None:
+        """React to reward hacking as configured. `ended` reports a run that ends for it."""
+        reaction, progress = self.config.training.on_hacking, self.progress
+        self.say(f"warning: {finding}")
+        if reaction == "rollback" and progress.rollbacks < MOST_ROLLBACKS:
+            self.roll_back(finding.good, to_best=True)
+            self._say_rollback()
+        elif reaction == "raise_kl" and progress.kl_raises < MOST_KL_RAISES:
+            progress.kl_raises += 1
+            # an interruption must not undo the answer
+            self.save()
+            weight = self.config.algorithm.kl_beta * KL_RAISE**progress.kl_raises
+            self.say(f"the weight of the distance to the reference is now {weight:g}")
+        elif reaction in ("rollback", "stop"):
+            self.save()
+
+    def _say_rollback(self) -> None:
+        self.say(
+            f"rolled back to update {self.progress.update}, learning rate times {0.5**self.progress.rollbacks:g}"
+        )
 
     def ended(self, log: Sequence[Mapping[str, Any]]) -> str | None:
+        # a run that was rolled back has dropped the row of the verdict
+        if log and HACKING in log[-1].get("warnings", {}):
+            reaction = self.config.training.on_hacking
+            spent = reaction == "rollback" and self.progress.rollbacks >= MOST_ROLLBACKS
+            if spent or reaction == "stop":
+                return (
+                    f"training ends after update {log[-1]['update']}, because the trained reward looks gamed "
+                    "(training.on_hacking)"
+                )
         idle = find_idle(log, self.config.training.max_idle_updates)
         return str(idle) if idle is not None and idle.learnt else None
 

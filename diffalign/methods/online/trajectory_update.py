@@ -216,5 +216,6 @@ class TrajectoryUpdate(PolicyUpdate):
                 reference = step(lora.REFERENCE)
             distance = flow_grpo.reference_distance(current, reference)
             sums.add("kl", distance.detach())
-            total = total + config.kl_beta * distance.sum() / (batch.trained * steps)
+            weight = config.kl_beta * self.kl_factor
+            total = total + weight * distance.sum() / (batch.trained * steps)
         return total

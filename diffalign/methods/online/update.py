@@ -90,6 +90,8 @@ class PolicyUpdate(ABC):
 
     rollout_policy: str = lora.CURRENT
     """Name of the policy that samples the rollout."""
+    kl_factor: float = 1.0
+    """Factor of the weight of the distance to the reference."""
 
     def __init__(
         self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings
