@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffalign.data.prompts import Prompt
     from diffalign.tuning.smaller import Smaller, SmallerSettings
 
+ROUNDINGS = ("gptq", "nearest")
+
 
 @dataclass(kw_only=True)
 class Flags(SampleFlags):
@@ -27,6 +29,8 @@ class Flags(SampleFlags):
     group_size: int
     svd_rank: int
     latency: int
+    rounding: str | None
+    calibration_memory: float
 
 
 def add_flags(parser: Parser) -> None:
@@ -55,6 +59,21 @@ def add_flags(parser: Parser) -> None:
         low=0,
     )
     options.add_calibration(parser, 32)
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default=None,
+        help="gptq: the layers' outputs err least on --prompts; nearest: every weight errs least (default: gptq for "
+        "packed weights with --prompts, else nearest)",
+    )
+    parser.add_argument(
+        "--calibration_memory",
+        type=types.number(above=0),
+        default=4.0,
+        metavar="GIB",
+        help="memory for the statistics of gptq; the prompts are drawn again for what does not fit "
+        "(default: %(default)s)",
+    )
     options.add_count(
         parser,
         "--latency",
@@ -76,7 +95,13 @@ def run(flags: Flags) -> None:
 
     prompts = chosen_prompts(flags) if flags.prompts else None
     settings = SmallerSettings(
-        flags.backend, flags.components, flags.group_size, flags.svd_rank, flags.latency
+        flags.backend,
+        flags.components,
+        flags.group_size,
+        flags.svd_rank,
+        flags.latency,
+        rounding=flags.rounding,
+        calibration_memory=flags.calibration_memory,
     )
     settings.check(prompts)
     settle_drawing(flags)

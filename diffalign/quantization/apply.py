@@ -5,7 +5,7 @@ A saved model reloads in its quantised form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -18,6 +18,7 @@ import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
 from diffalign.core.errors import UsageError
 from diffalign.quantization.backends import BACKENDS, Work, resolve
 from diffalign.quantization.layers import PackSpec
+from diffalign.quantization.moments import Moments
 from diffalign.quantization.observer import ActivationScales
 from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_unquantized
 
@@ -58,6 +59,7 @@ def quantize_model(
     svd_rank: int = 0,
     input_scales: Mapping[str, Tensor] | None = None,
     activations: ActivationScales | None = None,
+    moments: Iterable[Mapping[str, Moments]] | None = None,
     **layers: Any,
 ) -> str:
     """Quantise a loaded denoiser or text encoder in place.
@@ -73,6 +75,8 @@ def quantize_model(
             8-bit weights.
         input_scales: result of `lowrank.collect_input_scales`, to which the branch is fitted.
         activations: result of `observer.InputObserver`, which "int8-static" needs.
+        moments: result of `moments.collect_moments`, by which packed weights are rounded (GPTQ); None for rounding to
+            nearest.
         layers: `skip` and `min_weights` of `packed.packable`, which select the layers to quantise.
 
     Returns:
@@ -90,6 +94,10 @@ def quantize_model(
         raise UsageError(
             "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
         )
+    if moments is not None and not method.is_packed:
+        raise UsageError(
+            f"backend={name}: this backend rounds to nearest and takes no moments. Use {_packed_names()}."
+        )
     branch = method.takes_branch and isinstance(model, diffusers.ModelMixin)
     _check_options(name, spec, branch=branch)
     if not method.quantises_loaded:
@@ -98,7 +106,9 @@ def quantize_model(
             f"quantization_config({name!r}) to from_pretrained."
         )
     selection = {"skip": SKIP, "min_weights": MIN_WEIGHTS, **layers}
-    work = Work(spec, input_scales=input_scales, activations=activations, **selection)
+    work = Work(
+        spec, input_scales=input_scales, activations=activations, moments=moments, **selection
+    )
     _attach(model, method.quantize(model, work))
     return name
 
@@ -150,6 +160,11 @@ def _spec(
     if activations is not None:
         return PackSpec(backend.bits, None, svd_rank, len(activations.timesteps))
     return PackSpec(backend.bits, group_size, svd_rank)
+
+
+def _packed_names() -> str:
+    """Return the names of the formats of this project, for messages."""
+    return ", ".join(name for name, backend in BACKENDS.items() if backend.is_packed)
 
 
 def _attach(model: Any, config: Any) -> None:

@@ -18,7 +18,7 @@ its few steps.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from diffalign.quantization.layers import PackSpec
+    from diffalign.quantization.moments import Moments
     from diffalign.quantization.observer import ActivationScales
 
 
@@ -44,6 +45,7 @@ class Work:
         min_weights: size below which layers are not quantised.
         input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
         activations: result of `observer.InputObserver`, for rounded activations.
+        moments: result of `moments.collect_moments`, for codes by GPTQ; None for the nearest codes.
     """
 
     spec: PackSpec
@@ -51,6 +53,7 @@ class Work:
     min_weights: int
     input_scales: Mapping[str, Tensor] | None = None
     activations: ActivationScales | None = None
+    moments: Iterable[Mapping[str, Moments]] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Packed(Backend):
             min_weights=work.min_weights,
             input_scales=work.input_scales,
             activations=work.activations,
+            moments=work.moments,
         )
         return config
 

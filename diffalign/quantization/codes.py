@@ -6,6 +6,8 @@ error of a 4-bit prediction by 8 to 14 % compared with max|w| / 7. Scales that c
 error of the weights by another tenth, but increase the prediction's error on one of three denoisers: large weights
 matter more.
 
+With moments of the layer's inputs the codes are those of GPTQ (`rounding`), against the same scales.
+
 Scales are bfloat16, which has float32's range, so that no weight's scale under- or overflows. Rounding the scales
 costs nothing, since codes are computed with the rounded scale.
 """
@@ -18,6 +20,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffalign.quantization.rounding import Curvature, gptq
 
 CHUNK = 2**22
 """Weights that are rounded at once in float32, which bounds the extra memory of packing."""
@@ -33,13 +37,20 @@ def scales_shape(rows: int, columns: int, *, group_size: int | None) -> tuple[in
     return rows, -(-columns // (group_size or columns))
 
 
-def pack(weight: Tensor, *, bits: int, group_size: int | None = 64) -> tuple[Tensor, Tensor]:
+def pack(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int | None = 64,
+    curvature: Curvature | None = None,
+) -> tuple[Tensor, Tensor]:
     """Quantise a weight (rows, ...), flattened to (rows, K).
 
     Args:
         weight: finite floating-point weight.
         bits: 4 or 8.
         group_size: weights of a row that share a scale; None for the whole row.
+        curvature: prepared moments of the layer's inputs, for codes by GPTQ; None for the nearest codes.
 
     Returns:
         Codes in int8 and scales (rows, groups) in bfloat16. The codes are (rows, K), or for 4 bits (rows, ceil(K / 2))
@@ -54,6 +65,8 @@ def pack(weight: Tensor, *, bits: int, group_size: int | None = 64) -> tuple[Ten
     step = max(1, CHUNK // matrix.shape[1])
     parts = [_quantise(chunk, bits, group_size) for chunk in matrix.split(step)]
     codes, scales = (torch.cat(p) for p in zip(*parts, strict=True))
+    if curvature is not None:
+        codes = gptq(matrix, codes, scales, curvature, bits=bits, group_size=group_size)
     if bits == 8:
         return codes, scales
     half = (codes.shape[1] + 1) // 2

@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_input
 from diffalign.core.errors import UsageError
 from diffalign.quantization import codes
 from diffalign.quantization.lowrank import decompose
+from diffalign.quantization.rounding import Curvature
 
 Pair = tuple[int, int]
 
@@ -110,13 +111,22 @@ class PackedLayer(nn.Module):
     def _set_frozen(self, name: str, value: Tensor) -> None:
         setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=False))
 
-    def fill(self, weight: Tensor, *, name: str, input_scale: Tensor | None = None) -> None:
+    def fill(
+        self,
+        weight: Tensor,
+        *,
+        name: str,
+        input_scale: Tensor | None = None,
+        curvature: Curvature | None = None,
+    ) -> None:
         """Pack a weight of the layer's shape.
 
         Args:
             weight: weight on the device on which the codes shall be.
             name: name of the layer, for messages.
-            input_scale: root mean squares (input channels,) of the layer's inputs, to which the branch is fitted.
+            input_scale: root mean squares (input channels,) or (K,) of the layer's inputs, to which the branch is
+                fitted.
+            curvature: prepared moments of the layer's inputs, for codes by GPTQ; None for the nearest codes.
 
         Raises:
             UsageError: the weight is not finite.
@@ -127,7 +137,9 @@ class PackedLayer(nn.Module):
             )
         bits, group_size = self.spec.bits, self.spec.group_size
         if self.svd_up is None:
-            packed, scales = codes.pack(weight, bits=bits, group_size=group_size)
+            packed, scales = codes.pack(
+                weight, bits=bits, group_size=group_size, curvature=curvature
+            )
         else:
             fitted = decompose(
                 weight,
@@ -135,6 +147,7 @@ class PackedLayer(nn.Module):
                 bits=bits,
                 group_size=group_size,
                 input_scale=input_scale,
+                curvature=curvature,
             )
             packed, scales = fitted.packed, fitted.scales
             self._set_frozen("svd_up", fitted.up.to(self.svd_up.dtype))

@@ -14,12 +14,13 @@ error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.quantization import codes
+from diffalign.quantization.rounding import Curvature
 
 ALPHAS = (0.0, 0.5)
 EXACT = 512
@@ -40,7 +41,7 @@ class Decomposition:
     down: Tensor
     """Factor (rank, K)."""
     error: float
-    """Sum of squared weight errors, each times its input's mean square if that is given."""
+    """Sum of squared weight errors of the nearest codes, each times its input's mean square if that is given."""
 
 
 def decompose(
@@ -50,6 +51,7 @@ def decompose(
     bits: int,
     group_size: int | None = 64,
     input_scale: Tensor | None = None,
+    curvature: Curvature | None = None,
     rounds: int = 10,
 ) -> Decomposition:
     """Split a weight (rows, channels, ...), flattened to (rows, K), into codes and a branch.
@@ -59,7 +61,8 @@ def decompose(
         rank: rank of the branch, from 1 to min(rows, K).
         bits: 4 or 8.
         group_size: weights of a row that share a scale; None for the whole row.
-        input_scale: root mean squares (channels,) of the inputs; None weighs all inputs alike.
+        input_scale: root mean squares (channels,) or (K,) of the inputs; None weighs all inputs alike.
+        curvature: prepared moments of the inputs, by which the rest is rounded at the end; None for the nearest codes.
         rounds: largest number of refinements, each (L1, L2) = SVD of W - Q and then Q of W - L1 L2. They stop when the
             error no longer decreases.
     """
@@ -89,7 +92,12 @@ def decompose(
         return best
 
     alphas = ALPHAS if input_scale is not None else (0.0,)
-    return min((refine(importance**alpha) for alpha in alphas), key=lambda fitted: fitted.error)
+    best = min((refine(importance**alpha) for alpha in alphas), key=lambda fitted: fitted.error)
+    if curvature is None:
+        return best
+    rest = matrix - best.up.float() @ best.down.float()
+    packed, scales = codes.pack(rest, bits=bits, group_size=group_size, curvature=curvature)
+    return replace(best, packed=packed, scales=scales)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

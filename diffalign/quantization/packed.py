@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from diffalign.core.errors import UsageError
 from diffalign.quantization.integer import IntegerLinear, StepClock, packed_like
-from diffalign.quantization.layers import PackSpec
+from diffalign.quantization.layers import PackedLayer, PackSpec
+from diffalign.quantization.moments import Moments, is_measured
 from diffalign.quantization.observer import ActivationScales
+from diffalign.quantization.rounding import Curvature
+
+logger = logging.getLogger(__name__)
 
 SKIP = (
     "conv_in",
@@ -69,6 +74,7 @@ def pack_model(
     min_weights: int = MIN_WEIGHTS,
     input_scales: Mapping[str, Tensor] | None = None,
     activations: ActivationScales | None = None,
+    moments: Iterable[Mapping[str, Moments]] | None = None,
 ) -> list[str]:
     """Pack a model's layers in place, one at a time. On the meta device only shapes change.
 
@@ -79,6 +85,8 @@ def pack_model(
         min_weights: size below which layers are not packed.
         input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
         activations: result of `observer.InputObserver`, for `spec.activation_steps` timesteps.
+        moments: result of `moments.collect_moments`, for codes by GPTQ; None for the nearest codes. The model stays as
+            it is until all parts are through, so that every part is measured on full-precision weights.
 
     Returns:
         Names of the packed layers.
@@ -90,18 +98,62 @@ def pack_model(
     spec = spec or PackSpec()
     layers = packable(module, skip=skip, min_weights=min_weights)
     names = list(layers)
+    scales = activations.scales if activations else {}
+    rounded = {} if moments is None else dict(_by_gptq(layers, moments, spec))
     for name in names:
         # The model then has the only reference, so that the layer is freed when it is replaced.
         layer = layers.pop(name)
-        packed = packed_like(layer, spec)
-        if not layer.weight.is_meta:
-            packed.fill(layer.weight, name=name, input_scale=(input_scales or {}).get(name))
-            if isinstance(packed, IntegerLinear):
-                packed.calibrate(activations.scales.get(name) if activations else None)
+        packed = rounded.pop(name, None)
+        if packed is None:
+            packed = packed_like(layer, spec)
+            if not layer.weight.is_meta:
+                packed.fill(layer.weight, name=name, input_scale=(input_scales or {}).get(name))
+        if isinstance(packed, IntegerLinear) and not packed.weight.is_meta:
+            packed.calibrate(scales.get(name))
         replace(module, name, packed)
     if activations is not None:
         StepClock(activations.timesteps).attach(module)
     return names
+
+
+def _by_gptq(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    moments: Iterable[Mapping[str, Moments]],
+    spec: PackSpec,
+) -> Iterator[tuple[str, PackedLayer]]:
+    """Yield the layers that have moments, packed, by name."""
+    rows: dict[str, int] = {}
+    for part in moments:
+        measured, curvature = None, None
+        for name in (n for n in part if n in layers):
+            # layers that read the same tensor share one factorisation
+            if part[name] is not measured:
+                measured = part[name]
+                curvature = Curvature.of(measured.second)
+            packed = packed_like(layers[name], spec)
+            scale = part[name].input_scale if spec.svd_rank else None
+            packed.fill(layers[name].weight, name=name, input_scale=scale, curvature=curvature)
+            rows[name] = part[name].rows
+            yield name, packed
+    _warn(layers, rows)
+
+
+def _warn(layers: Mapping[str, nn.Linear | nn.Conv2d], rows: Mapping[str, int]) -> None:
+    """Warn of layers that no prompt reached, and of layers with fewer rows than inputs."""
+    missed = [n for n, layer in layers.items() if n not in rows and is_measured(layer)]
+    if missed:
+        logger.warning(
+            f"moments: no prompt reached {len(missed)} of {len(layers)} layers, for instance {missed[0]}; their codes "
+            "are the nearest ones"
+        )
+    widths = {n: layers[n].weight[0].numel() for n in rows}
+    short = sorted((n for n in rows if rows[n] < widths[n]), key=lambda n: rows[n] / widths[n])
+    if short:
+        logger.warning(
+            f"moments: {len(short)} of {len(layers)} layers have fewer rows than inputs, at worst {short[0]} with "
+            f"{rows[short[0]]} rows for {widths[short[0]]} inputs; their rounding is damped, and "
+            "more prompts fit it better"
+        )
 
 
 def check_unquantized(module: nn.Module) -> None:

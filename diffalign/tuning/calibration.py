@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.sampler import Sampler
 from diffalign.pipelines.sampling import Sampling, generators_of, scheduler_step
 from diffalign.quantization.lowrank import collect_input_scales
+from diffalign.quantization.moments import MEMORY, Moments, collect_moments
 from diffalign.quantization.observer import ActivationScales, InputObserver
-from diffalign.quantization.packed import packable
+from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, packable
 
 MAX_TIMESTEPS = 16
 """Largest number of timesteps that get scales of their own."""
@@ -71,6 +72,22 @@ class Calibration:
     def input_scales(self) -> dict[str, Tensor]:
         """Return root mean squares (channels,) of layers' inputs, to which branches are fitted."""
         return collect_input_scales(self.model.denoiser, self.run)
+
+    def moments(
+        self, *, memory: int = MEMORY, skip: Sequence[str] = SKIP, min_weights: int = MIN_WEIGHTS
+    ) -> Iterator[dict[str, Moments]]:
+        """Yield second moments of the inputs of the layers that get packed, in parts.
+
+        Args:
+            memory: bytes of the moments of a part; all prompts are sampled once per part.
+            skip: layers that are not packed, as in `packed.packable`.
+            min_weights: size below which layers are not packed.
+
+        Raises:
+            UsageError: as in `moments.collect_moments`.
+        """
+        layers = packable(self.model.denoiser, skip=skip, min_weights=min_weights)
+        return collect_moments(self.model.denoiser, layers, self.run, memory=memory)
 
     def activation_scales(self) -> ActivationScales:
         """Return scales for the inputs of the linear layers that get packed.

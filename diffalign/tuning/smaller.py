@@ -26,10 +26,12 @@ from diffalign.quantization.accounting import ModuleReport, folder_bytes, report
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.latency import Comparison, forward_seconds
+from diffalign.quantization.moments import MEMORY
 from diffalign.tuning.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 REPORT = "quantization.json"
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class SmallerSettings:
         group_size: weights that share a scale.
         svd_rank: rank of the low-rank branch; 0 for none.
         latency: images of the timed forward; 0 skips the timing.
+        rounding: "gptq", "nearest", or None for GPTQ of packed weights where there are calibration prompts.
+        calibration_memory: GiB of second moments that are held at once. The prompts are sampled again for what does not
+            fit.
     """
 
     backend: str = "auto"
@@ -49,6 +54,8 @@ class SmallerSettings:
     group_size: int = 64
     svd_rank: int = 0
     latency: int = 1
+    rounding: str | None = None
+    calibration_memory: float = MEMORY / GIB
 
     def check(self, prompts: Sequence[Prompt] | None) -> None:
         """Raise UsageError if the settings do not fit together or to the calibration prompts."""
@@ -56,15 +63,40 @@ class SmallerSettings:
             raise UsageError(
                 f"latency={self.latency} must not be negative. Set 0 to skip the timing."
             )
-        static = self.backend in BACKENDS and BACKENDS[self.backend].activations
+        # "auto" is known when the model is loaded
+        backend = BACKENDS.get(self.backend)
+        static = backend is not None and backend.activations
         if static and not prompts:
             raise UsageError(
                 f"backend={self.backend} needs calibration images. Give `prompts` to sample them from."
             )
-        if prompts and not (self.svd_rank or static):
+        if self.rounding == "gptq" and not prompts:
             raise UsageError(
-                "prompts: only int8-static and the low-rank branch are calibrated. Set `svd_rank`, or omit `prompts`."
+                "rounding=gptq needs calibration images. Give `prompts` to sample them from."
             )
+        if prompts and backend is not None:
+            self.check_calibration(self.backend)
+
+    def check_calibration(self, backend: str) -> None:
+        """Raise UsageError if a backend has no use for the calibration prompts."""
+        packed = BACKENDS[backend].is_packed
+        if self.rounding == "gptq" and not packed:
+            raise UsageError(
+                f"rounding=gptq: backend={backend} rounds to nearest. Use a packed backend, such as int4."
+            )
+        if not (
+            (packed and self.rounding != "nearest")
+            or self.svd_rank
+            or BACKENDS[backend].activations
+        ):
+            raise UsageError(
+                f"prompts: backend={backend} with these settings is not calibrated. Use a packed backend with "
+                "rounding=gptq, set `svd_rank`, or omit `prompts`."
+            )
+
+    def gptq(self, backend: str) -> bool:
+        """Return whether GPTQ rounds the weights of a backend, if there are calibration prompts."""
+        return BACKENDS[backend].is_packed and self.rounding != "nearest"
 
 
 @dataclass(frozen=True)
@@ -108,11 +140,10 @@ def make_smaller(
         model, source, settings, drawing=drawing, dtype=dtype, prompts=prompts
     )
     progress()
-    rows, size = settings.latency, drawing.size
+    rows, size, part = settings.latency, drawing.size, model.denoiser_part
     seconds = forward_seconds(model, rows, size) if rows else None
     # Layers count what they cache in their first forward.
     after = report(model.denoiser)
-    part = model.denoiser_part
     with folder_aside(output_dir) as folder:
         save_pipeline(model.pipeline, folder, card=card_of(source))
         times = None if seconds is None else _compare(model, seconds, source, rows, size)
@@ -120,6 +151,7 @@ def make_smaller(
             "model": source,
             "backends": backends,
             "svd_rank": settings.svd_rank,
+            "rounding": "gptq" if prompts and settings.gptq(backends[part]) else "nearest",
             **_sizes(before, after, folder, part),
             **({} if times is None else _rounded(times)),
         }
@@ -172,8 +204,12 @@ def _quantise(
     if backend.quantises_loaded:
         scales: dict[str, Any] = {}
         if prompts:
+            settings.check_calibration(name)
             calibration = Calibration(model, prompts, drawing)
-            if settings.svd_rank:
+            if settings.gptq(name):
+                memory = int(settings.calibration_memory * GIB)
+                scales["moments"] = calibration.moments(memory=memory)
+            elif settings.svd_rank:
                 scales["input_scales"] = calibration.input_scales()
             if backend.activations:
                 scales["activations"] = calibration.activation_scales()

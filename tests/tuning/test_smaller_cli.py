@@ -40,6 +40,7 @@ def quantize(folder, *flags):
     ("flags", "kind"),
     [
         (("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
+        (("--backend=int4", "--prompts=shapes:train", "--calibration_memory=0.001"), PackedLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
@@ -59,7 +60,9 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     assert told["quantised_fraction"] == pytest.approx(weight.quantised_fraction, abs=1e-4)
     assert told["disk_bytes"] == folder_bytes(folder / "transformer")
     assert told["disk_ratio_to_bf16"] == pytest.approx(weight.ratio, rel=0.03)
-    assert set(told["backends"]) == {"transformer", *flags[2:]} - {"--prompts=shapes:train"}
+    assert set(told["backends"]) == {"transformer", *(f for f in flags if f == "text_encoder_2")}
+    packed = kind is not BranchLinear and "--prompts=shapes:train" in flags
+    assert told["rounding"] == ("gptq" if packed else "nearest")
     assert np.array_equal(image(pipeline), image(load_model(str(folder)).pipeline))
     assert [p.name for p in folder.parent.iterdir()] == ["small"]  # nothing hidden is left
 
@@ -106,8 +109,21 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
         ),
         (("--backend=int8-static",), "--backend=int8-static needs calibration images"),
         (
-            ("--backend=int4", "--prompts=shapes:train"),
-            "--prompts: only int8-static and the low-rank branch are calibrated",
+            ("--backend=int4", "--prompts=shapes:train", "--rounding=nearest"),
+            "--prompts: backend=int4 with these settings is not calibrated",
+        ),
+        (
+            ("--backend=torchao-int8wo", "--prompts=shapes:train"),
+            "--prompts: backend=torchao-int8wo with these settings is not calibrated",
+        ),
+        (("--backend=int4", "--rounding=gptq"), "--rounding=gptq needs calibration images"),
+        (
+            ("--backend=torchao-int8wo", "--prompts=shapes:train", "--rounding=gptq"),
+            "--rounding=gptq: backend=torchao-int8wo rounds to nearest",
+        ),
+        (
+            ("--backend=int4", "--calibration_memory=0"),
+            "--calibration_memory must be greater than 0",
         ),
         (("--backend=torchao-fp8",), "compute capability 8.9"),
         (("--backend=bnb-nf4",), "bnb-nf4 needs"),
