@@ -20,7 +20,7 @@ from diffalign.quantization.backends import BACKENDS, Work, resolve
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.moments import Moments
 from diffalign.quantization.observer import ActivationScales
-from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_unquantized
+from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, check_rounding, check_unquantized
 
 
 def quantize_pipeline(
@@ -90,6 +90,8 @@ def quantize_model(
     method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, activations)
     check_unquantized(model)
+    if method.is_packed:
+        check_rounding(spec.bits, calibrated=moments is not None)
     if input_scales is not None and not svd_rank:
         raise UsageError(
             "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
@@ -142,6 +144,8 @@ def quantization_config(
     name = resolve(backend, device=device, model=model, training=training)
     spec = _spec(name, group_size, svd_rank, None)
     _check_options(name, spec)
+    if BACKENDS[name].is_packed:
+        check_rounding(spec.bits, calibrated=False)
     return BACKENDS[name].config(spec, skip)
 
 

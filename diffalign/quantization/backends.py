@@ -10,9 +10,9 @@ The backend `auto` is `torchao-fp8` for a transformer on CUDA from compute capab
 - CPUs, where uncompiled `int8` is faster than `torchao-int8` and has half its error;
 - text encoders, which run once per image and gain nothing from speed.
 
-The backends `int8` and `int4` of this project run wherever torch does. They multiply unpacked weights, so they save
-memory, not time. The backend `int8-static` multiplies integers: it is fast on CPUs, for a model that is calibrated on
-its few steps.
+The backends `int8`, `int4`, `int3` and `int2` of this project run wherever torch does. They multiply unpacked weights,
+so they save memory, not time. The backend `int8-static` multiplies integers: it is fast on CPUs, for a model that is
+calibrated on its few steps.
 """
 
 from __future__ import annotations
@@ -225,6 +225,8 @@ class BitsAndBytes(Backend):
 BACKENDS: dict[str, Backend] = {
     "int8": Packed("8 bits in groups of 64, convolutions too", 8),
     "int4": Packed("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
+    "int3": Packed("3 bits in groups of 64, convolutions too; made for GPTQ", 3),
+    "int2": Packed("2 bits in groups of 64, convolutions too; by GPTQ only", 2),
     "int8-static": Packed(
         "8-bit weights, and activations of linear layers with scales calibrated for each step",
         8,

@@ -1,4 +1,4 @@
-"""Weights as integers of 4 or 8 bits: one scale per group, no zero point.
+"""Weights as integers of 8, 4, 3 or 2 bits: one scale per group, no zero point.
 
 A scale may be negative. Two's complement has one code more below zero than above, so the largest weight of a group
 gets the lowest or second-lowest code, whichever errs less, whatever its sign. On the Shapes denoisers this reduces the
@@ -7,6 +7,10 @@ error of the weights by another tenth, but increase the prediction's error on on
 matter more.
 
 With moments of the layer's inputs the codes are those of GPTQ (`rounding`), against the same scales.
+
+Codes are stored in planes of 8, 4, 2 or 1 bits, which fill bytes: 3 bits are a plane of the two low bits beside one of
+the sign. A byte of a plane holds codes that are far apart in a row, so that the first codes of all bytes are the row's
+beginning, as in the 4-bit form of the first release.
 
 Scales are bfloat16, which has float32's range, so that no weight's scale under- or overflows. Rounding the scales
 costs nothing, since codes are computed with the rounded scale.
@@ -23,13 +27,15 @@ from torch import Tensor
 
 from diffalign.quantization.rounding import Curvature, gptq
 
+PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+"""Widths of the planes of a code, from the lowest bit to the sign."""
 CHUNK = 2**22
 """Weights that are rounded at once in float32, which bounds the extra memory of packing."""
 
 
 def packed_shape(rows: int, columns: int, *, bits: int) -> tuple[int, int]:
     """Return the shape of the int8 tensor that holds (rows, columns) codes."""
-    return rows, columns if bits == 8 else (columns + 1) // 2
+    return rows, sum(_plane_bytes(columns, width) for width in PLANES[bits])
 
 
 def scales_shape(rows: int, columns: int, *, group_size: int | None) -> tuple[int, int]:
@@ -48,30 +54,65 @@ def pack(
 
     Args:
         weight: finite floating-point weight.
-        bits: 4 or 8.
+        bits: 8, 4, 3 or 2.
         group_size: weights of a row that share a scale; None for the whole row.
         curvature: prepared moments of the layer's inputs, for codes by GPTQ; None for the nearest codes.
 
     Returns:
-        Codes in int8 and scales (rows, groups) in bfloat16. The codes are (rows, K), or for 4 bits (rows, ceil(K / 2))
-            with a row's first half in the low nibbles.
+        Codes in int8, in the shape of `packed_shape`, and scales (rows, groups) in bfloat16.
 
     Raises:
-        ValueError: `bits` is neither 4 nor 8.
+        ValueError: there are no codes of so many bits.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits}.")
+    if bits not in PLANES:
+        raise ValueError(f"bits must be 8, 4, 3 or 2, not {bits}.")
     matrix = weight.detach().flatten(1)
     step = max(1, CHUNK // matrix.shape[1])
     parts = [_quantise(chunk, bits, group_size) for chunk in matrix.split(step)]
     codes, scales = (torch.cat(p) for p in zip(*parts, strict=True))
     if curvature is not None:
         codes = gptq(matrix, codes, scales, curvature, bits=bits, group_size=group_size)
+    return join(codes, bits=bits), scales
+
+
+def join(codes: Tensor, *, bits: int) -> Tensor:
+    """Return codes (rows, K) int8 in planes, in the shape of `packed_shape`."""
     if bits == 8:
-        return codes, scales
-    half = (codes.shape[1] + 1) // 2
-    high = F.pad(codes[:, half:], (0, codes.shape[1] % 2))
-    return (codes[:, :half] & 15) | (high << 4), scales
+        return codes
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        size = _plane_bytes(codes.shape[1], width)
+        parts = F.pad((codes >> low) & (2**width - 1), (0, size * (8 // width) - codes.shape[1]))
+        packed = parts[:, :size].clone()
+        for i, part in enumerate(parts[:, size:].split(size, 1), 1):
+            packed |= part << (i * width)
+        planes.append(packed)
+        low += width
+    return torch.cat(planes, 1)
+
+
+def split(packed: Tensor, columns: int, *, bits: int) -> Tensor:
+    """Return the codes (rows, K) int8 of planes, the inverse of `join`."""
+    if bits == 8:
+        return packed
+    widths = PLANES[bits]
+    planes = packed.split([_plane_bytes(columns, width) for width in widths], 1)
+    # the last plane holds the sign, which an arithmetic shift to the right extends
+    codes = _sign_extended(planes[-1], widths[-1])[:, :columns]
+    for plane, width in zip(planes[-2::-1], widths[-2::-1], strict=True):
+        parts = [(plane >> start) & (2**width - 1) for start in range(0, 8, width)]
+        codes = (codes << width) | torch.cat(parts, 1)[:, :columns]
+    return codes
+
+
+def _plane_bytes(columns: int, width: int) -> int:
+    return -(-columns // (8 // width))
+
+
+def _sign_extended(plane: Tensor, width: int) -> Tensor:
+    """Return the codes of a plane, with its highest bit as their sign."""
+    parts = [(plane << (8 - width - start)) >> (8 - width) for start in range(0, 8 - width, width)]
+    return torch.cat((*parts, plane >> (8 - width)), 1)
 
 
 def unpack(
@@ -84,13 +125,11 @@ def unpack(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the weights in `shape`, the inverse of `pack` except for rounding."""
-    codes = packed
-    if bits == 4:
-        codes = torch.cat((((packed & 15) ^ 8) - 8, packed >> 4), dim=1)
     columns = math.prod(shape[1:])
+    codes = split(packed, columns, bits=bits)
     # float16 has the range of the weights, but not the range of the scales.
     work = torch.float32 if dtype == torch.float16 else dtype
-    values = codes[:, :columns].to(work)
+    values = codes.to(work)
     group = group_size or columns
     if columns % group:
         values *= scales.to(work).repeat_interleave(group, dim=1)[:, :columns]

@@ -32,7 +32,7 @@ class PackSpec:
     """Settings of packed weights.
 
     Args:
-        bits: 4 or 8.
+        bits: 8, 4, 3 or 2.
         group_size: weights of an output's row (input channels, height and width flattened) that share a scale; None
             for the whole row.
         svd_rank: rank of the low-rank branch in 16 bits; 0 for none.
@@ -46,8 +46,8 @@ class PackSpec:
     activation_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise UsageError(f"bits must be 4 or 8, not {self.bits}.")
+        if self.bits not in codes.PLANES:
+            raise UsageError(f"bits={self.bits}: there is no such format. Set 8, 4, 3 or 2.")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(
                 f"group_size must be positive, or None for whole rows, not {self.group_size}."

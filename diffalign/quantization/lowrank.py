@@ -41,7 +41,10 @@ class Decomposition:
     down: Tensor
     """Factor (rank, K)."""
     error: float
-    """Sum of squared weight errors of the nearest codes, each times its input's mean square if that is given."""
+    """Sum of squared weight errors of the nearest codes.
+
+    Each error counts times its input's mean square, if that is given.
+    """
 
 
 def decompose(
@@ -59,7 +62,7 @@ def decompose(
     Args:
         weight: the weight.
         rank: rank of the branch, from 1 to min(rows, K).
-        bits: 4 or 8.
+        bits: 8, 4, 3 or 2.
         group_size: weights of a row that share a scale; None for the whole row.
         input_scale: root mean squares (channels,) or (K,) of the inputs; None weighs all inputs alike.
         curvature: prepared moments of the inputs, by which the rest is rounded at the end; None for the nearest codes.

@@ -288,7 +288,7 @@ def _sample(number: int, generator: torch.Generator) -> Tensor:
 
 
 def _patches(layer: nn.Conv2d, padded: Tensor) -> Tensor:
-    """Return the patches under a kernel as a view (B, H, W, C, kernel height, kernel width)."""
+    """Return the patches under a kernel, a view (B, H, W, C, *kernel_size)."""
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     sides = [
         (padded.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)

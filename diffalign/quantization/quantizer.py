@@ -26,9 +26,19 @@ import diffalign.quantization.branches  # noqa: F401 (registers itself)
 from diffalign.core.errors import UsageError
 from diffalign.quantization.integer import StepClock, packed_like
 from diffalign.quantization.layers import PackedLayer, PackSpec
-from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, packable, replace
+from diffalign.quantization.packed import (
+    MIN_WEIGHTS,
+    SKIP,
+    check_rounding,
+    packable,
+    replace,
+)
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""Versions of the saved format: 1 for codes of 8 and 4 bits, 2 for all others.
+
+Releases that write format 1 only read it, and refuse format 2 by its number.
+"""
 
 
 class Method(StrEnum):
@@ -41,14 +51,14 @@ class PackedConfig(QuantizationConfigMixin):
     """Settings of a packed model: the argument of `from_pretrained`, saved in config.json.
 
     Args:
-        bits: 4 or 8.
+        bits: 8, 4, 3 or 2.
         group_size: weights that share a scale; None for a whole row.
         skip: layers that keep their weights, as in `packed.packable`.
         min_weights: size below which layers keep their weights.
         svd_rank: rank of SVDQuant's low-rank branch; 0 for none.
         activation_timesteps: timesteps, in the denoiser's units, for which the inputs of linear layers have scales;
             empty for inputs in 16 bits.
-        format: version of the saved format.
+        format: version of the saved format; None for the one that these settings need.
         quant_method: name of the method.
 
     Raises:
@@ -63,19 +73,20 @@ class PackedConfig(QuantizationConfigMixin):
         min_weights: int = MIN_WEIGHTS,
         svd_rank: int = 0,
         activation_timesteps: Sequence[float] = (),
-        format: int = FORMAT,
+        format: int | None = None,
         quant_method: str = Method.PACKED,
     ) -> None:
-        if format != FORMAT:
+        if format is not None and format not in FORMATS:
             raise UsageError(
-                f"weights are in packed format {format}; this version of diffalign reads {FORMAT}. Update diffalign."
+                f"weights are in packed format {format}; this version of diffalign reads up to {FORMATS[-1]}. Update "
+                "diffalign."
             )
         self.quant_method = Method(quant_method)
         self.bits, self.group_size, self.svd_rank = bits, group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
         self.activation_timesteps = list(activation_timesteps)
-        self.format = format
         self.spec()
+        self.format = format or (1 if bits in (4, 8) else 2)
 
     def spec(self) -> PackSpec:
         """Return the settings of each packed layer."""
@@ -141,6 +152,7 @@ class PackedQuantizer(DiffusersQuantizer):
                 raise UsageError(
                     "activation_timesteps: scales of activations need a loaded model. Use quantize_model."
                 )
+            check_rounding(config.bits, calibrated=False)
             config.keep(keep_in_fp32_modules)
             self.targets = config.layers(model)
         model.config.quantization_config = config  # type: ignore[union-attr]

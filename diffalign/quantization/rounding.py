@@ -24,7 +24,10 @@ BLOCK = 128
 CHUNK = 2**24
 """Weights that are rounded at once in float32."""
 DAMPING = (0.01, 0.1, 1.0)
-"""Shares of the mean of H_kk that are added to H, the next one if the one before leaves H singular."""
+"""Shares of the mean of H_kk that are added to H.
+
+The next one is taken if the one before leaves H singular.
+"""
 
 
 @dataclass(frozen=True)

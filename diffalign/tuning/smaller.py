@@ -27,6 +27,7 @@ from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.latency import Comparison, forward_seconds
 from diffalign.quantization.moments import MEMORY
+from diffalign.quantization.packed import check_rounding
 from diffalign.tuning.calibration import Calibration
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class SmallerSettings:
             raise UsageError(
                 "rounding=gptq needs calibration images. Give `prompts` to sample them from."
             )
+        if backend is not None and backend.is_packed:
+            check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.backend))
         if prompts and backend is not None:
             self.check_calibration(self.backend)
 
@@ -215,8 +218,8 @@ def _quantise(
                 scales["activations"] = calibration.activation_scales()
         done = quantize_pipeline(model.pipeline, name, **scales, **options)
         if settings.components:
-            # Text encoders have no timesteps, so int8-static does not apply to them.
-            other = "int8" if backend.activations else name
+            # Text encoders have neither timesteps nor calibration, which few bits need.
+            other = "int8" if backend.activations else "int4" if backend.bits < 4 else name
             done |= quantize_pipeline(
                 model.pipeline,
                 other,

@@ -55,7 +55,7 @@ def test_auto_chooses_by_device_model_and_purpose(machine, capability, model, tr
         ("torchao-fp8", (-1, -1), {}, r"this is no CUDA device \(cpu\)"),
         ("bnb-nf4", (9, 0), {}, r"bitsandbytes>=0\.43\.3'. `int4` works"),
         ("bnb-nf4", (-1, -1), {"bitsandbytes": (0, 49)}, r"bnb-nf4 needs CUDA"),
-        ("int3", (9, 0), {}, "did you mean 'int"),
+        ("int5", (9, 0), {}, "did you mean 'int"),
         ("nonsense", (9, 0), {}, "choose from auto, int8, int4"),
     ],
 )

@@ -34,7 +34,7 @@ def packed_layer(layer, **kwargs):
     return module[0]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [64, 7, None])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_codes_can_say_comes_back_exactly(bits, group_size, shape):
@@ -53,7 +53,7 @@ def test_what_codes_can_say_comes_back_exactly(bits, group_size, shape):
     assert torch.equal(unpacked(weight, bits, group_size), weight)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packing_again_changes_nothing(bits, shape):
     once = unpacked(torch.randn(shape, generator=torch.Generator().manual_seed(1)), bits, 64)
@@ -88,7 +88,8 @@ def test_zeros_and_float16_weights():
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "each"), [(4, 64, 4.25), (8, 64, 8.25), (4, 32, 4.5)]
+    ("bits", "group_size", "each"),
+    [(4, 64, 4.25), (8, 64, 8.25), (4, 32, 4.5), (3, 64, 3.25), (2, 64, 2.25)],
 )
 def test_bytes_are_those_of_the_bits_and_the_scales(bits, group_size, each):
     layer = packed_layer(nn.Linear(640, 320, bias=False), bits=bits, group_size=group_size)
@@ -107,7 +108,7 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("settings", CONVOLUTIONS)
 def test_convolutions_equal_torchs_on_the_unpacked_weight(bits, settings):
     torch.manual_seed(0)
@@ -117,7 +118,7 @@ def test_convolutions_equal_torchs_on_the_unpacked_weight(bits, settings):
     same_forward_and_gradients(packed, plain, torch.randn(2, 6, 9, 8))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37)])
 def test_linear_layers_equal_torchs_on_the_unpacked_weight(bits, bias, shape):
@@ -212,11 +213,36 @@ def unpack_model(model):
     return plain
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "sana", "sd", "sdxl"])
-def test_lora_trains_over_packed_weights_as_over_the_unpacked(family):
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 130])
+def test_planes_come_back_exactly(bits, columns):
+    generator = torch.Generator().manual_seed(columns)
+    lowest = 2 ** (bits - 1)
+    values = torch.randint(-lowest, lowest, (3, columns), generator=generator).to(torch.int8)
+    packed = codes.join(values, bits=bits)
+    assert packed.shape == codes.packed_shape(3, columns, bits=bits)
+    assert torch.equal(codes.split(packed, columns, bits=bits), values)
+    if bits == 4:  # as the first release wrote them
+        half = (columns + 1) // 2
+        high = nn.functional.pad(values[:, half:], (0, columns % 2))
+        assert torch.equal(packed, (values[:, :half] & 15) | (high << 4))
+
+
+def test_every_byte_is_read():
+    whole = torch.arange(-128, 128).to(torch.int8)[None]
+    for bits, columns in ((4, 512), (2, 1024)):
+        again = codes.join(codes.split(whole, columns, bits=bits), bits=bits)
+        assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize(
+    ("family", "bits"),
+    [("sd3", 4), ("flux", 4), ("sana", 4), ("sd", 4), ("sdxl", 4), ("flux", 3), ("sd", 2)],
+)
+def test_lora_trains_over_packed_weights_as_over_the_unpacked(family, bits):
     gradients, outs = [], []
     packed = families()[family]()
-    names = pack_model(packed.denoiser, spec=PackSpec(4), min_weights=64)
+    names = pack_model(packed.denoiser, spec=PackSpec(bits), min_weights=64)
     assert any(n.endswith("to_q") for n in names)
     for model in (packed, unpack_model(packed)):
         with torch.no_grad():
@@ -309,8 +335,8 @@ def test_small_layers_and_subclasses_keep_their_weights():
 
 def test_what_cannot_be_packed_is_named():
     model = tiny.flux_model()
-    with pytest.raises(UsageError, match="bits must be 4 or 8, not 3"):
-        PackSpec(3)
+    with pytest.raises(UsageError, match="bits=5: there is no such format. Set 8, 4, 3 or 2"):
+        PackSpec(5)
     with pytest.raises(UsageError, match="group_size"):
         PackSpec(group_size=0)
     with pytest.raises(UsageError, match="svd_rank"):
@@ -347,6 +373,13 @@ def test_published_models_become_so_many_times_smaller(family, int4, int8):
         assert after.ratio == pytest.approx(ratio, abs=0.01)
         assert after.quantised_fraction > {"sd3": 0.9, "sana": 0.97}.get(family, 0.996)
         assert all(p.is_meta for p in denoiser.parameters())
+
+
+@pytest.mark.parametrize(("bits", "gigabytes"), [(3, 4.9), (2, 3.4)])
+def test_flux_in_three_and_two_bits(bits, gigabytes):
+    denoiser = build("flux").denoiser
+    pack_model(denoiser, spec=PackSpec(bits))
+    assert report(denoiser).bytes / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
 def test_kinds_add_up_and_are_shown():

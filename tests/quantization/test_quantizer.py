@@ -19,9 +19,10 @@ from diffalign import lora
 from diffalign.core.errors import UsageError
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import folder_bytes, report
-from diffalign.quantization.apply import quantize_model
+from diffalign.quantization.apply import quantization_config, quantize_model
 from diffalign.quantization.layers import PackedConv2d, PackedLayer, PackedLinear
-from diffalign.quantization.packed import SKIP
+from diffalign.quantization.moments import collect_moments
+from diffalign.quantization.packed import SKIP, packable
 from diffalign.quantization.quantizer import PackedConfig
 
 PIPELINES = {
@@ -71,7 +72,10 @@ def flux(tmp_path_factory):
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize(
     ("dtype", "settings"),
-    [(torch.float32, {"bits": 4, "svd_rank": 2}), (torch.bfloat16, {"bits": 8})],
+    [
+        (torch.float32, {"bits": 4, "svd_rank": 2}),
+        (torch.bfloat16, {"bits": 8}),
+    ],
 )
 def test_a_pipeline_is_packed_while_loading_and_reloads_bit_equal(
     tmp_path, family, dtype, settings
@@ -168,16 +172,53 @@ def test_a_later_format_and_foreign_values_are_refused(flux, tmp_path):
     folder, _ = flux
     shutil.copytree(folder / "packed" / "transformer", tmp_path / "later")
     config = json.loads((tmp_path / "later" / "config.json").read_text())
-    config["quantization_config"]["format"] = 2
+    config["quantization_config"]["format"] = 3
     (tmp_path / "later" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="packed format 2"):
+    with pytest.raises(
+        UsageError, match="packed format 3; this version of diffalign reads up to 2"
+    ):
         FluxTransformer2DModel.from_pretrained(tmp_path / "later")
-    with pytest.raises(UsageError, match="bits must be 4 or 8"):
-        PackedConfig(bits=2)
+    with pytest.raises(UsageError, match="bits=5: there is no such format"):
+        PackedConfig(bits=5)
     with pytest.raises(UsageError, match="disk"):
         FluxTransformer2DModel.from_pretrained(
             folder / "packed", subfolder="transformer", device_map={"": "disk"}
         )
+
+
+def test_codes_of_8_and_4_bits_keep_the_format_of_the_first_release():
+    assert [PackedConfig(bits=bits).format for bits in (8, 4, 3, 2)] == [1, 1, 2, 2]
+
+
+def test_three_and_two_bits_reload_bit_equal(flux, tmp_path):
+    folder, _ = flux
+    packed = load(folder / "plain", transformer=small(bits=3))
+    expected = image(packed)
+    packed.save_pretrained(tmp_path / "three")
+    assert np.array_equal(image(load(tmp_path / "three")), expected)
+    model = tiny.flux_model()
+    layers = packable(model.denoiser, min_weights=64)
+    embeds = model.encode_prompt(["a photo of a ring"])
+
+    def run():
+        model.predict(torch.ones(1, 4, 8, 8), torch.tensor([500.0]), embeds)
+
+    moments = collect_moments(model.denoiser, layers, run)
+    quantize_model(model.denoiser, "int2", min_weights=64, moments=moments)
+    expected = image(model.pipeline)
+    model.pipeline.save_pretrained(tmp_path / "two")
+    assert np.array_equal(image(load(tmp_path / "two")), expected)
+
+
+def test_two_bits_are_not_rounded_to_nearest(flux):
+    folder, _ = flux
+    for refused in (
+        lambda: quantize_model(tiny.flux_model().denoiser, "int2", min_weights=64),
+        lambda: quantization_config("int2", device="cpu"),
+        lambda: load(folder / "plain", transformer=small(bits=2)),
+    ):
+        with pytest.raises(UsageError, match="bits=2: rounding to nearest"):
+            refused()
 
 
 def test_without_our_import_diffusers_names_the_method(flux):

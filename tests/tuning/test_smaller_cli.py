@@ -116,6 +116,7 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
             ("--backend=torchao-int8wo", "--prompts=shapes:train"),
             "--prompts: backend=torchao-int8wo with these settings is not calibrated",
         ),
+        (("--backend=int2",), "rounding to nearest leaves the weights 2 bits in name only"),
         (("--backend=int4", "--rounding=gptq"), "--rounding=gptq needs calibration images"),
         (
             ("--backend=torchao-int8wo", "--prompts=shapes:train", "--rounding=gptq"),
