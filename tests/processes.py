@@ -116,17 +116,11 @@ def member(argv, variables, threads, output):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def launch(world, *arguments):
-    """Run a script (or `-m` and a module) in `world` processes on the CPU; returns what the first printed.
-
-    By torchrun: `accelerate launch --cpu` starts one process on one machine, whatever number it is given."""
-    done = run(world, *arguments)
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done.stdout
-
-
 def run(world, *arguments):
-    """The same, whatever comes of it."""
+    """Run a script in `world` processes on the CPU by torchrun, and return what became of it.
+
+    `accelerate launch --cpu` starts one process on one machine, whatever number it is given.
+    """
     command = [sys.executable]
     if world > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import launch
+from processes import fork
 
 from diffalign import cli, lora
 from diffalign.data.prompts import load_prompts
@@ -245,8 +245,10 @@ def test_two_processes_share_the_work(tmp_path, flags):
     """The same folder, rows and summary as one process; then features of it, each half by one process."""
 
     def run(*arguments):
-        told = launch(2, "-m", "diffalign.cli", *arguments, "--json")
-        return json.loads(told.strip().splitlines()[-1])
+        done = fork(2, "command_line", *arguments, "--json", output=tmp_path)
+        assert done.returncodes == [0, 0], done.stderr[-9000:]
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+        return json.loads(line)
 
     both = run(*flags)
     assert (both["images"], both["prompts_scored"], both["missing"]) == (8, 4, 0)

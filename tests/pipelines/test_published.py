@@ -1,6 +1,7 @@
 """The published configurations of SD1.5, SDXL, SD3.5-medium, FLUX.1-dev and SANA 1.6 B on the meta device: sizes, LoRA
 targets, shapes."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,12 @@ class SDXLOnCpu(OnCpu, SDXLModel):
     pass
 
 
+@cache
+def shared(family):
+    """One model of a family for the tests that do not change it."""
+    return build(family)
+
+
 def build(family):
     denoiser = layouts.denoiser(LAYOUTS[family])
     if family in ("sd", "sdxl"):
@@ -100,7 +107,7 @@ def build(family):
     ],
 )
 def test_parameter_counts_match_the_published_ones(family, parameters, billions):
-    denoiser = build(family).denoiser
+    denoiser = shared(family).denoiser
     count = sum(p.numel() for p in denoiser.parameters())
     total = count + sum(b.numel() for b in denoiser.buffers())
     assert count == parameters
@@ -135,7 +142,7 @@ def test_every_lora_target_resolves(family, matrices):
 
 @pytest.mark.parametrize(("family", "tokens"), [("sd3", 333), ("flux", 512)])
 def test_a_forward_has_the_right_shape(family, tokens):
-    model = build(family)
+    model = shared(family)
     shape = model.latent_shape((512, 768))
     assert shape == (16, 64, 96)
     pooled = {"sd3": 2048, "flux": 768}[family]
@@ -149,7 +156,7 @@ def test_a_forward_has_the_right_shape(family, tokens):
 
 
 def test_sana_s_forward_has_the_right_shape():
-    model = build("sana")
+    model = shared("sana")
     assert model.default_size == (1024, 1024)
     assert model.image_seq_len((1024, 1024)) == 1024
     shape = model.latent_shape((512, 768))
@@ -168,7 +175,7 @@ def test_sana_s_forward_has_the_right_shape():
 
 @pytest.mark.parametrize(("family", "width", "pooled"), [("sd", 768, 0), ("sdxl", 2048, 1280)])
 def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
-    model = build(family)
+    model = shared(family)
     latents = torch.zeros(2, *model.latent_shape((512, 768)), dtype=torch.bfloat16, device="meta")
     with torch.device("meta"):
         embeds = PromptEmbeds(
@@ -181,9 +188,9 @@ def test_a_forward_of_a_unet_has_the_right_shape(family, width, pooled):
 
 
 def test_schedules_follow_the_resolution():
-    sd3 = build("sd3").scheduler_at(28, (1024, 1024))
-    flux = build("flux")
-    sana = build("sana").scheduler_at(20, (1024, 1024))
+    sd3 = shared("sd3").scheduler_at(28, (1024, 1024))
+    flux = shared("flux")
+    sana = shared("sana").scheduler_at(20, (1024, 1024))
     # shift 3 of an even grid: 3 s / (1 + 2 s), its middle at 0.75
     assert sana.sigmas[10].item() == pytest.approx(0.75, abs=1e-3)
     small, large = (flux.scheduler_at(28, (s, s)).sigmas[14] for s in (512, 1024))
@@ -205,7 +212,9 @@ def test_the_published_autoencoders_have_the_channels_that_the_denoisers_expect(
             use_post_quant_conv=False,
         )
     assert (
-        vae.config.latent_channels == build("sd3").latent_channels == build("flux").latent_channels
+        vae.config.latent_channels
+        == shared("sd3").latent_channels
+        == shared("flux").latent_channels
     )
     assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 84
 
@@ -225,8 +234,8 @@ def test_dc_ae_has_the_channels_that_sana_expects():
     }
     with torch.device("meta"):
         vae = AutoencoderDC(**sides, **layers, latent_channels=32, scaling_factor=0.41407)
-    assert vae.config.latent_channels == build("sana").latent_channels
-    assert vae.spatial_compression_ratio == build("sana").pipeline.vae_scale_factor
+    assert vae.config.latent_channels == shared("sana").latent_channels
+    assert vae.spatial_compression_ratio == shared("sana").pipeline.vae_scale_factor
     assert round(sum(p.numel() for p in vae.parameters()) / 1e6) == 312
 
 
@@ -247,11 +256,8 @@ def test_moved_models_at_published_sizes(family, recipe, channels, tokens, param
     codec = SimpleNamespace(channels=channels, token_channels=channels)
     denoiser = moved(model.denoiser, model.ends, **model.moved_config(codec, k))
     assert not {n for n, t in denoiser.state_dict().items() if not t.is_meta}
-    own = {
-        n
-        for n, p in denoiser.named_parameters()
-        if p is not dict(model.denoiser.named_parameters()).get(n)
-    }
+    before = dict(model.denoiser.named_parameters())
+    own = {n for n, p in denoiser.named_parameters() if p is not before.get(n)}
     assert own == {
         f"{e}.{p}" for e in (model.ends.embedder, model.ends.head) for p in ("weight", "bias")
     }
