@@ -148,7 +148,12 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
     undo = Undo(pipeline)
     try:
         report = apply_in_order(
-            pipeline, plan.options, call, Options(check=0), undo, plan.schedules
+            pipeline,
+            plan.options,
+            call,
+            Options(check=0, lora_rank=plan.lora_rank),
+            undo,
+            plan.schedules,
         )
     except BaseException:
         undo.back()

@@ -56,6 +56,7 @@ class Arguments(TypedDict, total=False):
     sizes: tuple[tuple[int, int], ...]
     batch_sizes: tuple[int, ...]
     steps: int
+    lora_rank: int
     check: int
     floor: float
     prompts: tuple[str, ...]
@@ -79,6 +80,7 @@ class Options:
         sizes: sizes (height, width) in pixels that it is made for; empty for the pipeline's own.
         batch_sizes: numbers of images in a call that it is made for.
         steps: number of steps that it is made for; None for the default of the pipeline's call.
+        lora_rank: largest rank of the LoRAs that will be swapped without compiling again; None prepares nothing.
         check: number of images that are drawn plain and accelerated.
         floor: median PSNR in dB below which the last lossy option is taken back; None for the preset's.
         prompts: prompts of the calibration and the check; empty for those of `drawing.PROMPTS`.
@@ -96,6 +98,7 @@ class Options:
     sizes: tuple[tuple[int, int], ...] = ()
     batch_sizes: tuple[int, ...] = (1,)
     steps: int | None = None
+    lora_rank: int | None = None
     check: int = 2
     floor: float | None = None
     prompts: tuple[str, ...] = ()
@@ -118,12 +121,11 @@ class Options:
             if name in CHOICES:
                 _check_choice(name, value)
         options = cls(**values)
-        for name in ("check", "steps"):
+        for name in ("check", "steps", "lora_rank"):
             number = getattr(options, name)
-            if number is not None and (isinstance(number, bool) or number < (name == "steps")):
-                raise UsageError(
-                    f"{name}={number}: this is no number of {name}. Pass a positive integer."
-                )
+            if number is not None and (isinstance(number, bool) or number < (name != "check")):
+                what = "rank" if name == "lora_rank" else f"number of {name}"
+                raise UsageError(f"{name}={number}: this is no {what}. Pass a positive integer.")
         return options
 
     def chosen(self, preset: str) -> dict[str, tuple[Choice, bool]]:

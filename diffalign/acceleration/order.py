@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from diffalign.acceleration.adapters import guard_loras
 from diffalign.acceleration.attention import set_attention
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
@@ -41,6 +42,7 @@ def apply_in_order(
     if "quantize" in active and not getattr(denoiser_of(pipeline), "is_quantized", False):
         quantize(pipeline, str(active["quantize"]), undo)
         fingerprints.append(fingerprint_of(pipeline))
+    guard_loras(pipeline, undo, rank=settings.lora_rank, compiled="compile" in active)
     if "attention" in active:
         probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
         set_attention(denoiser_of(pipeline), str(active["attention"]), undo, probe=probe)
@@ -60,6 +62,7 @@ def apply_in_order(
         call.steps,
         settings.sizes or ((call.height, call.width),),
         schedules,
+        lora_rank=settings.lora_rank,
         versions=versions(),
         device=denoiser_of(pipeline).device.type,
     )

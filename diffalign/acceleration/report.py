@@ -34,6 +34,7 @@ class Plan:
         steps: number of steps that it is made for.
         sizes: sizes (height, width) in pixels that it is made for.
         schedules: schedules of the static cache.
+        lora_rank: largest rank of the LoRAs that are swapped without compiling again, or None.
         measured: figures of the check.
         versions: versions of the packages.
         device: type of the device.
@@ -46,6 +47,7 @@ class Plan:
     steps: int
     sizes: tuple[tuple[int, int], ...]
     schedules: tuple[Schedule, ...] = ()
+    lora_rank: int | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+from diffalign.acceleration.adapters import check_effect
 from diffalign.acceleration.attention import is_lossy, pick
 from diffalign.acceleration.checking import (
     NO_EFFECT,
@@ -33,6 +34,7 @@ class Trial:
 
     def __init__(self, pipeline: Any, preset: str, settings: Options) -> None:
         check_preset(preset)
+        check_effect(denoiser_of(pipeline), set(active_adapters(pipeline)))
         self._pipeline, self._preset, self._settings = pipeline, preset, settings
         self._call = call_of(pipeline, settings)
         self._values = settings.chosen(preset)
