@@ -71,6 +71,13 @@ class Reward(ABC):
             metadata: B mappings.
         """
 
+    def units(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the rows that are scored together.
+
+        A fault in one unit leaves the others their scores.
+        """
+        return [[row] for row in range(len(prompts))]
+
     def declare(self, **fields: Any) -> None:
         """Set fields of this instance's card that are unknown before weights are loaded."""
         self.card = replace(self.card, **fields)  # type: ignore[misc]

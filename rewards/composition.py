@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffalign.core.text import RANK
 from diffalign.rewards import registry
 from diffalign.rewards.base import Metadata, Reward, RewardError
 from diffalign.rewards.function import as_reward, score_all
+from diffalign.rewards.groups import GroupReward
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)
@@ -43,16 +45,54 @@ class CompositeReward:
 
     @classmethod
     def from_config(
-        cls, weights: Mapping[str, float], *, setting: str = "rewards"
+        cls, weights: Mapping[str, float], *, setting: str = "rewards", by_group: bool = False
     ) -> CompositeReward:
         """Combine built-in and installed rewards by name.
 
+        Args:
+            weights: weight of each reward.
+            setting: setting that names the rewards, for messages.
+            by_group: allow rewards that compare the images of a prompt. Their caller scores whole groups.
+
         Raises:
             UnknownReward: a name is unknown; the message begins with `setting`.
+            RewardError: a reward compares images, and `by_group` is false.
         """
         for name in weights:
             registry.check_name(name, setting=setting)
-        return cls({name: registry.create(name, setting=setting) for name in weights}, weights)
+        rewards = {name: registry.create(name, setting=setting) for name in weights}
+        for name, reward in rewards.items():
+            if isinstance(reward, GroupReward) and not by_group:
+                raise RewardError(
+                    f"reward {name!r} compares the images of a prompt with each other, which only the rollouts of an "
+                    "online run offer. Choose rewards that score single images",
+                    setting=setting,
+                )
+        return cls(rewards, weights)
+
+    @property
+    def by_group(self) -> bool:
+        """True if a reward compares the images of a prompt with each other."""
+        return any(isinstance(reward, GroupReward) for reward in self.rewards.values())
+
+    def pointwise(self) -> CompositeReward:
+        """Return the rewards that score single images.
+
+        A reward that ranks by another one is replaced by the other. Other rewards that compare images are left out.
+        """
+        rewards: dict[str, Reward] = {}
+        weights: dict[str, float] = {}
+        for name, reward in self.rewards.items():
+            single = reward.pointwise if isinstance(reward, GroupReward) else reward
+            if single is not None:
+                rewards[name.removeprefix(RANK)] = single
+                weights[name.removeprefix(RANK)] = self.weights[name]
+        part = CompositeReward(rewards, weights)
+        # failures of both count together
+        part.failures = self.failures
+        for name in rewards:
+            part.failures.setdefault(name, 0)
+        return part
 
     def prepare(self) -> None:
         """Load the models of all rewards, or raise RewardError."""

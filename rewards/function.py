@@ -127,10 +127,10 @@ def score_all(
     *,
     name: str,
 ) -> tuple[RewardOutput, Exception | None]:
-    """Score all images at once, or one by one if that fails.
+    """Score all images at once, or unit by unit if that fails.
 
     Returns:
-        The scores, and the error that made the reward score one by one, or None.
+        The scores, and the error that made the reward score its units apart, or None.
 
     Raises:
         RewardShapeError: the reward returns another number of scores than images, which is a fault of its code.
@@ -141,21 +141,22 @@ def score_all(
     except RewardShapeError:
         raise
     except Exception as error:
-        return _one_by_one(reward, images, prompts, metadata), error
+        return _by_unit(reward, images, prompts, metadata), error
 
 
-def _one_by_one(
+def _by_unit(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> RewardOutput:
-    """Score each image alone, with NaN for those that fail."""
-    nothing = RewardOutput(np.full(1, np.nan, np.float32))
-    parts = []
-    for i in range(len(prompts)):
-        one = slice(i, i + 1)
+    """Score each unit of the reward alone, with NaN for those that fail."""
+    parts, order = [], []
+    for rows in reward.units(prompts):
+        order += rows
+        texts, entries = [prompts[i] for i in rows], [metadata[i] for i in rows]
         try:
-            value = reward.score(images[one], prompts[one], metadata[one])
-            parts.append(as_output(value, n=1, name=reward.card.name))
+            value = reward.score(images[rows], texts, entries)
+            parts.append(as_output(value, n=len(rows), name=reward.card.name))
         except Exception as error:
-            logger.debug("image %d: %s", i, error)
-            parts.append(nothing)
-    return RewardOutput.cat(parts)
+            logger.debug("images %s: %s", rows, error)
+            parts.append(RewardOutput(np.full(len(rows), np.nan, np.float32)))
+    output, back = RewardOutput.cat(parts), np.argsort(order)
+    return RewardOutput(output.values[back], {k: v[back] for k, v in output.details.items()})

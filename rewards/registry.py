@@ -1,8 +1,8 @@
 """Registry of rewards by name.
 
 Entries are strings until one is used, so that listing them imports neither torch nor a model. A name is a built-in one,
-an entry point of an installed package, `remote:` with the address of a service, or that of a custom class or function
-(`rewards.own`).
+an entry point of an installed package, `remote:` with the address of a service, that of a custom class or function
+(`rewards.own`), or `rank:` with one of these.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from diffalign.core.nearest import nearest
+from diffalign.core.text import RANK
 from diffalign.rewards import own
 from diffalign.rewards.own import UnknownReward
 
@@ -74,6 +75,7 @@ def check_name(name: str, *, setting: str = "rewards") -> None:
     Args:
         setting: setting that holds the name, for the message.
     """
+    name = name.removeprefix(RANK)
     if name.startswith(REMOTE):
         return
     targets = available()
@@ -99,6 +101,10 @@ def create(name: str, *, setting: str = "rewards") -> Reward:
         setting: setting that holds the name, for messages.
     """
     check_name(name, setting=setting)
+    if name.startswith(RANK):
+        from diffalign.rewards.groups import RankReward
+
+        return RankReward(create(name.removeprefix(RANK), setting=setting))
     if name.startswith(REMOTE):
         from diffalign.rewards.remote import RemoteReward
 

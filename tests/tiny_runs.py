@@ -48,7 +48,7 @@ def redness(images, prompts, metadata):
     return RewardOutput(values.numpy().astype(np.float32))
 
 
-def trainer(folder, score=redness, family="sd3", *, train=None, **groups):
+def trainer(folder, score=redness, family="sd3", *, train=None, by_group=False, **groups):
     return OnlineTrainer(
         settings(folder, **groups),
         tiny.MODELS[family](),
@@ -56,6 +56,7 @@ def trainer(folder, score=redness, family="sd3", *, train=None, **groups):
         RunFolder(folder),
         score,
         train or load_prompts("shapes:train"),
+        by_group=by_group,
     )
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from diffalign.config.checks import at_least, check, check_numbers, one_of, positive
 from diffalign.config.fields import setting
+from diffalign.core.text import RANK
 
 SOLVERS = ("default", "adams_bashforth")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -336,7 +337,7 @@ class AnyRunConfig:
             check(math.isfinite(weight), f"rewards.{name}", f"needs a finite weight, got {weight}")
         for name in self.evaluation.rewards:
             check(
-                name not in self.rewards,
+                name not in {trained.removeprefix(RANK) for trained in self.rewards},
                 f"evaluation.rewards.{name}",
                 "is trained on (rewards); a held-out reward must be another one",
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffalign.config.checks import ConfigError
 from diffalign.core.errors import first_line
-from diffalign.core.text import read_text, suffix_of
+from diffalign.core.text import RANK, read_text, suffix_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,12 @@ def beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _reward(name: Any, folder: Path) -> Any:
     """Return a reward's name; resolve the file of `FILE.py:NAME` against the recipe's folder."""
-    file, suffix, rest = str(name).partition(".py:")
+    text = str(name)
+    prefix = RANK if text.startswith(RANK) else ""
+    file, suffix, rest = text.removeprefix(RANK).partition(".py:")
     path = folder / f"{file}.py"
     is_file = bool(suffix) and not os.path.isabs(file) and path.is_file()
-    return f"{path}:{rest}" if is_file else name
+    return f"{prefix}{path}:{rest}" if is_file else name
 
 
 def _beside(setting: str, value: str, folder: Path) -> str:

@@ -27,6 +27,10 @@ class TextError(UserError, ValueError):
     """A text file that cannot be read; the message names file and line."""
 
 
+RANK = "rank:"
+"""Prefix of a reward that ranks the images of a prompt by another: "rank:pickscore"."""
+
+
 def suffix_of(path: str | Path) -> str:
     """Return the suffix of a file name in lower case, with its dot."""
     return Path(path).suffix.lower()

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffalign.config import AnyRunConfig
 from diffalign.config.methods import source_check
 from diffalign.core.fingerprint import of_json
+from diffalign.core.text import RANK
 from diffalign.data.prompts import Prompt, PromptError, load_prompts, told
 from diffalign.evaluation.score import Score
 from diffalign.rewards import own
@@ -55,7 +56,7 @@ class Inputs:
             if prompts
         }
         files = {
-            f"{setting}.{name}": own.digest(name)
+            f"{setting}.{name}": own.digest(name.removeprefix(RANK))
             for setting, reward in (("rewards", self.reward), ("evaluation.rewards", self.watched))
             for name in reward.rewards
         }
@@ -96,18 +97,29 @@ def held_out_rewards(config: AnyRunConfig) -> tuple[CompositeReward, CompositeRe
     """Return the trained reward, and the held-out rewards, which are only evaluated."""
     names = dict.fromkeys(config.evaluation.rewards, 1.0)
     watched = CompositeReward.from_config(names, setting="evaluation.rewards")
-    return CompositeReward.from_config(config.rewards), watched
+    reward = CompositeReward.from_config(config.rewards, by_group=config.trains_on_rewards)
+    if not reward.pointwise().rewards and not watched.rewards:
+        raise RewardError(
+            f"{', '.join(config.rewards)} compares the images of a prompt with each other, so that held-out prompts "
+            "have no score. Name a reward that scores single images in evaluation.rewards",
+            setting="rewards",
+        )
+    return reward, watched
 
 
 def score_with(reward: CompositeReward, watched: CompositeReward) -> Score:
-    """Return a function that scores images with the trained and the held-out rewards.
+    """Return a function that scores held-out images with trained and held-out rewards.
 
-    Its values are those of the trained reward; the details have both.
+    Its values are those of the trained rewards that score single images, or of the held-out rewards if no trained one
+    does. The details have both.
     """
+    trained = reward.pointwise()
 
     def score(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> RewardOutput:
-        output = reward.score(images, prompts, metadata)
         others = watched.score(images, prompts, metadata)
+        if not trained.rewards:
+            return others
+        output = trained.score(images, prompts, metadata)
         return replace(output, details={**output.details, **others.details})
 
     return score

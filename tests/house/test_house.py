@@ -62,7 +62,7 @@ ALLOWED = {
     "diffalign/geneval/rules.py": (),
     "diffalign/config/checks.py": ("core.errors", "core.nearest"),
     "diffalign/config/fields.py": (),
-    "diffalign/config/base.py": ("config.checks", "config.fields"),
+    "diffalign/config/base.py": ("config.checks", "config.fields", "core.text"),
     "diffalign/config/methods.py": ("config.checks", "core.nearest"),
     "diffalign/config/algorithms.py": ("config.checks", "config.base", "config.online"),
     "diffalign/config/online.py": (

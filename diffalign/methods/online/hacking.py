@@ -114,7 +114,11 @@ def alarms(levels: Sequence[float], bounds: Bounds) -> list[bool]:
 
 
 def find_hacking(
-    rows: Sequence[Row], before: Mapping[str, Any], held_out: Iterable[str]
+    rows: Sequence[Row],
+    before: Mapping[str, Any],
+    held_out: Iterable[str],
+    *,
+    trained: bool = True,
 ) -> Hacking | None:
     """Return the verdict if the last row of the log raises an alarm, or None.
 
@@ -122,10 +126,12 @@ def find_hacking(
         rows: rows of the log.
         before: evaluation before training, as in a row's `evaluation`: `means`, and `intervals` if they are known.
         held_out: names of the rewards that are evaluated but not trained on.
+        trained: whether the column `reward` of evaluations is the trained reward. Otherwise it is not looked at.
     """
     signs = []
     if rows and "evaluation" in rows[-1]:
-        signs += [s for name in held_out if (s := _fallen(rows, before, name)) is not None]
+        column = "reward" if trained else ""
+        signs += [s for name in held_out if (s := _fallen(rows, before, name, column)) is not None]
     if rows and len(rows) % WINDOW == 0:
         signs += [s for s in (_alike(rows), _grown(rows)) if s is not None]
     if not signs:
@@ -148,7 +154,7 @@ def find_unscored(
     }
 
 
-def _fallen(rows: Sequence[Row], before: Mapping[str, Any], name: str) -> Sign | None:
+def _fallen(rows: Sequence[Row], before: Mapping[str, Any], name: str, column: str) -> Sign | None:
     """Return the sign of a held-out reward that falls while the trained reward does not."""
     looks = [(0, before), *((r["update"], r["evaluation"]) for r in rows if "evaluation" in r)]
     looks = [(update, look) for update, look in looks if _known(look, name)]
@@ -159,29 +165,29 @@ def _fallen(rows: Sequence[Row], before: Mapping[str, Any], name: str) -> Sign |
         # without intervals a rise may be chance, and a fall is one below the base model
         if _half(look, name) is not None and _mean(look, name) > _mean(best[1], name):
             best = (update, look)
-        levels.append(_fall(look, best[1], looks[0][1], name))
+        levels.append(_fall(look, best[1], looks[0][1], name, column))
     if not alarms(levels, FALL)[-1]:
         return None
     last, first = looks[-1][1], looks[0][1]
     trained = ""
-    if _known(last, "reward") and _known(first, "reward"):
+    if _known(last, column) and _known(first, column):
         trained = (
-            f"the trained reward went from {_mean(first, 'reward'):.3f} to {_mean(last, 'reward'):.3f} "
+            f"the trained reward went from {_mean(first, column):.3f} to {_mean(last, column):.3f} "
             "on held-out prompts, and "
         )
     text = f"{trained}{name}, which is only looked at, fell from {_mean(best[1], name):.3f} to {_mean(last, name):.3f}"
     return Sign(text, best[0])
 
 
-def _fall(now: Row, best: Row, base: Row, name: str) -> float:
+def _fall(now: Row, best: Row, base: Row, name: str, column: str) -> float:
     """Return a held-out reward's fall since its best evaluation, over its noise.
 
     Return 0 if the trained reward is not above the base model's, or has fallen, too: that is no hacking.
     """
-    if all(_known(look, "reward") for look in (now, best, base)):
-        tolerance = _half(best, "reward") or 0.0
-        reward = _mean(now, "reward")
-        if reward <= _mean(base, "reward") or reward < _mean(best, "reward") - tolerance:
+    if all(_known(look, column) for look in (now, best, base)):
+        tolerance = _half(best, column) or 0.0
+        reward = _mean(now, column)
+        if reward <= _mean(base, column) or reward < _mean(best, column) - tolerance:
             return 0.0
     fall = _mean(best, name) - _mean(now, name)
     halves = _half(best, name), _half(now, name)

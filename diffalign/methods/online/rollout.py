@@ -38,6 +38,7 @@ class RolloutMaker:
         score: maps images, prompts and metadata to rewards.
         size: (height, width) in pixels.
         drawing: returns the context in which the denoiser samples as a policy, by the policy's name.
+        by_group: score all images of a prompt together, because a reward compares them.
     """
 
     config: RunConfig
@@ -46,6 +47,7 @@ class RolloutMaker:
     accelerator: Accelerator
     size: tuple[int, int]
     drawing: Callable[[str], AbstractContextManager[None]]
+    by_group: bool = False
 
     def __post_init__(self) -> None:
         c = self.config.rollout
@@ -80,9 +82,27 @@ class RolloutMaker:
         step = policy_update.sampler(update)
         image_prompts = [plan.prompts[i] for i in index.tolist()]
 
+        waiting: list[Tensor] = []
+
         def score(part: slice, images: Tensor) -> None:
-            prompts = image_prompts[part]
-            self.scorer.submit(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            waiting.append(images)
+            first = part.stop - sum(map(len, waiting))
+            last = part.stop
+            if self.by_group:
+                last -= last % self.config.rollout.group_size
+            if last <= first:
+                return
+            together = torch.cat(waiting) if len(waiting) > 1 else images
+            waiting[:] = [together[last - first :]] if last < part.stop else []
+            # two groups of one prompt must not be compared, so that each group is scored on its own
+            size = self.config.rollout.group_size if self.by_group else last - first
+            for start in range(first, last, size):
+                prompts = image_prompts[start : start + size]
+                self.scorer.submit(
+                    together[start - first : start - first + size],
+                    [p.text for p in prompts],
+                    [p.metadata for p in prompts],
+                )
 
         with self.drawing(policy_update.rollout_policy):
             samples = self.sampler.images(

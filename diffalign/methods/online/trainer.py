@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -21,6 +21,7 @@ from diffalign.algorithms.forward_process import ForwardLoss
 from diffalign.config import RunConfig, methods
 from diffalign.core import processes
 from diffalign.core.errors import UsageError
+from diffalign.core.text import RANK
 from diffalign.data.prompts import Prompt
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.evaluation.score import Score
@@ -58,11 +59,13 @@ class OnlineTrainer(Trainer):
     Args:
         score: maps images, prompts and metadata to rewards; it never sees the model.
         prompts: prompts to train on.
+        by_group: whether a reward compares the images of a prompt with each other.
     """
 
     config: RunConfig
     score: Score
     prompts: Sequence[Prompt]
+    by_group: bool = field(default=False, kw_only=True)
 
     advice: ClassVar[str] = " or a higher algorithm.kl_beta"
     keeps_best: ClassVar[bool] = True
@@ -74,7 +77,8 @@ class OnlineTrainer(Trainer):
 
     @classmethod
     def taken_from(cls, inputs: Inputs) -> dict[str, Any]:
-        return {"score": inputs.reward.score, "prompts": inputs.train}
+        reward = inputs.reward
+        return {"score": reward.score, "prompts": inputs.train, "by_group": reward.by_group}
 
     def __post_init__(self) -> None:
         c = self.config
@@ -89,9 +93,15 @@ class OnlineTrainer(Trainer):
             self.accelerator.num_processes,
             setting="rollout.prompts_per_update x rollout.group_size",
         )
+        world = self.accelerator.num_processes
+        if self.by_group and c.rollout.prompts_per_update % world:
+            raise UsageError(
+                f"rollout.prompts_per_update={c.rollout.prompts_per_update}: a reward compares the images of a prompt, "
+                f"which one of the {world} processes must have all. Choose a multiple of {world}"
+            )
         check_prompts(self.prompts, c)
         self.rollouts = RolloutMaker(
-            c, self.model, self.score, self.accelerator, self.size, self.drawing
+            c, self.model, self.score, self.accelerator, self.size, self.drawing, self.by_group
         )
         self.policy_update = self._policy_update()
 
@@ -215,7 +225,11 @@ class OnlineTrainer(Trainer):
         new = {about: text for about, text in warnings.items() if about not in earlier}
         for text in new.values():
             self.say(f"warning: {text}")
-        collapse, hacking = find_collapse(log[since:]), find_hacking(log, before, held_out)
+        # rewards that only compare images have no column of their own
+        means = before.get("means", {})
+        trained = any(name.removeprefix(RANK) in means for name in self.config.rewards)
+        collapse = find_collapse(log[since:])
+        hacking = find_hacking(log, before, held_out, trained=trained)
         new |= {
             about: str(finding)
             for about, finding in ((COLLAPSE, collapse), (HACKING, hacking))
