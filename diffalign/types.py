@@ -115,6 +115,7 @@ class PreferenceBatch:
         grid_index: (B, K), positions of `states` on the rising grid.
         reference_error: (B, 2, K), error of the reference model at `states`.
         time_ids: (B, 2, 6), for families that use them.
+        mask: (B, 1, H, W), weights of the latents' places in 0..1, if the cache has them.
     """
 
     latents: Tensor
@@ -126,6 +127,7 @@ class PreferenceBatch:
     grid_index: Tensor | None = None
     reference_error: Tensor | None = None
     time_ids: Tensor | None = None
+    mask: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> PreferenceBatch:
         parts: dict[str, Any] = {}

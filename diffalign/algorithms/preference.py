@@ -66,6 +66,40 @@ class PairErrors:
             }
 
 
+def masked_error(model_pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return mean squared errors (...) over the last three dimensions (C, H, W).
+
+    With a mask they are weighted means, so that the size of the masked part does not count.
+
+    Args:
+        model_pred: predictions (..., C, H, W).
+        target: targets (..., C, H, W).
+        mask: weights (..., 1, H, W) of the places, broadcast to the predictions; None for the plain mean.
+    """
+    gap = (model_pred - target).square()
+    if mask is None:
+        return gap.flatten(-3).mean(-1)
+    weighted = (gap * mask).flatten(-3).sum(-1)
+    return weighted / (mask.flatten(-3).sum(-1) * gap.shape[-3])
+
+
+def automatic_beta(gain: float, *, most: float, target: float) -> float:
+    """Return the beta at which the loss has a gradient factor of `target`.
+
+    The factor of the sigmoid loss is sigma(-beta g) with g the margin at beta = 1. It is 1/2 at the reference and falls
+    as the policy learns, until pairs teach nothing more. The result solves sigma(-beta g) = target, and is `most` where
+    that needs a larger beta, as in the beginning.
+
+    Args:
+        gain: running mean of g.
+        most: largest beta.
+        target: gradient factor between 0 and 1/2.
+    """
+    if gain <= 0:
+        return most
+    return min(most, math.log((1 - target) / target) / gain)
+
+
 def pair_loss(
     errors: PairErrors, preference: Tensor, *, beta: float, loss_type: str = "sigmoid"
 ) -> Tensor:

@@ -43,6 +43,11 @@ class PreferenceAlgorithmConfig(MethodConfig):
     on_states: ClassVar[bool] = False
     """True if the loss reads states of an inversion instead of freshly noised latents."""
 
+    auto_beta: ClassVar[float | None] = None
+    """Gradient factor that `beta` is lowered to keep; None for a constant `beta`."""
+    masked: ClassVar[bool] = False
+    """True to compare images only where a mask is white."""
+
     @property
     def form(self) -> str:
         """Form of the loss; "chord" for every loss on a denoising target."""
@@ -70,6 +75,31 @@ class DiffusionDPOConfig(PreferenceAlgorithmConfig):
     """
 
     type: str = "diffusion_dpo"
+    auto_beta: float | None = None
+    """Gradient factor of pairs that `beta` is lowered to keep; null for none.
+
+    The factor lies between 0 and 0.5. It is 0.5 at the start and falls as the margin grows. beta follows the running
+    mean of the margin and never exceeds the setting. It is for the loss sigmoid.
+    """
+    masked: bool = False
+    """Compare the images of a pair only where their mask (column `mask`) is white.
+
+    A row without a mask counts as a whole.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target = self.auto_beta
+        check(
+            target is None or 0 < target < 0.5,
+            "algorithm.auto_beta",
+            f"must lie between 0 and 0.5 or be null, got {target}",
+        )
+        check(
+            target is None or self.loss_type == "sigmoid",
+            "algorithm.auto_beta",
+            f"is defined for algorithm.loss_type sigmoid only, got {self.loss_type}. Set it to null",
+        )
 
 
 @dataclass

@@ -49,6 +49,7 @@ class Progress:
         seconds: seconds of training.
         rollbacks: number of rollbacks, each of which halves the learning rate.
         kl_raises: number of times that the weight of the distance to the reference was raised.
+        gain: running mean of preference pairs' margins at beta = 1, for an automatic beta.
     """
 
     update: int = 0
@@ -56,6 +57,7 @@ class Progress:
     seconds: float = 0.0
     rollbacks: int = 0
     kl_raises: int = 0
+    gain: float = 0.0
 
 
 @dataclass
@@ -139,10 +141,7 @@ class Trainer(ABC):
         """Do the long work that precedes the first update, or continue it after an interruption."""
 
     def train_update(self) -> dict[str, Any]:
-        """Train one update, and return its row of the log.
-
-        The row has the number of the update as `update`.
-        """
+        """Train one update, and return its row of the log, with its number as `update`."""
         started = time.perf_counter()
         number = self.progress.update + 1
         # forwards of an evaluation do not count for the update

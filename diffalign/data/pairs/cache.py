@@ -12,7 +12,7 @@ import torch
 from diffalign.data.shard_cache import ShardCache
 from diffalign.types import PreferenceBatch
 
-OPTIONAL = ("states", "grid_index", "reference_error", "time_ids")
+OPTIONAL = ("states", "grid_index", "reference_error", "time_ids", "mask")
 
 
 class PairCache(ShardCache):

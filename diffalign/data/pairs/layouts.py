@@ -17,7 +17,7 @@ from diffalign.data.tables import Row
 Image = Path | bytes
 MAX_RANKED = 256
 """Largest number of images in one ranking; more would make tens of thousands of pairs."""
-CANONICAL = ("prompt", "image_0", "image_1", "label", "label_0", "label_1", "weight")
+CANONICAL = ("prompt", "image_0", "image_1", "label", "label_0", "label_1", "weight", "mask")
 
 
 class Unusable(ValueError):
@@ -60,6 +60,12 @@ def _image(value: Any, row: Row, name: str) -> Image:
     raise Unusable(f"no image in {name}")
 
 
+def _mask(row: Row) -> Image | None:
+    """Return a pair's mask, or None if the pair counts as a whole."""
+    value = row.columns.get("mask")
+    return None if value is None or value == "" else _image(value, row, "mask")
+
+
 def _two(row: Row, names: tuple[str, str]) -> tuple[Image, Image]:
     first, second = (_image(row.columns[n], row, n) for n in names)
     return first, second
@@ -93,6 +99,7 @@ def _own(group: Sequence[Row]) -> list[dict[str, Any]]:
             "images": _two(group[0], ("image_0", "image_1")),
             "preference": p,
             "weight": _number(columns.get("weight", 1.0), "weight"),
+            "mask": _mask(group[0]),
             "metadata": rest,
         }
     ]

@@ -32,6 +32,7 @@ class PreferencePair:
         place: name of the row in messages.
         weight: weight of the pair in the loss.
         metadata: remaining columns of the row.
+        mask: path or content of the image that is white where the pair is compared, or None.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class PreferencePair:
     place: str
     weight: float = 1.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    mask: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ def check_pairs(config: PairsConfig) -> Layout:
             "names no preference pairs; see docs/preferences.md", setting="pairs.source"
         )
     return _layout(config)
+
+
+def has_masks(config: PairsConfig) -> bool:
+    """Return whether the first row of a source has a column of masks."""
+    return (config.column_map.get("mask") or "mask") in _first(config).columns
 
 
 def held_out(prompt: str, share: float) -> bool:

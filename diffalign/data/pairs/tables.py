@@ -25,6 +25,7 @@ COLUMNS = (
         "label_0",
         "label_1",
         "weight",
+        "mask",
         "metadata",
         "scores",
     ),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign import lora
@@ -37,6 +39,46 @@ logger = logging.getLogger(__name__)
 NAMED_SKIPS = 5
 """Largest number of skipped rows that the log names for each reason."""
 Item = PreferencePair | Skipped
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Pair whose images are read.
+
+    Attributes:
+        pair: the pair, the preferred image first.
+        pixels: (2, 3, H, W) uint8.
+        time_ids: (2, 6).
+        mask: (3, H, W) uint8, white where the pair is compared; None for a pair that counts as a whole.
+    """
+
+    pair: PreferencePair
+    pixels: Tensor
+    time_ids: Tensor
+    mask: Tensor | None = None
+
+    def latent_mask(self, size: Sequence[int]) -> Tensor:
+        """Return the share of white (1, H, W) in the area of each latent."""
+        if self.mask is None:
+            return torch.ones(1, *size)
+        white = self.mask.float().mean(0, keepdim=True) / 255
+        return F.adaptive_avg_pool2d(white, tuple(size))
+
+
+def mask_of(pair: PreferencePair, pixels: list[Tensor]) -> Tensor | str | None:
+    """Return the pixels (3, H, W) of a pair's mask, or None without a mask.
+
+    Return the reason as a text if the pair cannot be used.
+    """
+    if pair.mask is None:
+        return None
+    try:
+        mask = read_image(pair.mask)
+    except OSError:
+        return "unreadable mask"
+    if any(mask.shape != image.shape for image in pixels):
+        return "mask of another size than its images"
+    return mask if mask.any() else "black mask"
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
@@ -98,7 +140,7 @@ class PairMaker:
         the first shard, the round-trip error of the inversion.
         """
         skipped: Counter[str] = Counter()
-        waiting: list[tuple[PreferencePair, Tensor, Tensor]] = []
+        waiting: list[Ready] = []
         parts: list[dict[str, Tensor]] = []
         facts: dict[str, Any] = {"stop": shard.stop, "items": len(shard.items), "pairs": []}
         for item in shard.items:
@@ -108,7 +150,7 @@ class PairMaker:
                 self._name(item, ready)
                 continue
             waiting.append(ready)
-            facts["pairs"].append(_facts_of(ready[0]))
+            facts["pairs"].append(_facts_of(ready.pair))
             if len(waiting) * 2 >= self.config.pairs.micro_batch_size:
                 parts.append(self._tensors(waiting, facts, first=shard.number == 0 and not parts))
                 waiting = []
@@ -124,10 +166,10 @@ class PairMaker:
         if self.named[why] <= NAMED_SKIPS:
             logger.warning("%s is left out: %s", item.place, why)
 
-    def _ready(self, item: Item) -> tuple[PreferencePair, Tensor, Tensor] | str:
-        """Return a pair with the preferred image first, its pixels and its time ids.
+    def _ready(self, item: Item) -> Ready | str:
+        """Return a pair with the preferred image first, and its tensors.
 
-        Pixels are (2, 3, H, W), time ids (2, 6). Return the reason as a text if the item cannot be used.
+        Return the reason as a text if the item cannot be used.
         """
         if isinstance(item, Skipped):
             return item.why
@@ -139,6 +181,11 @@ class PairMaker:
             return "unreadable image"
         if torch.equal(*pixels):
             return "identical images"
+        mask = None
+        if self.config.algorithm.masked:
+            mask = mask_of(item, pixels)
+            if isinstance(mask, str):
+                return mask
         generator = torch.Generator().manual_seed(
             stream(GEOMETRY, self.config.pairs.seed, item.row)
         )
@@ -148,29 +195,32 @@ class PairMaker:
         fitted = [fit(p, *self.size, place=place) for p in pixels]
         flip = self.config.pairs.random_flip and draws[3] < 0.5
         images = torch.stack([p.flip(-1) if flip else p for p, _ in fitted])
+        if mask is not None:
+            mask = fit(mask, *self.size, place=place)[0]
+            mask = mask.flip(-1) if flip else mask
         times = torch.tensor(
             [
                 [*p.shape[1:], *corner, *self.size]
                 for p, (_, corner) in zip(pixels, fitted, strict=True)
             ]
         )
-        return pair, images, times.float()
+        return Ready(pair, images, times.float(), mask)
 
     @torch.no_grad()
     def _tensors(
         self,
-        ready: list[tuple[PreferencePair, Tensor, Tensor]],
+        ready: list[Ready],
         facts: dict[str, Any],
         *,
         first: bool,
     ) -> dict[str, Tensor]:
         """Return all tensors of n pairs except those of their prompts."""
-        pairs = [pair for pair, _, _ in ready]
+        pairs = [item.pair for item in ready]
         recorded = self.recorded.read(pairs) if self.recorded else None
         if recorded:
             latents = torch.stack([r.latents for r in recorded]).to(self.model.device)
         else:
-            images = torch.cat([pixels for _, pixels, _ in ready])
+            images = torch.cat([item.pixels for item in ready])
             with compute(self.model.device, self.config.training.mixed_precision):
                 latents = self.model.encode(images.to(self.model.device)).to(self.dtype)
         tensors = {
@@ -178,7 +228,10 @@ class PairMaker:
             "preference": torch.tensor([p.preference for p in pairs]),
             "weight": torch.tensor([p.weight for p in pairs]),
         }
-        times = torch.stack([t for _, _, t in ready])
+        if self.config.algorithm.masked:
+            masks = torch.stack([item.latent_mask(latents.shape[-2:]) for item in ready])
+            tensors["mask"] = masks
+        times = torch.stack([item.time_ids for item in ready])
         if self.model.takes_time_ids:
             tensors["time_ids"] = times
         if self.config.states:

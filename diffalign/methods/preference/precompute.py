@@ -7,6 +7,7 @@ the reference at these states either: the reference's error is one cached number
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from diffalign.config import PreferenceRunConfig
 from diffalign.core.fingerprint import of_pipeline
 from diffalign.data.fill import fill
 from diffalign.data.pairs.cache import PairCache
-from diffalign.data.pairs.records import check_pairs, read_pairs
+from diffalign.data.pairs.records import check_pairs, has_masks, read_pairs
 from diffalign.data.pairs.tables import PairsError, tables
 from diffalign.diffusion.inversion import inversion_grid
 from diffalign.methods.preference.maker import PairMaker, solver_of
 from diffalign.methods.preference.recorded import with_solver
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.training.denoise import image_size
+
+logger = logging.getLogger(__name__)
 
 
 def check_source(config: PreferenceRunConfig) -> None:
@@ -34,6 +37,18 @@ def check_source(config: PreferenceRunConfig) -> None:
         PairsError: they do not exist, or their layout is unknown.
     """
     check_pairs(config.pairs)
+    present = has_masks(config.pairs)
+    if config.algorithm.masked and not present:
+        raise PairsError(
+            f"{config.pairs.source} has no column `mask`, which algorithm.masked=true reads. Add one with an image for "
+            "each pair, white where the pair is compared, or name it with pairs.column_map",
+            setting="pairs.source",
+        )
+    if present and not config.algorithm.masked:
+        logger.warning(
+            "%s has a column `mask`, which is not used: set algorithm.type=diffusion_dpo and algorithm.masked=true",
+            config.pairs.source,
+        )
 
 
 def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor) -> dict[str, Any]:
@@ -55,6 +70,8 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
         "grid": [round(t, 3) for t in grid.tolist()] if config.states else [],
         "size": list(image_size(config, model)),
         "mixed_precision": config.training.mixed_precision,
+        # absent without masks, so that older caches still fit
+        **({"masked": True} if config.algorithm.masked else {}),
     }
 
 

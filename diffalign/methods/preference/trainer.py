@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffalign import lora
+from diffalign.algorithms.preference import automatic_beta
 from diffalign.config import PreferenceRunConfig
 from diffalign.core.seeds import TIMESTEPS, VALIDATION
 from diffalign.data.pairs.cache import PairCache
@@ -21,6 +22,8 @@ from diffalign.training.plan import check_share
 from diffalign.training.trainer import Trainer
 
 VALIDATION_PAIRS = 256
+GAIN_DECAY = 0.9
+"""Decay of the running mean of the margins, which an automatic beta follows."""
 
 
 @dataclass
@@ -83,8 +86,24 @@ class PreferenceTrainer(Trainer):
             gain, count = self.accelerator.reduce(self.update.gain(batch, key=key), "sum")
             baseline = gain / count
         self.optimizer.zero_grad()
+        self.update.beta = self.beta
         sums = self.update.accumulate(batch, total=len(pairs), key=key, baseline=baseline)
-        return len(pairs), self.descend(number, sums)
+        row = self.descend(number, sums)
+        if self.config.algorithm.auto_beta is not None:
+            row["beta"] = self.update.beta
+            gain = row["margin"] / self.update.beta
+            self.progress.gain = GAIN_DECAY * self.progress.gain + (1 - GAIN_DECAY) * gain
+        return len(pairs), row
+
+    @property
+    def beta(self) -> float:
+        """Strength of the preference in the next update."""
+        c, done = self.config.algorithm, self.progress.update
+        if c.auto_beta is None or done == 0:
+            return c.beta
+        # a running mean that began at 0 is corrected for it
+        gain = self.progress.gain / (1 - GAIN_DECAY**done)
+        return automatic_beta(gain, most=c.beta, target=c.auto_beta)
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {

@@ -46,11 +46,13 @@ class PairStates:
         batch: denoising batch (B * I * T rows).
         shape: (B, I, T).
         reference_error: mean squared errors (B, I, T) of the reference, None if they are not cached.
+        mask: weights (B, 1, 1, 1, H, W) of the latents' places, None for all alike.
     """
 
     batch: DenoisingBatch
     shape: tuple[int, int, int]
     reference_error: Tensor | None = None
+    mask: Tensor | None = None
 
     def by_image(self, rows: Tensor) -> Tensor:
         """Return rows (B * I * T, ...) as (B, I, T, ...)."""
@@ -73,7 +75,7 @@ class PreferenceUpdate:
     ) -> None:
         self.model, self.config, self.grid = model, config, grid
         self.micro_batch_size, self.mixed_precision = micro_batch_size, mixed_precision
-        self.seed = seed
+        self.seed, self.beta = seed, config.beta
         self.guidance_scale = guidance_scale if model.guidance_is_embedded else None
         self.on_states, self.form = config.on_states, config.form
         self.images = 1 if config.loss_type == "sft" else 2
@@ -167,7 +169,8 @@ class PreferenceUpdate:
         rows = latents.flatten(0, 2), noise.flatten(0, 2), times
         noisy, target = path.add_noise(*rows), path.target(*rows)
         embeds = self._embeds(batch, shape)
-        return PairStates(DenoisingBatch(noisy, times, target, embeds), shape)
+        mask = None if batch.mask is None else batch.mask[:, None, None]
+        return PairStates(DenoisingBatch(noisy, times, target, embeds), shape, mask=mask)
 
     def _inverted(self, batch: PreferenceBatch, generators: list[torch.Generator]) -> PairStates:
         """Pick some of the states that the reference's inversion passed through.
@@ -255,12 +258,12 @@ class PreferenceUpdate:
         if c.loss_type == "mapo":
             sums.add("error_winner", winner.detach())
             sums.add("error_loser", loser.detach())
-            losses = preference.mapo_loss(winner, loser, beta=c.beta)
+            losses = preference.mapo_loss(winner, loser, beta=self.beta)
             return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
         reference = self._reference_errors(states)
         reference_errors = reference[:, 0].flatten(), reference[:, 1].flatten()
         pair = PairErrors(winner, loser, *reference_errors)
-        for name, values in pair.metrics(c.beta).items():
+        for name, values in pair.metrics(self.beta).items():
             sums.add(name, values)
         labels = batch.preference[:, None].expand(-1, errors.shape[2]).flatten()
         if c.loss_type == "kto":
@@ -270,7 +273,7 @@ class PreferenceUpdate:
             losses = preference.pair_loss(
                 self._guarded(pair, states, model_pred, sums),
                 labels,
-                beta=c.beta,
+                beta=self.beta,
                 loss_type=c.loss_type,
             )
         return self._weighted(losses.view(len(batch.pair), -1), batch, sums)
@@ -281,6 +284,8 @@ class PreferenceUpdate:
         if self.config.safeguard is None:
             return pair
         preds, targets = model_pred.detach(), states.by_image(states.batch.target)
+        if states.mask is not None:
+            preds = targets + states.mask * (preds - targets)
         factor = preference.safeguard(
             preds[:, 0].flatten(0, 1),
             targets[:, 0].flatten(0, 1),
@@ -306,7 +311,7 @@ class PreferenceUpdate:
             for preferred, weight in ((True, share), (False, 1 - share)):
                 sign = torch.full_like(share, preferred, dtype=torch.bool)
                 losses = losses + weight / 2 * preference.kto_loss(
-                    error, reference, sign, beta=self.config.beta, baseline=baseline
+                    error, reference, sign, beta=self.beta, baseline=baseline
                 )
         return losses
 
@@ -317,14 +322,12 @@ class PreferenceUpdate:
         distance = (model_pred - reference).square().flatten(3).mean(3)
         weight = trajectory_weight(self.model.noise, states.batch.timesteps)
         distance = (distance * states.by_image(weight)).mean(2)
-        losses = trajectory_loss(
-            distance[:, 0], distance[:, 1], beta=self.config.beta, variant=self.form
-        )
+        losses = trajectory_loss(distance[:, 0], distance[:, 1], beta=self.beta, variant=self.form)
         # the metrics of the other losses, so that runs can be compared
         with torch.no_grad():
             errors = _error(model_pred, states), _error(reference, states)
             pair = PairErrors(*(e[:, i].flatten() for e in errors for i in range(2)))
-            for name, values in pair.metrics(self.config.beta).items():
+            for name, values in pair.metrics(self.beta).items():
                 sums.add(name, values)
         return self._weighted(losses[:, None], batch, sums)
 
@@ -339,4 +342,4 @@ class PreferenceUpdate:
 def _error(model_pred: Tensor, states: PairStates) -> Tensor:
     """Return the mean squared errors (B, I, T) of the predictions."""
     target = states.by_image(states.batch.target)
-    return (model_pred - target).square().flatten(3).mean(3)
+    return preference.masked_error(model_pred, target, states.mask)
