@@ -14,7 +14,8 @@ from diffalign.quantization.backends import BACKENDS
 
 if TYPE_CHECKING:
     from diffalign.data.prompts import Prompt
-    from diffalign.tuning.smaller import Smaller, SmallerSettings
+    from diffalign.tuning.quantising import SmallerSettings
+    from diffalign.tuning.smaller import Smaller
 
 ROUNDINGS = ("gptq", "nearest")
 
@@ -31,6 +32,7 @@ class Flags(SampleFlags):
     latency: int
     rounding: str | None
     calibration_memory: float
+    tune_steps: int | None
 
 
 def add_flags(parser: Parser) -> None:
@@ -76,6 +78,13 @@ def add_flags(parser: Parser) -> None:
     )
     options.add_count(
         parser,
+        "--tune_steps",
+        None,
+        "updates of packed weights' scales on the original model's predictions (default: 60 for int2, else 0)",
+        low=0,
+    )
+    options.add_count(
+        parser,
         "--latency",
         1,
         "batch size of the forward pass that is timed beside bfloat16; 0: time nothing",
@@ -91,7 +100,7 @@ def run(flags: Flags) -> None:
     """Quantise a model, save the copy, and print its size and speed."""
     from diffalign.cli.models import chosen_prompts, settle_drawing
     from diffalign.cli.output import emit, suggest
-    from diffalign.tuning.smaller import SmallerSettings
+    from diffalign.tuning.quantising import SmallerSettings
 
     prompts = chosen_prompts(flags) if flags.prompts else None
     settings = SmallerSettings(
@@ -102,6 +111,7 @@ def run(flags: Flags) -> None:
         flags.latency,
         rounding=flags.rounding,
         calibration_memory=flags.calibration_memory,
+        tune_steps=flags.tune_steps,
     )
     settings.check(prompts)
     settle_drawing(flags)

@@ -27,6 +27,7 @@ from diffalign.quantization.packed import MIN_WEIGHTS, SKIP, packable
 MAX_TIMESTEPS = 16
 """Largest number of timesteps that get scales of their own."""
 Before = Callable[[range, int, Sampling], None]
+After = Callable[[range, int, Sampling, Tensor, Tensor], None]
 
 
 @dataclass
@@ -48,11 +49,12 @@ class Calibration:
             raise UsageError("prompts: there is no prompt to calibrate with. Give at least one.")
 
     @torch.no_grad()
-    def run(self, before: Before | None = None) -> None:
+    def run(self, before: Before | None = None, *, after: After | None = None) -> None:
         """Sample all prompts once, in batches of `micro_batch_size`.
 
         Args:
             before: is called before every prediction with the numbers of the batch's images, the step and the batch.
+            after: is called after every prediction with the same, the latents and the prediction (B, C, H, W).
         """
         sampler = Sampler(self.model, self.drawing)
         step = sampler.step() or scheduler_step
@@ -67,6 +69,8 @@ class Calibration:
                     if before is not None:
                         before(images[part], i, run)
                     model_pred = run.predict(i, latents)
+                    if after is not None:
+                        after(images[part], i, run, latents, model_pred)
                     latents = step(i, model_pred, latents, run.scheduler, generators)
 
     def input_scales(self) -> dict[str, Tensor]:

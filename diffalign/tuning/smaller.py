@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PipelineQuantizationConfig
 
-from diffalign.core.errors import UsageError
 from diffalign.core.files import folder_aside
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt
@@ -23,83 +21,13 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.pipelines.saving import save_pipeline
 from diffalign.quantization.accounting import ModuleReport, folder_bytes, report
-from diffalign.quantization.apply import quantization_config, quantize_pipeline
-from diffalign.quantization.backends import BACKENDS, resolve
+from diffalign.quantization.backends import BACKENDS
 from diffalign.quantization.latency import Comparison, forward_seconds
-from diffalign.quantization.moments import MEMORY
-from diffalign.quantization.packed import check_rounding
 from diffalign.tuning.calibration import Calibration
+from diffalign.tuning.quantising import SmallerSettings, quantise
 
 logger = logging.getLogger(__name__)
 REPORT = "quantization.json"
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class SmallerSettings:
-    """Settings of a quantisation.
-
-    Attributes:
-        backend: name of a backend, or "auto".
-        components: parts that are quantised besides the denoiser.
-        group_size: weights that share a scale.
-        svd_rank: rank of the low-rank branch; 0 for none.
-        latency: images of the timed forward; 0 skips the timing.
-        rounding: "gptq", "nearest", or None for GPTQ of packed weights where there are calibration prompts.
-        calibration_memory: GiB of second moments that are held at once. The prompts are sampled again for what does not
-            fit.
-    """
-
-    backend: str = "auto"
-    components: Sequence[str] = ()
-    group_size: int = 64
-    svd_rank: int = 0
-    latency: int = 1
-    rounding: str | None = None
-    calibration_memory: float = MEMORY / GIB
-
-    def check(self, prompts: Sequence[Prompt] | None) -> None:
-        """Raise UsageError if the settings do not fit together or to the calibration prompts."""
-        if self.latency < 0:
-            raise UsageError(
-                f"latency={self.latency} must not be negative. Set 0 to skip the timing."
-            )
-        # "auto" is known when the model is loaded
-        backend = BACKENDS.get(self.backend)
-        static = backend is not None and backend.activations
-        if static and not prompts:
-            raise UsageError(
-                f"backend={self.backend} needs calibration images. Give `prompts` to sample them from."
-            )
-        if self.rounding == "gptq" and not prompts:
-            raise UsageError(
-                "rounding=gptq needs calibration images. Give `prompts` to sample them from."
-            )
-        if backend is not None and backend.is_packed:
-            check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.backend))
-        if prompts and backend is not None:
-            self.check_calibration(self.backend)
-
-    def check_calibration(self, backend: str) -> None:
-        """Raise UsageError if a backend has no use for the calibration prompts."""
-        packed = BACKENDS[backend].is_packed
-        if self.rounding == "gptq" and not packed:
-            raise UsageError(
-                f"rounding=gptq: backend={backend} rounds to nearest. Use a packed backend, such as int4."
-            )
-        if not (
-            (packed and self.rounding != "nearest")
-            or self.svd_rank
-            or BACKENDS[backend].activations
-        ):
-            raise UsageError(
-                f"prompts: backend={backend} with these settings is not calibrated. Use a packed backend with "
-                "rounding=gptq, set `svd_rank`, or omit `prompts`."
-            )
-
-    def gptq(self, backend: str) -> bool:
-        """Return whether GPTQ rounds the weights of a backend, if there are calibration prompts."""
-        return BACKENDS[backend].is_packed and self.rounding != "nearest"
 
 
 @dataclass(frozen=True)
@@ -139,9 +67,9 @@ def make_smaller(
         UsageError: the backend cannot quantise this model with these settings.
     """
     before = report(model.denoiser)
-    model, backends = _quantise(
-        model, source, settings, drawing=drawing, dtype=dtype, prompts=prompts
-    )
+    calibration = Calibration(model, prompts, drawing) if prompts else None
+    done = quantise(model, source, settings, dtype=dtype, calibration=calibration)
+    model, backends = done.model, done.backends
     progress()
     rows, size, part = settings.latency, drawing.size, model.denoiser_part
     seconds = forward_seconds(model, rows, size) if rows else None
@@ -155,6 +83,7 @@ def make_smaller(
             "backends": backends,
             "svd_rank": settings.svd_rank,
             "rounding": "gptq" if prompts and settings.gptq(backends[part]) else "nearest",
+            **({} if done.tuning is None else {"tuning": asdict(done.tuning)}),
             **_sizes(before, after, folder, part),
             **({} if times is None else _rounded(times)),
         }
@@ -189,52 +118,6 @@ def _rounded(times: Comparison) -> dict[str, float]:
         "bf16_latency_ms": round(times.plain_ms, 2),
         "latency_ratio": round(times.ratio, 3),
     }
-
-
-def _quantise(
-    model: TextToImageModel,
-    source: str,
-    settings: SmallerSettings,
-    *,
-    drawing: Drawing,
-    dtype: torch.dtype,
-    prompts: list[Prompt] | None,
-) -> tuple[TextToImageModel, dict[str, str]]:
-    """Quantise in place if the backend can, else by loading the model again."""
-    name = resolve(settings.backend, device=model.device, model=model.denoiser)
-    options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
-    backend = BACKENDS[name]
-    if backend.quantises_loaded:
-        scales: dict[str, Any] = {}
-        if prompts:
-            settings.check_calibration(name)
-            calibration = Calibration(model, prompts, drawing)
-            if settings.gptq(name):
-                memory = int(settings.calibration_memory * GIB)
-                scales["moments"] = calibration.moments(memory=memory)
-            elif settings.svd_rank:
-                scales["input_scales"] = calibration.input_scales()
-            if backend.activations:
-                scales["activations"] = calibration.activation_scales()
-        done = quantize_pipeline(model.pipeline, name, **scales, **options)
-        if settings.components:
-            # Text encoders have neither timesteps nor calibration, which few bits need.
-            other = "int8" if backend.activations else "int4" if backend.bits < 4 else name
-            done |= quantize_pipeline(
-                model.pipeline,
-                other,
-                components=settings.components,
-                group_size=settings.group_size,
-            )
-        return model, done
-    if settings.components:
-        raise UsageError(
-            f"components: {name} quantises only the denoiser, while it loads. Use another backend for components."
-        )
-    config = quantization_config(name, device=model.device, **options)
-    mapping = PipelineQuantizationConfig(quant_mapping={model.denoiser_part: config})
-    again = load_model(source, dtype=dtype, device=model.device, quantization_config=mapping)
-    return again, {model.denoiser_part: name}
 
 
 def _compare(

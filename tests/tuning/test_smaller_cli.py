@@ -41,6 +41,7 @@ def quantize(folder, *flags):
     [
         (("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4", "--prompts=shapes:train", "--calibration_memory=0.001"), PackedLinear),
+        (("--backend=int2", "--prompts=shapes:train", "--tune_steps=2"), PackedLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
@@ -61,6 +62,7 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     assert told["disk_bytes"] == folder_bytes(folder / "transformer")
     assert told["disk_ratio_to_bf16"] == pytest.approx(weight.ratio, rel=0.03)
     assert set(told["backends"]) == {"transformer", *(f for f in flags if f == "text_encoder_2")}
+    assert ("tuning" in told) == ("--tune_steps=2" in flags)
     packed = kind is not BranchLinear and "--prompts=shapes:train" in flags
     assert told["rounding"] == ("gptq" if packed else "nearest")
     assert np.array_equal(image(pipeline), image(load_model(str(folder)).pipeline))
@@ -117,6 +119,16 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
             "--prompts: backend=torchao-int8wo with these settings is not calibrated",
         ),
         (("--backend=int2",), "rounding to nearest leaves the weights 2 bits in name only"),
+        (("--backend=int4", "--tune_steps=2"), "--tune_steps=2 needs calibration images"),
+        (
+            (
+                "--backend=torchao-int8wo",
+                "--svd_rank=2",
+                "--prompts=shapes:train",
+                "--tune_steps=2",
+            ),
+            "--tune_steps=2: backend=torchao-int8wo has no scales to tune",
+        ),
         (("--backend=int4", "--rounding=gptq"), "--rounding=gptq needs calibration images"),
         (
             ("--backend=torchao-int8wo", "--prompts=shapes:train", "--rounding=gptq"),

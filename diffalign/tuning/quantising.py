@@ -1,0 +1,180 @@
+"""Settings of a quantisation, and quantisation of a model with what its calibration measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import PipelineQuantizationConfig
+
+from diffalign.core.errors import UsageError
+from diffalign.data.prompts import Prompt
+from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.registry import load_model
+from diffalign.quantization.apply import quantization_config, quantize_pipeline
+from diffalign.quantization.backends import BACKENDS, resolve
+from diffalign.quantization.moments import MEMORY
+from diffalign.quantization.packed import check_rounding
+from diffalign.tuning.calibration import Calibration
+from diffalign.tuning.scales import STEPS, ScaleTuning, Trajectories, tune_scales
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class SmallerSettings:
+    """Settings of a quantisation.
+
+    Attributes:
+        backend: name of a backend, or "auto".
+        components: parts that are quantised besides the denoiser.
+        group_size: weights that share a scale.
+        svd_rank: rank of the low-rank branch; 0 for none.
+        latency: images of the timed forward; 0 skips the timing.
+        rounding: "gptq", "nearest", or None for GPTQ of packed weights where there are calibration prompts.
+        calibration_memory: GiB of second moments that are held at once. The prompts are sampled again for what does not
+            fit.
+        tune_steps: updates of the scales of packed weights; None for 60 at 2 bits and none otherwise.
+    """
+
+    backend: str = "auto"
+    components: Sequence[str] = ()
+    group_size: int = 64
+    svd_rank: int = 0
+    latency: int = 1
+    rounding: str | None = None
+    calibration_memory: float = MEMORY / GIB
+    tune_steps: int | None = None
+
+    def check(self, prompts: Sequence[Prompt] | None) -> None:
+        """Raise UsageError if the settings do not fit together or to the calibration prompts."""
+        if self.latency < 0:
+            raise UsageError(
+                f"latency={self.latency} must not be negative. Set 0 to skip the timing."
+            )
+        # "auto" is known when the model is loaded
+        backend = BACKENDS.get(self.backend)
+        if not prompts:
+            self._check_uncalibrated()
+        if backend is not None and backend.is_packed:
+            check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.backend))
+        if prompts and backend is not None:
+            self.check_calibration(self.backend)
+
+    def _check_uncalibrated(self) -> None:
+        """Raise UsageError for settings that need calibration prompts."""
+        calibrated = {
+            f"backend={self.backend}": self.backend in BACKENDS
+            and BACKENDS[self.backend].activations,
+            "rounding=gptq": self.rounding == "gptq",
+            f"tune_steps={self.tune_steps}": self.tune_steps,
+        }
+        for setting, is_set in calibrated.items():
+            if is_set:
+                raise UsageError(
+                    f"{setting} needs calibration images. Give `prompts` to sample them from."
+                )
+
+    def check_calibration(self, backend: str) -> None:
+        """Raise UsageError if a backend has no use for the calibration prompts."""
+        packed = BACKENDS[backend].is_packed
+        if self.rounding == "gptq" and not packed:
+            raise UsageError(
+                f"rounding=gptq: backend={backend} rounds to nearest. Use a packed backend, such as int4."
+            )
+        if self.tune_steps and not packed:
+            raise UsageError(
+                f"tune_steps={self.tune_steps}: backend={backend} has no scales to tune. Use a packed backend, such as "
+                "int2."
+            )
+        by_prompts = self.gptq(backend) or self.svd_rank or self.tune_steps
+        if not (by_prompts or BACKENDS[backend].activations):
+            raise UsageError(
+                f"prompts: backend={backend} with these settings is not calibrated. Use a packed backend with "
+                "rounding=gptq, set `svd_rank`, or omit `prompts`."
+            )
+
+    def gptq(self, backend: str) -> bool:
+        """Return whether GPTQ rounds the weights of a backend, if there are calibration prompts."""
+        return BACKENDS[backend].is_packed and self.rounding != "nearest"
+
+    def updates(self, backend: str) -> int:
+        """Return the updates of a backend's scales, if there are calibration prompts."""
+        if self.tune_steps is not None:
+            return self.tune_steps
+        return STEPS if BACKENDS[backend].is_packed and BACKENDS[backend].bits == 2 else 0
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Quantised model, the backend of each part, and the result of tuning its scales."""
+
+    model: TextToImageModel
+    backends: dict[str, str]
+    tuning: ScaleTuning | None = None
+
+
+def quantise(
+    model: TextToImageModel,
+    source: str,
+    settings: SmallerSettings,
+    *,
+    dtype: torch.dtype,
+    calibration: Calibration | None = None,
+) -> Quantised:
+    """Quantise in place if the backend can, else by loading the model again.
+
+    Args:
+        model: the model.
+        source: name or folder from which the model was loaded.
+        settings: settings of the quantisation.
+        dtype: dtype of the parts that are not quantised.
+        calibration: prompts to calibrate `model` on; None without.
+
+    Raises:
+        UsageError: the backend cannot quantise this model with these settings.
+    """
+    name = resolve(settings.backend, device=model.device, model=model.denoiser)
+    if calibration is not None:
+        settings.check_calibration(name)
+    if BACKENDS[name].quantises_loaded:
+        return _in_place(model, name, settings, calibration)
+    if settings.components:
+        raise UsageError(
+            f"components: {name} quantises only the denoiser, while it loads. Use another backend for components."
+        )
+    config = quantization_config(
+        name, device=model.device, group_size=settings.group_size, svd_rank=settings.svd_rank
+    )
+    mapping = PipelineQuantizationConfig(quant_mapping={model.denoiser_part: config})
+    again = load_model(source, dtype=dtype, device=model.device, quantization_config=mapping)
+    return Quantised(again, {model.denoiser_part: name})
+
+
+def _in_place(
+    model: TextToImageModel, name: str, settings: SmallerSettings, calibration: Calibration | None
+) -> Quantised:
+    """Quantise a loaded model."""
+    backend, pipeline, steps = BACKENDS[name], model.pipeline, settings.updates(name)
+    options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
+    trajectories = None
+    if calibration is not None:
+        if steps:
+            trajectories = Trajectories.record(calibration)
+        if backend.activations:
+            options["activations"] = calibration.activation_scales()
+        if settings.gptq(name):
+            memory = int(settings.calibration_memory * GIB)
+            options["moments"] = calibration.moments(memory=memory)
+        elif settings.svd_rank:
+            options["input_scales"] = calibration.input_scales()
+    done = quantize_pipeline(pipeline, name, **options)
+    tuning = None if trajectories is None else tune_scales(trajectories, steps=steps)
+    if settings.components:
+        # text encoders have neither timesteps nor calibration, which few bits need
+        other = "int8" if backend.activations else "int4" if backend.bits < 4 else name
+        components, size = settings.components, settings.group_size
+        done |= quantize_pipeline(pipeline, other, components=components, group_size=size)
+    return Quantised(model, done, tuning)
