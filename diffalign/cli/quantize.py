@@ -33,6 +33,7 @@ class Flags(SampleFlags):
     rounding: str | None
     calibration_memory: float
     tune_steps: int | None
+    bits_per_weight: float | None
 
 
 def add_flags(parser: Parser) -> None:
@@ -76,6 +77,13 @@ def add_flags(parser: Parser) -> None:
         help="memory for the statistics of gptq; the prompts are drawn again for what does not fit "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--bits_per_weight",
+        type=types.number(2),
+        default=None,
+        metavar="BITS",
+        help="mean of the packed weights' bits, scales included, which sets the bits of each layer (backend mixed)",
+    )
     options.add_count(
         parser,
         "--tune_steps",
@@ -112,6 +120,7 @@ def run(flags: Flags) -> None:
         rounding=flags.rounding,
         calibration_memory=flags.calibration_memory,
         tune_steps=flags.tune_steps,
+        bits_per_weight=flags.bits_per_weight,
     )
     settings.check(prompts)
     settle_drawing(flags)

@@ -77,7 +77,8 @@ def quantize_model(
         activations: result of `observer.InputObserver`, which "int8-static" needs.
         moments: result of `moments.collect_moments`, by which packed weights are rounded (GPTQ); None for rounding to
             nearest.
-        layers: `skip` and `min_weights` of `packed.packable`, which select the layers to quantise.
+        layers: `skip` and `min_weights` of `packed.packable`, which select the layers to quantise; `bits` of every
+            layer by name, which "mixed" needs (`tuning.allocation.choose_bits`).
 
     Returns:
         The name of the backend, which "auto" leaves open.
@@ -92,6 +93,7 @@ def quantize_model(
     check_unquantized(model)
     if method.is_packed:
         check_rounding(spec.bits, calibrated=moments is not None)
+        _check_bits(name, layers.get("bits"), calibrated=moments is not None)
     if input_scales is not None and not svd_rank:
         raise UsageError(
             "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
@@ -146,6 +148,7 @@ def quantization_config(
     _check_options(name, spec)
     if BACKENDS[name].is_packed:
         check_rounding(spec.bits, calibrated=False)
+        _check_bits(name, None, calibrated=False)
     return BACKENDS[name].config(spec, skip)
 
 
@@ -164,6 +167,17 @@ def _spec(
     if activations is not None:
         return PackSpec(backend.bits, None, svd_rank, len(activations.timesteps))
     return PackSpec(backend.bits, group_size, svd_rank)
+
+
+def _check_bits(name: str, bits: Mapping[str, int] | None, *, calibrated: bool) -> None:
+    """Raise UsageError if bits by layer are missing, or belong to another backend."""
+    if BACKENDS[name].by_layer and (bits is None or not calibrated):
+        raise UsageError(
+            f"backend={name}: each layer needs its number of bits, and moments to round with. Calibrate a loaded model "
+            "(`diffalign quantize` with prompts and bits_per_weight)."
+        )
+    if bits is not None and not BACKENDS[name].by_layer:
+        raise UsageError(f"backend={name}: this backend has one number of bits. Use mixed.")
 
 
 def _packed_names() -> str:

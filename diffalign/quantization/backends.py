@@ -46,6 +46,7 @@ class Work:
         input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
         activations: result of `observer.InputObserver`, for rounded activations.
         moments: result of `moments.collect_moments`, for codes by GPTQ; None for the nearest codes.
+        bits: bits of every packed layer by name, for the backend "mixed".
     """
 
     spec: PackSpec
@@ -54,6 +55,7 @@ class Work:
     input_scales: Mapping[str, Tensor] | None = None
     activations: ActivationScales | None = None
     moments: Iterable[Mapping[str, Moments]] | None = None
+    bits: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Backend(ABC):
 
     Without a warning, torchao 0.18 drops these gradients where it rounds activations.
     """
+    by_layer: bool = False
+    """True if each layer has its own number of bits."""
     library: ClassVar[str] = ""
     """Library that must be installed; empty if none."""
     least: ClassVar[str] = ""
@@ -123,7 +127,8 @@ class Packed(Backend):
         spec = work.spec
         is_denoiser = isinstance(model, diffusers.ModelMixin)
         kind = PackedConfig if is_denoiser else PackedTextConfig
-        config = kind(spec.bits, spec.group_size, work.skip, work.min_weights, spec.svd_rank)
+        bits = spec.bits if work.bits is None else work.bits
+        config = kind(bits, spec.group_size, work.skip, work.min_weights, spec.svd_rank)
         # The float32 layers of a T5 overflow in float16 only.
         if is_denoiser or model.dtype == torch.float16:
             config.keep(model._keep_in_fp32_modules or ())
@@ -137,6 +142,7 @@ class Packed(Backend):
             input_scales=work.input_scales,
             activations=work.activations,
             moments=work.moments,
+            bits=work.bits,
         )
         return config
 
@@ -227,6 +233,7 @@ BACKENDS: dict[str, Backend] = {
     "int4": Packed("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
     "int3": Packed("3 bits in groups of 64, convolutions too; made for GPTQ", 3),
     "int2": Packed("2 bits in groups of 64, convolutions too; by GPTQ only", 2),
+    "mixed": Packed("2 to 8 bits by layer, for a given mean; by GPTQ only", 4, by_layer=True),
     "int8-static": Packed(
         "8-bit weights, and activations of linear layers with scales calibrated for each step",
         8,

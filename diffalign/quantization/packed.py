@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replace_field
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -34,6 +36,28 @@ SKIP = (
 On the Shapes denoisers these 2 to 4 % of the weights cause a quarter to a half of the error of 4 bits.
 """
 MIN_WEIGHTS = 4096
+
+
+@dataclass(frozen=True)
+class Specs:
+    """Settings of packed weights, with bits by layer or the same for all."""
+
+    spec: PackSpec
+    bits: Mapping[str, int] | None = None
+
+    def of(self, name: str) -> PackSpec:
+        """Return the settings of a layer.
+
+        Raises:
+            UsageError: bits are given by layer, and this one has none.
+        """
+        if self.bits is None:
+            return self.spec
+        if name not in self.bits:
+            raise UsageError(
+                f"bits: the layer {name} has no number of bits. Give one for each layer that gets packed."
+            )
+        return replace_field(self.spec, bits=self.bits[name])
 
 
 def packable(
@@ -75,6 +99,7 @@ def pack_model(
     input_scales: Mapping[str, Tensor] | None = None,
     activations: ActivationScales | None = None,
     moments: Iterable[Mapping[str, Moments]] | None = None,
+    bits: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Pack a model's layers in place, one at a time. On the meta device only shapes change.
 
@@ -87,6 +112,7 @@ def pack_model(
         activations: result of `observer.InputObserver`, for `spec.activation_steps` timesteps.
         moments: result of `moments.collect_moments`, for codes by GPTQ; None for the nearest codes. The model stays as
             it is until all parts are through, so that every part is measured on full-precision weights.
+        bits: bits of every layer by name, in place of the spec's.
 
     Returns:
         Names of the packed layers.
@@ -95,17 +121,17 @@ def pack_model(
         UsageError: the model has adapters, is quantised already, has weights that are not finite, or no layer to pack.
     """
     check_unquantized(module)
-    spec = spec or PackSpec()
+    specs = Specs(spec or PackSpec(), bits)
     layers = packable(module, skip=skip, min_weights=min_weights)
     names = list(layers)
     scales = activations.scales if activations else {}
-    rounded = {} if moments is None else dict(_by_gptq(layers, moments, spec))
+    rounded = {} if moments is None else dict(_by_gptq(layers, moments, specs))
     for name in names:
         # The model then has the only reference, so that the layer is freed when it is replaced.
         layer = layers.pop(name)
         packed = rounded.pop(name, None)
         if packed is None:
-            packed = packed_like(layer, spec)
+            packed = packed_like(layer, specs.of(name))
             if not layer.weight.is_meta:
                 packed.fill(layer.weight, name=name, input_scale=(input_scales or {}).get(name))
         if isinstance(packed, IntegerLinear) and not packed.weight.is_meta:
@@ -119,7 +145,7 @@ def pack_model(
 def _by_gptq(
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     moments: Iterable[Mapping[str, Moments]],
-    spec: PackSpec,
+    specs: Specs,
 ) -> Iterator[tuple[str, PackedLayer]]:
     """Yield the layers that have moments, packed, by name."""
     rows: dict[str, int] = {}
@@ -130,8 +156,8 @@ def _by_gptq(
             if part[name] is not measured:
                 measured = part[name]
                 curvature = Curvature.of(measured.second)
-            packed = packed_like(layers[name], spec)
-            scale = part[name].input_scale if spec.svd_rank else None
+            packed = packed_like(layers[name], specs.of(name))
+            scale = part[name].input_scale if specs.spec.svd_rank else None
             packed.fill(layers[name].weight, name=name, input_scale=scale, curvature=curvature)
             rows[name] = part[name].rows
             yield name, packed

@@ -9,7 +9,7 @@ quantization_config=PackedConfig())`), text encoders only in place (`apply.quant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -29,6 +29,7 @@ from diffalign.quantization.layers import PackedLayer, PackSpec
 from diffalign.quantization.packed import (
     MIN_WEIGHTS,
     SKIP,
+    Specs,
     check_rounding,
     packable,
     replace,
@@ -51,7 +52,7 @@ class PackedConfig(QuantizationConfigMixin):
     """Settings of a packed model: the argument of `from_pretrained`, saved in config.json.
 
     Args:
-        bits: 8, 4, 3 or 2.
+        bits: 8, 4, 3 or 2; or the bits of every packed layer, by its full name.
         group_size: weights that share a scale; None for a whole row.
         skip: layers that keep their weights, as in `packed.packable`.
         min_weights: size below which layers keep their weights.
@@ -67,7 +68,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: int = 4,
+        bits: int | Mapping[str, int] = 4,
         group_size: int | None = 64,
         skip: Sequence[str] = SKIP,
         min_weights: int = MIN_WEIGHTS,
@@ -82,16 +83,20 @@ class PackedConfig(QuantizationConfigMixin):
                 "diffalign."
             )
         self.quant_method = Method(quant_method)
-        self.bits, self.group_size, self.svd_rank = bits, group_size, svd_rank
+        self.bits = dict(bits) if isinstance(bits, Mapping) else bits
+        self.group_size, self.svd_rank = group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
         self.activation_timesteps = list(activation_timesteps)
-        self.spec()
+        self.specs()
         self.format = format or (1 if bits in (4, 8) else 2)
 
-    def spec(self) -> PackSpec:
+    def specs(self) -> Specs:
         """Return the settings of each packed layer."""
         steps = len(self.activation_timesteps)
-        return PackSpec(self.bits, self.group_size, self.svd_rank, steps)
+        by_layer = self.bits if isinstance(self.bits, dict) else None
+        every = by_layer.values() if by_layer else [self.bits]
+        specs = [PackSpec(bits, self.group_size, self.svd_rank, steps) for bits in every]
+        return Specs(specs[0], by_layer)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the layers to pack, by name."""
@@ -100,7 +105,7 @@ class PackedConfig(QuantizationConfigMixin):
     def make_layers(self, model: nn.Module) -> None:
         """Replace the layers to pack by empty packed layers, which a loader fills."""
         for name, layer in self.layers(model).items():
-            replace(model, name, packed_like(layer, self.spec()))
+            replace(model, name, packed_like(layer, self.specs().of(name)))
         if self.activation_timesteps:
             StepClock(self.activation_timesteps).attach(model)
 
@@ -152,6 +157,8 @@ class PackedQuantizer(DiffusersQuantizer):
                 raise UsageError(
                     "activation_timesteps: scales of activations need a loaded model. Use quantize_model."
                 )
+            if isinstance(config.bits, dict):
+                raise UsageError("bits: bits by layer need a loaded model. Use quantize_model.")
             check_rounding(config.bits, calibrated=False)
             config.keep(keep_in_fp32_modules)
             self.targets = config.layers(model)
@@ -180,7 +187,7 @@ class PackedQuantizer(DiffusersQuantizer):
     ) -> None:
         """Pack the weight of the file, since `param_value` is rounded to the model's dtype."""
         name = param_name.removesuffix(".weight")
-        packed = packed_like(self.targets.pop(name), self.quantization_config.spec())
+        packed = packed_like(self.targets.pop(name), self.quantization_config.specs().of(name))
         packed.fill(state_dict[param_name].to(target_device), name=name)
         replace(model, name, packed)
 

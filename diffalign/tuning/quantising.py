@@ -16,7 +16,8 @@ from diffalign.pipelines.registry import load_model
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.moments import MEMORY
-from diffalign.quantization.packed import check_rounding
+from diffalign.quantization.packed import check_rounding, packable
+from diffalign.tuning.allocation import choose_bits
 from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.scales import STEPS, ScaleTuning, Trajectories, tune_scales
 
@@ -37,6 +38,7 @@ class SmallerSettings:
         calibration_memory: GiB of second moments that are held at once. The prompts are sampled again for what does not
             fit.
         tune_steps: updates of the scales of packed weights; None for 60 at 2 bits and none otherwise.
+        bits_per_weight: largest mean of the bits of packed weights, for bits by layer; None for one number of bits.
     """
 
     backend: str = "auto"
@@ -47,6 +49,7 @@ class SmallerSettings:
     rounding: str | None = None
     calibration_memory: float = MEMORY / GIB
     tune_steps: int | None = None
+    bits_per_weight: float | None = None
 
     def check(self, prompts: Sequence[Prompt] | None) -> None:
         """Raise UsageError if the settings do not fit together or to the calibration prompts."""
@@ -54,14 +57,24 @@ class SmallerSettings:
             raise UsageError(
                 f"latency={self.latency} must not be negative. Set 0 to skip the timing."
             )
+        if (self.bits_per_weight is not None) != (self.method == "mixed"):
+            raise UsageError(
+                f"backend={self.backend}: bits_per_weight belongs to mixed alone. Set both, or neither."
+            )
         # "auto" is known when the model is loaded
-        backend = BACKENDS.get(self.backend)
+        backend = BACKENDS.get(self.method)
         if not prompts:
             self._check_uncalibrated()
         if backend is not None and backend.is_packed:
-            check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.backend))
+            check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.method))
         if prompts and backend is not None:
-            self.check_calibration(self.backend)
+            self.check_calibration(self.method)
+
+    @property
+    def method(self) -> str:
+        """Name of the backend; "mixed" for "auto" with bits by layer."""
+        is_mixed = self.backend == "auto" and self.bits_per_weight is not None
+        return "mixed" if is_mixed else self.backend
 
     def _check_uncalibrated(self) -> None:
         """Raise UsageError for settings that need calibration prompts."""
@@ -69,6 +82,7 @@ class SmallerSettings:
             f"backend={self.backend}": self.backend in BACKENDS
             and BACKENDS[self.backend].activations,
             "rounding=gptq": self.rounding == "gptq",
+            f"bits_per_weight={self.bits_per_weight}": self.bits_per_weight is not None,
             f"tune_steps={self.tune_steps}": self.tune_steps,
         }
         for setting, is_set in calibrated.items():
@@ -89,6 +103,8 @@ class SmallerSettings:
                 f"tune_steps={self.tune_steps}: backend={backend} has no scales to tune. Use a packed backend, such as "
                 "int2."
             )
+        if BACKENDS[backend].by_layer and self.rounding == "nearest":
+            raise UsageError("rounding=nearest: backend=mixed rounds by GPTQ. Omit rounding.")
         by_prompts = self.gptq(backend) or self.svd_rank or self.tune_steps
         if not (by_prompts or BACKENDS[backend].activations):
             raise UsageError(
@@ -109,11 +125,19 @@ class SmallerSettings:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Quantised model, the backend of each part, and the result of tuning its scales."""
+    """Quantised model, and what was done to it.
+
+    Attributes:
+        model: the quantised model.
+        backends: backend of each part.
+        tuning: result of tuning the scales; None without.
+        bits: bits of every layer of the denoiser; None if all have the same.
+    """
 
     model: TextToImageModel
     backends: dict[str, str]
     tuning: ScaleTuning | None = None
+    bits: dict[str, int] | None = None
 
 
 def quantise(
@@ -136,7 +160,7 @@ def quantise(
     Raises:
         UsageError: the backend cannot quantise this model with these settings.
     """
-    name = resolve(settings.backend, device=model.device, model=model.denoiser)
+    name = resolve(settings.method, device=model.device, model=model.denoiser)
     if calibration is not None:
         settings.check_calibration(name)
     if BACKENDS[name].quantises_loaded:
@@ -161,20 +185,29 @@ def _in_place(
     options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
     trajectories = None
     if calibration is not None:
-        if steps:
+        if steps or backend.by_layer:
             trajectories = Trajectories.record(calibration)
         if backend.activations:
             options["activations"] = calibration.activation_scales()
         if settings.gptq(name):
             memory = int(settings.calibration_memory * GIB)
             options["moments"] = calibration.moments(memory=memory)
+            if settings.bits_per_weight is not None and trajectories is not None:
+                options["bits"] = choose_bits(
+                    packable(model.denoiser),
+                    calibration.moments(memory=memory),
+                    trajectories,
+                    bits_per_weight=settings.bits_per_weight,
+                    group_size=settings.group_size,
+                )
         elif settings.svd_rank:
             options["input_scales"] = calibration.input_scales()
     done = quantize_pipeline(pipeline, name, **options)
-    tuning = None if trajectories is None else tune_scales(trajectories, steps=steps)
+    tuning = tune_scales(trajectories, steps=steps) if trajectories and steps else None
     if settings.components:
         # text encoders have neither timesteps nor calibration, which few bits need
-        other = "int8" if backend.activations else "int4" if backend.bits < 4 else name
+        is_fine = backend.bits >= 4 and not backend.by_layer
+        other = "int8" if backend.activations else name if is_fine else "int4"
         components, size = settings.components, settings.group_size
         done |= quantize_pipeline(pipeline, other, components=components, group_size=size)
-    return Quantised(model, done, tuning)
+    return Quantised(model, done, tuning, options.get("bits"))

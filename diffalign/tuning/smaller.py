@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def make_smaller(
             "svd_rank": settings.svd_rank,
             "rounding": "gptq" if prompts and settings.gptq(backends[part]) else "nearest",
             **({} if done.tuning is None else {"tuning": asdict(done.tuning)}),
+            **({} if done.bits is None else {"layers_by_bits": _counts(done.bits)}),
             **_sizes(before, after, folder, part),
             **({} if times is None else _rounded(times)),
         }
@@ -92,6 +94,11 @@ def make_smaller(
     progress()
     speed = None if times is None else _describe(times, settings, set(backends.values()))
     return Smaller(part, after, speed, result)
+
+
+def _counts(bits: dict[str, int]) -> dict[str, int]:
+    """Return how many layers have each number of bits."""
+    return {str(b): count for b, count in sorted(Counter(bits.values()).items())}
 
 
 def _sizes(

@@ -42,6 +42,7 @@ def quantize(folder, *flags):
         (("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4", "--prompts=shapes:train", "--calibration_memory=0.001"), PackedLinear),
         (("--backend=int2", "--prompts=shapes:train", "--tune_steps=2"), PackedLinear),
+        (("--bits_per_weight=3", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
@@ -119,6 +120,17 @@ def test_the_latency_beside_bfloat16_is_told(backend, note, tmp_path, capsys, mo
             "--prompts: backend=torchao-int8wo with these settings is not calibrated",
         ),
         (("--backend=int2",), "rounding to nearest leaves the weights 2 bits in name only"),
+        (("--bits_per_weight=3",), "--bits_per_weight=3.0 needs calibration images"),
+        (("--backend=int4", "--bits_per_weight=3"), "bits_per_weight belongs to mixed alone"),
+        (("--backend=mixed",), "bits_per_weight belongs to mixed alone"),
+        (
+            ("--bits_per_weight=3", "--prompts=shapes:train", "--rounding=nearest"),
+            "--rounding=nearest: backend=mixed rounds by GPTQ",
+        ),
+        (
+            ("--bits_per_weight=2.1", "--prompts=shapes:train", "--max_prompts=2"),
+            "--bits_per_weight=2.1 is below 2.2",
+        ),
         (("--backend=int4", "--tune_steps=2"), "--tune_steps=2 needs calibration images"),
         (
             (
