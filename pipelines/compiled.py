@@ -6,7 +6,8 @@ Smaller batches are padded so that they do not trigger a recompilation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,14 +21,31 @@ VARIANTS = 64
 """Largest number of compilations of one block class."""
 
 
-def compile_blocks(denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> bool:
+@dataclass(frozen=True)
+class CompiledSizes:
+    """Batch sizes of a denoiser's forwards that are worth a compilation."""
+
+    with_gradient: Set[int] = frozenset()
+    without: Set[int] = frozenset()
+
+    def __or__(self, other: CompiledSizes) -> CompiledSizes:
+        """Return the sizes of both."""
+        return CompiledSizes(self.with_gradient | other.with_gradient, self.without | other.without)
+
+    def padded(self, rows: int, *, gradient: bool) -> int:
+        """Return the smallest size that holds a batch of `rows`, or `rows` if none does."""
+        sizes = self.with_gradient if gradient else self.without
+        return min((size for size in sizes if size >= rows), default=rows)
+
+
+def compile_blocks(denoiser: nn.Module, sizes: CompiledSizes) -> bool:
     """Compile each block in the denoiser's lists; equal blocks share one compilation.
 
     Adapters may be attached, switched and merged afterwards.
 
     Args:
-        sizes: batch sizes to compile for, with gradient (True) and without (False). A smaller batch, such as the last
-            of an evaluation or an update without its uninformative groups, is padded to the next of these sizes.
+        sizes: batch sizes to compile for. A smaller batch, such as the last of an evaluation or an update without its
+            uninformative groups, is padded to the next of these sizes.
 
     Returns:
         False, with a warning, on a machine that cannot compile; the denoiser then works as before.
@@ -85,8 +103,8 @@ class _PaddedBatches:
     resumed run computes the same.
     """
 
-    def __init__(self, denoiser: nn.Module, sizes: Mapping[bool, Iterable[int]]) -> None:
-        self._sizes = {grad: sorted(rows) for grad, rows in sizes.items()}
+    def __init__(self, denoiser: nn.Module, sizes: CompiledSizes) -> None:
+        self._sizes = sizes
         denoiser.register_forward_pre_hook(self._pad, with_kwargs=True)
         denoiser.register_forward_hook(self._cut, with_kwargs=True)
         self._rows: int | None = None
@@ -97,8 +115,7 @@ class _PaddedBatches:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         rows = batch_rows(args, kwargs)
         # each mode has its own compilations
-        sizes = self._sizes[torch.is_grad_enabled()]
-        size = next((s for s in sizes if s >= rows), rows)
+        size = self._sizes.padded(rows, gradient=torch.is_grad_enabled())
         self._rows = None if size == rows else rows
         if size == rows:
             return args, kwargs

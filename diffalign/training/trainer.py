@@ -24,6 +24,7 @@ from diffalign.config import AnyRunConfig, EvaluationConfig
 from diffalign.core import console, processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training import checkpoint
 from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
@@ -190,11 +191,8 @@ class Trainer(ABC):
         return {"grad_norm": norm, **sums.means()}
 
     @abstractmethod
-    def full_batches(self) -> dict[bool, set[int]]:
-        """Return the sizes of the denoiser's full batches, which are worth compiling for.
-
-        The keys say whether a forward has a gradient.
-        """
+    def full_batches(self) -> CompiledSizes:
+        """Return the sizes of the denoiser's full batches."""
 
     def validate(self) -> dict[str, float]:
         """Return validation metrics, which an evaluation reports besides the scores of images."""

@@ -125,7 +125,7 @@ class TestGradients:
 
     def test_sft_looks_at_the_winner_alone(self, source, tmp_path):
         run = build(source, tmp_path, "sft")
-        assert run.update.rows(6)[True] == {12}
+        assert run.update.sizes(6).with_gradient == {12}
         metrics, vector = gradient(run)
         assert set(metrics) == {"loss", "error_winner"}
         assert vector.norm() > 0

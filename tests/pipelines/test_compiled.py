@@ -8,6 +8,7 @@ from compilation import counted
 
 from diffalign import lora
 from diffalign.pipelines import compiled
+from diffalign.pipelines.compiled import CompiledSizes
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_every_policy_and_size_as_before(model, counter):
         return found
 
     before = everything(4, 6, 1)
-    assert compiled.compile_blocks(model.denoiser, {True: [6], False: [6]})
+    assert compiled.compile_blocks(model.denoiser, CompiledSizes({6}, {6}))
     everything(6)
     compilations = counter.frame_count
     assert compilations > 0
@@ -66,7 +67,7 @@ def test_a_run_compiles_once_a_mode_whatever_is_dropped(tmp_path, differentiated
     counter = differentiated
     run = tiny_runs.trainer(tmp_path, training={"micro_batch_size": 5})
     sizes = run.full_batches()
-    assert sizes == {True: {10}, False: {5, 12}}
+    assert sizes == CompiledSizes({10}, {5, 12})
     assert compiled.compile_blocks(run.model.denoiser, sizes)
     plain = tiny_runs.trainer(tmp_path / "plain", training={"micro_batch_size": 5})
     for number in range(3):  # of 12 images: micro-batches of 5, 5 and 2
@@ -81,16 +82,16 @@ def test_a_run_compiles_once_a_mode_whatever_is_dropped(tmp_path, differentiated
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        ({"algorithm": {"reference_guidance_scale": 3.0}}, {True: {10}, False: {10, 5, 12}}),
-        ({"algorithm": {"kl_beta": 0.0, "ema_kl_beta": 0.0}}, {True: {10}, False: {12}}),
-        ({"training": {"updates_per_rollout": 2}}, {True: {10}, False: {10, 5, 12}}),
-        ({"evaluation": {"guidance_scale": 4.0}}, {True: {10}, False: {5, 12, 24}}),
+        ({"algorithm": {"reference_guidance_scale": 3.0}}, CompiledSizes({10}, {10, 5, 12})),
+        ({"algorithm": {"kl_beta": 0.0, "ema_kl_beta": 0.0}}, CompiledSizes({10}, {12})),
+        ({"training": {"updates_per_rollout": 2}}, CompiledSizes({10}, {10, 5, 12})),
+        ({"evaluation": {"guidance_scale": 4.0}}, CompiledSizes({10}, {5, 12, 24})),
         (
             {
                 "algorithm": {"type": "flow_grpo", "dynamics": "cps", "window_size": 2},
                 "rollout": {"num_inference_steps": 6},
             },
-            {True: {10}, False: {10, 12}},
+            CompiledSizes({10}, {10, 12}),
         ),
     ],
 )
@@ -116,7 +117,7 @@ def test_u_nets_with_all_their_conditions(family, counter):
         return found
 
     before = everything()
-    assert compiled.compile_blocks(model.denoiser, {True: [4], False: [4]})
+    assert compiled.compile_blocks(model.denoiser, CompiledSizes({4}, {4}))
     torch.testing.assert_close(everything(), before, rtol=1e-3, atol=1e-4)
     assert counter.frame_count > 0
 
@@ -138,7 +139,7 @@ def test_a_guided_prediction_is_cut_where_it_was_filled_up(counter):
             )
 
     expected = guided()
-    compiled.compile_blocks(model.denoiser, {True: [], False: [8]})
+    compiled.compile_blocks(model.denoiser, CompiledSizes(set(), {8}))
     torch.testing.assert_close(guided(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -146,7 +147,7 @@ def test_without_a_compiler_it_goes_on_with_a_warning(model, monkeypatch, caplog
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr(torch, "compile", _fails)
     expected = predictions(model, 2)
-    assert not compiled.compile_blocks(model.denoiser, {True: [], False: []})
+    assert not compiled.compile_blocks(model.denoiser, CompiledSizes(set(), set()))
     assert "no C++ compiler" in caplog.text
     torch.testing.assert_close(predictions(model, 2), expected)
 

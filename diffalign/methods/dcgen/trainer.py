@@ -32,6 +32,7 @@ from diffalign.methods.dcgen.maker import new_autoencoder, precompute_latents, s
 from diffalign.methods.dcgen.task import DenoisingTask
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.pipelines.moving import load_autoencoder, move_model, tokens_ratio
 from diffalign.pipelines.saving import save_pipeline
 from diffalign.training.denoise import image_size
@@ -183,13 +184,13 @@ class LatentTrainer(Trainer):
         scheduler = moved_scheduler(self.base.pipeline.scheduler, ratio=k, signal=signal)
         self.model.pipeline.register_modules(scheduler=scheduler)
 
-    def full_batches(self) -> dict[bool, set[int]]:
+    def full_batches(self) -> CompiledSizes:
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.training.images_per_update // world)
         rows = min(c.training.micro_batch_size, share)
         sampled = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
         null = {rows} if self.model.guidance_is_embedded else set()
-        return {True: {rows}, False: {sampled} | null}
+        return CompiledSizes({rows}, {sampled} | null)
 
     def learn(self, number: int) -> tuple[int, dict[str, Any]]:
         """Train one optimizer step on `images_per_update` images."""

@@ -28,6 +28,7 @@ from diffalign.diffusion.inversion import integrate, inversion_grid
 from diffalign.diffusion.paths import RectifiedFlow
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import DrawingCard
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.sampler import Sampler
 from diffalign.pipelines.sampling import generators_of
@@ -126,7 +127,7 @@ class DistillationTrainer(Trainer):
             )
         return inversion_grid(scheduler.timesteps).flip(0)
 
-    def full_batches(self) -> dict[bool, set[int]]:
+    def full_batches(self) -> CompiledSizes:
         c = self.config
         share = -(-c.teacher.prompts_per_update // self.accelerator.num_processes)
         trained = min(c.training.micro_batch_size, share) * c.algorithm.states_per_image
@@ -136,7 +137,7 @@ class DistillationTrainer(Trainer):
             c.teacher.micro_batch_size,
             self.model.forward_rows(c.teacher.micro_batch_size, c.teacher.guidance_scale),
         }
-        return {True: {trained}, False: plain | {trained} if self.bootstraps else plain}
+        return CompiledSizes({trained}, plain | {trained} if self.bootstraps else plain)
 
     @property
     def bootstraps(self) -> bool:

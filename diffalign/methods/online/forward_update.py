@@ -34,6 +34,7 @@ from diffalign.core.seeds import TIMESTEPS, stream
 from diffalign.diffusion.paths import chord_target, has_noise_after_step
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.pipelines.recording import Recorder
 from diffalign.training.sums import Sums, micro_batches
 from diffalign.types import DenoisingBatch, Trajectory
@@ -207,7 +208,7 @@ class ForwardProcessUpdate(PolicyUpdate):
         unguided = self.config.kl_beta > 0 and self.reference_guidance_scale is None
         return unguided or self.config.norm_guard > 0
 
-    def rows(self, images: int) -> dict[bool, set[int]]:
+    def sizes(self, images: int) -> CompiledSizes:
         policy = images * self.config.timesteps_per_image
         picked = images * self.config.kl_timesteps
         plain = self.off_policy or self.algorithm.group or self.algorithm.needs_reference
@@ -219,7 +220,7 @@ class ForwardProcessUpdate(PolicyUpdate):
                 without.add(picked)
         if self.config.norm_guard:
             without.add(picked)
-        return {True: {policy}, False: without}
+        return CompiledSizes({policy}, without)
 
     def begin_step(self, batch: TrainingBatch, *, update: int, inner: int) -> None:
         """Compute the means over the images of a prompt that the loss needs, without gradients."""

@@ -38,6 +38,7 @@ from diffalign.methods.online.health import (
 from diffalign.methods.online.rollout import RolloutMaker
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.inputs import Inputs
 from diffalign.training.plan import Plan, check_prompts, check_share, make_plan
 from diffalign.training.trainer import Trainer, TrainingError
@@ -133,21 +134,16 @@ class OnlineTrainer(Trainer):
         update = ForwardProcessUpdate if type(loss) is ForwardLoss else TrajectoryUpdate
         return update(self.model, algorithm, settings, loss)
 
-    def full_batches(self) -> dict[bool, set[int]]:
-        """Return the sizes of the denoiser's full batches, which are worth compiling for.
-
-        The keys say whether a forward has a gradient.
-        """
+    def full_batches(self) -> CompiledSizes:
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.rollout.images_per_update // world)
-        rows = self.policy_update.rows(min(c.training.micro_batch_size, share))
+        trained = self.policy_update.sizes(min(c.training.micro_batch_size, share))
         sampled = min(c.rollout.micro_batch_size, share)
-        for images, guidance in (
-            (sampled, c.rollout.guidance_scale),
-            (c.rollout.micro_batch_size, c.evaluation.guidance_scale),
-        ):
-            rows[False].add(self.model.forward_rows(images, guidance))
-        return rows
+        drawing = {
+            self.model.forward_rows(sampled, c.rollout.guidance_scale),
+            self.model.forward_rows(c.rollout.micro_batch_size, c.evaluation.guidance_scale),
+        }
+        return trained | CompiledSizes(without=drawing)
 
     @property
     def planned_steps(self) -> int:

@@ -22,6 +22,7 @@ from diffalign.core.seeds import WINDOW, stream
 from diffalign.diffusion.paths import expand
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.sums import Sums
 from diffalign.types import Trajectory
 
@@ -125,10 +126,10 @@ class TrajectoryUpdate(PolicyUpdate):
     def metrics(self) -> list[str]:
         return [*self.algorithm.metrics, *(["kl"] if self.config.kl_beta else [])]
 
-    def rows(self, images: int) -> dict[bool, set[int]]:
+    def sizes(self, images: int) -> CompiledSizes:
         policy = images * self.size
         reference = self.model.forward_rows(policy, self.reference_guidance_scale)
-        return {True: {policy}, False: {reference} if self.config.kl_beta else set()}
+        return CompiledSizes({policy}, {reference} if self.config.kl_beta else set())
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
         """Return a mask (B,) of the images that take part in the loss.

@@ -18,6 +18,7 @@ from diffalign import lora
 from diffalign.algorithms import advantages as adv
 from diffalign.config import AlgorithmConfig
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.denoise import predict
 from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.types import PromptEmbeds, Trajectory
@@ -109,11 +110,8 @@ class PolicyUpdate(ABC):
         """Names of the metrics in the log."""
 
     @abstractmethod
-    def rows(self, images: int) -> dict[bool, set[int]]:
-        """Return the batch sizes of the denoiser's forwards for a micro-batch of `images`.
-
-        The keys say whether a forward has a gradient.
-        """
+    def sizes(self, images: int) -> CompiledSizes:
+        """Return the batch sizes of the denoiser's forwards for a micro-batch of `images`."""
 
     @abstractmethod
     def micro_batch(

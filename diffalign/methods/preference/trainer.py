@@ -17,6 +17,7 @@ from diffalign.data.pairs.cache import PairCache
 from diffalign.data.pairs.tables import PairsError
 from diffalign.methods.preference.precompute import grid_of, precompute
 from diffalign.methods.preference.update import PreferenceUpdate
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.order import EpochOrder
 from diffalign.training.plan import check_share
 from diffalign.training.trainer import Trainer
@@ -64,16 +65,15 @@ class PreferenceTrainer(Trainer):
         c = self.config.training
         self.order = EpochOrder(self.pairs, size=c.pairs_per_update, seed=c.seed)
 
-    def full_batches(self) -> dict[bool, set[int]]:
+    def full_batches(self) -> CompiledSizes:
         c, world = self.config, self.accelerator.num_processes
         share = -(-c.training.pairs_per_update // world)
-        rows = self.update.rows(min(c.training.micro_batch_size, share))
+        trained = self.update.sizes(min(c.training.micro_batch_size, share))
         sampled = self.model.forward_rows(c.images.micro_batch_size, c.evaluation.guidance_scale)
         inverted = self.model.forward_rows(
             c.pairs.micro_batch_size, c.pairs.inversion.guidance_scale
         )
-        rows[False] |= {sampled, inverted} if c.states else {sampled}
-        return rows
+        return trained | CompiledSizes(without={sampled, inverted} if c.states else {sampled})
 
     def learn(self, number: int) -> tuple[int, dict[str, Any]]:
         """Train one optimizer step on `pairs_per_update` pairs."""

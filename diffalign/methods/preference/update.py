@@ -20,6 +20,7 @@ from diffalign.config import PreferenceAlgorithmConfig
 from diffalign.core.seeds import stream
 from diffalign.diffusion.paths import chord_target, training_timesteps
 from diffalign.pipelines.base import TextToImageModel
+from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.denoise import predict
 from diffalign.training.sums import Sums, accumulate, micro_batches
 from diffalign.types import DenoisingBatch, PreferenceBatch, PromptEmbeds
@@ -80,13 +81,10 @@ class PreferenceUpdate:
         self.on_states, self.form = config.on_states, config.form
         self.images = 1 if config.loss_type == "sft" else 2
 
-    def rows(self, pairs: int) -> dict[bool, set[int]]:
-        """Return the batch sizes of the denoiser's forwards for a micro-batch of `pairs`.
-
-        The keys say whether a forward has a gradient.
-        """
+    def sizes(self, pairs: int) -> CompiledSizes:
+        """Return the batch sizes of the denoiser's forwards for a micro-batch of `pairs`."""
         n = pairs * self.images * self.config.timesteps_per_pair
-        return {True: {n}, False: {n}}
+        return CompiledSizes({n}, {n})
 
     def accumulate(
         self,
