@@ -1,4 +1,4 @@
-"""Commands of this program as text, for pages and messages that suggest what to run next."""
+"""Commands of this program as text, for pages and messages."""
 
 from __future__ import annotations
 
