@@ -19,6 +19,9 @@ from diffalign.types import PromptEmbeds
 OnImages = Callable[[slice, Tensor], None]
 """Callback of one batch: its rows among all images, and the images (B, 3, H, W) uint8 on the CPU."""
 
+Start = Callable[[Sampling, Sequence[torch.Generator], slice], Tensor]
+"""Function (batch, generators, rows of the batch) -> initial latents (B, C, H, W)."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -88,6 +91,7 @@ class Sampler:
         *,
         step: Step | None = None,
         on_images: OnImages | None = None,
+        start: Start | None = None,
     ) -> Samples:
         """Sample one image of each prompt.
 
@@ -97,6 +101,7 @@ class Sampler:
             seeds: seeds of the images.
             step: replaces the step of the settings' solver.
             on_images: receives the images of each batch when they are generated.
+            start: returns the initial latents of each batch, in place of the seeds' noise.
         """
         step = step or self.step()
         parts: list[Samples] = []
@@ -104,7 +109,9 @@ class Sampler:
             # the text encoders run in their own precision
             batch = self.batch(prompts[part])
             with self.computing():
-                latents = batch.draw(generators_of(seeds[part]), step=step)
+                generators = generators_of(seeds[part])
+                initial = None if start is None else start(batch, generators, part)
+                latents = batch.draw(generators, latents=initial, step=step)
                 images, finite = self.model.decode_checked(latents)
                 # 8-bit images cannot show values that are not finite
                 latents[~finite] = torch.nan

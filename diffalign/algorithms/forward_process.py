@@ -30,6 +30,8 @@ class ForwardSample:
         old_pred: predictions (B, C, H, W) of the policy that generated the images; None if it is the current one.
         reference_pred: predictions (B, C, H, W) of the reference model without guidance; None if no loss needs them.
         group_mean: means (B,) of a `GroupStatistic` over the images of the sample's prompt, at its timestep.
+        partner: clean latents (B, C, H, W) of the other image of each pair, for losses on pairs. The advantages are
+            then half the differences of the two images'.
     """
 
     latents: Tensor
@@ -41,6 +43,7 @@ class ForwardSample:
     old_pred: Tensor | None = None
     reference_pred: Tensor | None = None
     group_mean: Tensor | None = None
+    partner: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class ForwardLoss:
         needs_reference: whether the loss needs `reference_pred`.
         own_sampler: whether rollouts come from a policy of their own, apart from the old policy.
         group: mean over the images of a prompt that the loss needs as `group_mean`.
+        paired: whether the images of a prompt share their initial noise in pairs, and the loss needs `partner`. The
+            settings have `churn` then.
     """
 
     loss: Callable[[ForwardSample, Any], tuple[Tensor, Metrics]]
@@ -81,6 +86,7 @@ class ForwardLoss:
     needs_reference: bool = False
     own_sampler: bool = False
     group: GroupStatistic | None = None
+    paired: bool = False
 
 
 def matching_error(model_pred: Tensor, target: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ METHODS = {
     ),
     "crd": _method("online", "algorithms:CRDConfig", "CRD (online RL)", loss="crd"),
     "dgpo": _method("online", "algorithms:DGPOConfig", "DGPO (online RL)", loss="dgpo"),
+    "fdfo": _method("online", "fdfo:FDFOConfig", "FDFO (online RL)", loss="fdfo"),
     "flow_grpo": _method(
         "online", "algorithms:FlowGRPOConfig", "Flow-GRPO (online RL)", loss="flow_grpo"
     ),

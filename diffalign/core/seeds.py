@@ -20,4 +20,4 @@ def stream(*key: int) -> int:
 
 # First element of every key, so that no two purposes share a stream.
 PROMPTS, IMAGES, TIMESTEPS, EVALUATION, WINDOW, PAIRS, GEOMETRY, STATES, VALIDATION = range(9)
-ALIGNMENT = 9
+ALIGNMENT, CHURN = 9, 10

@@ -65,6 +65,7 @@ ALLOWED = {
     "diffalign/config/base.py": ("config.checks", "config.fields", "core.text"),
     "diffalign/config/methods.py": ("config.checks", "core.nearest"),
     "diffalign/config/algorithms.py": ("config.checks", "config.base", "config.online"),
+    "diffalign/config/fdfo.py": ("config.checks", "config.algorithms", "config.online"),
     "diffalign/config/online.py": (
         *("config.checks", "config.fields", "config.base", "config.algorithms"),
     ),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import timesteps
-from diffalign.algorithms.advantages import optimality
+from diffalign.algorithms.advantages import TOLERANCE, optimality
 from diffalign.algorithms.forward_process import (
     ForwardLoss,
     ForwardSample,
@@ -32,12 +32,12 @@ from diffalign.config import ForwardProcessConfig
 from diffalign.core.errors import UsageError
 from diffalign.core.seeds import TIMESTEPS, stream
 from diffalign.diffusion.paths import chord_target, has_noise_after_step
+from diffalign.methods.online.states import PairedStates, RolloutStates
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import CompiledSizes
-from diffalign.pipelines.recording import Recorder
 from diffalign.training.sums import Sums, micro_batches
-from diffalign.types import DenoisingBatch, Trajectory
+from diffalign.types import DenoisingBatch
 
 LEAST_KL = 1e-4
 """Weight that the distance to the reference keeps for the worst images with `kl_by_reward`."""
@@ -67,12 +67,14 @@ class TrainingStates:
         latents: clean latents (N * T, C, H, W).
         advantages: advantages (N * T,).
         picked: rows (N * K,) at which the distances are computed.
+        partner: clean latents (N * T, C, H, W) of the other image of each pair, for losses on pairs.
     """
 
     batch: DenoisingBatch
     latents: Tensor
     advantages: Tensor
     picked: Tensor
+    partner: Tensor | None = None
 
 
 def draw(
@@ -110,16 +112,6 @@ def draw(
     return Draws(torch.stack(index), torch.stack(noise), torch.stack(pick))
 
 
-class RolloutStates(Recorder):
-    """Recorder of the states that a rollout passes through."""
-
-    def trajectory(self) -> Trajectory:
-        """Return the recorded trajectory with every step."""
-        rollout = self.take()
-        latents = torch.cat([rollout.noisy, rollout.latents.unsqueeze(1)], 1)
-        return Trajectory(list(range(rollout.noisy.shape[1])), latents)
-
-
 class ForwardProcessUpdate(PolicyUpdate):
     """Update of a `ForwardLoss`, plus two distances.
 
@@ -136,6 +128,7 @@ class ForwardProcessUpdate(PolicyUpdate):
     ) -> None:
         super().__init__(model, config, settings)
         self.config, self.algorithm = config, algorithm
+        self.paired = algorithm.paired
         self.off_policy = algorithm.needs_old or settings.updates_per_rollout > 1
         self.rollout_policy = lora.LAGGED if self.off_policy else lora.CURRENT
         if algorithm.own_sampler:
@@ -147,7 +140,8 @@ class ForwardProcessUpdate(PolicyUpdate):
             stop=config.timestep_stop,
             independent=config.timestep_sampling == "independent",
         )
-        if config.noise == "rollout":
+        # losses on pairs have targets of their own
+        if config.noise == "rollout" and not self.paired:
             self._check_noise()
         self.distances = (
             ("kl", config.kl_beta, lora.REFERENCE),
@@ -171,16 +165,22 @@ class ForwardProcessUpdate(PolicyUpdate):
 
     def sampler(self, update: int) -> Any:
         """Return a recorder of the solver's steps for `noise: rollout`, else None."""
+        if self.paired:
+            # only the settings of such algorithms have a churn
+            settings: Any = self.config
+            return PairedStates(settings.churn)
         return RolloutStates(predictions=False) if self.config.noise == "rollout" else None
 
     def takes_part(self, advantages: Tensor, group: Tensor) -> Tensor:
         """Return a mask (B,) of the images that take part in the loss.
 
         All images with a reward take part in a loss with an old policy (DiffusionNFT): its proximal term does not
-        vanish with the advantage.
+        vanish with the advantage. Of a loss on pairs, those whose rewards differ do.
         """
         if self.algorithm.needs_old:
             return advantages.isfinite()
+        if self.paired:
+            return advantages.abs() > TOLERANCE
         return super().takes_part(advantages, group)
 
     def decays(self, update: int) -> dict[str, float]:
@@ -333,6 +333,9 @@ class ForwardProcessUpdate(PolicyUpdate):
             latents,
             batch.advantages[own].repeat_interleave(steps).to(device),
             (draws.kl_pick + offset).flatten().to(device),
+            None
+            if batch.partner is None
+            else batch.partner[own].float().repeat_interleave(steps, 0).to(device),
         )
 
     def _sample(
@@ -358,6 +361,7 @@ class ForwardProcessUpdate(PolicyUpdate):
             self.predict(*arguments),
             old,
             reference,
+            partner=states.partner,
         )
 
     def _other_pred(

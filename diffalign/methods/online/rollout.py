@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ from diffalign.config import (
 )
 from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import BackgroundScorer, RewardTimeout
+from diffalign.methods.online.states import PairedStates, first_of_pairs
 from diffalign.methods.online.update import PolicyUpdate
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.recording import Recorder
 from diffalign.pipelines.sampler import Sampler
+from diffalign.pipelines.sampling import Generators, Sampling
 from diffalign.training.plan import Plan
 from diffalign.types import RewardOutput, Rollout
 
@@ -104,12 +107,22 @@ class RolloutMaker:
                     [p.metadata for p in prompts],
                 )
 
+        own = slice(mine.start, mine.stop)
+        seeds, start = plan.seeds[own], None
+        if isinstance(step, PairedStates):
+            paired, initial = step, first_of_pairs(plan.seeds)[own]
+            seeds = paired.seeds(seeds)
+
+            def start(batch: Sampling, generators: Generators, part: slice) -> Tensor:
+                return paired.start(batch, generators, initial[part])
+
         with self.drawing(policy_update.rollout_policy):
             samples = self.sampler.images(
                 [p.text for p in image_prompts],
-                plan.seeds[mine.start : mine.stop],
+                seeds,
                 step=step.around(self.sampler.step()) if isinstance(step, Recorder) else step,
                 on_images=score,
+                start=start,
             )
         output = self._collect()
         nothing = np.full(len(index), np.nan, np.float32)
@@ -146,3 +159,27 @@ class RolloutMaker:
         padded[: len(values)] = torch.as_tensor(values, dtype=torch.float32, device=padded.device)
         everything = self.accelerator.gather(padded).view(world, width).cpu().numpy()
         return np.concatenate([everything[r, : len(plan.shard(r, world))] for r in range(world)])
+
+
+def reward_row(
+    rewards: Tensor, group: Tensor, keep: Tensor, details: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return the rewards' figures for the log, means over all images.
+
+    The figure `reward_group_std` is the mean over groups of the reward's standard deviation within the group.
+    """
+    valid = rewards.isfinite()
+    spread = [
+        float(rewards[valid & (group == g)].std(unbiased=False))
+        for g in group.unique()
+        if (valid & (group == g)).any()
+    ]
+    row = {
+        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
+        "reward_group_std": float(np.mean(spread)) if spread else float("nan"),
+        "failed_rewards": int((~valid).sum()),
+        "kept": int(keep.sum()),
+    }
+    return row | {
+        f"reward/{k}": float(np.nanmean(v)) for k, v in details.items() if np.isfinite(v).any()
+    }

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffalign import lora
 from diffalign.algorithms import advantages as adv
@@ -35,7 +34,8 @@ from diffalign.methods.online.health import (
     find_idle,
     find_warnings,
 )
-from diffalign.methods.online.rollout import RolloutMaker
+from diffalign.methods.online.rollout import RolloutMaker, reward_row
+from diffalign.methods.online.states import differences, partners
 from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.compiled import CompiledSizes
@@ -95,10 +95,11 @@ class OnlineTrainer(Trainer):
             setting="rollout.prompts_per_update x rollout.group_size",
         )
         world = self.accelerator.num_processes
-        if self.by_group and c.rollout.prompts_per_update % world:
+        paired = getattr(methods.loss(c.algorithm.type), "paired", False)
+        if (self.by_group or paired) and c.rollout.prompts_per_update % world:
             raise UsageError(
-                f"rollout.prompts_per_update={c.rollout.prompts_per_update}: a reward compares the images of a prompt, "
-                f"which one of the {world} processes must have all. Choose a multiple of {world}"
+                f"rollout.prompts_per_update={c.rollout.prompts_per_update}: a reward or loss compares the images of a "
+                f"prompt, which one of the {world} processes must have all. Choose a multiple of {world}"
             )
         check_prompts(self.prompts, c)
         self.rollouts = RolloutMaker(
@@ -325,6 +326,8 @@ class OnlineTrainer(Trainer):
         else:
             advantages = adv.group_advantages(rewards, group, std_scope=c.std_scope)
         valid = rewards.isfinite()
+        if self.policy_update.paired:
+            advantages, valid = differences(advantages, valid)
         keep = valid
         if self.config.training.drop_uninformative:
             keep = self.policy_update.takes_part(advantages.where(valid, torch.nan), group)
@@ -340,9 +343,12 @@ class OnlineTrainer(Trainer):
             total=max(int(valid.sum()), 1),
             trained=int(keep.sum()),
             trajectory=None if rollout.trajectory is None else rollout.trajectory[rows],
+            partner=rollout.latents[partners(rows).to(rollout.latents.device)]
+            if self.policy_update.paired
+            else None,
         )
         batch = self.policy_update.begin_rollout(batch)
-        return batch, _reward_row(rewards, group, keep, rollout.details)
+        return batch, reward_row(rewards, group, keep, rollout.details)
 
     def _diversity(self, rollout: Rollout) -> float:
         """Return the mean spread of latents within groups, over the images of all processes."""
@@ -364,27 +370,3 @@ class OnlineTrainer(Trainer):
         for policy, decay in self.policy_update.decays(number).items():
             lora.blend(self.model.denoiser, policy, decay=decay)
         return {k: float(np.mean([r[k] for r in rows if k in r])) for k in rows[-1]}
-
-
-def _reward_row(
-    rewards: Tensor, group: Tensor, keep: Tensor, details: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Return the rewards' figures for the log, means over all images.
-
-    The figure `reward_group_std` is the mean over groups of the reward's standard deviation within the group.
-    """
-    valid = rewards.isfinite()
-    spread = [
-        float(rewards[valid & (group == g)].std(unbiased=False))
-        for g in group.unique()
-        if (valid & (group == g)).any()
-    ]
-    row = {
-        "reward": float(rewards[valid].mean()) if valid.any() else float("nan"),
-        "reward_group_std": float(np.mean(spread)) if spread else float("nan"),
-        "failed_rewards": int((~valid).sum()),
-        "kept": int(keep.sum()),
-    }
-    return row | {
-        f"reward/{k}": float(np.nanmean(v)) for k, v in details.items() if np.isfinite(v).any()
-    }

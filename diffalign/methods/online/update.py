@@ -40,6 +40,7 @@ class TrainingBatch:
         old_log_probs: log-probabilities (B, K) of the rollout's stochastic steps under the policy that sampled them.
             The first optimizer step on the rollout fills them in.
         old_means: means (B, K, C, H, W) of these steps, filled in likewise.
+        partner: clean latents (B, C, H, W) of the other image of each pair, for losses on pairs.
     """
 
     latents: Tensor
@@ -52,6 +53,7 @@ class TrainingBatch:
     trajectory: Trajectory | None = None
     old_log_probs: Tensor | None = None
     old_means: Tensor | None = None
+    partner: Tensor | None = None
 
 
 def own_part(table: Tensor) -> Tensor:
@@ -93,6 +95,8 @@ class PolicyUpdate(ABC):
     """Name of the policy that samples the rollout."""
     kl_factor: float = 1.0
     """Factor of the weight of the distance to the reference."""
+    paired: bool = False
+    """True if the images of a prompt are pairs that share their initial noise."""
 
     def __init__(
         self, model: TextToImageModel, config: AlgorithmConfig, settings: UpdateSettings

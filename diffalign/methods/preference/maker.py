@@ -8,12 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffalign import lora
@@ -28,6 +26,7 @@ from diffalign.data.pairs.states import RecordedStates
 from diffalign.data.shard_cache import Shard, prompt_tensors
 from diffalign.diffusion.inversion import Predict, integrate, round_trip_error
 from diffalign.diffusion.paths import RectifiedFlow, chord_target
+from diffalign.methods.preference.masks import Ready, mask_of
 from diffalign.methods.preference.recorded import RECORDED, RecordedSource, default_solver
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
@@ -39,46 +38,6 @@ logger = logging.getLogger(__name__)
 NAMED_SKIPS = 5
 """Largest number of skipped rows that the log names for each reason."""
 Item = PreferencePair | Skipped
-
-
-@dataclass(frozen=True)
-class Ready:
-    """Pair whose images are read.
-
-    Attributes:
-        pair: the pair, the preferred image first.
-        pixels: (2, 3, H, W) uint8.
-        time_ids: (2, 6).
-        mask: (3, H, W) uint8, white where the pair is compared; None for a pair that counts as a whole.
-    """
-
-    pair: PreferencePair
-    pixels: Tensor
-    time_ids: Tensor
-    mask: Tensor | None = None
-
-    def latent_mask(self, size: Sequence[int]) -> Tensor:
-        """Return the share of white (1, H, W) in the area of each latent."""
-        if self.mask is None:
-            return torch.ones(1, *size)
-        white = self.mask.float().mean(0, keepdim=True) / 255
-        return F.adaptive_avg_pool2d(white, tuple(size))
-
-
-def mask_of(pair: PreferencePair, pixels: list[Tensor]) -> Tensor | str | None:
-    """Return the pixels (3, H, W) of a pair's mask, or None without a mask.
-
-    Return the reason as a text if the pair cannot be used.
-    """
-    if pair.mask is None:
-        return None
-    try:
-        mask = read_image(pair.mask)
-    except OSError:
-        return "unreadable mask"
-    if any(mask.shape != image.shape for image in pixels):
-        return "mask of another size than its images"
-    return mask if mask.any() else "black mask"
 
 
 def solver_of(config: PreferenceRunConfig, model: TextToImageModel) -> str:
