@@ -41,6 +41,19 @@ def state_of(pipeline: Any) -> State:
     return state
 
 
+def weights_of(pipeline: Any) -> dict[str, Any]:
+    """Return the weights and LoRAs of a pipeline as JSON values.
+
+    Any change of a bit changes them.
+    """
+    parts = pipeline.components.items()
+    return {
+        name: [_weights(part), _adapters(part)]
+        for name, part in parts
+        if isinstance(part, nn.Module)
+    }
+
+
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return what differs between two states, in words.
 

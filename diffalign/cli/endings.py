@@ -32,7 +32,8 @@ def ending(
     if isinstance(error, ReportedError):
         return "", 2
     if isinstance(error, UserError):
-        return f"diffalign: error: {name_flags(str(error), _spelling(parser))}", 2
+        line = f"diffalign: error: {name_flags(str(error), _spelling(parser))}"
+        return line, error.exit_code
     text = library_line(error) or explain(error, memory=memory_advice(flags))
     if text is None:
         return None

@@ -54,6 +54,9 @@ class UserError(Exception):
         value: value of the setting, which then follows it.
     """
 
+    exit_code = 2
+    """Exit status of a command that ends with the error."""
+
     def __init__(
         self, message: str = "", *, setting: str | None = None, value: object = None
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,14 +16,23 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the main packages, and the commit of a checkout."""
-    installed = {"python": platform.python_version()}
+    commit = _commit()
+    return dict(_installed()) | ({"commit": commit} if commit else {})
+
+
+@cache
+def _installed() -> tuple[tuple[str, str], ...]:
+    """Return names and versions, which are read once.
+
+    Reading them takes as long as an image of a small model.
+    """
+    installed = [("python", platform.python_version())]
     for name in PACKAGES:
         try:
-            installed[name] = version(name)
+            installed.append((name, version(name)))
         except PackageNotFoundError:
             continue
-    commit = _commit()
-    return installed | ({"commit": commit} if commit else {})
+    return tuple(installed)
 
 
 def _commit() -> str | None:

@@ -46,6 +46,9 @@ FORBIDDEN = {
         *("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
         *("tuning", "schedulers", "shapes", *SURFACE),
     ),
+    "diffalign/optimisation": (
+        *("training", "methods", "rewards", "algorithms", "schedulers", "shapes", *SURFACE),
+    ),
     "diffalign/tuning": ("training", "methods", "rewards", "algorithms", "shapes", *SURFACE),
     "pipelines": ("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
     "rewards": (
