@@ -25,6 +25,10 @@ PROGRAMS = {
         "benchmarks.acceleration",
         "drop-in acceleration: time, PSNR and GenEval of the cache, and the way back",
     ),
+    "optimise": (
+        "benchmarks.optimise",
+        "the plans that `diffalign optimise` finds in ten minutes, and what they cost",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",

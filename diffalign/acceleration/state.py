@@ -110,7 +110,7 @@ def _modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield _plain(name), module
 
 
-def _adapters(part: nn.Module) -> dict[str, Any]:
+def _adapters(part: Any) -> dict[str, Any]:
     """Return the adapters by name: whether each is active, and its weights."""
     names = getattr(part, "peft_config", None) or {}
     if not names:

@@ -94,9 +94,9 @@ def estimate(
         tasks: task of each value; the mean is then that of the tasks' means.
     """
     rows = np.flatnonzero(np.isfinite(values))
-    x, texts = values[rows].astype(np.float64), [prompts[i] for i in rows]
+    x, texts = values[rows].astype(np.float64), [prompts[int(i)] for i in rows]
     if tasks is not None:
-        kinds, index = np.unique([tasks[i] for i in rows], return_inverse=True)
+        kinds, index = np.unique(np.array([tasks[int(i)] for i in rows]), return_inverse=True)
         x = x * (len(x) / (len(kinds) * np.bincount(index)[index]))
     value = float(x.mean())
     different = len(set(texts))

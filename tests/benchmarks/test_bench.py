@@ -53,6 +53,7 @@ def test_names_and_seeds_are_checked(capsys):
         "dcgen",
         "service",
         "memory",
+        "optimise",
     }
     assert cli.main(["bench", "demo", "--arms=dema"]) == 2
     assert "arms=dema: no such arm; did you mean 'demo'" in capsys.readouterr().err
