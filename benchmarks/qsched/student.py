@@ -16,6 +16,7 @@ from benchmarks.common.record import BenchOptions, spread
 from benchmarks.qsched.published_grid import against_grid
 from diffalign.core.precision import attention
 from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.likeness import psnr
 from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
@@ -302,9 +303,3 @@ def _deal(pool: Sequence[Prompt], counts: Sequence[int]) -> list[list[Prompt]]:
                 return hands
             hand.append(card)
     return hands
-
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Return the mean PSNR in dB of images (N, 3, H, W) uint8. Equal images give 78."""
-    error = (images.float() - reference.float()).square().flatten(1).mean(1).clamp_min(1e-3)
-    return float((10 * torch.log10(255**2 / error)).mean())

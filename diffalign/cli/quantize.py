@@ -128,6 +128,8 @@ def run(flags: Flags) -> None:
     print(smaller.weights)
     if smaller.speed is not None:
         print(smaller.speed)
+    if "psnr" in smaller.result:
+        print(f"{smaller.result['psnr']:.1f} dB of PSNR to the original's images of the same noise")
     size = f"{smaller.part} of {smaller.result['disk_bytes']:,} bytes"
     print(f"{flags.output_dir}: {size}; diffalign.load reads it")
     suggest("generate", "a photo of a red circle", "--model", flags.output_dir)

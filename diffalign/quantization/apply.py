@@ -166,6 +166,8 @@ def _spec(
         )
     if activations is not None:
         return PackSpec(backend.bits, None, svd_rank, len(activations.timesteps))
+    if backend.token_scales:
+        return PackSpec(backend.bits, None, svd_rank, token_scales=True)
     return PackSpec(backend.bits, group_size, svd_rank)
 
 

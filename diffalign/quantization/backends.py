@@ -73,6 +73,8 @@ class Backend(ABC):
 
     Without a warning, torchao 0.18 drops these gradients where it rounds activations.
     """
+    token_scales: bool = False
+    """True if linear layers round inputs by token, with scales of each forward."""
     by_layer: bool = False
     """True if each layer has its own number of bits."""
     library: ClassVar[str] = ""
@@ -115,7 +117,13 @@ class Packed(Backend):
     def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
         from diffalign.quantization.quantizer import PackedConfig
 
-        return PackedConfig(spec.bits, spec.group_size, skip, svd_rank=spec.svd_rank)
+        return PackedConfig(
+            spec.bits,
+            spec.group_size,
+            skip,
+            svd_rank=spec.svd_rank,
+            token_scales=spec.token_scales,
+        )
 
     def quantize(self, model: Any, work: Work) -> Any:
         import diffusers
@@ -128,7 +136,14 @@ class Packed(Backend):
         is_denoiser = isinstance(model, diffusers.ModelMixin)
         kind = PackedConfig if is_denoiser else PackedTextConfig
         bits = spec.bits if work.bits is None else work.bits
-        config = kind(bits, spec.group_size, work.skip, work.min_weights, spec.svd_rank)
+        config = kind(
+            bits,
+            spec.group_size,
+            work.skip,
+            work.min_weights,
+            spec.svd_rank,
+            token_scales=spec.token_scales,
+        )
         # The float32 layers of a T5 overflow in float16 only.
         if is_denoiser or model.dtype == torch.float16:
             config.keep(model._keep_in_fp32_modules or ())
@@ -238,6 +253,18 @@ BACKENDS: dict[str, Backend] = {
         "8-bit weights, and activations of linear layers with scales calibrated for each step",
         8,
         activations=True,
+        trains=False,
+    ),
+    "int8-dynamic": Packed(
+        "8-bit weights and activations of linear layers, a scale for each token",
+        8,
+        token_scales=True,
+        trains=False,
+    ),
+    "int4a8": Packed(
+        "4-bit weights, one scale per row, by 8-bit activations, a scale for each token",
+        4,
+        token_scales=True,
         trains=False,
     ),
     "torchao-int8": TorchAO(

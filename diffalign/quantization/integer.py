@@ -1,8 +1,10 @@
-"""Linear layers that multiply int8 weights by int8 inputs.
+"""Linear layers that multiply 8-bit or 4-bit weights by 8-bit inputs.
 
 The scales of the inputs are calibrated for each timestep. A few-step model has N timesteps, so a layer needs N scales,
 and none is computed during sampling. Shang et al. 2023 ("PTQ4DM", arXiv 2211.15736) have both the calibration and the
-idea of scales by timestep.
+idea of scales by timestep. With `token_scales` each row of an input has a scale of its own instead, its largest
+magnitude over 127, which is measured in every forward and needs no calibration. Codes of 4 bits become int8 before they
+are multiplied: once on a CPU, and in every forward on CUDA.
 
 On CPUs with AMX or VNNI the product is oneDNN's. It needs the weights in its own order, so they are in memory twice,
 and unsigned inputs, so codes are offset by 128; signed inputs would use its reference kernel without AMX. On CUDA the
@@ -14,16 +16,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffalign.quantization import codes
 from diffalign.quantization.layers import PackedConv2d, PackedLinear, PackSpec
 
 TIMESTEP = "timestep"
 """Name of the timestep argument in denoisers of diffusers."""
+CONVOLUTION_GROUP = 64
+"""Weights of a convolution that share a scale, beside linear layers with token scales."""
 ZERO_POINT = 128
 """Code of 0 among unsigned codes."""
 
@@ -65,7 +71,7 @@ def timestep_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class IntegerLinear(PackedLinear):
-    """Packed layer with one input scale per calibrated timestep.
+    """Packed layer with one input scale per calibrated timestep, or per row of the input.
 
     The scales are the bfloat16 bits in `activation_scale`. A scale of 0 means that calibration did not reach the
     layer; its inputs are then not rounded.
@@ -76,16 +82,19 @@ class IntegerLinear(PackedLinear):
 
     def __init__(self, like: nn.Linear, spec: PackSpec) -> None:
         super().__init__(like, spec)
-        self._set_frozen(
-            "activation_scale",
-            torch.zeros(spec.activation_steps, dtype=torch.int16, device="meta"),
-        )
+        if spec.activation_steps:
+            self._set_frozen(
+                "activation_scale",
+                torch.zeros(spec.activation_steps, dtype=torch.int16, device="meta"),
+            )
         self.clock = StepClock([0.0])
         self._scales: tuple[Any, list[float]] = (None, [])
         self._ready: tuple[Any, Any] = (None, None)
 
     def calibrate(self, scales: Tensor | None) -> None:
-        """Set the scales (timesteps,). Set zeros if `scales` is None."""
+        """Set the scales (timesteps,). Set zeros if `scales` is None, and nothing if rows have their own."""
+        if self.spec.token_scales:
+            return
         if scales is None:
             scales = torch.zeros(self.spec.activation_steps)
         self._set_frozen(
@@ -93,7 +102,8 @@ class IntegerLinear(PackedLinear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        scale = self._input_scale()
+        by_token = self.spec.token_scales
+        scale: float | Tensor = 1.0 if by_token else self._input_scale()
         rows = input[..., 0].numel()
         gradients = torch.is_grad_enabled() and input.requires_grad
         if gradients or not scale or not self._multiplies(input.device, rows):
@@ -101,8 +111,13 @@ class IntegerLinear(PackedLinear):
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        codes = (input.reshape(rows, self.in_features) * (1 / scale)).round_().clamp_(-128, 127)
-        out = self._integers(codes, scale, input.dtype).view(*input.shape[:-1], -1)
+        values = input.reshape(rows, self.in_features)
+        if by_token:
+            values = values.float()
+            scale = values.abs().amax(1, keepdim=True) / 127
+            scale = torch.where(scale == 0, 1, scale)
+        integers = (values * (1 / scale)).round_().clamp_(-128, 127)
+        out = self._integers(integers, scale, input.dtype).view(*input.shape[:-1], -1)
         if self.svd_up is not None and self.svd_down is not None:
             out = out + self._branch(
                 input, self.svd_down.to(input.dtype), self.svd_up.to(input.dtype)
@@ -112,7 +127,7 @@ class IntegerLinear(PackedLinear):
     @property
     def cached_bytes(self) -> int:
         """Return the bytes of the second copy of the weights."""
-        return 0 if self._ready[1] is None else self.weight.numel()
+        return 0 if self._ready[1] is None else self.shape.numel()
 
     def _input_scale(self) -> float:
         """Return the scale at the clock's timestep. The tensor is read only when it changes."""
@@ -130,26 +145,46 @@ class IntegerLinear(PackedLinear):
             return rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
         return device.type == "cpu" and _multiplies_on_cpu()
 
-    def _integers(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """Multiply codes (rows, K) with the weights and apply both scales."""
+    def _integers(self, inputs: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply codes of inputs (rows, K) with those of the weights, and apply both scales."""
         weight_scale = self.weight_scale.view(torch.bfloat16).flatten().float()
         bias = None if self.bias is None else self.bias.float()
-        if codes.device.type == "cpu":
-            zeros = torch.zeros(self.out_features, dtype=torch.int64)
-            ready = self._in_onednn_order()
-            tail: tuple[Any, ...] = (bias, 1.0, 0, dtype, "none", [], "")
-            unsigned = (codes + ZERO_POINT).to(torch.uint8)
-            product: Tensor = torch.ops.onednn.qlinear_pointwise(
-                unsigned, scale, ZERO_POINT, ready, weight_scale, zeros, *tail
-            )
-            return product
-        out = torch._int_mm(codes.to(torch.int8), self.weight.t()).float() * (weight_scale * scale)
+        if inputs.device.type == "cpu":
+            if not isinstance(scale, Tensor):
+                return self._by_onednn(inputs, scale, weight_scale, bias, dtype)
+            # oneDNN takes one scale for all rows
+            out = self._by_onednn(inputs, 1.0, weight_scale, None, torch.float32).mul_(scale)
+        else:
+            weight = self._weight_codes()
+            out = torch._int_mm(inputs.to(torch.int8), weight.t()).float() * (weight_scale * scale)
         return (out if bias is None else out + bias).to(dtype)
+
+    def _by_onednn(
+        self,
+        inputs: Tensor,
+        scale: float,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        zeros = torch.zeros(self.out_features, dtype=torch.int64)
+        ready = self._in_onednn_order()
+        tail: tuple[Any, ...] = (bias, 1.0, 0, dtype, "none", [], "")
+        unsigned = (inputs + ZERO_POINT).to(torch.uint8)
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            unsigned, scale, ZERO_POINT, ready, weight_scale, zeros, *tail
+        )
+        return product
+
+    def _weight_codes(self) -> Tensor:
+        """Return the codes of the weights (out, in) in int8."""
+        # oneDNN reads the memory of a view without regard to its strides
+        return codes.split(self.weight.detach(), self.in_features, bits=self.spec.bits).contiguous()
 
     def _in_onednn_order(self) -> Tensor:
         key = id(self.weight), self.weight._version
         if self._ready[0] != key:
-            self._ready = key, torch.ops.onednn.qlinear_prepack(self.weight.detach(), None)
+            self._ready = key, torch.ops.onednn.qlinear_prepack(self._weight_codes(), None)
         ready: Tensor = self._ready[1]
         return ready
 
@@ -174,5 +209,8 @@ def packed_like(
 ) -> PackedLinear | PackedConv2d | IntegerLinear:
     """Return an empty packed layer with the same geometry and bias."""
     if isinstance(layer, nn.Conv2d):
+        if spec.token_scales:
+            # convolutions multiply unpacked weights, which may have a scale for each group
+            spec = replace(spec, group_size=CONVOLUTION_GROUP, token_scales=False)
         return PackedConv2d(layer, spec)
-    return IntegerLinear(layer, spec) if spec.activation_steps else PackedLinear(layer, spec)
+    return IntegerLinear(layer, spec) if spec.multiplies else PackedLinear(layer, spec)

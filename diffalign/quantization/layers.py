@@ -38,12 +38,14 @@ class PackSpec:
         svd_rank: rank of the low-rank branch in 16 bits; 0 for none.
         activation_steps: timesteps for which the inputs of linear layers have scales, so that integers are multiplied
             (see `integer`); 0 for inputs in 16 bits.
+        token_scales: True if each row of a linear layer's input gets a scale of its own when it is multiplied.
     """
 
     bits: int = 4
     group_size: int | None = 64
     svd_rank: int = 0
     activation_steps: int = 0
+    token_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in codes.PLANES:
@@ -54,11 +56,16 @@ class PackSpec:
             )
         if self.svd_rank < 0:
             raise UsageError(f"svd_rank must be 0 or larger, not {self.svd_rank}.")
-        if self.activation_steps and (self.bits, self.group_size) != (8, None):
+        if self.multiplies and (self.bits not in (8, 4) or self.group_size is not None):
             raise UsageError(
-                f"bits={self.bits}, group_size={self.group_size}: integer products need 8 bits and one scale for "
+                f"bits={self.bits}, group_size={self.group_size}: integer products need 8 or 4 bits and one scale for "
                 "each row of weights. Set bits=8 and group_size=None."
             )
+
+    @property
+    def multiplies(self) -> bool:
+        """True if linear layers multiply integers."""
+        return self.activation_steps > 0 or self.token_scales
 
 
 class PackedLayer(nn.Module):

@@ -59,10 +59,12 @@ class PackedConfig(QuantizationConfigMixin):
         svd_rank: rank of SVDQuant's low-rank branch; 0 for none.
         activation_timesteps: timesteps, in the denoiser's units, for which the inputs of linear layers have scales;
             empty for inputs in 16 bits.
-        format: version of the saved format; None for the one that these settings need.
-        quant_method: name of the method.
+        token_scales: True if each row of a linear layer's input has a scale of its own.
+        saved: `format` and `quant_method` of a saved configuration. By default the format is the one that the settings
+            need.
 
     Raises:
+        TypeError: a saved setting has another name.
         UsageError: a value is out of range, or the folder has a later format.
     """
 
@@ -74,28 +76,33 @@ class PackedConfig(QuantizationConfigMixin):
         min_weights: int = MIN_WEIGHTS,
         svd_rank: int = 0,
         activation_timesteps: Sequence[float] = (),
-        format: int | None = None,
-        quant_method: str = Method.PACKED,
+        token_scales: bool = False,
+        **saved: Any,
     ) -> None:
+        format = saved.pop("format", None)
+        self.quant_method = Method(saved.pop("quant_method", Method.PACKED))
+        if saved:
+            raise TypeError(f"packed weights have no setting {min(saved)!r}")
         if format is not None and format not in FORMATS:
             raise UsageError(
                 f"weights are in packed format {format}; this version of diffalign reads up to {FORMATS[-1]}. Update "
                 "diffalign."
             )
-        self.quant_method = Method(quant_method)
         self.bits = dict(bits) if isinstance(bits, Mapping) else bits
         self.group_size, self.svd_rank = group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
         self.activation_timesteps = list(activation_timesteps)
+        self.token_scales = token_scales
         self.specs()
-        self.format = format or (1 if bits in (4, 8) else 2)
+        self.format = format or (1 if bits in (4, 8) and not token_scales else 2)
 
     def specs(self) -> Specs:
         """Return the settings of each packed layer."""
         steps = len(self.activation_timesteps)
         by_layer = self.bits if isinstance(self.bits, dict) else None
         every = by_layer.values() if by_layer else [self.bits]
-        specs = [PackSpec(bits, self.group_size, self.svd_rank, steps) for bits in every]
+        own = (self.group_size, self.svd_rank, steps, self.token_scales)
+        specs = [PackSpec(bits, *own) for bits in every]
         return Specs(specs[0], by_layer)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -114,7 +121,11 @@ class PackedConfig(QuantizationConfigMixin):
         self.skip += [p for name in names for p in (name, f"*.{name}") if p not in self.skip]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "quant_method": self.quant_method.value}
+        values = {**self.__dict__, "quant_method": self.quant_method.value}
+        # the release before does not know this key
+        if not self.token_scales:
+            del values["token_scales"]
+        return values
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return all settings, which the mixin prints."""

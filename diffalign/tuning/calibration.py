@@ -73,6 +73,16 @@ class Calibration:
                         after(images[part], i, run, latents, model_pred)
                     latents = step(i, model_pred, latents, run.scheduler, generators)
 
+    def images(self, count: int) -> Tensor:
+        """Return images (N, 3, H, W) uint8 of the first prompts.
+
+        Their noise is not that of `run`.
+        """
+        prompts = [p.text for p in self.prompts[:count]]
+        # the seeds of `run` are the first ones
+        seeds = image_seeds(self.drawing, len(self.prompts) + len(prompts))[len(self.prompts) :]
+        return Sampler(self.model, self.drawing).images(prompts, seeds).images
+
     def input_scales(self) -> dict[str, Tensor]:
         """Return root mean squares (channels,) of layers' inputs, to which branches are fitted."""
         return collect_input_scales(self.model.denoiser, self.run)

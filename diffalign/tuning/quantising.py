@@ -11,6 +11,7 @@ from diffusers import PipelineQuantizationConfig
 
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
+from diffalign.evaluation.likeness import psnr
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
@@ -22,6 +23,8 @@ from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.scales import STEPS, ScaleTuning, Trajectories, tune_scales
 
 GIB = 2**30
+IMAGES = 8
+"""Images of the calibration prompts that are compared before and after."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,14 @@ class Quantised:
         backends: backend of each part.
         tuning: result of tuning the scales; None without.
         bits: bits of every layer of the denoiser; None if all have the same.
+        psnr: mean PSNR in dB of images of calibration prompts to those before; None without such prompts.
     """
 
     model: TextToImageModel
     backends: dict[str, str]
     tuning: ScaleTuning | None = None
     bits: dict[str, int] | None = None
+    psnr: float | None = None
 
 
 def quantise(
@@ -183,8 +188,9 @@ def _in_place(
     """Quantise a loaded model."""
     backend, pipeline, steps = BACKENDS[name], model.pipeline, settings.updates(name)
     options: dict[str, Any] = {"group_size": settings.group_size, "svd_rank": settings.svd_rank}
-    trajectories = None
+    trajectories = images = None
     if calibration is not None:
+        images = calibration.images(IMAGES)
         if steps or backend.by_layer:
             trajectories = Trajectories.record(calibration)
         if backend.activations:
@@ -207,7 +213,10 @@ def _in_place(
     if settings.components:
         # text encoders have neither timesteps nor calibration, which few bits need
         is_fine = backend.bits >= 4 and not backend.by_layer
-        other = "int8" if backend.activations else name if is_fine else "int4"
+        other = "int8" if backend.is_packed and not backend.trains else name if is_fine else "int4"
         components, size = settings.components, settings.group_size
         done |= quantize_pipeline(pipeline, other, components=components, group_size=size)
-    return Quantised(model, done, tuning, options.get("bits"))
+    likeness = None
+    if calibration is not None and images is not None:
+        likeness = psnr(calibration.images(IMAGES), images)
+    return Quantised(model, done, tuning, options.get("bits"), likeness)

@@ -85,6 +85,7 @@ def make_smaller(
             "svd_rank": settings.svd_rank,
             "rounding": "gptq" if prompts and settings.gptq(backends[part]) else "nearest",
             **({} if done.tuning is None else {"tuning": asdict(done.tuning)}),
+            **({} if done.psnr is None else {"psnr": round(done.psnr, 2)}),
             **({} if done.bits is None else {"layers_by_bits": _counts(done.bits)}),
             **_sizes(before, after, folder, part),
             **({} if times is None else _rounded(times)),

@@ -281,9 +281,106 @@ def test_what_is_missing_or_too_much_is_said():
         quantize_model(model.denoiser, "int4", activations=scales)
     with pytest.raises(UsageError, match="needs calibrated scales of activations"):
         quantization_config("int8-static", device="cpu")
-    with pytest.raises(UsageError, match="8 bits and one scale for each row"):
+    with pytest.raises(UsageError, match="8 or 4 bits and one scale for each row"):
         PackSpec(4, 64, activation_steps=2)
     with pytest.raises(UsageError, match="no prompt to calibrate with"):
         Calibration(model, [], Drawing())
     with pytest.raises(UsageError, match="int8-static: no gradient passes through"):
         quantize_model(model.denoiser, "int8-static", training=True, activations=scales)
+
+
+def token_layer(plain, bits, **kwargs):
+    layer = packed_like(plain, PackSpec(bits, None, token_scales=True, **kwargs))
+    layer.fill(plain.weight, name="layer")
+    return layer
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(37,), (5, 37), (2, 3, 37), (0, 37)])
+def test_each_token_has_its_own_scale(bits, bias, shape):
+    torch.manual_seed(0)
+    layer = token_layer(nn.Linear(37, 11, bias=bias), bits)
+    assert "activation_scale" not in layer.state_dict()
+    value = torch.randn(shape)
+    if len(shape) > 1:
+        value[..., :1, :] *= 100  # an own scale does not follow the others'
+    with torch.no_grad():
+        scale = value.abs().amax(-1, keepdim=True) / 127
+        inputs = (value / scale).round().clamp(-128, 127) * scale
+        expected = nn.functional.linear(inputs, layer.dequantize(), layer.bias)
+        torch.testing.assert_close(layer(value), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_of_zeros_dtypes_and_the_branch(bits):
+    torch.manual_seed(0)
+    layer = token_layer(nn.Linear(32, 8), bits, svd_rank=2)
+    value = torch.randn(4, 32)
+    value[0] = 0
+    with torch.no_grad():
+        full = layer(value)
+        torch.testing.assert_close(full[0], layer.bias.detach())
+        plain = nn.functional.linear(value, layer.dequantize(), layer.bias)
+        assert (full - plain).norm() < 0.02 * plain.norm()
+        half = layer(value.bfloat16())
+        assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+        assert (half.float() - full).norm() < 0.02 * full.norm()
+
+
+def test_four_bits_are_expanded_once_and_counted():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Conv2d(4, 4, 3))
+    pack_model(model, spec=PackSpec(4, None, token_scales=True), min_weights=0)
+    assert model[1].spec.group_size == 64
+    before = report(model).bytes
+    with torch.no_grad():
+        model[0](torch.randn(2, 64))
+    assert report(model).bytes == before + 64 * 64
+    value = torch.randn(4, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model[0](value).square().sum(), value)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["int8-dynamic", "int4a8"])
+@pytest.mark.parametrize("name", ["shapes-flux", "shapes-sd"])
+def test_models_by_token_reload_bit_equal_without_calibration(backend, name, tmp_path):
+    model = load_model(name, dtype=torch.float32)
+    embeds = model.encode_prompt([p.text for p in PROMPTS])
+    noisy = torch.randn(3, *model.latent_shape((64, 64)))
+    time = torch.full((3,), 500.0)
+    with torch.no_grad():
+        before = model.predict(noisy, time, embeds)
+        assert quantize_model(model.denoiser, backend) == backend
+        after = model.predict(noisy, time, embeds)
+    assert {IntegerLinear} <= {type(m) for m in model.denoiser.modules()}
+    assert (
+        0
+        < (after - before).norm()
+        < {"int8-dynamic": 0.03, "int4a8": 0.25}[backend] * before.norm()
+    )
+    model.denoiser.save_pretrained(tmp_path)
+    again = type(model.denoiser).from_pretrained(tmp_path, torch_dtype=torch.float32)
+    setattr(model.pipeline, model.denoiser_part, again)
+    with torch.no_grad():
+        assert torch.equal(model.predict(noisy, time, embeds), after)
+    with pytest.raises(UsageError, match="no gradient passes through"):
+        quantization_config(backend, device="cpu", training=True)
+
+
+def test_a_scale_for_each_token_errs_less_than_one_for_each_step():
+    errors = {}
+    for backend in ("int8-static", "int8-dynamic"):
+        model = load_model("shapes-flux", dtype=torch.float32)
+        options = {}
+        if backend == "int8-static":
+            options["activations"] = calibrated(model, 2).activation_scales()
+        embeds = model.encode_prompt([p.text for p in PROMPTS])
+        noisy = torch.randn(
+            3, *model.latent_shape((64, 64)), generator=torch.Generator().manual_seed(0)
+        )
+        time = model.scheduler_at(2, (64, 64)).timesteps[0].expand(3)
+        with torch.no_grad():
+            plain = model.predict(noisy, time, embeds)
+            quantize_model(model.denoiser, backend, **options)
+            errors[backend] = (model.predict(noisy, time, embeds) - plain).square().sum()
+    assert errors["int8-dynamic"] < 0.5 * errors["int8-static"]

@@ -43,6 +43,7 @@ def quantize(folder, *flags):
         (("--backend=int4", "--prompts=shapes:train", "--calibration_memory=0.001"), PackedLinear),
         (("--backend=int2", "--prompts=shapes:train", "--tune_steps=2"), PackedLinear),
         (("--bits_per_weight=3", "--prompts=shapes:train"), PackedLinear),
+        (("--backend=int4a8", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
@@ -64,6 +65,8 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     assert told["disk_ratio_to_bf16"] == pytest.approx(weight.ratio, rel=0.03)
     assert set(told["backends"]) == {"transformer", *(f for f in flags if f == "text_encoder_2")}
     assert ("tuning" in told) == ("--tune_steps=2" in flags)
+    assert ("psnr" in told) == ("--prompts=shapes:train" in flags)
+    assert told.get("psnr", 30) > 10
     packed = kind is not BranchLinear and "--prompts=shapes:train" in flags
     assert told["rounding"] == ("gptq" if packed else "nearest")
     assert np.array_equal(image(pipeline), image(load_model(str(folder)).pipeline))
