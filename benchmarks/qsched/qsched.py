@@ -12,8 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.common.record import BenchOptions, spread
+from benchmarks.qsched.forms import BITS, BRANCHED, COARSE, FORMS
 from benchmarks.qsched.published_grid import summary
-from benchmarks.qsched.student import BRANCHED, COARSE, FORMS, FULL, LARGER, QUICK, Size, Student
+from benchmarks.qsched.rounding import compare, gain_over_nearest
+from benchmarks.qsched.rounding import headline as rounding_headline
+from benchmarks.qsched.student import FULL, LARGER, QUICK, Size, Student
 from benchmarks.qsched.weights import published_sizes, speeds
 from diffalign.quantization.accounting import report
 
@@ -25,9 +28,10 @@ SCORES = ("geneval", "verifier")
 def run(options: BenchOptions) -> dict[str, Any]:
     """Run all students, weight formats and steps over all seeds.
 
-    The option `arms` selects among the students, "larger", "sizes" and "speeds".
+    The option `arms` selects among the students, "rounding", "bits", "larger", "sizes" and "speeds". The arm "rounding"
+    draws both students in more formats, without searches; "bits" is its part at 4 steps, and runs only if named.
     """
-    selected = options.select((*STUDENTS, "larger", "sizes", "speeds"))
+    selected = options.select((*STUDENTS, "rounding", "bits", "larger", "sizes", "speeds"))
     result: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
     headline: dict[str, Any] = {}
     students = {n: Student(n, options) for n in STUDENTS if n in selected}
@@ -50,6 +54,13 @@ def run(options: BenchOptions) -> dict[str, Any]:
         }
         grids = [g for s in result["students"].values() for g in s["grid"]]
         headline["network_calls_vs_grid"] = summary(grids)
+    if "rounding" in selected or "bits" in selected:
+        part = {} if "rounding" in selected else {"forms": BITS, "steps": (4,)}
+        result["rounding"] = {name: compare(name, options, **part) for name in STUDENTS}
+        result["gptq_gain_db"] = {
+            form: gain_over_nearest(result["rounding"], form) for form in ("int4", "int3")
+        }
+        headline |= rounding_headline(result["rounding"])
     if "larger" in selected and not options.quick:
         result["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
     if "sizes" in selected:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.common.eyes import Eyes
 from benchmarks.common.record import BenchOptions, spread
+from benchmarks.qsched.forms import CALIBRATION_STEPS, COARSE, FORMS, built
 from benchmarks.qsched.published_grid import against_grid
 from diffalign.core.precision import attention
 from diffalign.data.prompts import Prompt, load_prompts
@@ -21,8 +22,6 @@ from diffalign.evaluation.score import Evaluation, evaluate_model
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
-from diffalign.quantization.apply import quantize_model
-from diffalign.quantization.backends import BACKENDS
 from diffalign.quantization.latency import interleaved
 from diffalign.rewards.composition import CompositeReward
 from diffalign.schedulers import QSched
@@ -32,47 +31,6 @@ from diffalign.tuning.tune import Settings, tune
 
 STEPS = (2, 4, 8)
 OBJECTIVE = "jaq-shapes"
-
-
-@dataclass(frozen=True)
-class Form:
-    """Weight format of a denoiser: a backend and options of `quantize_model`.
-
-    Without a backend the weights are bfloat16.
-    """
-
-    backend: str | None = None
-    svd_rank: int = 0
-    group_size: int | None = 64
-    everywhere: bool = False
-    """True if first, last, time embedding and small layers are quantized, too."""
-
-    @property
-    def calibrated(self) -> bool:
-        """Return whether the format is calibrated on the model's own samples."""
-        return self.svd_rank > 0 or self.backend == "int8-static"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        options = {"svd_rank": self.svd_rank, "group_size": self.group_size}
-        return options | ({"skip": (), "min_weights": 0} if self.everywhere else {})
-
-
-FORMS = {
-    "bf16": Form(),
-    "int8": Form("int8"),
-    "int4": Form("int4"),
-    "int4 svd": Form("int4", svd_rank=16),
-    "int4 rows": Form("int4", group_size=None, everywhere=True),
-    "int4 rows svd": Form("int4", svd_rank=16, group_size=None, everywhere=True),
-    "int4 rows svd 32": Form("int4", svd_rank=32, group_size=None, everywhere=True),
-}
-COARSE, BRANCHED = "int4 rows", ("int4 rows svd", "int4 rows svd 32")
-"""Coarse format, and the same format with full-precision branches.
-
-The coarse format has one scale per output and spares no layer. A careful quantizer avoids it; it loses enough quality
-for factors, or factors with a branch, to repair.
-"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +76,8 @@ QUICK = Size(
 class Student:
     """Few-step model in all weight formats."""
 
+    forms = FORMS
+
     def __init__(self, name: str, options: BenchOptions, size: Size | None = None) -> None:
         self.name, self.options = name, options
         self.size = size or (QUICK if options.quick else FULL)
@@ -132,22 +92,15 @@ class Student:
     def model(self, form: str, steps: int) -> TextToImageModel:
         """Return the student with its denoiser in one format, built once.
 
-        A calibrated format is built per number of steps.
+        A format that is calibrated for timesteps is built per number of steps.
         """
-        spec = FORMS[form]
-        key = form, steps if spec.calibrated else 0
+        spec = self.forms[form]
+        key = form, steps if spec.by_steps else 0
         if key not in self.models:
             model = load_model(self.name)
             if spec.backend is not None:
-                calibration = Calibration(model, self.training[::2], Drawing(steps))
-                static = BACKENDS[spec.backend].activations
-                quantize_model(
-                    model.denoiser,
-                    spec.backend,
-                    **spec.options,
-                    input_scales=calibration.input_scales() if spec.svd_rank else None,
-                    activations=calibration.activation_scales() if static else None,
-                )
+                number = steps if spec.by_steps else CALIBRATION_STEPS
+                built(model, spec, Calibration(model, self.training[::2], Drawing(number)))
             self.models[key] = model
         return self.models[key]
 
@@ -169,7 +122,7 @@ class Student:
 
     def key(self, form: str, *sizes: str) -> Any:
         """Return everything that a cell depends on: the objective, the format and these sizes."""
-        return [OBJECTIVE, asdict(FORMS[form]), [[s, getattr(self.size, s)] for s in sizes]]
+        return [OBJECTIVE, asdict(self.forms[form]), [[s, getattr(self.size, s)] for s in sizes]]
 
     def search(self, form: str, steps: int, seed: int, file: Path) -> dict[str, Any]:
         """Compute one cell: search, then score the original schedule and the factors."""

@@ -21,11 +21,17 @@ from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.observer import InputObserver
 from diffalign.quantization.packed import pack_model, packable
 
-SPECS = {"int8": PackSpec(8), "int4": PackSpec(4), "int4 svd 32": PackSpec(4, svd_rank=32)}
-FORMS = ("int8", "int4", "int8-static", "torchao-int8")
+SPECS = {
+    "int8": PackSpec(8),
+    "int4": PackSpec(4),
+    "int4 svd 32": PackSpec(4, svd_rank=32),
+    "int3": PackSpec(3),
+    "int2": PackSpec(2),
+}
+FORMS = ("int8", "int4", "int8-static", "int8-dynamic", "int4a8", "torchao-int8")
 ON_CUDA = ("torchao-fp8",)
 COMPILED = ("torchao-int8", "torchao-fp8")
-INTEGERS = ("int8-static", "torchao-int8")
+INTEGERS = ("int8-static", "int8-dynamic", "torchao-int8")
 MODES = ("eager", "compiled")
 
 

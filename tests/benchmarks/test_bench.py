@@ -16,7 +16,7 @@ from benchmarks.common.curves import Curve
 from benchmarks.common.peak_memory import peak_bytes
 from benchmarks.dcgen import latency as deep_latency
 from benchmarks.inversion_dpo import inversion_dpo
-from benchmarks.qsched import student as students
+from benchmarks.qsched.forms import FORMS
 from benchmarks.rewards import models as reward_models
 from benchmarks.rewards import rewards as bench_rewards
 from diffalign import cli
@@ -270,8 +270,9 @@ def test_quick_qsched_bench(quick):
         "network_calls_vs_grid",
         "bytes_ratio",
         "int8_latency_vs_bf16",
+        *("psnr_int4", "psnr_int3", "psnr_int2", "geneval_int4_rows"),
     }
-    assert set(last["quality_recovered"]) >= set(students.FORMS) - {"bf16"}
+    assert set(last["quality_recovered"]) >= set(FORMS) - {"bf16"}
     assert min(last["bytes_ratio"].values()) > 2.8
     assert last["int8_latency_vs_bf16"] > 0
     for student in written["students"].values():

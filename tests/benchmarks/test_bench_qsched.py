@@ -12,9 +12,12 @@ from torch import nn
 from benchmarks.common.record import BenchOptions
 from benchmarks.qsched import qsched, weights
 from benchmarks.qsched import student as students
+from benchmarks.qsched.forms import COARSE, FORMS, PLAIN, Form
+from benchmarks.qsched.rounding import RoundedStudent, compare, gain_over_nearest, headline
 from diffalign import cli
 from diffalign.core.errors import UsageError
 from diffalign.quantization.accounting import report
+from diffalign.quantization.backends import BACKENDS
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackedLinear
 from diffalign.tuning.objective import PRESETS
@@ -22,11 +25,16 @@ from diffalign.tuning.tune import Settings, split
 
 
 def test_forms_say_whether_they_are_calibrated():
-    assert not students.Form().calibrated
-    assert not students.Form("int8").calibrated
-    assert students.Form("int4", svd_rank=16).calibrated
-    assert students.Form("int8-static").calibrated
-    assert students.FORMS["bf16"].backend is None
+    assert not Form().calibrated
+    assert not Form("int8").calibrated
+    assert Form("int4", svd_rank=16).calibrated
+    assert Form("int8-static").calibrated
+    assert Form("int4", gptq=True).calibrated
+    assert not Form("int4", gptq=True).by_steps
+    assert Form("int4", svd_rank=16).by_steps
+    assert FORMS["bf16"].backend is None
+    assert FORMS.items() <= PLAIN.items()
+    assert all(form.backend in BACKENDS for form in PLAIN.values() if form.backend)
     assert students.OBJECTIVE in PRESETS
 
 
@@ -161,13 +169,54 @@ def test_cells_are_taken_from_the_work_folder(tmp_path):
         ("shapes-flux-schnell int4 2", made.key("int4", *sizes)),
         (
             "shapes-flux-schnell published grid",
-            made.key(students.COARSE, "grid", "grid_images", "grid_held_out"),
+            made.key(COARSE, "grid", "grid_images", "grid_held_out"),
         ),
     ):
         keep(made, name, 0, {"name": name}, key)
     assert made.cell("int4", 2, 0) == {"name": "shapes-flux-schnell int4 2"}
     assert made.grid(0) == {"name": "shapes-flux-schnell published grid"}
     assert not made.models  # nothing was loaded
+
+
+def rounded(**psnr):
+    """A student's formats with one PSNR by form, at 2 and 4 steps."""
+    return {
+        form.replace("_", " "): {
+            "steps": {
+                n: {"psnr": {"median": value - int(n)}, "geneval": {"median": int(n) / 10}}
+                for n in ("2", "4")
+            }
+        }
+        for form, value in psnr.items()
+    }
+
+
+def test_the_headline_of_rounding_is_that_of_the_worse_student():
+    forms = {"int4_gptq": 44.0, "int3_gptq": 40.0, "int2_gptq_tuned": 33.0, "int4_rows_gptq": 36.0}
+    results = {
+        "shapes-flux-schnell": rounded(**forms, int4=38.0),
+        "shapes-sd-lcm": rounded(**{**forms, "int4_gptq": 43.0}, int4=39.0),
+    }
+    assert headline(results) == {
+        "psnr_int4": 39.0,
+        "psnr_int3": 36.0,
+        "psnr_int2": 29.0,
+        "geneval_int4_rows": 0.2,
+    }
+    assert gain_over_nearest(results, "int4") == {"2": 5.0, "4": 5.0}
+
+
+def test_rounded_cells_are_taken_from_the_work_folder(tmp_path, monkeypatch):
+    options = BenchOptions(quick=True, work=tmp_path, seeds=1)
+    monkeypatch.setattr(RoundedStudent, "scores", lambda *a: {"psnr": 40.0, "geneval": 0.5})
+    monkeypatch.setattr(
+        RoundedStudent, "model", lambda *a: SimpleNamespace(denoiser=nn.Linear(2, 2))
+    )
+    first = compare("shapes-sd-lcm", options)
+    assert set(first) == set(PLAIN)
+    assert first["int4 gptq"]["steps"]["2"]["psnr"]["median"] == 40.0
+    monkeypatch.setattr(RoundedStudent, "scores", lambda *a: 1 / 0)
+    assert compare("shapes-sd-lcm", options) == first
 
 
 def test_arms_are_checked_and_only_those_are_run(tmp_path, monkeypatch):
@@ -239,7 +288,10 @@ def test_ratios_are_paired():
 
 def test_the_speed_is_the_fastest_form_of_integers(monkeypatch, flux):
     """Of forms that multiply integers: int8 that multiplies unpacked weights does not count."""
-    ratios = {"int8": 0.1, "int4": 0.2, "int8-static": 0.9, "torchao-int8": 1.4}
+    ratios = {
+        **{"int8": 0.1, "int4": 0.2, "int8-static": 0.9, "int8-dynamic": 1.0},
+        **{"int4a8": 0.3, "torchao-int8": 1.4},
+    }
     current = []
 
     def in_form(model, form, inputs):

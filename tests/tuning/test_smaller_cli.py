@@ -58,7 +58,10 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     pipeline = diffalign.load(folder, torch_dtype=torch.bfloat16)
     assert any(isinstance(m, kind) for m in pipeline.transformer.modules())
     weight = report(pipeline.transformer)
-    assert told["memory_bytes"] == weight.bytes
+    drawn = image(pipeline)
+    # a calibrated model has drawn, so its second copy of integers is counted
+    used = report(pipeline.transformer).bytes if "psnr" in told else weight.bytes
+    assert told["memory_bytes"] == used
     assert told["memory_bytes_before"] == weight.bf16_bytes
     assert told["quantised_fraction"] == pytest.approx(weight.quantised_fraction, abs=1e-4)
     assert told["disk_bytes"] == folder_bytes(folder / "transformer")
@@ -69,7 +72,7 @@ def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, 
     assert told.get("psnr", 30) > 10
     packed = kind is not BranchLinear and "--prompts=shapes:train" in flags
     assert told["rounding"] == ("gptq" if packed else "nearest")
-    assert np.array_equal(image(pipeline), image(load_model(str(folder)).pipeline))
+    assert np.array_equal(drawn, image(load_model(str(folder)).pipeline))
     assert [p.name for p in folder.parent.iterdir()] == ["small"]  # nothing hidden is left
 
 
