@@ -1,12 +1,13 @@
 """Size of a model: bytes of its tensors, inner tensors of quantised weights included.
 
-The weights of torchao, bitsandbytes and quanto are supported; `get_memory_footprint` of diffusers counts a torchao
-weight as if it still had 16 bits. The functions work on the meta device, so a model's size can be computed before its
-weights are loaded.
+The weights of torchao, bitsandbytes, quanto and SDNQ are supported; `get_memory_footprint` of diffusers counts a
+torchao weight as if it still had 16 bits. The functions work on the meta device, so a model's size can be computed
+before its weights are loaded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,9 @@ def _numbers(layer: nn.Module, name: str, tensor: Any) -> int:
     """Return how many of a model's numbers a tensor represents; 0 for scales and branches."""
     if isinstance(layer, PackedLayer) and name != "bias":
         return layer.shape.numel() if name == "weight" else 0
+    by_sdnq = getattr(layer, "sdnq_dequantizer", None)
+    if by_sdnq is not None and name != "bias":
+        return math.prod(by_sdnq.original_shape) if name == "weight" else 0
     if isinstance(layer, BranchLinear) and name.startswith("svd_"):
         return 0
     state = getattr(tensor, "quant_state", None)

@@ -16,7 +16,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import diffalign.quantization.quantizer  # noqa: F401 (registers packed weights)
 from diffalign.core.errors import UsageError
-from diffalign.quantization.backends import BACKENDS, Work, resolve
+from diffalign.quantization.backend import Work
+from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.layers import PackSpec
 from diffalign.quantization.moments import Moments
 from diffalign.quantization.observer import ActivationScales

@@ -17,92 +17,22 @@ calibrated on its few steps.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from diffalign.core.errors import UsageError
 from diffalign.core.nearest import nearest
+from diffalign.quantization.backend import Backend, Work
+from diffalign.quantization.libraries import BitsAndBytes, Gguf, Quanto, Sdnq, TorchAO
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from diffalign.quantization.layers import PackSpec
-    from diffalign.quantization.moments import Moments
-    from diffalign.quantization.observer import ActivationScales
 
-
-@dataclass(frozen=True)
-class Work:
-    """Settings with which a backend quantises one loaded model.
-
-    Attributes:
-        spec: settings of packed weights.
-        skip: layers that are not quantised, as in `packed.packable`.
-        min_weights: size below which layers are not quantised.
-        input_scales: result of `lowrank.collect_input_scales`, for a low-rank branch.
-        activations: result of `observer.InputObserver`, for rounded activations.
-        moments: result of `moments.collect_moments`, for codes by GPTQ; None for the nearest codes.
-        bits: bits of every packed layer by name, for the backend "mixed".
-    """
-
-    spec: PackSpec
-    skip: Sequence[str]
-    min_weights: int
-    input_scales: Mapping[str, Tensor] | None = None
-    activations: ActivationScales | None = None
-    moments: Iterable[Mapping[str, Moments]] | None = None
-    bits: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class Backend(ABC):
-    """Quantisation method and its requirements."""
-
-    description: str
-    bits: int
-    capability: tuple[int, int] | None = None
-    """Least compute capability of a CUDA device; None for any device, CPUs included."""
-    activations: bool = False
-    """True if inputs of linear layers are rounded, too, with scales calibrated in advance."""
-    trains: bool = True
-    """True if gradients reach a layer's input, as adapters in earlier layers need.
-
-    Without a warning, torchao 0.18 drops these gradients where it rounds activations.
-    """
-    token_scales: bool = False
-    """True if linear layers round inputs by token, with scales of each forward."""
-    by_layer: bool = False
-    """True if each layer has its own number of bits."""
-    library: ClassVar[str] = ""
-    """Library that must be installed; empty if none."""
-    least: ClassVar[str] = ""
-    """Oldest version of the library that works."""
-    is_packed: ClassVar[bool] = False
-    """True for this project's own formats, which have every option."""
-    quantises_loaded: ClassVar[bool] = True
-    """True if a loaded model can be quantised, False if only during loading."""
-
-    @property
-    def takes_branch(self) -> bool:
-        """True if a loaded model's weights can have a low-rank branch."""
-        return False
-
-    @property
-    def is_for_compile(self) -> bool:
-        """True if forwards are fast only with torch.compile."""
-        return False
-
-    @abstractmethod
-    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
-        """Return diffusers' configuration that quantises a denoiser while it loads."""
-
-    @abstractmethod
-    def quantize(self, model: Any, work: Work) -> Any:
-        """Quantise a loaded model in place, and return the configuration that reloads it."""
+MX = "torchao.prototype.mx_formats"
 
 
 class Packed(Backend):
@@ -162,87 +92,6 @@ class Packed(Backend):
         return config
 
 
-@dataclass(frozen=True)
-class TorchAO(Backend):
-    """Weights of torchao, for linear layers."""
-
-    settings: str = ""
-    """Name of torchao's configuration class."""
-    library = "torchao"
-    least = "0.16"
-
-    @property
-    def takes_branch(self) -> bool:
-        # the branch is beside weights in 8 bits whose inputs are not rounded
-        return self.trains
-
-    @property
-    def is_for_compile(self) -> bool:
-        return not self.trains
-
-    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
-        import diffusers
-        from torchao.quantization import FqnToConfig
-
-        # Full names are needed: "proj_out" in `modules_to_not_convert` would also match that of each FLUX block.
-        skipped = {f"re:{p.replace('.', '[.]').replace('*', '.*')}([.].*)?": None for p in skip}
-        return diffusers.TorchAoConfig(FqnToConfig({**skipped, "_default": self._library_config()}))
-
-    def quantize(self, model: Any, work: Work) -> Any:
-        import diffusers
-        import transformers
-        from torch import nn
-        from torchao.quantization import quantize_
-
-        from diffalign.quantization.branches import BranchConfig
-        from diffalign.quantization.packed import packable
-
-        names = set(packable(model, skip=work.skip, min_weights=work.min_weights))
-        settings, rank = self._library_config(), work.spec.svd_rank
-        library = diffusers if isinstance(model, diffusers.ModelMixin) else transformers
-        config = library.TorchAoConfig(settings)
-        if rank:
-            config = BranchConfig(settings, None, rank, work.skip, work.min_weights)
-            config.split(model, work.input_scales)
-        quantize_(
-            model, settings, filter_fn=lambda m, name: name in names and isinstance(m, nn.Linear)
-        )
-        return config
-
-    def _library_config(self) -> Any:
-        """Return torchao's configuration."""
-        settings = getattr(import_module("torchao.quantization"), self.settings)
-        if self.capability is None:
-            return settings()
-        from torchao.quantization import PerRow
-
-        return settings(granularity=PerRow())
-
-
-class BitsAndBytes(Backend):
-    """Weights of bitsandbytes, which quantises a model only while it loads."""
-
-    library = "bitsandbytes"
-    least = "0.43.3"
-    quantises_loaded = False
-
-    def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
-        import diffusers
-        import torch
-
-        if self.bits == 8:
-            return diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
-        return diffusers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=list(skip),
-        )
-
-    def quantize(self, model: Any, work: Work) -> Any:
-        raise NotImplementedError("bitsandbytes quantises a model while it loads")
-
-
 BACKENDS: dict[str, Backend] = {
     "int8": Packed("8 bits in groups of 64, convolutions too", 8),
     "int4": Packed("4 bits in groups of 64, convolutions too; optional low-rank branch", 4),
@@ -278,13 +127,39 @@ BACKENDS: dict[str, Backend] = {
         "float8 weights and activations, one scale per row",
         8,
         capability=(8, 9),
+        by_row=True,
         settings="Float8DynamicActivationFloat8WeightConfig",
         trains=False,
     ),
     "torchao-fp8wo": TorchAO("float8 weights", 8, settings="Float8WeightOnlyConfig"),
+    "torchao-mxfp8": TorchAO(
+        "float8 weights and activations in blocks of 32 (prototype of torchao)",
+        8,
+        capability=(10, 0),
+        settings="MXDynamicActivationMXWeightConfig",
+        module=MX,
+        trains=False,
+    ),
+    "torchao-nvfp4": TorchAO(
+        "4-bit floats, weights and activations, in blocks of 16 (prototype of torchao)",
+        4,
+        capability=(10, 0),
+        settings="NVFP4DynamicActivationNVFP4WeightConfig",
+        module=MX,
+        trains=False,
+    ),
     "bnb-nf4": BitsAndBytes("4-bit normal floats, while loading", 4, (0, 0)),
     "bnb-int8": BitsAndBytes("LLM.int8, while loading", 8, (0, 0)),
+    "quanto-int8": Quanto("8-bit weights, while loading", 8, weights_dtype="int8"),
+    "quanto-int4": Quanto("4-bit weights, while loading", 4, weights_dtype="int4"),
+    "sdnq-int8": Sdnq("8-bit weights, convolutions too, while loading", 8, weights_dtype="int8"),
+    "sdnq-uint4": Sdnq(
+        "4-bit weights with zero points, convolutions too, while loading", 4, weights_dtype="uint4"
+    ),
+    "gguf": Gguf("files of llama.cpp's format, which diffusers reads and nothing here writes", 4),
 }
+LOADERS = {"quanto": "quanto-int8", "sdnq": "sdnq-int8", "gguf": "gguf"}
+"""Backends by the name of their method in a saved configuration."""
 
 
 def check_name(backend: str) -> None:
@@ -338,7 +213,10 @@ def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str
     """
     if config.get("load_in_8bit") or config.get("load_in_4bit"):
         return _missing(BACKENDS["bnb-int8"], device)
-    if config.get("quant_method") not in ("torchao", "diffalign_torchao"):
+    method = config.get("quant_method")
+    if method in LOADERS:
+        return _missing(BACKENDS[LOADERS[method]], device)
+    if method not in ("torchao", "diffalign_torchao"):
         return None
     # The type is {"default": {"_type": NAME}}. Older versions of torchao wrote other names.
     kind = config.get("quant_type")

@@ -1,5 +1,7 @@
 """Which backend is chosen where, and that torchao's and ours leave what from_pretrained reloads."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -10,8 +12,9 @@ from diffalign.core.errors import UsageError
 from diffalign.quantization import backends
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantization_config, quantize_model, quantize_pipeline
-from diffalign.quantization.backends import BACKENDS, resolve
+from diffalign.quantization.backends import BACKENDS, missing_for, resolve
 from diffalign.quantization.layers import PackedLinear
+from diffalign.shapes import CHECKPOINTS
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def machine(monkeypatch):
 
     def be(capability=(-1, -1), **versions):
         monkeypatch.setattr(backends, "_capability", lambda device: capability)
-        known = {"torchao": (0, 18), "bitsandbytes": (), **versions}
+        known = {"torchao": (0, 18), "bitsandbytes": (), "gguf": (), "sdnq": (), **versions}
         monkeypatch.setattr(backends, "_version", lambda library: known[library])
 
     return be
@@ -55,6 +58,10 @@ def test_auto_chooses_by_device_model_and_purpose(machine, capability, model, tr
         ("torchao-fp8", (-1, -1), {}, r"this is no CUDA device \(cpu\)"),
         ("bnb-nf4", (9, 0), {}, r"bitsandbytes>=0\.43\.3'. `int4` works"),
         ("bnb-nf4", (-1, -1), {"bitsandbytes": (0, 49)}, r"bnb-nf4 needs CUDA"),
+        ("torchao-nvfp4", (9, 0), {}, r"capability 10\.0, this is one of 9\.0. `int4` works"),
+        ("torchao-mxfp8", (-1, -1), {}, r"capability 10\.0, this is no CUDA device"),
+        ("sdnq-uint4", (9, 0), {}, r"pip install 'sdnq>=0\.2\.2'. `int4` works without it"),
+        ("gguf", (9, 0), {}, r"gguf needs gguf>=0\.10: pip install"),
         ("int5", (9, 0), {}, "did you mean 'int"),
         ("nonsense", (9, 0), {}, "choose from auto, int8, int4"),
     ],
@@ -67,7 +74,7 @@ def test_what_cannot_run_is_refused_with_a_way_out(machine, name, capability, ve
 
 @pytest.mark.parametrize("name", [n for n, b in BACKENDS.items() if not b.trains])
 def test_backends_that_round_activations_do_not_train(machine, name):
-    machine((9, 0))
+    machine((10, 0))
     with pytest.raises(UsageError, match="no gradient passes through"):
         resolve(name, device="cuda", training=True)
 
@@ -124,6 +131,46 @@ def test_torchao_while_loading_skips_what_we_skip(tmp_path):
     for kept in (model.proj_out, model.x_embedder):
         assert type(kept.weight) is nn.Parameter
         assert kept.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "ratio"),
+    [
+        ("quanto-int8", "optimum.quanto", 1.6),
+        ("quanto-int4", "optimum.quanto", 2.2),
+        ("sdnq-int8", "sdnq", 1.5),
+        ("sdnq-uint4", "sdnq", 2.0),
+    ],
+)
+def test_other_libraries_quantise_while_loading_and_reload(name, module, ratio, tmp_path):
+    pytest.importorskip(module)
+    config = quantization_config(name, device="cpu")
+    options = {"torch_dtype": torch.bfloat16}
+    model = FluxTransformer2DModel.from_pretrained(
+        CHECKPOINTS / "shapes-flux", subfolder="transformer", quantization_config=config, **options
+    )
+    plain = FluxTransformer2DModel.from_pretrained(
+        CHECKPOINTS / "shapes-flux", subfolder="transformer", **options
+    )
+    small = report(model)
+    # quanto keeps two scales for activations in each layer
+    assert small.weights == pytest.approx(report(plain).weights, rel=1e-4)
+    assert small.ratio > ratio
+    assert type(model.x_embedder) is nn.Linear
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert missing_for(saved, device="cpu") is None
+    again = FluxTransformer2DModel.from_pretrained(tmp_path, **options)
+    assert report(again).bytes == small.bytes
+
+
+def test_what_is_written_elsewhere_is_said(machine):
+    machine(gguf=(0, 19), sdnq=())
+    with pytest.raises(UsageError, match="gguf: files of this format are written by other"):
+        quantization_config("gguf", device="cpu")
+    with pytest.raises(UsageError, match="gguf: a loaded model cannot be quantised"):
+        quantize_model(tiny.flux_model().denoiser, "gguf")
+    assert "pip install 'sdnq" in missing_for({"quant_method": "sdnq"}, device="cpu")
 
 
 def test_text_encoders_are_packed_and_reload(tmp_path):
