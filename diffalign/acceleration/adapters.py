@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from diffalign.acceleration.parts import denoiser_of
-from diffalign.acceleration.undo import Undo
+from diffalign.acceleration.undo import Undo, replace_method
 from diffalign.core.errors import UsageError, first_line
 from diffalign.lora.policies import check_mergeable
 
@@ -66,8 +65,8 @@ def guard_loras(pipeline: Any, undo: Undo, *, rank: int | None, compiled: bool) 
                 check_mergeable(layer.base_layer, advice=NOT_FUSED)
         return fuse(*args, **kwargs)
 
-    _replace(pipeline, "load_lora_weights", load_and_check, undo)
-    _replace(pipeline, "fuse_lora", check_and_fuse, undo)
+    replace_method(pipeline, "load_lora_weights", load_and_check, undo)
+    replace_method(pipeline, "fuse_lora", check_and_fuse, undo)
 
 
 def prepare(denoiser: Any, rank: int, undo: Undo) -> None:
@@ -202,16 +201,3 @@ def _refusal(error: BaseException, rank: int | None, before: set[str], denoiser:
         "another one if it changes no other layers"
     )
     return f"{setting}: the LoRA cannot be loaded ({first_line(error).rstrip('.')}).{unloaded} {remedy}."
-
-
-def _replace(pipeline: Any, name: str, method: Callable[..., Any], undo: Undo) -> None:
-    """Replace a method of one pipeline until the acceleration is undone."""
-    before = vars(pipeline).get(name)
-
-    def put_back() -> None:
-        vars(pipeline).pop(name, None)
-        if before is not None:
-            setattr(pipeline, name, before)
-
-    undo.add(put_back)
-    setattr(pipeline, name, method)

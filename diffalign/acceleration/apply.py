@@ -151,7 +151,7 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
             pipeline,
             plan.options,
             call,
-            Options(check=0, lora_rank=plan.lora_rank),
+            Options(check=0, lora_rank=plan.lora_rank, sizes=plan.sizes),
             undo,
             plan.schedules,
         )

@@ -11,11 +11,11 @@ from diffalign.acceleration.adapters import guard_loras
 from diffalign.acceleration.attention import set_attention
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
+from diffalign.acceleration.compilation import compile_parts
 from diffalign.acceleration.drawing import Call, draw
 from diffalign.acceleration.guidance import Guidance
 from diffalign.acceleration.options import CHOICES, STATIC, Options
 from diffalign.acceleration.parts import (
-    compile_parts,
     denoiser_of,
     offload,
     quantize,
@@ -38,6 +38,8 @@ def apply_in_order(
     schedules: tuple[Schedule, ...] = (),
 ) -> Acceleration:
     """Apply the options in their order, and return the report without a check."""
+    reasons: dict[str, str] = {}
+    sizes = settings.sizes or ((call.height, call.width),)
     fingerprints = [fingerprint_of(pipeline)]
     if "quantize" in active and not getattr(denoiser_of(pipeline), "is_quantized", False):
         quantize(pipeline, str(active["quantize"]), undo)
@@ -47,9 +49,9 @@ def apply_in_order(
         probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
         set_attention(denoiser_of(pipeline), str(active["attention"]), undo, probe=probe)
     if "cache" in active or "guidance" in active:
-        schedules = _tap(pipeline, active, call, undo, schedules, settings.sizes)
+        schedules = _tap(pipeline, active, call, undo, schedules, sizes)
     if "compile" in active:
-        compile_parts(denoiser_of(pipeline), undo)
+        reasons["compile"] = compile_parts(pipeline, sizes, undo)
     if "offload" in active:
         offload(pipeline, str(active["offload"]), undo)
     if "vae" in active:
@@ -60,13 +62,13 @@ def apply_in_order(
         type(pipeline.scheduler).__name__,
         {name: active[name] for name in CHOICES if name in active},
         call.steps,
-        settings.sizes or ((call.height, call.width),),
+        sizes,
         schedules,
         lora_rank=settings.lora_rank,
         versions=versions(),
         device=denoiser_of(pipeline).device.type,
     )
-    return Acceleration("plan", plan, [], undo)
+    return Acceleration("plan", plan, [], undo, reasons=reasons)
 
 
 def fingerprint_of(pipeline: Any) -> str:
@@ -111,7 +113,7 @@ def _calibrated(
 ) -> tuple[Schedule, ...]:
     """Return a schedule for each size whose noise levels are its own."""
     schedules: list[Schedule] = []
-    for height, width in sizes or ((call.height, call.width),):
+    for height, width in sizes:
         sized = replace(call, height=height, width=width)
         schedule = calibrate(pipeline, sized, target=target, inside=handlers)
         if all(schedule.request != s.request for s in schedules):

@@ -6,7 +6,6 @@ import copy
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffalign.acceleration.tap import denoiser_name
@@ -58,22 +57,6 @@ def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
         pipeline.register_modules(**{name: original})
 
     undo.add(put_back)
-
-
-def compile_parts(denoiser: Any, undo: Undo) -> None:
-    """Compile the blocks of a denoiser when they are first called."""
-    from diffalign.pipelines.compiled import blocks, compile_each
-
-    limit = torch._dynamo.config.recompile_limit
-    parts = [b for b in blocks(denoiser) if b._compiled_call_impl is None]
-
-    def put_back() -> None:
-        for part in parts:
-            vars(part).pop("_compiled_call_impl", None)
-        torch._dynamo.config.recompile_limit = limit
-
-    undo.add(put_back)
-    compile_each(parts)
 
 
 def offload(pipeline: Any, kind: str, undo: Undo) -> None:

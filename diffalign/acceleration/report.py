@@ -102,7 +102,7 @@ class Acceleration:
         preset: name of the preset, or "plan".
         plan: settings in force.
         dropped: options that are not in force.
-        reasons: why the options of "auto" have the values that they have.
+        reasons: what an option covers, or why "auto" chose its value.
         measured: seconds, ratio and PSNR of the check; empty without one.
     """
 

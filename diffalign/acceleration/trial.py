@@ -78,7 +78,7 @@ class Trial:
                 self._take_back(error.option, error.why, remedy)
                 continue
             report.preset, report.dropped = self._preset, self._dropped
-            report.reasons = {o: r for o, r in self._reasons.items() if o in self._active}
+            report.reasons |= {o: r for o, r in self._reasons.items() if o in self._active}
             if plain is None or not self._is_worse(report, check, plain):
                 return report
 

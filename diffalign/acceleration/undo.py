@@ -40,3 +40,16 @@ class Undo:
                 "`accelerate` did is undone. Undo the other change (for a LoRA: unload_lora_weights()), or "
                 "load the pipeline again."
             )
+
+
+def replace_method(pipeline: Any, name: str, method: Callable[..., Any], undo: Undo) -> None:
+    """Replace a method of one pipeline until its acceleration is undone."""
+    before = vars(pipeline).get(name)
+
+    def put_back() -> None:
+        vars(pipeline).pop(name, None)
+        if before is not None:
+            setattr(pipeline, name, before)
+
+    undo.add(put_back)
+    setattr(pipeline, name, method)
