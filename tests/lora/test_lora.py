@@ -186,6 +186,7 @@ def test_adapter_state_goes_back_and_a_foreign_one_is_refused(model):
 def test_an_exported_lora_loads_on_a_quantised_base(tmp_path):
     """Stock classes alone: int8 weights by quanto, then `load_lora_weights`, alpha and all. (diffusers' FLUX loader
     looks for the names of plain weights and refuses any LoRA on a base of quanto's.)"""
+    pytest.importorskip("optimum.quanto")
     model = tiny.MODELS["sd3"]()
     base, folder = tmp_path / "base", tmp_path / "lora"
     model.pipeline.save_pretrained(base)

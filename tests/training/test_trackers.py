@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import train
 
 from diffalign.evaluation.pictures import image_grid
 from diffalign.training import trackers
+
+events_of = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def test_trackers_get_the_log_the_configuration_and_the_samples(base, prompts, tmp_path):
     folder = tmp_path / "run"
     more = ["--training.num_updates=2", "--training.eval_every=1", "--report_to=tensorboard"]
     assert train(base, prompts, folder, *more) == 0
-    events = EventAccumulator(str(folder / "diffalign"), size_guidance={"images": 0})
+    events = events_of.EventAccumulator(str(folder / "diffalign"), size_guidance={"images": 0})
     events.Reload()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     found = events.Scalars("reward")
