@@ -27,8 +27,8 @@ def why_no_cache(pipeline: Any, *, steps: int) -> str | None:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "strength" in parameters:
         return f"{name} starts in the middle of its schedule, and the cache counts steps from the first one"
-    if steps <= FEW_STEPS:
-        return f"{steps} steps are too few: the predictions of neighbouring steps differ too much"
+    if (problem := few_steps(steps)) is not None:
+        return problem
     scheduler = pipeline.scheduler
     kind, config = type(scheduler).__name__, scheduler.config
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
@@ -45,6 +45,13 @@ def why_no_cache(pipeline: Any, *, steps: int) -> str | None:
     if kind == "PNDMScheduler" and not config.get("skip_prk_steps"):
         return f"{kind} without skip_prk_steps calls the denoiser several times at one step"
     return None
+
+
+def few_steps(steps: int) -> str | None:
+    """Return the reason why so many steps are too few for a cache, or None."""
+    if steps > FEW_STEPS:
+        return None
+    return f"{steps} steps are too few: the predictions of neighbouring steps differ too much"
 
 
 def check_cache(pipeline: Any, *, steps: int) -> None:

@@ -24,13 +24,13 @@ def add_flags(parser: Parser) -> None:
     """Add the argument that selects the list."""
     parser.add_argument(
         "what",
-        choices=("recipes", "rewards", "models", "benches"),
-        help="recipes of `train`, rewards, models, or benchmarks of `bench`",
+        choices=("recipes", "rewards", "models", "presets", "benches"),
+        help="recipes of `train`, rewards, models, presets of `accelerate`, or benchmarks of `bench`",
     )
 
 
 def run(flags: Flags) -> None:
-    """Print recipes, rewards, models or benchmarks, one per line."""
+    """Print recipes, rewards, models, presets or benchmarks, one per line."""
     from diffalign.cli.output import emit
 
     groups = _recipes() if flags.what == "recipes" else {"": _rows(flags.what)}
@@ -68,6 +68,13 @@ def _rows(what: str) -> Mapping[str, str]:
         from diffalign.rewards.registry import SUMMARIES, available
 
         return {name: SUMMARIES.get(name, target) for name, target in available().items()}
+    if what == "presets":
+        from diffalign.acceleration.choices import DEVICES, choices
+
+        return {
+            f"{choice.family} {choice.preset}": "; ".join(f"{d}: {choice.text(d)}" for d in DEVICES)
+            for choice in choices()
+        }
     if what == "benches":
         from diffalign.core.checkout import require_benchmarks
 
@@ -82,5 +89,9 @@ def _rows(what: str) -> Mapping[str, str]:
 
 
 VERB = Verb(
-    "list", "list recipes, rewards, models or benchmarks by name", add_flags, run, flags=Flags
+    "list",
+    "list recipes, rewards, models, presets or benchmarks by name",
+    add_flags,
+    run,
+    flags=Flags,
 )
