@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffalign.config import ConfigError, load
+from diffalign.config import ConfigError, load, recipes
 from diffalign.config.files import beside
 
 
@@ -123,3 +123,16 @@ class TestPaths:
     def test_folders_of_pairs_are(self, tmp_path, monkeypatch):
         text = "extends: inversion-dpo\npairs: {source: data}"
         assert self.config(tmp_path, monkeypatch, text).pairs.source == "r/data"
+
+
+@pytest.mark.parametrize("name", [r for r in recipes() if r.startswith(("awm-", "inversion-dpo-"))])
+def test_recipes_for_published_models_watch_two_rewards(name):
+    """None of them is trained on, and each is another than the others."""
+    config = load(name, [])
+    if config.model.name.startswith("shapes"):
+        return
+    watched = list(config.evaluation.rewards)
+    if not config.trains_on_rewards:
+        watched += list(config.rewards)
+    assert len(set(watched)) >= 2
+    assert config.training.eval_every > 0
