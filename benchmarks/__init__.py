@@ -32,7 +32,11 @@ PROGRAMS = {
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",
-        "AWM against Flow-GRPO and DiffusionNFT on one loop, and the effect of each of its levers",
+        "AWM against six other methods on one loop, and the effect of each of its levers",
+    ),
+    "hacking": (
+        "benchmarks.hacking",
+        "rewards with planted faults: the true score with and without remedies",
     ),
     "qsched": (
         "benchmarks.qsched.qsched",

@@ -31,6 +31,13 @@ RIVALS = {
     "flow_grpo": Arm("flow-grpo-shapes-sd3"),
     "diffusion_nft": Arm("diffusion-nft-shapes-sd3"),
 }
+NEWER = {
+    "crd": Arm("crd-shapes-sd3"),
+    "dgpo": Arm("dgpo-shapes-sd3"),
+    "fdfo": Arm("fdfo-shapes-sd3"),
+    "flow_dppo": Arm("flow-dppo-shapes-sd3"),
+}
+"""Methods that came after AWM, with the settings of their recipes, which are not tuned."""
 KEEP_ALL = "--training.drop_uninformative=false"
 UNGUIDED = ("--algorithm.reference_guidance_scale=null", "--prompts.task_weights=null")
 RELEASED = {

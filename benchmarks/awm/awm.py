@@ -1,4 +1,4 @@
-"""Compare AWM with Flow-GRPO and DiffusionNFT on one training loop.
+"""Compare AWM with other methods of online RL on one training loop.
 
 Model, prompts, machine and training time are the same for all arms; an arm is a recipe with overrides. The first
 comparison gives all three methods the same adapter, the guided reference, few timesteps and few distances. The second
@@ -19,7 +19,18 @@ from typing import Any
 
 from benchmarks.awm import causes as awm_causes
 from benchmarks.awm import phases as awm_phases
-from benchmarks.awm.arms import AWM, EARLY, HOUR, LEVERS, LONG, RELEASED, RIVALS, Arm, configuration
+from benchmarks.awm.arms import (
+    AWM,
+    EARLY,
+    HOUR,
+    LEVERS,
+    LONG,
+    NEWER,
+    RELEASED,
+    RIVALS,
+    Arm,
+    configuration,
+)
 from benchmarks.common.curves import Curve, finite, read_curve, speedup
 from benchmarks.common.record import BenchOptions, run_once, spread
 from benchmarks.common.second_opinion import REWARD, SecondOpinion
@@ -28,7 +39,7 @@ from diffalign.training.run_folder import RunFolder
 
 RELEASED_AWM = "released awm"
 HEADLINES = {"flow_grpo": "speedup_vs_flow_grpo", "diffusion_nft": "speedup_vs_nft"}
-TARGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9)
+TARGETS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.85, 0.9)
 UNITS = ("seconds", "images", "forwards")
 
 
@@ -111,12 +122,13 @@ def warm_up(config: RunConfig) -> None:
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
-    """Run AWM, its rivals, its levers, the causes and the phases.
+    """Run AWM, its rivals, newer methods, its levers, the causes and the phases.
 
-    AWM and its rivals use all seeds; a lever and the hour-long run use one. `options.arms` selects among them, and AWM
-    always runs unless only the phases are selected. A quick bench runs AWM, the rivals and the causes.
+    AWM, its rivals and the newer methods use all seeds; a lever and the hour-long run use one. `options.arms` selects
+    among them, and AWM always runs unless only the phases are selected. A quick bench runs AWM, the rivals and the
+    causes.
     """
-    available = {**RIVALS, **RELEASED, **LEVERS, **LONG}
+    available = {**RIVALS, **NEWER, **RELEASED, **LEVERS, **LONG}
     selected = options.select(("awm", *available, *awm_causes.CAUSES, awm_phases.NAME))
     if selected == [awm_phases.NAME]:
         return {"headline": {}, **awm_phases.measure(options)}

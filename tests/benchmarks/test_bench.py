@@ -46,6 +46,7 @@ def test_names_and_seeds_are_checked(capsys):
         "alignment",
         "demo",
         "awm",
+        "hacking",
         "rewards",
         "solvers",
         "inversion-dpo",
@@ -115,7 +116,10 @@ def test_rivals_share_everything_but_the_algorithm(tmp_path):
 
 
 def test_every_arm_can_be_chosen(tmp_path):
-    groups = (awm_arms.RIVALS, awm_arms.RELEASED, awm_arms.LEVERS, awm_arms.LONG)
+    groups = (
+        *(awm_arms.RIVALS, awm_arms.NEWER, awm_arms.RELEASED, awm_arms.LEVERS),
+        awm_arms.LONG,
+    )
     for names in (("awm", *itertools.chain(*groups)), demo.ARMS):
         text = ",".join(names)
         options = record.BenchOptions(quick=False, work=tmp_path, arms=tuple(text.split(",")))
