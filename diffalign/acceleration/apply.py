@@ -151,7 +151,9 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
             pipeline,
             plan.options,
             call,
-            Options(check=0, lora_rank=plan.lora_rank, sizes=plan.sizes),
+            Options(
+                sizes=plan.sizes, batch_sizes=plan.batch_sizes, lora_rank=plan.lora_rank, check=0
+            ),
             undo,
             plan.schedules,
         )
@@ -159,5 +161,7 @@ def _put_in_force(pipeline: Any, plan: Plan) -> Any:
         undo.back()
         raise
     report.plan = replace(report.plan, measured=plan.measured)
+    if report.declared is not None:
+        report.declared.close()
     setattr(pipeline, ATTRIBUTE, report)
     return pipeline

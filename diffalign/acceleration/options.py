@@ -78,7 +78,7 @@ class Options:
         offload: "model" or "group", diffusers' offloading to the CPU.
         vae: "slicing" or "tiling" of the autoencoder.
         sizes: sizes (height, width) in pixels that it is made for; empty for the pipeline's own.
-        batch_sizes: numbers of images in a call that it is made for.
+        batch_sizes: numbers of images in a call that blocks are compiled for; with a check before the first call.
         steps: number of steps that it is made for; None for the default of the pipeline's call.
         lora_rank: largest rank of the LoRAs that will be swapped without compiling again; None prepares nothing.
         check: number of images that are drawn plain and accelerated.
@@ -126,6 +126,11 @@ class Options:
             if number is not None and (isinstance(number, bool) or number < (name != "check")):
                 what = "rank" if name == "lora_rank" else f"number of {name}"
                 raise UsageError(f"{name}={number}: this is no {what}. Pass a positive integer.")
+        _check_counts("batch_sizes", options.batch_sizes, options.batch_sizes)
+        if not options.batch_sizes:
+            raise UsageError("batch_sizes=(): there is no number of images. Pass (1,), or several.")
+        for size in options.sizes:
+            _check_counts("sizes", options.sizes, size if _is_pair(size) else None)
         return options
 
     def chosen(self, preset: str) -> dict[str, tuple[Choice, bool]]:
@@ -156,6 +161,21 @@ def _check_choice(name: str, value: Any) -> None:
         return
     if value not in names:
         raise UsageError(f"{name}={value!r}: {name} has no such choice. {_hint(str(value), names)}")
+
+
+def _is_pair(size: Any) -> bool:
+    return isinstance(size, tuple | list) and len(size) == 2
+
+
+def _check_counts(name: str, value: Any, counts: Any) -> None:
+    """Raise UsageError unless `counts` holds positive integers; `value` is the whole option."""
+    is_row = isinstance(counts, tuple | list)
+    if is_row and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts):
+        return
+    example = "((1024, 1024), (768, 1024))" if name == "sizes" else "(1, 4)"
+    raise UsageError(
+        f"{name}={value!r}: these are no positive integers. Pass for instance {example}."
+    )
 
 
 def _hint(name: str, names: list[str]) -> str:

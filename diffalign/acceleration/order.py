@@ -12,6 +12,7 @@ from diffalign.acceleration.attention import set_attention
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
 from diffalign.acceleration.compilation import compile_parts
+from diffalign.acceleration.declared import Declared
 from diffalign.acceleration.drawing import Call, draw
 from diffalign.acceleration.guidance import Guidance
 from diffalign.acceleration.options import CHOICES, STATIC, Options
@@ -48,8 +49,9 @@ def apply_in_order(
     if "attention" in active:
         probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
         set_attention(denoiser_of(pipeline), str(active["attention"]), undo, probe=probe)
-    if "cache" in active or "guidance" in active:
-        schedules = _tap(pipeline, active, call, undo, schedules, sizes)
+    declared = Declared(pipeline, settings.batch_sizes) if "compile" in active else None
+    if declared is not None or "cache" in active or "guidance" in active:
+        schedules = _tap(pipeline, active, call, undo, schedules, sizes, declared)
     if "compile" in active:
         reasons["compile"] = compile_parts(pipeline, sizes, undo)
     if "offload" in active:
@@ -64,11 +66,12 @@ def apply_in_order(
         call.steps,
         sizes,
         schedules,
+        batch_sizes=settings.batch_sizes,
         lora_rank=settings.lora_rank,
         versions=versions(),
         device=denoiser_of(pipeline).device.type,
     )
-    return Acceleration("plan", plan, [], undo, reasons=reasons)
+    return Acceleration("plan", plan, [], undo, reasons=reasons, declared=declared)
 
 
 def fingerprint_of(pipeline: Any) -> str:
@@ -89,8 +92,9 @@ def _tap(
     undo: Undo,
     schedules: tuple[Schedule, ...],
     sizes: tuple[tuple[int, int], ...],
+    declared: Declared | None,
 ) -> tuple[Schedule, ...]:
-    """Put guidance and cache in force, and return the cache's schedules."""
+    """Put guidance, cache and the watch over batches in force, and return the cache's schedules."""
     handlers: tuple[Handler, ...] = ()
     if "guidance" in active:
         handlers = (Guidance(pipeline, str(active["guidance"]), steps=call.steps),)
@@ -100,6 +104,13 @@ def _tap(
             target = STATIC if value == "static" else float(value)
             schedules = _calibrated(pipeline, handlers, call, target, sizes)
         handlers = (Cache(schedules), *handlers)
+    if declared is not None:
+        # outside of guidance, which halves a batch
+        handlers = (
+            (*handlers[:-1], declared, *handlers[-1:])
+            if "guidance" in active
+            else (*handlers, declared)
+        )
     undo.add(Tap(pipeline, Chain(handlers)).remove)
     return schedules
 

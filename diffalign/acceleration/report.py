@@ -15,6 +15,7 @@ from diffalign.core.files import write_text
 
 if TYPE_CHECKING:
     from diffalign.acceleration.checking import Reference
+    from diffalign.acceleration.declared import Declared
     from diffalign.acceleration.undo import Undo
 
 PLAN = "acceleration.json"
@@ -34,6 +35,7 @@ class Plan:
         steps: number of steps that it is made for.
         sizes: sizes (height, width) in pixels that it is made for.
         schedules: schedules of the static cache.
+        batch_sizes: numbers of images in a call that it is made for.
         lora_rank: largest rank of the LoRAs that are swapped without compiling again, or None.
         measured: figures of the check.
         versions: versions of the packages.
@@ -47,6 +49,7 @@ class Plan:
     steps: int
     sizes: tuple[tuple[int, int], ...]
     schedules: tuple[Schedule, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
     lora_rank: int | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +87,11 @@ class Plan:
             schedules = tuple(Schedule.from_json(s) for s in record.pop("schedules"))
             sizes = tuple((int(h), int(w)) for h, w in record.pop("sizes"))
             denoiser = tuple(record.pop("denoiser"))
-            return cls(denoiser=denoiser, sizes=sizes, schedules=schedules, **record)
+            # plans of before have none
+            batches = tuple(int(n) for n in record.pop("batch_sizes", (1,)))
+            return cls(
+                denoiser=denoiser, sizes=sizes, schedules=schedules, batch_sizes=batches, **record
+            )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, UsageError):
                 raise
@@ -111,6 +118,7 @@ class Acceleration:
     dropped: list[Dropped]
     undo: Undo
     reference: Reference | None = None
+    declared: Declared | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -80,7 +80,18 @@ class Trial:
             report.preset, report.dropped = self._preset, self._dropped
             report.reasons |= {o: r for o, r in self._reasons.items() if o in self._active}
             if plain is None or not self._is_worse(report, check, plain):
+                self._warm_up(report)
                 return report
+
+    def _warm_up(self, report: Acceleration) -> None:
+        """Compile for all sizes and numbers of images, unless nothing shall be drawn."""
+        if report.declared is None:
+            return
+        for height, width in report.plan.sizes if self._settings.check else ():
+            for images in report.plan.batch_sizes:
+                sized = replace(self._call.take(images), height=height, width=width)
+                draw(self._pipeline, sized)
+        report.declared.close()
 
     def _is_worse(self, report: Acceleration, call: Call, plain: tuple[Any, float]) -> bool:
         """Check the images, and take one option back if something is wrong."""

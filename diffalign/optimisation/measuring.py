@@ -205,6 +205,7 @@ class Meter:
             candidate.steps,
             ((self.call.height, self.call.width),),
             () if schedule is None else (schedule,),
+            (len(self.call.prompts),),
             versions=versions(),
             device=self.pipeline.device.type,
         )
