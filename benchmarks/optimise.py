@@ -25,7 +25,7 @@ STEPS = 28
 MINUTES = 10.0
 LOSS = 0.01
 """Loss of GenEval that is allowed."""
-PER_TASK = 200
+PER_TASK = 120
 """Number of held-out images of each task.
 
 Fewer could hardly show a loss below `LOSS`.

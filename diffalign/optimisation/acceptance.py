@@ -12,7 +12,7 @@ import numpy as np
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.figures import CORRECT
-from diffalign.evaluation.intervals import Estimate, bootstrap
+from diffalign.evaluation.intervals import CONFIDENCE, Estimate, bootstrap
 from diffalign.optimisation.limits import GENEVAL, PSNR, Limits
 
 HALF_PAIRS = math.sqrt(0.5)
@@ -51,14 +51,20 @@ class Verdict:
 
 
 def compare(
-    limits: Limits, own: Values, plain: Values, prompts: Sequence[Prompt]
+    limits: Limits,
+    own: Values,
+    plain: Values,
+    prompts: Sequence[Prompt],
+    *,
+    confidence: float = CONFIDENCE,
 ) -> dict[str, Verdict]:
     """Return the comparison of each quality that has a limit.
 
     Args:
         own: values (N,) of a candidate's images by name; `psnr` is among them.
         plain: rewards (N,) of the plain images of the same prompts and seeds.
-        prompts: prompt of each image.
+        prompts: prompt of each image; those of images that are not drawn yet are left out.
+        confidence: confidence of the intervals.
 
     Raises:
         UsageError: a reward has no value for at least half of the pairs of images.
@@ -67,14 +73,15 @@ def compare(
     texts = [p.text for p in prompts]
     verdicts: dict[str, Verdict] = {}
     if limits.psnr is not None:
-        verdicts[PSNR] = Verdict(limits.psnr, estimate(own[PSNR], texts))
+        verdicts[PSNR] = Verdict(limits.psnr, estimate(own[PSNR], texts, confidence=confidence))
     for name, limit in limits.differences.items():
         column = column_of(name, own)
         difference = own[column] - plain[column]
         _check_scored(name, difference)
         shares = _are_shares(own[column]) and _are_shares(plain[column])
         tasks = [p.task for p in prompts] if name == GENEVAL else None
-        verdicts[name] = Verdict(limit, estimate(difference, texts, shares=shares, tasks=tasks))
+        mean = estimate(difference, texts, shares=shares, tasks=tasks, confidence=confidence)
+        verdicts[name] = Verdict(limit, mean)
     return verdicts
 
 
@@ -84,14 +91,16 @@ def estimate(
     *,
     shares: bool = False,
     tasks: Sequence[str] | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Return the mean of values (N,) with its 95 % interval.
+    """Return the mean of values (N,) with its interval.
 
     The interval is that of a bootstrap over prompts. Values that are no numbers are left out.
 
     Args:
         shares: the values are differences of shares, which are -1, 0 or 1.
         tasks: task of each value; the mean is then that of the tasks' means.
+        confidence: confidence of the interval.
     """
     rows = np.flatnonzero(np.isfinite(values))
     x, texts = values[rows].astype(np.float64), [prompts[int(i)] for i in rows]
@@ -103,7 +112,7 @@ def estimate(
     if shares:
         # no prompt is empty but for its number
         x, texts = np.append(x, [HALF_PAIRS, -HALF_PAIRS]), [*texts, "\0+", "\0-"]
-    low, high = bootstrap(x, texts)
+    low, high = bootstrap(x, texts, confidence=confidence)
     return Estimate(value, min(low, value), max(high, value), len(rows), different)
 
 

@@ -36,6 +36,10 @@ SEARCH_SHARE = 0.5
 
 The rest is for the held-out prompts.
 """
+LOOKS = 4
+"""Number of parts of the held-out images, after each of which a hopeless point is left."""
+CERTAIN = 0.999
+"""Confidence with which a point is left before all of its images are drawn."""
 LARGEST = 1 << 31
 """Bound of the seeds of images."""
 SAME = 150.0
@@ -168,7 +172,10 @@ def parts_of(prompts: Sequence[Prompt], settings: Settings, drawing: Drawing) ->
     check_power(settings.limits, other)
     seeds = [stream(EVALUATION, drawing.seed, i) % LARGEST for i in range(2)]
     searched = spread(own, settings.images)
-    return Part("search", searched, seeds[0]), Part("held-out", other, seeds[1])
+    # tasks stand one after the other, and a part of the images should be like all of them
+    order = np.random.default_rng(seeds[1]).permutation(len(other))
+    mixed = [other[int(i)] for i in order]
+    return Part("search", searched, seeds[0]), Part("held-out", mixed, seeds[1])
 
 
 def call_of(
@@ -271,11 +278,18 @@ class _Run:
         """Return a point with its comparisons on held-out prompts."""
         part, limits = self.parts[1], self.settings.limits
 
-        def refuted(own: Mapping[str, np.ndarray], plain: Mapping[str, np.ndarray]) -> bool:
-            return any(v.refuted for v in compare(limits, own, plain, part.prompts).values())
+        looks = [len(part.prompts) * i // LOOKS for i in range(1, LOOKS)]
+
+        def hopeless(own: Mapping[str, np.ndarray], plain: Mapping[str, np.ndarray]) -> bool:
+            if not looks or len(own[PSNR]) < looks[0]:
+                return False
+            while looks and len(own[PSNR]) >= looks[0]:
+                looks.pop(0)
+            verdicts = compare(limits, own, plain, part.prompts, confidence=CERTAIN)
+            return any(v.refuted for v in verdicts.values())
 
         try:
-            own, plain = self.meter.columns(point.candidate, part, enough=refuted)
+            own, plain = self.meter.columns(point.candidate, part, enough=hopeless)
         except Broken as error:
             return replace(point, problem=str(error))
         verdicts = compare(limits, own, plain, part.prompts)

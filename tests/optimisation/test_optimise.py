@@ -22,13 +22,14 @@ from diffalign.data.prompts import Prompt
 from diffalign.evaluation import intervals
 from diffalign.evaluation.front import Mark, scatter
 from diffalign.optimisation import candidates, measuring, saving
+from diffalign.optimisation import run as run_module
 from diffalign.optimisation.acceptance import Verdict, check_power, compare, estimate
 from diffalign.optimisation.candidates import AXES, Candidate, Level, check_axes, levels_of
 from diffalign.optimisation.choice import choose, distance, keeps_budget, nearest
 from diffalign.optimisation.kept import Kept
 from diffalign.optimisation.limits import Limits
 from diffalign.optimisation.memory import peak_bytes
-from diffalign.optimisation.run import Settings, optimise
+from diffalign.optimisation.run import Settings, optimise, parts_of
 from diffalign.optimisation.search import Point, front, search
 from diffalign.pipelines.drawing import Drawing
 from diffalign.types import RewardOutput, no_reward
@@ -489,3 +490,40 @@ def test_a_scatter_places_marks_by_their_values():
     assert places["c"][1] > places["a"][1] > places["b"][1]
     assert len(chart.line.split()) == 2
     assert all(a.place < b.place for a, b in pairwise(chart.x_ticks))
+
+
+def test_parts_share_no_prompt_and_mix_the_tasks():
+    prompts = [Prompt(f"{task} {i}", {"tag": task}) for task in "abc" for i in range(40)]
+    given = settings(images=12)
+    searched, held_out = parts_of(prompts, given, drawing(images_per_task=20))
+    assert not {p.text for p in searched.prompts} & {p.text for p in held_out.prompts}
+    assert len(searched.prompts) == 12
+    assert len(held_out.prompts) == 60
+    # any quarter of the held-out images is like all of them
+    assert {p.task for p in held_out.prompts[:15]} == {"a", "b", "c"}
+    assert parts_of(prompts, given, drawing(images_per_task=20)) == (searched, held_out)
+    other = parts_of(prompts, given, drawing(images_per_task=20, seed=1))[1]
+    assert other.seed != held_out.seed
+    assert other.prompts != held_out.prompts
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_hopeless_point_is_left_before_all_images_are_drawn(folder, monkeypatch):
+    monkeypatch.setattr(run_module, "CERTAIN", 0.5)
+    model, drawn, told = tiny.sd3_model(), [], []
+    many = [Prompt(f"a {animal} {i}") for animal in ANIMALS for i in range(8)]
+    usual = measuring.Meter._drawn
+    monkeypatch.setattr(
+        measuring.Meter, "_drawn", lambda s, c, p: drawn.append(p.name) or usual(s, c, p)
+    )
+    # as if the images of the search had refuted nothing
+    monkeypatch.setattr(Point, "viable", property(lambda point: point.problem is None))
+    given = settings(axes=("steps",), images=1, quality="psnr>=140")
+    result = optimise(
+        model, many, no_reward, given, drawing(), folder, clock=RowClock(model), say=told.append
+    )
+    assert result.choice is None
+    assert len(result.tested) == 1
+    held_out = [name for name in drawn if name.startswith("held-out")]
+    assert held_out == ["held-out-0", "held-out-1"]
+    assert "not accepted" in told[-1]
