@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Declared:
-    """Handler that warns about calls with a number of images that no block is compiled for.
+    """Handler that warns about numbers of images that no block is compiled for.
 
     Blocks are compiled with static shapes, so that such a call compiles them again; its images are right. Numbers that
     are seen before `close` are compiled already.

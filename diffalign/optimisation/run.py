@@ -37,7 +37,7 @@ SEARCH_SHARE = 0.5
 The rest is for the held-out prompts.
 """
 LOOKS = 4
-"""Number of parts of the held-out images, after each of which a hopeless point is left."""
+"""Number of parts of the held-out images; after each a hopeless point is left."""
 CERTAIN = 0.999
 """Confidence with which a point is left before all of its images are drawn."""
 LARGEST = 1 << 31
