@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from diffalign.acceleration.parts import denoiser_of
+from diffalign.acceleration.parts import Inapplicable, denoiser_of
 from diffalign.acceleration.undo import Undo, replace_method
 from diffalign.core.errors import UsageError, first_line
 from diffalign.lora.policies import check_mergeable
@@ -90,6 +90,24 @@ def prepare(denoiser: Any, rank: int, undo: Undo) -> None:
 
     undo.add(put_back)
     setattr(denoiser, HOTSWAP, _settings(rank))
+
+
+def load_for_guidance(pipeline: Any, source: str, undo: Undo) -> None:
+    """Load a LoRA that draws without guidance.
+
+    Raises:
+        Inapplicable: the denoiser carries a LoRA already.
+        UsageError: the LoRA does not fit the pipeline, or has no effect.
+    """
+    from diffalign.lora.files import load_lora
+
+    denoiser = denoiser_of(pipeline)
+    if names_of(denoiser):
+        why = "the denoiser carries a LoRA already"
+        raise Inapplicable("guidance", source, why, "Merge the other one first (`diffalign merge`)")
+    undo.add(denoiser.unload_lora)
+    load_lora(pipeline, source)
+    check_effect(denoiser, names_of(denoiser))
 
 
 def names_of(denoiser: Any) -> set[str]:

@@ -21,7 +21,7 @@ class Guidance:
 
     The batch is [negative; positive], as diffusers' pipelines build it. With "interval" the two predictions are equal
     outside of the interval, so that no guidance is applied there. With "reuse" the difference of the two predictions is
-    that of the last step with both.
+    that of the last step with both. Any other kind is a LoRA that draws without guidance: no step computes both.
     """
 
     def __init__(self, pipeline: Any, kind: str, *, steps: int) -> None:
@@ -43,7 +43,7 @@ class Guidance:
         if self.kind == "interval":
             first, last = INTERVAL
             return first <= step / self._steps < last
-        return step % EVERY == 0
+        return self.kind == "reuse" and step % EVERY == 0
 
     def forward(
         self, inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypedDict
 
 from diffalign.core.errors import UsageError
@@ -11,6 +12,7 @@ from diffalign.core.nearest import closest
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": ("int8", "int4", "torchao-int8", "torchao-int8wo", "torchao-fp8", "torchao-fp8wo"),
+    "layout": ("channels_last",),
     "attention": (),
     "cache": ("static",),
     "guidance": ("interval", "reuse"),
@@ -53,6 +55,7 @@ class Arguments(TypedDict, total=False):
     guidance: Choice
     offload: Choice
     vae: Choice
+    layout: Choice
     sizes: tuple[tuple[int, int], ...]
     batch_sizes: tuple[int, ...]
     steps: int
@@ -74,9 +77,10 @@ class Options:
         compile: "blocks" compiles the denoiser's blocks.
         attention: attention backend of diffusers; "auto" is `attention.pick`'s.
         guidance: "interval" guides in the middle of the schedule only; "reuse" computes the negative half of the batch
-            in every second step.
+            in every second step; the path of a LoRA that draws without guidance never computes it.
         offload: "model" or "group", diffusers' offloading to the CPU.
         vae: "slicing" or "tiling" of the autoencoder.
+        layout: "channels_last" lays the weights of convolutions out as GPUs read them.
         sizes: sizes (height, width) in pixels that it is made for; empty for the pipeline's own.
         batch_sizes: numbers of images in a call that blocks are compiled for; with a check before the first call.
         steps: number of steps that it is made for; None for the default of the pipeline's call.
@@ -95,6 +99,7 @@ class Options:
     guidance: Choice = "auto"
     offload: Choice = "auto"
     vae: Choice = "auto"
+    layout: Choice = "auto"
     sizes: tuple[tuple[int, int], ...] = ()
     batch_sizes: tuple[int, ...] = (1,)
     steps: int | None = None
@@ -157,7 +162,9 @@ def check_preset(preset: str) -> None:
 def _check_choice(name: str, value: Any) -> None:
     names = ["auto", *CHOICES[name]]
     is_number = name == "cache" and isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, bool) or is_number or (not CHOICES[name] and isinstance(value, str)):
+    is_file = name == "guidance" and isinstance(value, str | Path) and Path(value).exists()
+    any_name = not CHOICES[name] and isinstance(value, str)
+    if isinstance(value, bool) or is_number or is_file or any_name:
         return
     if value not in names:
         raise UsageError(f"{name}={value!r}: {name} has no such choice. {_hint(str(value), names)}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from diffalign.acceleration.adapters import guard_loras
+from diffalign.acceleration.adapters import guard_loras, load_for_guidance
 from diffalign.acceleration.attention import set_attention
 from diffalign.acceleration.cache import Cache
 from diffalign.acceleration.calibration import calibrate
@@ -18,6 +18,7 @@ from diffalign.acceleration.guidance import Guidance
 from diffalign.acceleration.options import CHOICES, STATIC, Options
 from diffalign.acceleration.parts import (
     denoiser_of,
+    lay_out,
     offload,
     quantize,
     save_memory,
@@ -45,6 +46,8 @@ def apply_in_order(
     if "quantize" in active and not getattr(denoiser_of(pipeline), "is_quantized", False):
         quantize(pipeline, str(active["quantize"]), undo)
         fingerprints.append(fingerprint_of(pipeline))
+    if "layout" in active:
+        lay_out(pipeline, undo)
     guard_loras(pipeline, undo, rank=settings.lora_rank, compiled="compile" in active)
     if "attention" in active:
         probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
@@ -97,6 +100,8 @@ def _tap(
     """Put guidance, cache and the watch over batches in force, and return the cache's schedules."""
     handlers: tuple[Handler, ...] = ()
     if "guidance" in active:
+        if active["guidance"] not in CHOICES["guidance"]:
+            load_for_guidance(pipeline, str(active["guidance"]), undo)
         handlers = (Guidance(pipeline, str(active["guidance"]), steps=call.steps),)
     if "cache" in active:
         if not schedules:

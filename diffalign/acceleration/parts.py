@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffalign.acceleration.tap import denoiser_name
@@ -57,6 +58,32 @@ def quantize(pipeline: Any, backend: str, undo: Undo) -> None:
         pipeline.register_modules(**{name: original})
 
     undo.add(put_back)
+
+
+def lay_out(pipeline: Any, undo: Undo) -> None:
+    """Lay out the weights of convolutions with their channels last, in denoiser and decoder.
+
+    The values stay, and so do weights that are laid out otherwise.
+    """
+    parts = [denoiser_of(pipeline), getattr(pipeline, "vae", None)]
+    weights = [w for part in parts if part is not None for w in part.parameters()]
+    weights = [w for w in weights if w.ndim == 4 and w.is_floating_point() and w.is_contiguous()]
+    if not weights:
+        raise Inapplicable(
+            "layout", "channels_last", "neither denoiser nor decoder has convolutions"
+        )
+    strides = [(weight, weight.stride()) for weight in weights]
+
+    def put_back() -> None:
+        for weight, stride in strides:
+            plain = torch.empty_strided(
+                weight.shape, stride, dtype=weight.dtype, device=weight.device
+            )
+            weight.data = plain.copy_(weight.data)
+
+    undo.add(put_back)
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def offload(pipeline: Any, kind: str, undo: Undo) -> None:

@@ -106,17 +106,19 @@ RULES = (
     ),
     Rule(
         "quantize",
-        lambda s: s.options["quantize"] == "torchao-int8" and "compile" not in s.options,
-        "8-bit activations are slower than plain weights unless they are compiled",
-        "compile the blocks, or choose int8",
-        "pytorch/ao#1600",
-    ),
-    Rule(
-        "quantize",
         lambda s: "fp8" in str(s.options["quantize"]) and s.capability < (8, 9),
         "float8 needs a CUDA device of compute capability 8.9",
         "choose int8 or int4, which run everywhere",
         "diffalign.quantization.backends",
+    ),
+    Rule(
+        "quantize",
+        lambda s: (
+            s.options["quantize"] in ("torchao-int8", "torchao-fp8") and "compile" not in s.options
+        ),
+        "8-bit activations are slower than plain weights unless they are compiled",
+        "compile the blocks (compile='blocks'), or choose int8",
+        "pytorch/ao#1600",
     ),
     Rule(
         "attention",
@@ -182,7 +184,8 @@ def settle(
 
     values = {name: value for name, (value, _) in options.items()}
     dropped: list[Dropped] = []
-    for rule in RULES:
+    # the second round sees what the first one dropped
+    for rule in (*RULES, *RULES):
         if rule.option not in values:
             continue
         present = replace(situation, options=values)

@@ -1,6 +1,7 @@
 """LoRAs on an accelerated pipeline: in force, swapped without compiling again, or refused with what to do."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -206,3 +207,40 @@ def test_a_plan_keeps_the_rank(tmp_path):
     diffalign.accelerate(pipe, file)
     assert diffalign.acceleration(pipe).plan.lora_rank == 4
     assert vars(pipe.transformer)[HOTSWAP]["target_rank"] == 4
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd"])
+def test_a_lora_for_guidance_halves_every_batch_and_is_gone_afterwards(tmp_path, name):
+    folder = a_lora(tmp_path, name, rank=2, seed=0)
+    model, stock = FAMILIES[name](), FAMILIES[name]().pipeline
+    call, before = a_call(name, model), state_of(model.pipeline)
+    plain = draw(model.pipeline, call)
+    rows = []
+    handle = model.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])),
+        with_kwargs=True,
+    )
+    before = state_of(model.pipeline)
+    pipe = accelerate(name, model, guidance=folder)
+    rows.clear()
+    fast = draw(pipe, call)
+    assert rows == [1] * STEPS
+    stock.load_lora_weights(folder)
+    unguided = replace(call, arguments={**call.arguments, "guidance_scale": 1.0})
+    assert min(psnr(draw(stock, unguided), fast)) > 60
+    with pytest.raises(UsageError, match="accelerated already"):
+        accelerate(name, model)
+    diffalign.restore(pipe)
+    assert state_of(pipe) == before
+    handle.remove()
+    assert torch.equal(draw(pipe, call), plain)
+
+
+def test_a_lora_for_guidance_stands_alone(tmp_path):
+    folder = a_lora(tmp_path, "sd3", rank=2, seed=0)
+    model = tiny.sd3_model()
+    model.pipeline.load_lora_weights(folder)
+    with pytest.raises(UsageError, match="carries a LoRA already.*Merge"):
+        accelerate("sd3", model, guidance=folder)
+    with pytest.raises(UsageError, match="guidance has no such choice"):
+        accelerate("sd3", model, guidance=str(tmp_path / "missing"))
