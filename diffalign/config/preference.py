@@ -43,10 +43,15 @@ class PreferenceAlgorithmConfig(MethodConfig):
     on_states: ClassVar[bool] = False
     """True if the loss reads states of an inversion instead of freshly noised latents."""
 
-    auto_beta: ClassVar[float | None] = None
-    """Gradient factor that `beta` is lowered to keep; None for a constant `beta`."""
-    masked: ClassVar[bool] = False
-    """True to compare images only where a mask is white."""
+    @property
+    def gradient_factor(self) -> float | None:
+        """Gradient factor that `beta` is lowered to keep; None for a constant `beta`."""
+        return None
+
+    @property
+    def uses_masks(self) -> bool:
+        """True to compare images only where a mask is white."""
+        return False
 
     @property
     def form(self) -> str:
@@ -86,6 +91,16 @@ class DiffusionDPOConfig(PreferenceAlgorithmConfig):
 
     A row without a mask counts as a whole.
     """
+
+    @property
+    def gradient_factor(self) -> float | None:
+        """Gradient factor that `beta` is lowered to keep."""
+        return self.auto_beta
+
+    @property
+    def uses_masks(self) -> bool:
+        """True if masks are read."""
+        return self.masked
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -96,8 +96,8 @@ def write_report(
 
 def earlier_best(summary: Mapping[str, Any]) -> bool:
     """Return whether an earlier policy than the last is the best by held-out rewards."""
-    best = summary.get("best")
-    return bool(best) and 0 < best["update"] < summary["updates"]
+    best: Mapping[str, Any] = summary.get("best") or {"update": 0}
+    return bool(0 < best["update"] < summary["updates"])
 
 
 def best_told(summary: Mapping[str, Any]) -> str:

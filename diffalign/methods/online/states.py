@@ -31,7 +31,8 @@ def churned(latents: Tensor, noise: Tensor, sigma: float, churn: float) -> Tenso
         churn: share of noise that is added.
     """
     spread = ((1 + churn) ** 2 - 1) ** 0.5
-    return (latents + sigma * spread * noise) / (1 + churn * sigma)
+    moved: Tensor = (latents + sigma * spread * noise) / (1 + churn * sigma)
+    return moved
 
 
 def level_before(sigma: float, churn: float) -> float:

@@ -40,7 +40,7 @@ from diffalign.methods.online.trajectory_update import TrajectoryUpdate
 from diffalign.methods.online.update import PolicyUpdate, TrainingBatch, UpdateSettings
 from diffalign.pipelines.compiled import CompiledSizes
 from diffalign.training.inputs import Inputs
-from diffalign.training.plan import Plan, check_prompts, check_share, make_plan
+from diffalign.training.plan import Plan, check_prompts, check_share, make_plan, share
 from diffalign.training.trainer import Trainer, TrainingError
 from diffalign.types import Rollout
 
@@ -94,11 +94,13 @@ class OnlineTrainer(Trainer):
             self.accelerator.num_processes,
             setting="rollout.prompts_per_update x rollout.group_size",
         )
-        world = self.accelerator.num_processes
         paired = getattr(methods.loss(c.algorithm.type), "paired", False)
-        if (self.by_group or paired) and c.rollout.prompts_per_update % world:
+        # images that are compared as such must lie in one process
+        together = c.rollout.group_size if self.by_group else 2 if paired else 1
+        world, count = self.accelerator.num_processes, c.rollout.images_per_update
+        if any(share(count, rank, world).start % together for rank in range(world)):
             raise UsageError(
-                f"rollout.prompts_per_update={c.rollout.prompts_per_update}: a reward or loss compares the images of a "
+                f"rollout.prompts_per_update={c.rollout.prompts_per_update}: a reward or loss compares images of a "
                 f"prompt, which one of the {world} processes must have all. Choose a multiple of {world}"
             )
         check_prompts(self.prompts, c)

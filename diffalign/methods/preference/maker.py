@@ -140,11 +140,12 @@ class PairMaker:
             return "unreadable image"
         if torch.equal(*pixels):
             return "identical images"
-        mask = None
-        if self.config.algorithm.masked:
-            mask = mask_of(item, pixels)
-            if isinstance(mask, str):
-                return mask
+        mask: Tensor | None = None
+        if self.config.algorithm.uses_masks:
+            reading = mask_of(item, pixels)
+            if isinstance(reading, str):
+                return reading
+            mask = reading
         generator = torch.Generator().manual_seed(
             stream(GEOMETRY, self.config.pairs.seed, item.row)
         )
@@ -187,8 +188,8 @@ class PairMaker:
             "preference": torch.tensor([p.preference for p in pairs]),
             "weight": torch.tensor([p.weight for p in pairs]),
         }
-        if self.config.algorithm.masked:
-            masks = torch.stack([item.latent_mask(latents.shape[-2:]) for item in ready])
+        if self.config.algorithm.uses_masks:
+            masks = torch.stack([item.latent_mask(*latents.shape[-2:]) for item in ready])
             tensors["mask"] = masks
         times = torch.stack([item.time_ids for item in ready])
         if self.model.takes_time_ids:

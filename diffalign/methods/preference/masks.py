@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +28,12 @@ class Ready:
     time_ids: Tensor
     mask: Tensor | None = None
 
-    def latent_mask(self, size: Sequence[int]) -> Tensor:
+    def latent_mask(self, height: int, width: int) -> Tensor:
         """Return the share of white (1, H, W) in the area of each latent."""
         if self.mask is None:
-            return torch.ones(1, *size)
+            return torch.ones(1, height, width)
         white = self.mask.float().mean(0, keepdim=True) / 255
-        return F.adaptive_avg_pool2d(white, tuple(size))
+        return F.adaptive_avg_pool2d(white, (height, width))
 
 
 def mask_of(pair: PreferencePair, pixels: list[Tensor]) -> Tensor | str | None:

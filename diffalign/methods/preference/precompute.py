@@ -38,13 +38,13 @@ def check_source(config: PreferenceRunConfig) -> None:
     """
     check_pairs(config.pairs)
     present = has_masks(config.pairs)
-    if config.algorithm.masked and not present:
+    if config.algorithm.uses_masks and not present:
         raise PairsError(
             f"{config.pairs.source} has no column `mask`, which algorithm.masked=true reads. Add one with an image for "
             "each pair, white where the pair is compared, or name it with pairs.column_map",
             setting="pairs.source",
         )
-    if present and not config.algorithm.masked:
+    if present and not config.algorithm.uses_masks:
         logger.warning(
             "%s has a column `mask`, which is not used: set algorithm.type=diffusion_dpo and algorithm.masked=true",
             config.pairs.source,
@@ -71,7 +71,7 @@ def cache_key(config: PreferenceRunConfig, model: TextToImageModel, grid: Tensor
         "size": list(image_size(config, model)),
         "mixed_precision": config.training.mixed_precision,
         # absent without masks, so that older caches still fit
-        **({"masked": True} if config.algorithm.masked else {}),
+        **({"masked": True} if config.algorithm.uses_masks else {}),
     }
 
 

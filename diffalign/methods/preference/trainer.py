@@ -89,7 +89,7 @@ class PreferenceTrainer(Trainer):
         self.update.beta = self.beta
         sums = self.update.accumulate(batch, total=len(pairs), key=key, baseline=baseline)
         row = self.descend(number, sums)
-        if self.config.algorithm.auto_beta is not None:
+        if self.config.algorithm.gradient_factor is not None:
             row["beta"] = self.update.beta
             gain = row["margin"] / self.update.beta
             self.progress.gain = GAIN_DECAY * self.progress.gain + (1 - GAIN_DECAY) * gain
@@ -99,11 +99,11 @@ class PreferenceTrainer(Trainer):
     def beta(self) -> float:
         """Strength of the preference in the next update."""
         c, done = self.config.algorithm, self.progress.update
-        if c.auto_beta is None or done == 0:
+        if c.gradient_factor is None or done == 0:
             return c.beta
         # a running mean that began at 0 is corrected for it
         gain = self.progress.gain / (1 - GAIN_DECAY**done)
-        return automatic_beta(gain, most=c.beta, target=c.auto_beta)
+        return automatic_beta(gain, most=c.beta, target=c.gradient_factor)
 
     def headline(self, row: dict[str, Any]) -> dict[str, str]:
         return {
