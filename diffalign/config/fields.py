@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 
@@ -28,3 +31,10 @@ def setting(
     if factory is not None:
         return field(default_factory=factory, metadata=facts)
     return field(default=default, metadata=facts)
+
+
+@cache
+def field_types(kind: type) -> Mapping[str, Any]:
+    """Return the types of a class's fields by name."""
+    # without the cache, resolving annotations takes most of the time in which a configuration is read
+    return MappingProxyType(typing.get_type_hints(kind))

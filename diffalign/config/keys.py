@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from diffalign.config.checks import ConfigError
+from diffalign.config.fields import field_types
 from diffalign.config.methods import algorithm_class, kind_of
 from diffalign.config.overrides import LISTS
 from diffalign.config.settings import aliases_of, settings_of
@@ -29,7 +30,7 @@ def check_keys(kind: type, raw: Any, path: tuple[str, ...] = ()) -> None:
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{'.'.join(path)}: expected a group of settings, got {raw!r}")
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     names = [f.name for f in fields(kind)]
     for key, value in raw.items():
         full = ".".join((*path, str(key)))
@@ -68,7 +69,7 @@ def _unknown(kind: type, full: str, path: tuple[str, ...], names: Sequence[str])
 
 def with_lists(kind: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with comma-separated texts split if their type is a list."""
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     settings = dict(raw)
     for key, value in raw.items():
         hint = hints.get(key)

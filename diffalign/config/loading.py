@@ -6,7 +6,6 @@ No other module uses draccus.
 from __future__ import annotations
 
 import logging
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from diffalign.config.base import AnyRunConfig, LoraConfig, MethodConfig
 from diffalign.config.checks import ConfigError
+from diffalign.config.fields import field_types
 from diffalign.config.files import read_recipe
 from diffalign.config.keys import check_keys, with_lists
 from diffalign.config.methods import algorithm_class, kind_of, run_class
@@ -188,7 +188,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict):
         _drop_other_algorithm(merged, algorithm.get("type"))
-    hints = typing.get_type_hints(run_class(kind_of((merged | raw).get("algorithm"))))
+    hints = field_types(run_class(kind_of((merged | raw).get("algorithm"))))
     if isinstance(own := raw.get("lora"), dict):
         alpha = _alpha_of(own, merged.get("lora"))
         raw["lora"] = own if alpha is None else {**own, "alpha": alpha}

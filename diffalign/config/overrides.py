@@ -10,6 +10,7 @@ from typing import Any
 
 from diffalign.config.base import AnyRunConfig, LoopConfig
 from diffalign.config.checks import ConfigError
+from diffalign.config.fields import field_types
 from diffalign.config.files import parse_yaml
 from diffalign.config.settings import aliases_of, type_of
 
@@ -123,7 +124,7 @@ def _steps(path: str, kind: Any) -> list[str]:
     while rest and typing.get_origin(kind) is not dict:
         step, _, rest = rest.partition(".")
         steps.append(step)
-        kind = typing.get_type_hints(kind).get(step) if is_dataclass(kind) else None
+        kind = field_types(kind).get(step) if is_dataclass(kind) else None
     return [*steps, rest] if rest else steps
 
 

@@ -8,6 +8,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from diffalign.config.base import AnyRunConfig, MethodConfig
+from diffalign.config.fields import field_types
 from diffalign.config.methods import algorithm_class, available
 
 
@@ -25,7 +26,7 @@ def settings_of(run: type[AnyRunConfig]) -> dict[str, Field[Any]]:
 
 
 def _walk(kind: type, prefix: str) -> Iterator[tuple[str, Field[Any]]]:
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     for field in fields(kind):
         yield prefix + field.name, field
         hint = hints[field.name]
@@ -59,9 +60,9 @@ def type_of(path: str, run: type[AnyRunConfig]) -> Any:
     head, _, rest = path.partition(".")
     # the class of the algorithm is not needed: a name has one type in all algorithms
     if head == "algorithm" and rest:
-        hints = [typing.get_type_hints(kind) for kind in algorithm_classes()]
+        hints = [field_types(kind) for kind in algorithm_classes()]
         return next((h[rest] for h in hints if rest in h), None)
     kind: Any = run
     for key in path.split("."):
-        kind = typing.get_type_hints(kind).get(key) if is_dataclass(kind) else None
+        kind = field_types(kind).get(key) if is_dataclass(kind) else None
     return kind
