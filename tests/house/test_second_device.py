@@ -20,16 +20,21 @@ from second_device import CUDA, SecondDevice, is_on
 from benchmarks.awm import phases as awm_phases
 from diffalign import cli
 from diffalign.config import load
+from diffalign.data.prompts import Prompt
 from diffalign.evaluation.scoring import BackgroundScorer
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.sampler import Sampler
-from diffalign.quantization.apply import quantize_pipeline
+from diffalign.quantization.apply import quantize_model, quantize_pipeline
 from diffalign.quantization.integer import IntegerLinear
 from diffalign.quantization.layers import PackSpec
+from diffalign.quantization.packed import packable
 from diffalign.rewards import preprocessing
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.composition import CompositeReward
 from diffalign.schedulers import QSched
+from diffalign.tuning.allocation import choose_bits
+from diffalign.tuning.calibration import Calibration
+from diffalign.tuning.scales import Trajectories, tune_scales
 from diffalign.tuning.tune import Settings, tune
 
 
@@ -302,6 +307,33 @@ def test_integer_products(cuda):
     x = torch.randn(2, 12, 64).to(cuda)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_products_by_token(cuda, bits):
+    plain = torch.nn.Linear(64, 16).to(cuda)
+    layer = IntegerLinear(plain, PackSpec(bits, None, token_scales=True))
+    layer.fill(plain.weight, name="layer")
+    x = torch.randn(2, 12, 64).to(cuda)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, layer.dequantize(), layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd"])
+def test_rounding_by_moments_and_tuned_scales(everywhere, family):
+    model = {**tiny.MODELS, **tiny.UNETS}[family]().to(CUDA)
+    prompts = [Prompt(f"a photo of {n} circles", {}) for n in range(9)]
+    calibration = Calibration(model, prompts, Drawing(2, mixed_precision="no"))
+    trajectories = Trajectories.record(calibration)
+    moments = list(calibration.moments(min_weights=64))
+    assert all(is_on(m.second) for part in moments for m in part.values())
+    layers = packable(model.denoiser, min_weights=64)
+    bits = choose_bits(layers, moments, trajectories, bits_per_weight=3.9, group_size=32)
+    options = {"group_size": 32, "min_weights": 64, "moments": moments, "bits": bits}
+    quantize_model(model.denoiser, "mixed", **options)
+    tune_scales(trajectories, steps=2)
+    assert all(is_on(p) for p in model.denoiser.parameters())
 
 
 def test_factors_of_a_schedule_are_found(everywhere, tmp_path):
