@@ -45,14 +45,14 @@ class Packed(Backend):
         return True
 
     def config(self, spec: PackSpec, skip: Sequence[str]) -> Any:
-        from diffalign.quantization.quantizer import PackedConfig
+        from diffalign.quantization.quantizer import TOKEN, PackedConfig
 
         return PackedConfig(
             spec.bits,
             spec.group_size,
             skip,
             svd_rank=spec.svd_rank,
-            token_scales=spec.token_scales,
+            activation_timesteps=TOKEN if spec.token_scales else (),
         )
 
     def quantize(self, model: Any, work: Work) -> Any:
@@ -60,7 +60,7 @@ class Packed(Backend):
         import torch
 
         from diffalign.quantization.packed import pack_model
-        from diffalign.quantization.quantizer import PackedConfig, PackedTextConfig
+        from diffalign.quantization.quantizer import TOKEN, PackedConfig, PackedTextConfig
 
         spec = work.spec
         is_denoiser = isinstance(model, diffusers.ModelMixin)
@@ -72,7 +72,7 @@ class Packed(Backend):
             work.skip,
             work.min_weights,
             spec.svd_rank,
-            token_scales=spec.token_scales,
+            activation_timesteps=TOKEN if spec.token_scales else (),
         )
         # The float32 layers of a T5 overflow in float16 only.
         if is_denoiser or model.dtype == torch.float16:

@@ -35,6 +35,8 @@ from diffalign.quantization.packed import (
     replace,
 )
 
+TOKEN = "token"
+"""Value of `activation_timesteps` for a scale for each row of an input."""
 FORMATS = (1, 2)
 """Versions of the saved format: 1 for codes of 8 and 4 bits, 2 for all others.
 
@@ -58,13 +60,11 @@ class PackedConfig(QuantizationConfigMixin):
         min_weights: size below which layers keep their weights.
         svd_rank: rank of SVDQuant's low-rank branch; 0 for none.
         activation_timesteps: timesteps, in the denoiser's units, for which the inputs of linear layers have scales;
-            empty for inputs in 16 bits.
-        token_scales: True if each row of a linear layer's input has a scale of its own.
-        saved: `format` and `quant_method` of a saved configuration. By default the format is the one that the settings
-            need.
+            empty for inputs in 16 bits. "token" if each row of an input has a scale of its own.
+        format: version of the saved format; None for the one that these settings need.
+        quant_method: name of the method.
 
     Raises:
-        TypeError: a saved setting has another name.
         UsageError: a value is out of range, or the folder has a later format.
     """
 
@@ -75,33 +75,31 @@ class PackedConfig(QuantizationConfigMixin):
         skip: Sequence[str] = SKIP,
         min_weights: int = MIN_WEIGHTS,
         svd_rank: int = 0,
-        activation_timesteps: Sequence[float] = (),
-        token_scales: bool = False,
-        **saved: Any,
+        activation_timesteps: Sequence[float] | str = (),
+        format: int | None = None,
+        quant_method: str = Method.PACKED,
     ) -> None:
-        format = saved.pop("format", None)
-        self.quant_method = Method(saved.pop("quant_method", Method.PACKED))
-        if saved:
-            raise TypeError(f"packed weights have no setting {min(saved)!r}")
         if format is not None and format not in FORMATS:
             raise UsageError(
                 f"weights are in packed format {format}; this version of diffalign reads up to {FORMATS[-1]}. Update "
                 "diffalign."
             )
+        self.quant_method = Method(quant_method)
         self.bits = dict(bits) if isinstance(bits, Mapping) else bits
         self.group_size, self.svd_rank = group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
-        self.activation_timesteps = list(activation_timesteps)
-        self.token_scales = token_scales
+        by_token = activation_timesteps == TOKEN
+        self.activation_timesteps = TOKEN if by_token else list(activation_timesteps)
         self.specs()
-        self.format = format or (1 if bits in (4, 8) and not token_scales else 2)
+        self.format = format or (1 if bits in (4, 8) and not by_token else 2)
 
     def specs(self) -> Specs:
         """Return the settings of each packed layer."""
-        steps = len(self.activation_timesteps)
+        by_token = self.activation_timesteps == TOKEN
+        steps = 0 if by_token else len(self.activation_timesteps)
         by_layer = self.bits if isinstance(self.bits, dict) else None
         every = by_layer.values() if by_layer else [self.bits]
-        own = (self.group_size, self.svd_rank, steps, self.token_scales)
+        own = (self.group_size, self.svd_rank, steps, by_token)
         specs = [PackSpec(bits, *own) for bits in every]
         return Specs(specs[0], by_layer)
 
@@ -113,7 +111,7 @@ class PackedConfig(QuantizationConfigMixin):
         """Replace the layers to pack by empty packed layers, which a loader fills."""
         for name, layer in self.layers(model).items():
             replace(model, name, packed_like(layer, self.specs().of(name)))
-        if self.activation_timesteps:
+        if isinstance(self.activation_timesteps, list) and self.activation_timesteps:
             StepClock(self.activation_timesteps).attach(model)
 
     def keep(self, names: Sequence[str]) -> None:
@@ -121,11 +119,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.skip += [p for name in names for p in (name, f"*.{name}") if p not in self.skip]
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**self.__dict__, "quant_method": self.quant_method.value}
-        # the release before does not know this key
-        if not self.token_scales:
-            del values["token_scales"]
-        return values
+        return {**self.__dict__, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return all settings, which the mixin prints."""
@@ -164,7 +158,7 @@ class PackedQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             config.make_layers(model)
         else:
-            if config.activation_timesteps:
+            if config.activation_timesteps and config.activation_timesteps != TOKEN:
                 raise UsageError(
                     "activation_timesteps: scales of activations need a loaded model. Use quantize_model."
                 )

@@ -23,7 +23,7 @@ from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.scales import STEPS, ScaleTuning, Trajectories, tune_scales
 
 GIB = 2**30
-IMAGES = 8
+IMAGES = 16
 """Images of the calibration prompts that are compared before and after."""
 
 

@@ -188,6 +188,10 @@ def test_a_later_format_and_foreign_values_are_refused(flux, tmp_path):
 
 def test_codes_of_8_and_4_bits_keep_the_format_of_the_first_release():
     assert [PackedConfig(bits=bits).format for bits in (8, 4, 3, 2)] == [1, 1, 2, 2]
+    by_token = PackedConfig(8, None, activation_timesteps="token")
+    assert by_token.format == PackedConfig(bits={"a": 4}).format == 2
+    # the release before refuses a format by its number, if it knows all names
+    assert set(by_token.to_dict()) == set(PackedConfig().to_dict())
 
 
 def test_three_and_two_bits_reload_bit_equal(flux, tmp_path):
