@@ -143,11 +143,50 @@ def presets_table() -> str:
     return table(("family", "preset", "on a GPU", "on a CPU", "measured"), rows)
 
 
+def bits_table() -> str:
+    """Return size and quality of the students' weights by bits and rounding."""
+    students = result("qsched-bits")["rounding"]
+    rows = []
+    for form in next(iter(students.values())):
+        scores = [student[form]["steps"]["4"] for student in students.values()]
+        cells = [
+            f"{s['ratio_to_bf16']['median']:.2f} | "
+            + ("-" if form == "bf16" else f"{s['psnr']['median']:.1f}")
+            + f" | {figure(s['geneval']['median'])} | {s['fid']['median']:.1f}"
+            for s in scores
+        ]
+        rows.append((form, *cells))
+    columns = [f"`{name}`: times smaller | PSNR | GenEval | FID" for name in students]
+    header = " | ".join(("weights", *columns)).split(" | ")
+    return table(header, [" | ".join(row).split(" | ") for row in rows])
+
+
+def packed_sizes_table() -> str:
+    """Return the sizes of published denoisers in packed formats."""
+    forms = {
+        "int8": "int8",
+        "int4": "int4",
+        "int4 svd 32": "int4, SVD rank 32",
+        "int3": "int3",
+        "int2": "int2",
+    }
+    rows = []
+    for name, sizes in result("qsched-sizes")["sizes"].items():
+        cells = [
+            f"{sizes[form]['bytes'] / 1e9:.2f} GB, {sizes[form]['ratio']:.2f}x" for form in forms
+        ]
+        whole = f"{sizes['bf16_bytes'] / 1e9:.2f} GB"
+        rows.append((name, f"{sizes['weights'] / 1e9:.2f} B", whole, *cells))
+    return table(("denoiser", "weights", "bfloat16", *forms.values()), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "presets": presets_table,
     "quick-start": quick_start_table,
     "results": results_table,
+    "bits": bits_table,
+    "packed-sizes": packed_sizes_table,
 }
 
 
