@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from diffalign.acceleration.drawing import Call
+from diffalign.acceleration.fitting import check_fits
 from diffalign.acceleration.options import PRESETS, Arguments, Options
-from diffalign.acceleration.order import apply_in_order, fingerprint_of
+from diffalign.acceleration.order import apply_in_order
 from diffalign.acceleration.report import Acceleration, Plan
 from diffalign.acceleration.tap import denoiser_name
 from diffalign.acceleration.trial import Trial
@@ -129,20 +130,7 @@ def _check_pipeline(pipeline: Any) -> None:
 
 def _put_in_force(pipeline: Any, plan: Plan) -> Any:
     """Apply a plan after checking that it belongs to the pipeline."""
-    name = type(pipeline).__name__
-    if plan.pipeline != name:
-        raise UsageError(
-            f"preset: the plan is for {plan.pipeline}, and this is {name}. Accelerate with a preset instead."
-        )
-    if fingerprint_of(pipeline) not in plan.denoiser:
-        raise UsageError(
-            "preset: the plan belongs to other weights of the denoiser. Accelerate with a preset instead."
-        )
-    if plan.scheduler != type(pipeline.scheduler).__name__:
-        raise UsageError(
-            f"preset: the plan is for {plan.scheduler}, and the pipeline has "
-            f"{type(pipeline.scheduler).__name__}. Put the scheduler back, or accelerate with a preset."
-        )
+    check_fits(pipeline, plan)
     height, width = plan.sizes[0]
     call = Call(plan.steps, height, width)
     undo = Undo(pipeline)

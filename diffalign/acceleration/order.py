@@ -27,7 +27,7 @@ from diffalign.acceleration.report import Acceleration, Plan
 from diffalign.acceleration.schedule import Schedule
 from diffalign.acceleration.tap import Chain, Handler, Tap
 from diffalign.acceleration.undo import Undo
-from diffalign.core.fingerprint import UnknownWeights, of_denoiser
+from diffalign.core.fingerprint import UnknownWeights, of_denoiser, of_json
 from diffalign.core.versions import versions
 
 
@@ -70,11 +70,18 @@ def apply_in_order(
         sizes,
         schedules,
         batch_sizes=settings.batch_sizes,
+        scheduler_settings=scheduler_settings(pipeline.scheduler),
         lora_rank=settings.lora_rank,
         versions=versions(),
         device=denoiser_of(pipeline).device.type,
     )
     return Acceleration("plan", plan, [], undo, reasons=reasons, declared=declared)
+
+
+def scheduler_settings(scheduler: Any) -> str:
+    """Return 16 hex digits of a scheduler's settings."""
+    settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return of_json(settings, default=str)[:16]
 
 
 def fingerprint_of(pipeline: Any) -> str:

@@ -36,6 +36,7 @@ class Plan:
         sizes: sizes (height, width) in pixels that it is made for.
         schedules: schedules of the static cache.
         batch_sizes: numbers of images in a call that it is made for.
+        scheduler_settings: digest of the scheduler's settings.
         lora_rank: largest rank of the LoRAs that are swapped without compiling again, or None.
         measured: figures of the check.
         versions: versions of the packages.
@@ -50,6 +51,7 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]
     schedules: tuple[Schedule, ...] = ()
     batch_sizes: tuple[int, ...] = (1,)
+    scheduler_settings: str = ""
     lora_rank: int | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

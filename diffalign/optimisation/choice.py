@@ -25,35 +25,62 @@ def keeps_budget(point: Point, limits: Limits) -> bool:
     return point.memory is not None and point.memory < limits.memory
 
 
-def choose(points: Sequence[Point], limits: Limits, test: Test) -> tuple[Point | None, list[Point]]:
+def choose(
+    points: Sequence[Point],
+    limits: Limits,
+    test: Test,
+    *,
+    ends: Callable[[], bool] = lambda: False,
+) -> tuple[Point | None, list[Point]]:
     """Return the best accepted point, or None, and the tested points.
 
-    Within a budget of latency it is the one nearest to the plain images. Without one it is the fastest, which is
-    searched by halving: of two points of the front the slower one has the higher PSNR.
+    Within a budget of latency it is the one nearest to the plain images. Without one it is the fastest. Points of one
+    kind, such as those with a cache alone, are searched by halving: of two of them the slower one has the higher PSNR.
+    Across kinds a PSNR says little about rewards.
+
+    Args:
+        points: measured points, the plain pipeline first.
+        ends: is asked before each test but the first whether the time is up.
     """
+    ready = [p for p in points[1:] if p.viable and keeps_budget(p, limits)]
+    kinds: dict[object, list[Point]] = {}
+    for point in ready:
+        is_shorter = point.candidate.steps != points[0].candidate.steps
+        kinds.setdefault((is_shorter, point.candidate.axes), []).append(point)
     memory = limits.memory is not None
-    # the front of those within the budget, for a point outside of it may beat them all
-    ready = front([p for p in points if p.viable and keeps_budget(p, limits)], memory=memory)
-    ready = [p for p in ready if p.candidate != points[0].candidate]
+    groups = [front(group, memory=memory) for group in kinds.values()]
     tested: list[Point] = []
+
+    def accepts(point: Point) -> bool:
+        tested.append(test(point))
+        return tested[-1].accepted
+
     if limits.latency is not None:
-        for point in sorted(ready, key=lambda p: -p.psnr)[:ATTEMPTS]:
-            tested.append(test(point))
-            if tested[-1].accepted:
+        for point in _in_turn(groups)[:ATTEMPTS]:
+            if tested and ends():
+                break
+            if accepts(point):
                 return tested[-1], tested
         return None, tested
     best: Point | None = None
-    low, high = 0, len(ready)
-    while low < high:
-        # the slower half first: a refused point costs as much as an accepted one
-        middle = (low + high) // 2
-        point = test(ready[middle])
-        tested.append(point)
-        if point.accepted:
-            best, high = point, middle
-        else:
-            low = middle + 1
+    for group in groups:
+        faster = [p for p in group if best is None or p.ratio > best.ratio]
+        low, high = 0, len(faster)
+        while low < high and not (tested and ends()):
+            middle = (low + high) // 2
+            if accepts(faster[middle]):
+                best, high = tested[-1], middle
+            else:
+                low = middle + 1
     return best, tested
+
+
+def _in_turn(groups: Sequence[Sequence[Point]]) -> list[Point]:
+    """Return the points by PSNR: first the best of each group, then the second ones."""
+    ranked = [sorted(group, key=lambda p: -p.psnr) for group in groups]
+    longest = max(map(len, ranked), default=0)
+    turns = [[g[turn] for g in ranked if turn < len(g)] for turn in range(longest)]
+    return [p for turn in turns for p in sorted(turn, key=lambda p: -p.psnr)]
 
 
 def nearest(points: Sequence[Point], tested: Sequence[Point], limits: Limits) -> Point:

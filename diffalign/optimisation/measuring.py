@@ -19,7 +19,7 @@ from diffalign.acceleration.calibration import Calibration
 from diffalign.acceleration.checking import faults_of
 from diffalign.acceleration.drawing import Call, draw, psnr
 from diffalign.acceleration.guidance import Guidance
-from diffalign.acceleration.order import fingerprint_of
+from diffalign.acceleration.order import fingerprint_of, scheduler_settings
 from diffalign.acceleration.report import Plan
 from diffalign.acceleration.rules import settle
 from diffalign.acceleration.schedule import Schedule
@@ -206,6 +206,7 @@ class Meter:
             ((self.call.height, self.call.width),),
             () if schedule is None else (schedule,),
             (len(self.call.prompts),),
+            scheduler_settings(self.pipeline.scheduler),
             versions=versions(),
             device=self.pipeline.device.type,
         )

@@ -217,8 +217,10 @@ class _Run:
         limits, memory = self.settings.limits, self.settings.limits.memory is not None
         plain = self.plain()
         levels = levels_of(self.meter.pipeline.device.type, memory=memory, axes=self.settings.axes)
-        points = search(plain, levels, self.measure, ends=self.ends, counts_memory=memory)
-        best, tested = choose(points, limits, self.test)
+        points = search(
+            plain, levels, self.measure, ends=lambda: self.ends(SEARCH_SHARE), counts_memory=memory
+        )
+        best, tested = choose(points, limits, self.test, ends=lambda: self.ends(1.0))
         return Optimised(
             limits,
             points,
@@ -232,10 +234,10 @@ class _Run:
             machine(self.meter.pipeline.device),
         )
 
-    def ends(self) -> bool:
-        """Return whether the search has used its share of the time."""
+    def ends(self, share: float) -> bool:
+        """Return whether the measurements have used a share of the time."""
         minutes = self.settings.minutes
-        return minutes is not None and self.meter.store.seconds >= 60 * minutes * SEARCH_SHARE
+        return minutes is not None and self.meter.store.seconds >= 60 * minutes * share
 
     def plain(self) -> Point:
         """Return the point of the plain pipeline."""

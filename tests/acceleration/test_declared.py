@@ -1,10 +1,12 @@
 """Numbers of images that blocks are compiled for: warm-up, warnings, plans and bad input."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import diffalign
 from diffalign.acceleration.drawing import Call, draw
@@ -90,6 +92,41 @@ def test_a_plan_keeps_its_numbers_and_draws_nothing(sd3, rows, tmp_path, caplog)
     assert "draws 1 images at a time" in caplog.text
     file.write_text(file.read_text().replace('"batch_sizes"', '"lora_rank"', 1), encoding="utf-8")
     assert Plan.load(file).batch_sizes == (1,)
+
+
+def saved(model, folder, **options):
+    accelerate(model, compile=False, cache=20, check=0, **options)
+    file = diffalign.acceleration(model.pipeline).save(folder)
+    diffalign.restore(model.pipeline)
+    return file
+
+
+def test_a_plan_of_another_scheduler_is_refused(sd3, tmp_path):
+    file, scheduler = saved(sd3, tmp_path), sd3.pipeline.scheduler
+    sd3.pipeline.scheduler = type(scheduler).from_config(scheduler.config, shift=9.0)
+    with pytest.raises(UsageError, match="other settings of FlowMatchEulerDiscreteScheduler"):
+        diffalign.accelerate(sd3.pipeline, file)
+    sd3.pipeline.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(UsageError, match="the plan is for FlowMatchEuler"):
+        diffalign.accelerate(sd3.pipeline, file)
+    sd3.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+    diffalign.accelerate(sd3.pipeline, file)
+
+
+def test_a_plan_of_another_device_or_version_warns_and_rules_hold(sd3, tmp_path, caplog):
+    plan = Plan.load(saved(sd3, tmp_path))
+    for changes in ({"device": "cuda"}, {"versions": {**plan.versions, "torch": "1.0"}}):
+        caplog.clear()
+        diffalign.accelerate(sd3.pipeline, replace(plan, **changes))
+        assert "its figures may not hold" in caplog.text
+        diffalign.restore(sd3.pipeline)
+    caplog.clear()
+    diffalign.accelerate(sd3.pipeline, plan)
+    assert caplog.text == ""
+    diffalign.restore(sd3.pipeline)
+    for options in ({"offload": "model"}, {"quantize": "torchao-fp8", "compile": "blocks"}):
+        with pytest.raises(UsageError, match="What helps"):
+            diffalign.accelerate(sd3.pipeline, replace(plan, options=options))
 
 
 def test_without_a_check_nothing_is_drawn(sd3, rows):
