@@ -176,6 +176,16 @@ def test_folders_of_one_name_are_shown_in_rows_with_their_prompts(tmp_path):
     sides = [f"{name}={tmp_path / name}" for name in ("base", "moved")]
     before_after.main([*sides, "--columns=3", f"--output={tmp_path / 'rows.png'}"])
     picture = Image.open(tmp_path / "rows.png")
+    assert before_after.GREEN not in {color for _, color in picture.getcolors(2**20)}
+    results = [
+        {"filename": str(tmp_path / "base" / f"{i}.png"), "correct": i < 2} for i in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in results)
+    (tmp_path / "base" / "results.jsonl").write_text(lines)
+    before_after.main([*sides, "--columns=3", f"--output={tmp_path / 'rows.png'}"])
+    picture = Image.open(tmp_path / "rows.png")
+    areas = {color: count for count, color in picture.getcolors(2**20)}
+    assert 2 * areas[before_after.GREEN] == areas[before_after.RED] > 0
     assert picture.size[0] > 3 * 192
     assert picture.size[1] > 2 * 192 + 15
     with pytest.raises(ValueError, match="other lengths"):
