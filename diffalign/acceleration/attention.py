@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models import attention_dispatch
@@ -74,7 +74,7 @@ def _dispatch(
 
 
 @functools.cache
-def _rerouted(kind: type) -> type:
+def _rerouted(kind: Any) -> type:
     """Return a processor's class whose calls of torch's kernel go to the dispatcher."""
     stock: Callable[..., Any] = kind.__call__
 
@@ -111,7 +111,8 @@ def through_dispatcher(processor: Any, backend: str) -> Any:
     """Return a copy of a processor that computes attention with a backend of diffusers."""
     twin = copy.copy(processor)
     if not is_dispatched(processor):
-        twin.__class__ = _rerouted(type(processor))
+        # mypy does not see that classes have hashes
+        twin.__class__ = _rerouted(cast(Hashable, type(processor)))
     setattr(twin, BACKEND, attention_dispatch.AttentionBackendName(backend))
     return twin
 

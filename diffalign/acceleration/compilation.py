@@ -42,8 +42,9 @@ def compile_parts(pipeline: Any, sizes: Sequence[Size], undo: Undo) -> str:
     from diffalign.pipelines.compiled import blocks, compile_each
 
     denoiser = denoiser_of(pipeline)
-    parts = [*blocks(denoiser), getattr(denoiser, "mid_block", None)]
-    parts = [p for p in parts if p is not None and p._compiled_call_impl is None]
+    middle: nn.Module | None = getattr(denoiser, "mid_block", None)
+    listed = [*blocks(denoiser), *([] if middle is None else [middle])]
+    parts = [part for part in listed if part._compiled_call_impl is None]
     limit = torch._dynamo.config.recompile_limit
 
     def put_back() -> None:
@@ -58,8 +59,8 @@ def compile_parts(pipeline: Any, sizes: Sequence[Size], undo: Undo) -> str:
         setattr(part, IMPLEMENTATION, _Switch(part, watch))
     undo.add(denoiser.register_forward_pre_hook(watch.read_text, with_kwargs=True).remove)
     _read_sizes(pipeline, watch, undo)
-    listed = ", ".join(f"{height} x {width}" for height, width in sizes)
-    return f"{len(parts)} blocks, for {listed} pixels"
+    pixels = ", ".join(f"{height} x {width}" for height, width in sizes)
+    return f"{len(parts)} blocks, for {pixels} pixels"
 
 
 class _Switch:
