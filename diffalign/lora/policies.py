@@ -226,13 +226,14 @@ def load_adapter_state(denoiser: nn.Module, name: str, state: dict[str, Tensor])
     """Set one adapter from what `adapter_state` returned.
 
     Raises:
-        ValueError: the tensors do not fit the denoiser.
+        UsageError: the tensors do not fit the denoiser.
     """
     expected = get_peft_model_state_dict(denoiser, adapter_name=name)
     wrong = set(state) ^ set(expected) or {k for k in state if state[k].shape != expected[k].shape}
     if wrong:
-        raise ValueError(
-            f"adapter {name!r} does not fit this model, for instance {sorted(wrong)[0]}"
+        raise UsageError(
+            f"model.name: the saved adapter {name!r} does not fit this model, for instance {sorted(wrong)[0]}. It was "
+            "trained on another base model: put that one back, or choose another output_dir"
         )
     set_peft_model_state_dict(denoiser, state, adapter_name=name)
 

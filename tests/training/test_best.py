@@ -10,6 +10,7 @@ from tiny_runs import trainer
 from whole_runs import train
 
 from diffalign import lora
+from diffalign.core.errors import UsageError
 from diffalign.evaluation.report import best_told, earlier_best
 from diffalign.evaluation.score import Evaluation
 from diffalign.rewards import registry
@@ -135,3 +136,11 @@ def test_a_run_names_its_best_policy(base, prompts, tmp_path, capsys, monkeypatc
     one, two = map(load_file, files)
     assert any(not torch.equal(v, two[k]) for k, v in one.items())
     assert RunFolder(folder).read_best()["update"] == 1
+
+
+def test_a_run_folder_of_another_base_is_told_in_a_sentence(tmp_path):
+    run = trainer(tmp_path)
+    run.train_update()
+    run.save()
+    with pytest.raises(UsageError, match="put that one back, or choose another output_dir"):
+        trainer(tmp_path, family="flux").resume()
