@@ -43,7 +43,9 @@ class Form:
     def by_steps(self) -> bool:
         """Return whether the format is calibrated for the timesteps that are drawn."""
         is_static = self.backend is not None and BACKENDS[self.backend].activations
-        return (self.svd_rank > 0 and not self.gptq) or is_static
+        # coarse codes have to fit the few steps that are drawn
+        is_coarse = self.gptq and self.everywhere
+        return (self.svd_rank > 0 and not self.gptq) or is_static or is_coarse
 
     @property
     def calibrated(self) -> bool:

@@ -89,7 +89,8 @@ class PackedConfig(QuantizationConfigMixin):
         self.group_size, self.svd_rank = group_size, svd_rank
         self.skip, self.min_weights = list(skip), min_weights
         by_token = activation_timesteps == TOKEN
-        self.activation_timesteps = TOKEN if by_token else list(activation_timesteps)
+        steps = () if isinstance(activation_timesteps, str) else activation_timesteps
+        self.activation_timesteps: list[float] | str = TOKEN if by_token else list(steps)
         self.specs()
         self.format = format or (1 if bits in (4, 8) and not by_token else 2)
 
@@ -97,11 +98,12 @@ class PackedConfig(QuantizationConfigMixin):
         """Return the settings of each packed layer."""
         by_token = self.activation_timesteps == TOKEN
         steps = 0 if by_token else len(self.activation_timesteps)
-        by_layer = self.bits if isinstance(self.bits, dict) else None
-        every = by_layer.values() if by_layer else [self.bits]
         own = (self.group_size, self.svd_rank, steps, by_token)
-        specs = [PackSpec(bits, *own) for bits in every]
-        return Specs(specs[0], by_layer)
+        if isinstance(self.bits, int):
+            return Specs(PackSpec(self.bits, *own))
+        # every number of bits is checked
+        specs = [PackSpec(bits, *own) for bits in self.bits.values()]
+        return Specs(specs[0] if specs else PackSpec(), self.bits)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
         """Return the layers to pack, by name."""

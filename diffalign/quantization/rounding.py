@@ -162,4 +162,5 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     if failed:
         return None
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return factor.flip(0, 1)
