@@ -172,13 +172,14 @@ def caption_targets(entry: dict[str, Any]) -> list[int]:
 
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Function from token ids to the tokens (B, N, D) that must name the caption, and the pooled embedding (B, D)."""
 
 
 def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
     """Return a function that computes CLIP's features as pipelines do.
 
-    The features are token embeddings and the pooled embedding. Tokens are taken before the last layer or, with `last`,
-    after it and its norm, as SD1.5 does.
+    The features are the last token (B, 1, D), which alone sees the whole caption, and the pooled embedding. The token
+    is taken before the last layer or, with `last`, after it and its norm, as SD1.5 does.
     """
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,15 +187,17 @@ def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
         pooled = (
             out.text_embeds if isinstance(model, CLIPTextModelWithProjection) else out.pooler_output
         )
-        return out.last_hidden_state if last else out.hidden_states[-2], pooled
+        tokens = out.last_hidden_state if last else out.hidden_states[-2]
+        return tokens[:, -1:], pooled
 
     return encode
 
 
 def t5_features(model: T5EncoderModel) -> Encode:
-    """Return a function that computes T5's tokens as pipelines do.
+    """Return a function that computes T5's tokens as pipelines do, and their mean.
 
-    For the heads it also returns the mean of the tokens that hold the caption.
+    All tokens that hold the caption must name it: a transformer that has T5's tokens alone learns no relation unless
+    they know which object comes first.
     """
 
     def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +241,8 @@ def train_text_encoder(
         targets = torch.tensor([caption_targets(e) for e in entries])
         tokens, pooled = encode(ids)
         loss, exact = _naming_loss(heads[0](pooled), targets)
-        loss = loss + _naming_loss(heads[1](tokens[:, -1]), targets)[0]
+        logits = heads[1](tokens).flatten(0, 1)
+        loss = loss + _naming_loss(logits, targets.repeat_interleave(tokens.shape[1], 0))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

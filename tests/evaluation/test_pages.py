@@ -178,7 +178,7 @@ def test_folders_of_one_name_are_shown_in_rows_with_their_prompts(tmp_path):
     picture = Image.open(tmp_path / "rows.png")
     assert before_after.GREEN not in {color for _, color in picture.getcolors(2**20)}
     results = [
-        {"filename": str(tmp_path / "base" / f"{i}.png"), "correct": i < 2} for i in range(5)
+        {"filename": str(tmp_path / "base" / f"{i}.png"), "correct": i == 0} for i in range(5)
     ]
     lines = "".join(json.dumps(row) + "\n" for row in results)
     (tmp_path / "base" / "results.jsonl").write_text(lines)
