@@ -28,7 +28,7 @@ GREEN, RED = (26, 127, 55), (207, 34, 46)
 
 
 def verdicts(folder: Path) -> dict[str, bool]:
-    """Return for each scored image of a folder, by its name in the folder, whether it is correct."""
+    """Return whether each scored image of a folder is correct, by its name."""
     file = folder / RESULTS
     if not file.is_file():
         return {}
@@ -42,7 +42,10 @@ def verdicts(folder: Path) -> dict[str, bool]:
 
 
 def framed(image: Tensor, *, correct: bool | None) -> Tensor:
-    """Return an image (3, H, W) uint8 with a frame in the verdict's colour; white without a verdict."""
+    """Return an image (3, H, W) uint8 with a frame in the verdict's colour.
+
+    The frame is white without a verdict.
+    """
     color = (255, 255, 255) if correct is None else GREEN if correct else RED
     height, width = (n + 2 * FRAME for n in image.shape[1:])
     canvas = torch.tensor(color, dtype=torch.uint8)[:, None, None].repeat(1, height, width)

@@ -172,7 +172,7 @@ def caption_targets(entry: dict[str, Any]) -> list[int]:
 
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Function from token ids to the tokens (B, N, D) that must name the caption, and the pooled embedding (B, D)."""
+"""Function from token ids to tokens (B, N, D) and a pooled embedding (B, D). All of them must name the caption."""
 
 
 def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
