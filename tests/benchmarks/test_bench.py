@@ -307,6 +307,7 @@ def test_quick_demo_bench(quick):
     assert last["seeds"] == 1
 
 
+@pytest.mark.slow
 def test_rewards_are_timed_beside_the_original_preprocessing(tmp_path, capsys):
     """In a process of its own, as a user would."""
     output = tmp_path / "rewards.json"

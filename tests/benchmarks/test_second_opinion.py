@@ -39,6 +39,7 @@ def test_many_images_are_not_needed(config):
     assert SecondOpinion().how(config).images_per_task == config.evaluation.images_per_task
 
 
+@pytest.mark.slow
 def test_a_lora_that_does_nothing_is_as_good_as_the_base(config, monkeypatch):
     """And the base is drawn once for all runs of a seed."""
     model = load_model(config.model.name)

@@ -37,7 +37,7 @@ def refused(capsys, *words):
         (("generate", "a", "--guidance=3"), "did you mean --guidance_scale?"),
         (("generate", "a", "--num_inf=3"), "unrecognized arguments: --num_inf=3"),
         (("generate", "a", "--dtype=bf16"), "unknown value 'bf16'; did you mean 'bfloat16'?"),
-        (("quantize", "--backend=int3", "--output_dir=x"), "did you mean 'int"),
+        (("quantize", "--backend=int5", "--output_dir=x"), "did you mean 'int"),
         (("list", "recipe"), "did you mean 'recipes'?"),
     ],
 )

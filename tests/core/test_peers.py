@@ -3,12 +3,14 @@
 import json
 import os
 
+import pytest
 import torch
 from processes import fork, program, result_in, results_of, run
 
 from diffalign.core import locks
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(tmp_path):
     whole = results_of(2, "dying_peer", tmp_path / "whole", "live")
     folder = tmp_path / "cut"
@@ -49,6 +51,7 @@ def test_a_signal_to_one_process_saves_the_update_of_all(base, prompts, tmp_path
     assert [row["update"] for row in rows] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_peer_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFALIGN_PEER_TIMEOUT", "5")
     done = run(2, program("hanging_peer"))

@@ -280,6 +280,7 @@ def test_fid_of_few_images_is_too_high_and_kid_is_not():
     assert abs(kid.mean()) < 3 * kid.std() / len(kid) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_interval_of_kid_holds_the_truth_as_often_as_it_says():
     truth = compare(*sets(4000, 4000, shift=0.3, seed=99))["kid"]
     held = 0

@@ -107,6 +107,7 @@ def test_what_a_reward_could_not_score_is_asked_again(
     assert not (tmp_path / "run" / "before.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_know_of_it_together(base, prompts, tmp_path):
     """The second does not score alone what the first has found."""
     befores = []

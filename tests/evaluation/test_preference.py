@@ -23,6 +23,7 @@ def test_known_pairs():
     assert win_rate(np.array([np.nan]), np.array([1.0]), ["a"]) is None
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     held = 0

@@ -241,6 +241,7 @@ def test_a_detector_that_does_not_know_the_classes_is_refused(tmp_path, flags, c
     assert not (tmp_path / "g").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, flags):
     """The same folder, rows and summary as one process; then features of it, each half by one process."""
 

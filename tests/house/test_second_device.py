@@ -214,6 +214,7 @@ def test_online_updates_are_those_of_the_cpu(name, tmp_path, request):
     assert load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.slow
 def test_pairs(everywhere, tmp_path):
     """Encoded, inverted, trained on, and drawn in between, all by the command."""
     source = tiny_pairs.write_pairs(tmp_path / "pairs", 8)
@@ -321,6 +322,7 @@ def test_integer_products_by_token(cuda, bits):
 
 
 @pytest.mark.parametrize("family", ["flux", "sd"])
+@pytest.mark.slow
 def test_rounding_by_moments_and_tuned_scales(everywhere, family):
     model = {**tiny.MODELS, **tiny.UNETS}[family]().to(CUDA)
     prompts = [Prompt(f"a photo of {n} circles", {}) for n in range(9)]

@@ -136,6 +136,7 @@ def test_a_folder_loads_everywhere(family, tmp_path):
     assert (tmp_path / "again" / "pipeline_dcgen.py").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_loads_without_this_suite(tmp_path):
     _, model = moved_model("flux")
     model.pipeline.save_pretrained(tmp_path / "pipeline")

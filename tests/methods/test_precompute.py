@@ -192,7 +192,8 @@ class TestContents:
         maker = module.PairMaker(config, model, module.grid_of(config, model))
         found = [maker._ready(pair) for pair in module.read_pairs(config.pairs)]
         corners = set()
-        for _, pixels, times in found:
+        for ready in found:
+            pixels, times = ready.pixels, ready.time_ids
             assert pixels.shape == (2, 3, 16, 16)
             assert (pixels[0, :2].int() - pixels[1, :2].int()).abs().max() <= 1
             assert torch.equal(times[0], times[1])

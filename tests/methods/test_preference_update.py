@@ -298,6 +298,7 @@ class TestTraining:
             assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(source, tmp_path):
     results = [
         results_of(world, "preference_runs", tmp_path / str(world), source) for world in (1, 2)

@@ -63,6 +63,7 @@ def test_every_policy_and_size_as_before(model, counter):
     assert counter.frame_count == compilations  # whatever the size
 
 
+@pytest.mark.slow
 def test_a_run_compiles_once_a_mode_whatever_is_dropped(tmp_path, differentiated):
     counter = differentiated
     run = tiny_runs.trainer(tmp_path, training={"micro_batch_size": 5})

@@ -202,6 +202,7 @@ def test_switching_adapters_leaves_the_branch_on():
     ("name", "share"),
     [pytest.param("shapes-flux", 0.85, marks=pytest.mark.slow), ("shapes-sd", 0.6)],
 )
+@pytest.mark.slow
 def test_a_calibrated_branch_makes_trained_models_better(name, share):
     prompts = ["a photo of a red circle", "a photo of two blue squares"]
     errors = []

@@ -225,6 +225,7 @@ def test_two_bits_are_not_rounded_to_nearest(flux):
             refused()
 
 
+@pytest.mark.slow
 def test_without_our_import_diffusers_names_the_method(flux):
     folder, _ = flux
     told = python("stock_transformer", folder / "packed" / "transformer")

@@ -247,8 +247,16 @@ def text_encoders(family):
     return {name: part.to(torch.bfloat16) for name, part in found.items()}
 
 
+# the other recipes of these models differ in their rewards
 @pytest.mark.parametrize(
-    "recipe", [r for r in recipes() if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))]
+    "recipe",
+    [
+        pytest.param(
+            r, marks=() if r in ("awm-sd3.5-medium", "awm-flux.1-dev") else pytest.mark.slow
+        )
+        for r in recipes()
+        if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))
+    ],
 )
 def test_recipes_at_published_sizes(recipe):
     config = load(recipe, ["--rollout.merge_lora=true"])

@@ -36,17 +36,22 @@ def quantize(folder, *flags):
     return cli.main(["quantize", "--json", *flags])
 
 
+def slow(*values):
+    """A case that takes seconds more than the others."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [
-        (("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
+        slow(("--backend=int4", "--svd_rank=4", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4", "--prompts=shapes:train", "--calibration_memory=0.001"), PackedLinear),
-        (("--backend=int2", "--prompts=shapes:train", "--tune_steps=2"), PackedLinear),
-        (("--bits_per_weight=3", "--prompts=shapes:train"), PackedLinear),
+        slow(("--backend=int2", "--prompts=shapes:train", "--tune_steps=2"), PackedLinear),
+        slow(("--bits_per_weight=3", "--prompts=shapes:train"), PackedLinear),
         (("--backend=int4a8", "--prompts=shapes:train"), IntegerLinear),
         (("--backend=int4", "--components", "text_encoder_2"), PackedLinear),
         (("--backend=int8-static", "--prompts=shapes:train"), IntegerLinear),
-        (("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
+        slow(("--backend=torchao-int8wo", "--svd_rank=4", "--prompts=shapes:train"), BranchLinear),
     ],
 )
 def test_a_quantised_folder_loads_and_its_report_is_true(flags, kind, tmp_path, capsys):
