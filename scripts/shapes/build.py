@@ -40,9 +40,6 @@ from diffalign.shapes.text import (
     train_text_encoder,
 )
 
-T5_FACTOR = 8
-"""Steps of T5 for each step of CLIP. T5 has no absolute positions, and learns late which object is named first."""
-
 
 def pretrained_clip(
     tokenizer: CLIPTokenizer, *, projection: bool, steps: int, seed: int, last: bool = False
@@ -96,7 +93,7 @@ def build_sd3_pipeline(
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizer,
-        text_encoder_3=pretrained_t5(tokenizer_3, steps=T5_FACTOR * text_steps),
+        text_encoder_3=pretrained_t5(tokenizer_3, steps=2 * text_steps),
         tokenizer_3=tokenizer_3,
     )
 
@@ -121,7 +118,7 @@ def build_flux_pipeline(
         vae=vae,
         text_encoder=pretrained_clip(tokenizer, projection=False, steps=text_steps, seed=0),
         tokenizer=tokenizer,
-        text_encoder_2=pretrained_t5(tokenizer_2, steps=T5_FACTOR * text_steps),
+        text_encoder_2=pretrained_t5(tokenizer_2, steps=2 * text_steps),
         tokenizer_2=tokenizer_2,
     )
 
