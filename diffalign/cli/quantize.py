@@ -62,6 +62,22 @@ def add_flags(parser: Parser) -> None:
         low=0,
     )
     options.add_calibration(parser, 32)
+    _add_rounding(parser)
+    options.add_count(
+        parser,
+        "--latency",
+        1,
+        "batch size of the forward pass that is timed beside bfloat16; 0: time nothing",
+        low=0,
+    )
+    options.add_whole_model(
+        parser,
+        "the LoRA has to be in the weights before they are quantised; `diffalign merge` first",
+    )
+
+
+def _add_rounding(parser: Parser) -> None:
+    """Add the flags of rounding, bits and tuning."""
     parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
@@ -90,17 +106,6 @@ def add_flags(parser: Parser) -> None:
         None,
         "updates of packed weights' scales on the original model's predictions (default: 60 for int2, else 0)",
         low=0,
-    )
-    options.add_count(
-        parser,
-        "--latency",
-        1,
-        "batch size of the forward pass that is timed beside bfloat16; 0: time nothing",
-        low=0,
-    )
-    options.add_whole_model(
-        parser,
-        "the LoRA has to be in the weights before they are quantised; `diffalign merge` first",
     )
 
 

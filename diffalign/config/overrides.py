@@ -124,7 +124,7 @@ def _steps(path: str, kind: Any) -> list[str]:
     while rest and typing.get_origin(kind) is not dict:
         step, _, rest = rest.partition(".")
         steps.append(step)
-        kind = field_types(kind).get(step) if is_dataclass(kind) else None
+        kind = field_types(typing.cast(type, kind)).get(step) if is_dataclass(kind) else None
     return [*steps, rest] if rest else steps
 
 

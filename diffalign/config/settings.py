@@ -60,9 +60,9 @@ def type_of(path: str, run: type[AnyRunConfig]) -> Any:
     head, _, rest = path.partition(".")
     # the class of the algorithm is not needed: a name has one type in all algorithms
     if head == "algorithm" and rest:
-        hints = [field_types(kind) for kind in algorithm_classes()]
+        hints = [field_types(typing.cast(type, kind)) for kind in algorithm_classes()]
         return next((h[rest] for h in hints if rest in h), None)
     kind: Any = run
     for key in path.split("."):
-        kind = field_types(kind).get(key) if is_dataclass(kind) else None
+        kind = field_types(typing.cast(type, kind)).get(key) if is_dataclass(kind) else None
     return kind
