@@ -6,7 +6,7 @@ The images are therefore the same for any number of processes and any micro-batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from diffalign.config import (
     RunConfig,
 )
+from diffalign.data.prompts import Prompt
 from diffalign.evaluation.score import Score
 from diffalign.evaluation.scoring import BackgroundScorer, RewardTimeout
 from diffalign.methods.online.states import PairedStates, first_of_pairs
@@ -31,6 +32,48 @@ from diffalign.pipelines.sampler import Sampler
 from diffalign.pipelines.sampling import Generators, Sampling
 from diffalign.training.plan import Plan
 from diffalign.types import RewardOutput, Rollout
+
+
+class Submission:
+    """Submission of a rollout's images to the scorer as they are drawn.
+
+    Args:
+        prompts: prompts of all images of this process.
+        group_size: number of images of a prompt that are scored together, whatever the batches in which they are
+            drawn; None to score each batch at once.
+    """
+
+    def __init__(
+        self, scorer: BackgroundScorer, prompts: Sequence[Prompt], group_size: int | None
+    ) -> None:
+        self._scorer = scorer
+        self._prompts = prompts
+        self._group_size = group_size
+        self._waiting: list[Tensor] = []
+
+    def __call__(self, part: slice, images: Tensor) -> None:
+        """Submit the groups that are whole with these images (B, 3, H, W).
+
+        Args:
+            part: numbers of the images within this process's share.
+        """
+        self._waiting.append(images)
+        first, last = part.stop - sum(map(len, self._waiting)), part.stop
+        if self._group_size is not None:
+            last -= last % self._group_size
+        if last <= first:
+            return
+        together = torch.cat(self._waiting) if len(self._waiting) > 1 else images
+        self._waiting = [together[last - first :]] if last < part.stop else []
+        # two groups of one prompt must not be compared, so that each group is scored on its own
+        size = self._group_size or last - first
+        for start in range(first, last, size):
+            prompts = self._prompts[start : start + size]
+            self._scorer.submit(
+                together[start - first : start - first + size],
+                [p.text for p in prompts],
+                [p.metadata for p in prompts],
+            )
 
 
 @dataclass
@@ -84,29 +127,7 @@ class RolloutMaker:
         index = plan.prompt_index[mine.start : mine.stop]
         step = policy_update.sampler(update)
         image_prompts = [plan.prompts[i] for i in index.tolist()]
-
-        waiting: list[Tensor] = []
-
-        def score(part: slice, images: Tensor) -> None:
-            waiting.append(images)
-            first = part.stop - sum(map(len, waiting))
-            last = part.stop
-            if self.by_group:
-                last -= last % self.config.rollout.group_size
-            if last <= first:
-                return
-            together = torch.cat(waiting) if len(waiting) > 1 else images
-            waiting[:] = [together[last - first :]] if last < part.stop else []
-            # two groups of one prompt must not be compared, so that each group is scored on its own
-            size = self.config.rollout.group_size if self.by_group else last - first
-            for start in range(first, last, size):
-                prompts = image_prompts[start : start + size]
-                self.scorer.submit(
-                    together[start - first : start - first + size],
-                    [p.text for p in prompts],
-                    [p.metadata for p in prompts],
-                )
-
+        group_size = self.config.rollout.group_size if self.by_group else None
         own = slice(mine.start, mine.stop)
         seeds, start = plan.seeds[own], None
         if isinstance(step, PairedStates):
@@ -121,7 +142,7 @@ class RolloutMaker:
                 [p.text for p in image_prompts],
                 seeds,
                 step=step.around(self.sampler.step()) if isinstance(step, Recorder) else step,
-                on_images=score,
+                on_images=Submission(self.scorer, image_prompts, group_size),
                 start=start,
             )
         output = self._collect()
