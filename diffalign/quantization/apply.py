@@ -92,16 +92,10 @@ def quantize_model(
     method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, activations)
     check_unquantized(model)
-    if method.is_packed:
-        check_rounding(spec.bits, calibrated=moments is not None)
-        _check_bits(name, layers.get("bits"), calibrated=moments is not None)
+    _check_rounding(name, spec, layers.get("bits"), calibrated=moments is not None)
     if input_scales is not None and not svd_rank:
         raise UsageError(
             "svd_rank=0: input_scales are used by a low-rank branch only. Set svd_rank."
-        )
-    if moments is not None and not method.is_packed:
-        raise UsageError(
-            f"backend={name}: this backend rounds to nearest and takes no moments. Use {_packed_names()}."
         )
     branch = method.takes_branch and isinstance(model, diffusers.ModelMixin)
     _check_options(name, spec, branch=branch)
@@ -147,9 +141,7 @@ def quantization_config(
     name = resolve(backend, device=device, model=model, training=training)
     spec = _spec(name, group_size, svd_rank, None)
     _check_options(name, spec)
-    if BACKENDS[name].is_packed:
-        check_rounding(spec.bits, calibrated=False)
-        _check_bits(name, None, calibrated=False)
+    _check_rounding(name, spec, None, calibrated=False)
     return BACKENDS[name].config(spec, skip)
 
 
@@ -170,6 +162,19 @@ def _spec(
     if backend.token_scales:
         return PackSpec(backend.bits, None, svd_rank, token_scales=True)
     return PackSpec(backend.bits, group_size, svd_rank)
+
+
+def _check_rounding(
+    name: str, spec: PackSpec, bits: Mapping[str, int] | None, *, calibrated: bool
+) -> None:
+    """Raise UsageError if a backend cannot round in this way, with moments (`calibrated`) or without."""
+    if BACKENDS[name].is_packed:
+        check_rounding(spec.bits, calibrated=calibrated)
+        _check_bits(name, bits, calibrated=calibrated)
+    elif calibrated:
+        raise UsageError(
+            f"backend={name}: this backend rounds to nearest and takes no moments. Use {_packed_names()}."
+        )
 
 
 def _check_bits(name: str, bits: Mapping[str, int] | None, *, calibrated: bool) -> None:

@@ -15,7 +15,7 @@ from diffalign.quantization.integer import IntegerLinear, StepClock, packed_like
 from diffalign.quantization.layers import PackedLayer, PackSpec
 from diffalign.quantization.moments import Moments, is_measured
 from diffalign.quantization.observer import ActivationScales
-from diffalign.quantization.rounding import Curvature
+from diffalign.quantization.rounding import curvatures
 
 logger = logging.getLogger(__name__)
 
@@ -149,18 +149,12 @@ def _by_gptq(
 ) -> Iterator[tuple[str, PackedLayer]]:
     """Yield the layers that have moments, packed, by name."""
     rows: dict[str, int] = {}
-    for part in moments:
-        measured, curvature = None, None
-        for name in (n for n in part if n in layers):
-            # layers that read the same tensor share one factorisation
-            if part[name] is not measured:
-                measured = part[name]
-                curvature = Curvature.of(measured.second)
-            packed = packed_like(layers[name], specs.of(name))
-            scale = part[name].input_scale if specs.spec.svd_rank else None
-            packed.fill(layers[name].weight, name=name, input_scale=scale, curvature=curvature)
-            rows[name] = part[name].rows
-            yield name, packed
+    for name, measured, curvature in curvatures(layers, moments):
+        packed = packed_like(layers[name], specs.of(name))
+        scale = measured.input_scale if specs.spec.svd_rank else None
+        packed.fill(layers[name].weight, name=name, input_scale=scale, curvature=curvature)
+        rows[name] = measured.rows
+        yield name, packed
     _warn(layers, rows)
 
 

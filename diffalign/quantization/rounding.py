@@ -12,12 +12,14 @@ codes and scales gave nothing on top (docs/qsched.md).
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
+from diffalign.quantization.moments import Moments
 
 BLOCK = 128
 """Columns whose errors are passed on together to the columns after them."""
@@ -79,6 +81,22 @@ class Curvature:
         """Return the errors (rows,) of the outputs, d H d^T, of weight errors (rows, K)."""
         ordered = difference[:, self.order]
         return (ordered @ self.second).mul_(ordered).sum(1)
+
+
+def curvatures(
+    layers: Container[str], moments: Iterable[Mapping[str, Moments]]
+) -> Iterator[tuple[str, Moments, Curvature | None]]:
+    """Yield the name, the moments and the curvature of each layer that has moments.
+
+    Layers that read the same tensor share one factorisation.
+    """
+    for part in moments:
+        measured, curvature = None, None
+        for name in (n for n in part if n in layers):
+            if part[name] is not measured:
+                measured = part[name]
+                curvature = Curvature.of(measured.second)
+            yield name, part[name], curvature
 
 
 def gptq(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffalign.core.errors import UsageError
 from diffalign.quantization import codes
 from diffalign.quantization.moments import Moments
-from diffalign.quantization.rounding import Curvature
+from diffalign.quantization.rounding import curvatures
 from diffalign.tuning.scales import Trajectories
 
 ROWS = 16
@@ -163,22 +163,17 @@ def _measure(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Fill the errors of the layers, and return their codes at the middle bits."""
     rounded = {}
-    for part in moments:
-        measured, curvature = None, None
-        for name in (n for n in part if n in layers):
-            if part[name] is not measured:
-                measured = part[name]
-                curvature = Curvature.of(measured.second)
-            weight = layers[name].weight.detach()
-            for bits in table[name].sizes:
-                packed = codes.pack(weight, bits=bits, group_size=group_size, curvature=curvature)
-                difference = weight.float() - codes.unpack(
-                    *packed, shape=weight.shape, bits=bits, group_size=group_size
-                )
-                error = 0.0 if curvature is None else curvature.errors(difference.flatten(1)).sum()
-                table[name].errors[bits] = float(error)
-                if bits == MIDDLE:
-                    rounded[name] = packed
+    for name, _, curvature in curvatures(layers, moments):
+        weight = layers[name].weight.detach()
+        for bits in table[name].sizes:
+            packed = codes.pack(weight, bits=bits, group_size=group_size, curvature=curvature)
+            difference = weight.float() - codes.unpack(
+                *packed, shape=weight.shape, bits=bits, group_size=group_size
+            )
+            error = 0.0 if curvature is None else curvature.errors(difference.flatten(1)).sum()
+            table[name].errors[bits] = float(error)
+            if bits == MIDDLE:
+                rounded[name] = packed
     return rounded
 
 
