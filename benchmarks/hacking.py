@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.awm.arms import QUICK
 from benchmarks.common.curves import evaluations
 from benchmarks.common.record import BenchOptions, run_once, spread
 from diffalign.config import RunConfig, load
@@ -42,13 +43,6 @@ COMMON = (
     f"--evaluation.rewards={HELD_OUT}",
 )
 """Settings of all arms: without guidance in the reference nothing but the reward moves the policy."""
-QUICK = (
-    "--model.compile=false",
-    "--training.num_updates=2",
-    "--training.eval_every=1",
-    "--evaluation.images_per_task=4",
-    "--rollout.prompts_per_update=3",
-)
 
 
 def arms() -> dict[str, tuple[str, str]]:

@@ -81,13 +81,7 @@ def _add_search(parser: Parser) -> None:
         help="time of all measurements; half of it for the search, the rest for held-out prompts "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--held_out",
-        type=types.number(above=0, high=1),
-        default=0.5,
-        metavar="SHARE",
-        help="share of the prompts that are kept for accepting the result (default: %(default)s)",
-    )
+    options.add_held_out(parser)
     options.add_count(parser, "--search_images", 24, "images that each point of the search draws")
     options.add_count(
         parser, "--images_per_call", 1, "images of the call whose seconds are the latency"

@@ -169,6 +169,17 @@ def add_calibration(parser: Parser, number: int, *, required: bool = False) -> N
     add_count(parser, "--max_prompts", number, "use only N of the prompts")
 
 
+def add_held_out(parser: Parser) -> None:
+    """Add --held_out of verbs that accept the result of a search on other prompts."""
+    parser.add_argument(
+        "--held_out",
+        type=types.number(above=0, high=1),
+        default=0.5,
+        metavar="SHARE",
+        help="share of the prompts that are kept for accepting the result (default: %(default)s)",
+    )
+
+
 def add_whole_model(parser: Parser, reason: str) -> None:
     """Add the flags of a model without adapters, and of its images.
 

@@ -103,13 +103,7 @@ def _add_search(parser: Parser) -> None:
         metavar="WEIGHT",
         help="weight of the squared distance of the factors from 1 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--held_out",
-        type=types.number(above=0, high=1),
-        default=0.5,
-        metavar="SHARE",
-        help="share of the prompts that are kept for accepting the result (default: %(default)s)",
-    )
+    options.add_held_out(parser)
 
 
 def run(flags: Flags) -> None:
