@@ -28,10 +28,11 @@ from diffalign.scripts.shapes.semantics import (
     middle_block,
     semantic_loss,
     semantic_map,
+    tokens_per_side,
 )
 from diffalign.shapes.prompts import prompts, sample_prompts
 from diffalign.shapes.text import WIDTH
-from diffalign.shapes.world import IMAGE_SIZE, render, sample_scene
+from diffalign.shapes.world import render, sample_scene
 from diffalign.types import PromptEmbeds
 
 EMBEDS = ("embeds", "long_embeds")
@@ -188,7 +189,7 @@ def error_weight(path: NoisePath, timesteps: Tensor) -> Tensor:
 def make_dataset(model: TextToImageModel, n: int, *, seed: int) -> Captioned:
     """Render `n` scenes for training prompts, by TASK_WEIGHTS, and encode them."""
     rng = np.random.default_rng(seed)
-    side = IMAGE_SIZE // model.pixels_per_token
+    side = tokens_per_side(model)
     texts = [NULL_PROMPT, *(entry["prompt"] for entry in prompts("train"))]
     row_of = {text: i for i, text in enumerate(texts)}
     rows, latents, maps = [], [], []

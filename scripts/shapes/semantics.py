@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffalign.pipelines.base import TextToImageModel
 from diffalign.shapes.world import COLORS, IMAGE_SIZE, KINDS, Scene
 
 NONE = 0
@@ -77,6 +78,16 @@ def middle_block(denoiser: nn.Module) -> nn.Module:
         *getattr(denoiser, "single_transformer_blocks", ()),
     ]
     return blocks[(len(blocks) - 1) // 2]
+
+
+def tokens_per_side(model: TextToImageModel, *, size: int = IMAGE_SIZE) -> int:
+    """Return the number of the aligned block's image tokens per side.
+
+    The image is a square of `size` pixels. The middle block of a U-Net sees its lowest resolution.
+    """
+    side = size // model.pixels_per_token
+    halvings = len(getattr(model.denoiser, "down_blocks", [0])) - 1
+    return int(side // 2**halvings)
 
 
 def image_tokens(output: Tensor | Sequence[Tensor]) -> Tensor:

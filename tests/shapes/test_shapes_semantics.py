@@ -21,6 +21,7 @@ from diffalign.scripts.shapes.semantics import (
     middle_block,
     semantic_loss,
     semantic_map,
+    tokens_per_side,
 )
 from diffalign.shapes.world import COLORS, KINDS, SceneObject
 
@@ -74,8 +75,7 @@ def test_the_middle_block_gives_a_state_for_every_image_token(family):
     (state,) = states
     assert len(state) == 2
     assert state.ndim == 3
-    if family != "sd":
-        assert state.shape[1] == model.image_seq_len(model.default_size)
+    assert state.shape[1] == tokens_per_side(model, size=model.default_size[0]) ** 2
 
 
 @pytest.mark.parametrize("kind", [SD3Model, FluxModel])
