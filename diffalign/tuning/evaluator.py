@@ -166,15 +166,18 @@ class Evaluator:
         self.network_rows += rows * forwards
 
     def batch(self, images: Sequence[int]) -> tuple[Sampling, list[torch.Generator]]:
-        """Return a sampling run and generators for images by number."""
+        """Return a sampling run and generators for images by number.
+
+        Call it outside of `computing`: the text encoders run in their own precision.
+        """
         run = self.sampler.batch([self.prompts[i].text for i in images])
         return run, generators_of([self.seeds[i] for i in images])
 
     @torch.no_grad()
     def _images(self, images: Sequence[int], first_pred: Tensor) -> Tensor:
         """Sample and decode images (B, 3, H, W) uint8 on the CPU."""
+        run, generators = self.batch(images)
         with self.sampler.computing():
-            run, generators = self.batch(images)
             return self.model.decode(run.draw(generators, first_pred=first_pred)).cpu()
 
     @torch.no_grad()
@@ -183,8 +186,8 @@ class Evaluator:
         predictions: list[Tensor] = []
         images = range(len(self.prompts))
         for part in self.drawing.batches(len(images)):
+            run, generators = self.batch(images[part])
             with self.sampler.computing():
-                run, generators = self.batch(images[part])
                 predictions.extend(run.predict(0, run.start(generators)).cpu())
             self.count_rows(len(images[part]), forwards=1)
         return predictions

@@ -175,6 +175,18 @@ def test_batches_do_not_matter():
         np.testing.assert_allclose(x["light"], y["light"], rtol=1e-4)
 
 
+def test_half_precision_scores_do_not_depend_on_what_encoded_the_prompts():
+    candidate = Coefficients((1.0,) * 3, (0.9,) * 3)
+    scores = []
+    for start in (False, True):
+        scorer = evaluator(flux(), mixed_precision="bf16")
+        if start:
+            closed_form(scorer, flux_model())
+        scores += scorer([candidate])
+    assert np.array_equal(scores[0]["light"], scores[1]["light"])
+    assert np.array_equal(scores[0]["spread"], scores[1]["spread"])
+
+
 def test_network_rows_are_counted():
     model = flux()
     found = evaluator(model)
