@@ -55,7 +55,6 @@ def quantize_model(
     model: Any,
     backend: str = "auto",
     *,
-    training: bool = False,
     group_size: int | None = 64,
     svd_rank: int = 0,
     input_scales: Mapping[str, Tensor] | None = None,
@@ -69,8 +68,8 @@ def quantize_model(
 
     Args:
         model: model of diffusers or transformers, without adapters.
-        backend: name of a backend, or "auto".
-        training: whether adapters will be trained over the model.
+        backend: name of a backend, or "auto". Adapters can be trained over the one that `backends.resolve` returns
+            with `training`.
         group_size: group size of packed weights, as in `layers.PackSpec`.
         svd_rank: rank of the low-rank branch of packed weights, and of a denoiser's linear layers beside torchao's
             8-bit weights.
@@ -88,7 +87,7 @@ def quantize_model(
         UsageError: as in `backends.resolve` and `packed.pack_model`; the backend does not have one of the options, or
             quantises only while it loads.
     """
-    name = resolve(backend, device=model.device, model=model, training=training)
+    name = resolve(backend, device=model.device, model=model)
     method = BACKENDS[name]
     spec = _spec(name, group_size, svd_rank, activations)
     check_unquantized(model)

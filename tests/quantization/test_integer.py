@@ -14,6 +14,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.pipelines.registry import load_model
 from diffalign.quantization.accounting import report
 from diffalign.quantization.apply import quantization_config, quantize_model
+from diffalign.quantization.backends import resolve
 from diffalign.quantization.integer import IntegerLinear, StepClock, packed_like
 from diffalign.quantization.layers import PackedConv2d, PackedLinear, PackSpec
 from diffalign.quantization.observer import ActivationScales, InputObserver, best_scale
@@ -286,7 +287,7 @@ def test_what_is_missing_or_too_much_is_said():
     with pytest.raises(UsageError, match="no prompt to calibrate with"):
         Calibration(model, [], Drawing())
     with pytest.raises(UsageError, match="int8-static: no gradient passes through"):
-        quantize_model(model.denoiser, "int8-static", training=True, activations=scales)
+        resolve("int8-static", device="cpu", training=True)
 
 
 def token_layer(plain, bits, **kwargs):
