@@ -1,9 +1,9 @@
 """Text encoders of Shapes: CLIP and T5 tokenizers with tiny pretrained encoders.
 
 CLIP learns from four hundred million captions. The meaning of a Shapes caption is known, so the encoders are
-pretrained on it directly: from the pooled embedding and from the tokens, linear heads predict both objects, their
-colours, counts and relation. The heads are discarded. Frozen encoders that understand the text let the denoiser learn
-fast.
+pretrained on it directly: from an embedding of the whole caption, linear heads predict both objects, their colours,
+counts and relation. The tokens of T5 predict their own object. The heads are discarded. Frozen encoders that understand
+the text let the denoiser learn fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from diffalign.geneval.rules import RELATIONS
+from diffalign.geneval.rules import RELATIONS, plural
 from diffalign.shapes.prompts import prompts, sample_prompts
 from diffalign.shapes.world import COLORS, KINDS
 
@@ -54,6 +55,14 @@ TARGETS = {
     "count": 5,
     "relation": len(RELATIONS) + 1,
 }
+
+OBJECT_TARGETS = {
+    "kind": len(KINDS) + 1,
+    "color": len(COLORS) + 1,
+    "count": 5,
+    "place": len(RELATIONS) + 1,
+}
+KIND_WORDS = tuple(word for kind in KINDS for word in (kind, plural(kind)))
 
 
 def _corpus() -> list[str]:
@@ -171,24 +180,63 @@ def caption_targets(entry: dict[str, Any]) -> list[int]:
     return [*kinds, *pad, *colors, *pad, clauses[0]["count"], relation]
 
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Function from token ids to tokens (B, N, D) and a pooled embedding (B, D). All of them must name the caption."""
+def object_targets(entry: dict[str, Any]) -> list[list[int]]:
+    """Return class indices of each object of a caption in the order of OBJECT_TARGETS.
+
+    Objects are in the order in which the caption names them.
+    """
+    kind_0, kind_1, color_0, color_1, count, relation = caption_targets(entry)
+    # RELATIONS holds opposites side by side
+    opposite = 1 + ((relation - 1) ^ 1) if relation else 0
+    first = [kind_0, color_0, count, relation]
+    return [first, [kind_1, color_1, count, opposite]] if kind_1 else [first]
+
+
+def object_of_tokens(ids: Tensor, kinds: Tensor) -> Tensor:
+    """Return which object of its caption each token belongs to.
+
+    A token belongs to the next object that is named: its number is that of the kinds before it. Tokens after the last
+    kind have a number that no object has.
+
+    Args:
+        ids: (B, N) token ids.
+        kinds: ids of the tokens that name a kind, in singular or plural.
+    """
+    is_kind = torch.isin(ids, kinds).long()
+    return is_kind.cumsum(1) - is_kind
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of captions, from which heads predict what the captions say.
+
+    Attributes:
+        captions: embeddings (B, D), each of which must name the whole caption.
+        tokens: (B, N, D) tokens, each of which must name its own object; None if there is no such demand.
+    """
+
+    captions: tuple[Tensor, ...]
+    tokens: Tensor | None = None
+
+
+Encode = Callable[[Tensor], Features]
+"""Function from token ids (B, N) to features."""
 
 
 def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
     """Return a function that computes CLIP's features as pipelines do.
 
-    The features are the last token (B, 1, D), which alone sees the whole caption, and the pooled embedding. The token
-    is taken before the last layer or, with `last`, after it and its norm, as SD1.5 does.
+    Both the pooled embedding and the last token, which alone sees the whole caption, name it. The token is taken before
+    the last layer or, with `last`, after it and its norm, as SD1.5 does.
     """
 
-    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(ids: Tensor) -> Features:
         out = model(ids, output_hidden_states=True)
         pooled = (
             out.text_embeds if isinstance(model, CLIPTextModelWithProjection) else out.pooler_output
         )
         tokens = out.last_hidden_state if last else out.hidden_states[-2]
-        return tokens[:, -1:], pooled
+        return Features((pooled, tokens[:, -1]))
 
     return encode
 
@@ -196,13 +244,13 @@ def clip_features(model: PreTrainedModel, *, last: bool = False) -> Encode:
 def t5_features(model: T5EncoderModel) -> Encode:
     """Return a function that computes T5's tokens as pipelines do, and their mean.
 
-    All tokens that hold the caption must name it: a transformer that has T5's tokens alone learns no relation unless
-    they know which object comes first.
+    The mean names the caption, a token its own object and where that object lies. A transformer that has T5's tokens
+    alone looks up what it sees in them: it learns no relation from tokens that are all alike.
     """
 
-    def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(ids: Tensor) -> Features:
         tokens = model(ids).last_hidden_state[:, :MAX_LENGTH]
-        return tokens, tokens.mean(1)
+        return Features((tokens.mean(1),), tokens)
 
     return encode
 
@@ -226,7 +274,11 @@ def train_text_encoder(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     heads = nn.ModuleList(nn.Linear(width, sum(TARGETS.values())) for _ in range(2))
-    parameters = [*model.parameters(), *heads.parameters()]
+    object_head = nn.Linear(width, sum(OBJECT_TARGETS.values()))
+    kinds = torch.tensor(
+        [tokenizer(word, add_special_tokens=False).input_ids[-1] for word in KIND_WORDS]
+    )
+    parameters = [*model.parameters(), *heads.parameters(), *object_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     right = 0.0
@@ -239,10 +291,13 @@ def train_text_encoder(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
         targets = torch.tensor([caption_targets(e) for e in entries])
-        tokens, pooled = encode(ids)
-        loss, exact = _naming_loss(heads[0](pooled), targets)
-        logits = heads[1](tokens).flatten(0, 1)
-        loss = loss + _naming_loss(logits, targets.repeat_interleave(tokens.shape[1], 0))[0]
+        features = encode(ids)
+        parts = zip(heads, features.captions, strict=False)
+        losses = [naming_loss(head(part), targets, TARGETS) for head, part in parts]
+        exact = losses[0][1]
+        loss = torch.stack([part for part, _ in losses]).sum()
+        if features.tokens is not None:
+            loss = loss + _objects_loss(object_head(features.tokens), ids, kinds, entries)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -254,8 +309,29 @@ def train_text_encoder(
     return right
 
 
-def _naming_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    parts = logits.split(list(TARGETS.values()), dim=-1)
+def _objects_loss(logits: Tensor, ids: Tensor, kinds: Tensor, entries: list[Any]) -> Tensor:
+    """Return the cross-entropy of what each token says of its own object."""
+    numbers = object_of_tokens(ids[:, : logits.shape[1]], kinds)
+    rows, labels = [], []
+    for row, entry in enumerate(entries):
+        for number, target in enumerate(object_targets(entry)):
+            own = (numbers[row] == number).nonzero()[:, 0]
+            rows.append(logits[row, own])
+            labels += [target] * len(own)
+    return naming_loss(torch.cat(rows), torch.tensor(labels), OBJECT_TARGETS)[0]
+
+
+def naming_loss(
+    logits: Tensor, targets: Tensor, classes: Mapping[str, int]
+) -> tuple[Tensor, float]:
+    """Return the sum of the cross-entropies of all targets, and the share of rows that are all right.
+
+    Args:
+        logits: (B, sum of classes).
+        targets: (B, T) class indices.
+        classes: number of classes of each target.
+    """
+    parts = logits.split(list(classes.values()), dim=-1)
     losses = [nn.functional.cross_entropy(p, targets[:, i]) for i, p in enumerate(parts)]
     exact = torch.stack([p.argmax(-1) == targets[:, i] for i, p in enumerate(parts)]).all(0)
     return torch.stack(losses).sum(), exact.float().mean().item()

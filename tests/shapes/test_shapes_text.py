@@ -1,6 +1,7 @@
 """Tokenizers of Shapes: real ones that round-trip through files and take any text."""
 
 import pytest
+import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from diffalign.geneval.rules import TASKS
@@ -60,9 +61,71 @@ def test_caption_targets_follow_the_caption():
         assert targets["count"] == {"two": 2, "three": 3, "four": 4}.get(words[3], 1)
 
 
-def test_a_text_encoder_learns_what_captions_ask_for():
-    import torch
+def kind_ids(tokenizer):
+    """Return the tokens that name kinds."""
+    words = [tokenizer(word, add_special_tokens=False).input_ids for word in text.KIND_WORDS]
+    assert all(len(ids) == 1 for ids in words)
+    return torch.tensor(words).flatten()
 
+
+def padded_ids(tokenizer, captions):
+    """Return the token ids (B, 16) of captions."""
+    options = {"padding": "max_length", "max_length": text.MAX_LENGTH, "return_tensors": "pt"}
+    return tokenizer(captions, **options).input_ids
+
+
+def test_tokens_belong_to_the_object_that_they_name():
+    tokenizer = text.build_t5_tokenizer()
+    ids = padded_ids(tokenizer, ["a photo of a red circle left of two rings"])
+    numbers = text.object_of_tokens(ids, kind_ids(tokenizer))[0].tolist()
+    # words of the prefix and the first object, then of the relation and the second, then the end and padding
+    assert numbers == [0] * 6 + [1] * 4 + [2] * 6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_object_of_a_caption_has_its_targets(task):
+    entries = [p for p in prompts("train") if p["tag"] == task]
+    for entry in entries:
+        whole = dict(zip(text.TARGETS, text.caption_targets(entry), strict=True))
+        objects = text.object_targets(entry)
+        assert len(objects) == (2 if whole["kind_1"] else 1)
+        for number, target in enumerate(objects):
+            kind, color, count, place = target
+            assert (kind, color) == (whole[f"kind_{number}"], whole[f"color_{number}"])
+            assert count == whole["count"]
+            assert bool(place) == (task == "position")
+        if task == "position":
+            places = [text.RELATIONS[target[3] - 1] for target in objects]
+            assert places[0] in entry["prompt"]
+            opposites = ({"left of", "right of"}, {"above", "below"})
+            assert set(places) in opposites
+
+
+def test_the_tokens_of_t5_learn_to_name_their_own_object():
+    torch.manual_seed(0)
+    tokenizer = text.build_t5_tokenizer()
+    encoder = text.build_t5(tokenizer)
+    text.train_text_encoder(
+        encoder,
+        encode=text.t5_features(encoder),
+        tokenizer=tokenizer,
+        width=2 * text.WIDTH,
+        steps=60,
+        batch_size=32,
+    )
+    entries = [p for p in prompts("held_out") if p["tag"] == "color_attr"]
+    ids = padded_ids(tokenizer, [e["prompt"] for e in entries])
+    with torch.no_grad():
+        tokens = encoder(ids).last_hidden_state
+    numbers = text.object_of_tokens(ids, kind_ids(tokenizer))
+    second = torch.stack([row[n == 1][-1] for row, n in zip(tokens, numbers, strict=True)])
+    colors = torch.tensor([text.object_targets(e)[1][1] for e in entries])
+    means = torch.stack([second[colors == c].mean(0) for c in colors.unique()])
+    nearest = colors.unique()[torch.cdist(second, means).argmin(1)]
+    assert (nearest == colors).float().mean() > 0.5  # chance is one in six
+
+
+def test_a_text_encoder_learns_what_captions_ask_for():
     torch.manual_seed(0)
     tokenizer = text.build_clip_tokenizer()
     encoder = text.build_clip(tokenizer, projection=True)
