@@ -56,6 +56,7 @@ TARGETS = {
     "relation": len(RELATIONS) + 1,
 }
 
+# Number of classes by target of one object; `place` is where it lies relative to the other one.
 OBJECT_TARGETS = {
     "kind": len(KINDS) + 1,
     "color": len(COLORS) + 1,
@@ -324,7 +325,7 @@ def _objects_loss(logits: Tensor, ids: Tensor, kinds: Tensor, entries: list[Any]
 def naming_loss(
     logits: Tensor, targets: Tensor, classes: Mapping[str, int]
 ) -> tuple[Tensor, float]:
-    """Return the sum of the cross-entropies of all targets, and the share of rows that are all right.
+    """Return the sum of cross-entropies, and the share of rows without an error.
 
     Args:
         logits: (B, sum of classes).
