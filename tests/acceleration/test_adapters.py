@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from compilation import counted
+from marks import slow_except
 
 import diffalign
 from diffalign import lora
@@ -64,7 +65,7 @@ def accelerate(name, model, **options):
 
 @pytest.mark.parametrize(
     "name",
-    ["sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sana", "sd", "sdxl"))],
+    slow_except(["sd3"], ["sd3", "flux", "sana", "sd", "sdxl"]),
 )
 def test_loras_are_swapped_without_compiling_again(tmp_path, name, counter):
     first = a_lora(tmp_path / "first", name, rank=2, seed=0)

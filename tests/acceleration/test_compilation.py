@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from compilation import counted
+from marks import slow_except
 
 import diffalign
 from diffalign.acceleration.compilation import compile_parts
@@ -15,7 +16,7 @@ from diffalign.acceleration.undo import Undo
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 # the cheapest of each kind is enough for every change; dynamo traces a block for a second
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("sana", "sd", "sdxl", "sd3")]
+FAMILIES = slow_except(["flux"], ["flux", "sana", "sd", "sdxl", "sd3"])
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def a_call(name, model, *, scale=(1, 1)):
     return Call(2, height * scale[0], width * scale[1], ("a cat",), length)
 
 
-@pytest.mark.parametrize("name", ["flux", *SLOW])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_declared_sizes_compile_once_and_others_never(name, counter, caplog):
     model = FAMILIES[name]()
     pipe = model.pipeline

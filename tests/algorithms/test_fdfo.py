@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from marks import slow_except
 from tiny_runs import redness, settings, trainer, weights
 
 from diffalign import lora
@@ -135,6 +136,7 @@ def test_images_of_a_pair_branch_from_one_noise(tmp_path):
     assert row["kept"] == len(batch.image) == 12
 
 
+@pytest.mark.slow
 def test_the_reward_rises(tmp_path):
     run = trainer(
         tmp_path,
@@ -157,7 +159,7 @@ def test_other_families_train_with_it(tmp_path, family):
     assert row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("size", [12, 5])
+@pytest.mark.parametrize("size", slow_except([5], [12, 5]))
 def test_micro_batches_change_nothing_and_a_restart_goes_on(tmp_path, size):
     """An odd micro-batch splits a pair."""
     groups = {

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from compilation import counted
+from marks import slow_except
 
 from benchmarks.awm import awm
 from benchmarks.awm import phases as awm_phases
@@ -39,7 +40,10 @@ def base_weights(denoiser):
     return {n: p.clone() for n, p in denoiser.named_parameters() if "lora_" not in n}
 
 
-@pytest.mark.parametrize(("family", "name"), [("sd3", "sd3.5-medium"), ("flux", "flux.1-dev")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sd3", "sd3.5-medium"), pytest.param("flux", "flux.1-dev", marks=pytest.mark.slow)],
+)
 def test_every_phase_is_measured_with_and_without_compilation(family, name, counter):
     model = tiny.MODELS[family]()
     config = configuration(awm_phases.RECIPES[name])
@@ -144,7 +148,7 @@ def test_what_does_not_fit_is_no_figure(sd3, monkeypatch):
     assert awm_phases._real_size("flux.1-dev", configuration("awm-flux.1-dev")) == {"eager": None}
 
 
-@pytest.mark.parametrize("name", awm_phases.RECIPES)
+@pytest.mark.parametrize("name", slow_except(["sd3.5-medium"], awm_phases.RECIPES))
 def test_published_models_with_few_blocks_compute_something(name):
     model = awm_phases.published(name, device="cpu", **NARROW[name])
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from marks import slow_except
 from tiny_runs import settings, trainer, weights
 from whole_runs import train
 
@@ -299,7 +300,7 @@ def opposites(monkeypatch):
 
 @pytest.mark.parametrize(
     "reaction",
-    ["stop", *(pytest.param(r, marks=pytest.mark.slow) for r in ("warn", "raise_kl", "rollback"))],
+    slow_except(["stop"], ["stop", "warn", "raise_kl", "rollback"]),
 )
 def test_a_planted_hack_is_answered_as_configured(
     base, many, tmp_path, capsys, opposites, reaction

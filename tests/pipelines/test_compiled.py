@@ -5,6 +5,7 @@ import tiny
 import tiny_runs
 import torch
 from compilation import counted
+from marks import slow_except
 
 from diffalign import lora
 from diffalign.pipelines import compiled
@@ -33,6 +34,7 @@ def predictions(model, rows):
     return model.predict(noisy, torch.full((rows,), 500.0), embeds)
 
 
+@pytest.mark.parametrize("model", slow_except(["sd3", "flux"], sorted(tiny.MODELS)), indirect=True)
 def test_every_policy_and_size_as_before(model, counter):
     for seed, name in enumerate((lora.CURRENT, lora.LAGGED)):
         if seed == 0:
@@ -101,7 +103,7 @@ def test_full_batches(tmp_path, groups, expected):
     assert tiny_runs.trainer(tmp_path, **groups).full_batches() == expected
 
 
-@pytest.mark.parametrize("family", tiny.UNETS)
+@pytest.mark.parametrize("family", slow_except(["sd"], tiny.UNETS))
 def test_u_nets_with_all_their_conditions(family, counter):
     """(All of a U-Net at once is another matter: under autocast torch 2.13 gives most of it no gradient on CPUs.)"""
     model = tiny.UNETS[family]()

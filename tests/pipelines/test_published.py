@@ -245,7 +245,7 @@ def test_dc_ae_has_the_channels_that_sana_expects():
     ("family", "recipe", "channels", "tokens", "parameters"),
     [
         ("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560),
-        ("sd3", "dcgen-sd3.5-medium", 32, 1024, None),
+        pytest.param("sd3", "dcgen-sd3.5-medium", 32, 1024, None, marks=pytest.mark.slow),
         ("sana", "dcgen-sana", 128, 256, None),
     ],
 )

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from marks import slow_except
 
 from diffalign import cli, lora
 from diffalign.core.errors import UsageError
@@ -71,7 +72,7 @@ def folder(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", slow_except(["flux.1-schnell", "sdxl-turbo"], PUBLISHED))
 def test_published_students_on_the_meta_device(name, folder):
     """Sizes and shares are those of the published configurations; four bits and their scales are 4.25 of 16."""
     folder(name)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from marks import slow_except
 from test_clip_rewards import checkpoint, fresh  # noqa: F401 - fixtures
 from test_hpsv3 import config, state, tokenizer  # noqa: F401
 from test_image_reward import HEADS, released
@@ -53,7 +54,7 @@ def test_all_of_them_are_tried():
     assert set(TEXT_REWARDS) == known
 
 
-@pytest.mark.parametrize("name", TEXT_REWARDS)
+@pytest.mark.parametrize("name", slow_except(set(TEXT_REWARDS) - {"hpsv3"}, TEXT_REWARDS))
 def test_a_long_caption_is_scored_beside_a_short_one_and_none(build_reward, name):
     images = torch.randint(
         0, 256, (3, 3, 40, 52), generator=torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from marks import slow_except
 from safetensors.torch import load_file
 from tiny_runs import trainer
 from whole_runs import train
@@ -33,7 +34,7 @@ def during_updates(monkeypatch, do):
     monkeypatch.setattr(OnlineTrainer, "rollout", rollout)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM], SIGNALS))
 def test_a_signal_saves_the_update_in_hand_and_the_run_goes_on(
     number, base, prompts, tmp_path, capfd, monkeypatch, signals
 ):
@@ -105,7 +106,7 @@ def test_a_run_that_failed_before_its_first_update_can_be_corrected(
     assert train(base, prompts, folder, *more) == 0
 
 
-@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("learnt", slow_except([False], [False, True]))
 def test_a_run_with_nothing_to_learn_from_ends(
     learnt, base, prompts, tmp_path, capsys, monkeypatch
 ):

@@ -7,6 +7,7 @@ import tiny
 import tiny_runs
 import torch
 from accelerate import Accelerator
+from marks import slow_except
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     CLIPTextConfig,
@@ -250,13 +251,10 @@ def text_encoders(family):
 # the other recipes of these models differ in their rewards
 @pytest.mark.parametrize(
     "recipe",
-    [
-        pytest.param(
-            r, marks=() if r in ("awm-sd3.5-medium", "awm-flux.1-dev") else pytest.mark.slow
-        )
-        for r in recipes()
-        if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))
-    ],
+    slow_except(
+        ["awm-sd3.5-medium", "awm-flux.1-dev"],
+        [r for r in recipes() if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))],
+    ),
 )
 def test_recipes_at_published_sizes(recipe):
     config = load(recipe, ["--rollout.merge_lora=true"])

@@ -96,7 +96,10 @@ def calibration_of(model, guidance_scale=None):
     return Calibration(model, PROMPTS, drawing)
 
 
-@pytest.mark.parametrize(("family", "guidance"), [("flux", None), ("sd", 3.0)])
+@pytest.mark.parametrize(
+    ("family", "guidance"),
+    [("flux", None), pytest.param("sd", 3.0, marks=pytest.mark.slow)],
+)
 def test_predictions_of_held_out_prompts_err_less(family, guidance):
     torch.manual_seed(0)
     model = {**tiny.MODELS, **tiny.UNETS}[family]()
