@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffalign.acceleration.request import Request, asks_same
 from diffalign.acceleration.schedule import HISTORY, Schedule, Weights
-from diffalign.acceleration.tap import Inner, Request
+from diffalign.acceleration.tap import Inner
 
 logger = logging.getLogger(__name__)
 INPUTS = ("hidden_states", "sample", "x")
@@ -137,16 +138,24 @@ class Cache(_Computing):
 
     def begin(self, request: Request) -> None:
         super().begin(request)
-        self._schedule = next((s for s in self.schedules if s.request == request), None)
+        self._schedule = next((s for s in self.schedules if s.is_for(request)), None)
         if self._schedule is None and self.enabled and request not in self._unknown:
             self._unknown.append(request)
-            made_for = ", ".join(str(s.steps) for s in self.schedules)
-            logger.warning(
-                "cache: this call asks for %s steps or other noise levels, and the cache was calibrated for %s steps; "
-                "every step is computed. Pass `steps` and `sizes` of the call to `accelerate`.",
-                request.get("num_inference_steps"),
-                made_for,
+            logger.warning("cache: %s", self._why_unknown(request))
+
+    def _why_unknown(self, request: Request) -> str:
+        """Return why no schedule is for a request, and what helps."""
+        if any(asks_same(s.request, request) for s in self.schedules):
+            return (
+                "the scheduler's noise levels or settings, such as its shift, are not those of the calibration; every "
+                "step is computed. Put them back, or call `restore`, then `accelerate`."
             )
+        made_for = ", ".join(str(s.steps) for s in self.schedules)
+        return (
+            f"this call asks for {request.get('num_inference_steps')} steps or other noise levels, and the cache was "
+            f"calibrated for {made_for} steps; every step is computed. Pass `steps` and `sizes` of the call to "
+            "`accelerate`."
+        )
 
     def end_step(self, step: int) -> None:
         # free the memory after the last step

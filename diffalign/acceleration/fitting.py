@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 from diffalign.acceleration.drawing import Call
-from diffalign.acceleration.order import fingerprint_of, scheduler_settings
+from diffalign.acceleration.order import fingerprint_of
 from diffalign.acceleration.parts import denoiser_of
 from diffalign.acceleration.report import Plan
+from diffalign.acceleration.request import scheduler_settings
 from diffalign.acceleration.rules import settle
 from diffalign.acceleration.situation import situation_of
 from diffalign.core.errors import UsageError

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffalign.acceleration.cache import latents_of, predictions_of, rebuild
 from diffalign.acceleration.options import INTERVAL
-from diffalign.acceleration.tap import Inner, Request
+from diffalign.acceleration.request import Request
+from diffalign.acceleration.tap import Inner
 
 EVERY = 2
 """Steps between two computed negative predictions with "reuse"."""

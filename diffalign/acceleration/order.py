@@ -24,10 +24,11 @@ from diffalign.acceleration.parts import (
     save_memory,
 )
 from diffalign.acceleration.report import Acceleration, Plan
+from diffalign.acceleration.request import scheduler_settings
 from diffalign.acceleration.schedule import Schedule
 from diffalign.acceleration.tap import Chain, Handler, Tap
 from diffalign.acceleration.undo import Undo
-from diffalign.core.fingerprint import UnknownWeights, of_denoiser, of_json
+from diffalign.core.fingerprint import UnknownWeights, of_denoiser
 from diffalign.core.versions import versions
 
 
@@ -52,11 +53,11 @@ def apply_in_order(
     if "attention" in active:
         probe = partial(draw, pipeline, replace(call.take(1), steps=2)) if settings.check else None
         set_attention(denoiser_of(pipeline), str(active["attention"]), undo, probe=probe)
-    declared = Declared(pipeline, settings.batch_sizes) if "compile" in active else None
-    if declared is not None or "cache" in active or "guidance" in active:
-        schedules = _tap(pipeline, active, call, undo, schedules, sizes, declared)
-    if "compile" in active:
-        reasons["compile"] = compile_parts(pipeline, sizes, undo)
+    if "cache" in active or "guidance" in active:
+        schedules = _tap(pipeline, active, call, undo, schedules, sizes)
+    declared = Declared(sizes, settings.batch_sizes) if "compile" in active else None
+    if declared is not None:
+        reasons["compile"] = compile_parts(pipeline, declared, undo)
     if "offload" in active:
         offload(pipeline, str(active["offload"]), undo)
     if "vae" in active:
@@ -78,12 +79,6 @@ def apply_in_order(
     return Acceleration("plan", plan, [], undo, reasons=reasons, declared=declared)
 
 
-def scheduler_settings(scheduler: Any) -> str:
-    """Return 16 hex digits of a scheduler's settings."""
-    settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    return of_json(settings, default=str)[:16]
-
-
 def fingerprint_of(pipeline: Any) -> str:
     """Return the fingerprint of a pipeline's denoiser.
 
@@ -102,9 +97,8 @@ def _tap(
     undo: Undo,
     schedules: tuple[Schedule, ...],
     sizes: tuple[tuple[int, int], ...],
-    declared: Declared | None,
 ) -> tuple[Schedule, ...]:
-    """Put guidance, cache and the watch over batches in force, and return the cache's schedules."""
+    """Put guidance and cache in force, and return the cache's schedules."""
     handlers: tuple[Handler, ...] = ()
     if "guidance" in active:
         if active["guidance"] not in CHOICES["guidance"]:
@@ -116,13 +110,6 @@ def _tap(
             target = STATIC if value == "static" else float(value)
             schedules = _calibrated(pipeline, handlers, call, target, sizes)
         handlers = (Cache(schedules), *handlers)
-    if declared is not None:
-        # outside of guidance, which halves a batch
-        handlers = (
-            (*handlers[:-1], declared, *handlers[-1:])
-            if "guidance" in active
-            else (*handlers, declared)
-        )
     undo.add(Tap(pipeline, Chain(handlers)).remove)
     return schedules
 

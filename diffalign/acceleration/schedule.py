@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from diffalign.acceleration.request import is_same
 from diffalign.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Schedule:
     """Steps to compute, and weights for each other step, for one request of noise levels.
 
     Attributes:
-        request: arguments of the scheduler's `set_timesteps` that it is made for.
+        request: arguments of the scheduler's `set_timesteps`, noise levels and settings that it is made for.
         steps: number of steps.
         computed: steps that are computed, in ascending order.
         weights: weights by step, then by forward within the step.
@@ -64,6 +65,10 @@ class Schedule:
     def ratio(self) -> float:
         """Number of steps per computed step, a bound of the gain."""
         return self.steps / len(self.computed)
+
+    def is_for(self, request: Mapping[str, Any]) -> bool:
+        """Return whether the schedule is made for a request."""
+        return is_same(self.request, request)
 
     def to_json(self) -> dict[str, Any]:
         """Return the schedule as JSON values."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
 
+from diffalign.acceleration.request import Request, request_of
 from diffalign.core.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ IMPLEMENTATION = "_compiled_call_impl"
 """Attribute of a module that torch calls in place of its forward."""
 
 Inner = Callable[..., Any]
-Request = dict[str, Any]
 
 
 class Handler(Protocol):
@@ -78,37 +78,6 @@ def denoiser_name(pipeline: Any) -> str | None:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     return None
-
-
-def request_of(scheduler: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
-    """Return the arguments of `set_timesteps` that decide on the noise levels, as JSON values."""
-    signature = inspect.signature(type(scheduler).set_timesteps)
-    try:
-        values = dict(signature.bind(scheduler, *args, **kwargs).arguments)
-    except TypeError:
-        # wrappers take any arguments
-        values = dict(kwargs)
-        if args:
-            values["num_inference_steps"] = args[0]
-    values |= values.pop("kwargs", {})
-    if len(rest := values.pop("args", ())) > 0:
-        values["num_inference_steps"] = rest[0]
-    plain = {k: _plain(v) for k, v in values.items() if k not in ("self", "device")}
-    plain = {k: v for k, v in plain.items() if v is not None}
-    for name in ("sigmas", "timesteps"):
-        # diffusers' pipelines pass either the number or the levels
-        if name in plain:
-            plain["num_inference_steps"] = len(plain[name])
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """Return numbers that are rounded, so that the last bits do not count."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return round(value, 6) if isinstance(value, float) else value
 
 
 class _Signal:

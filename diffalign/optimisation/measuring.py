@@ -19,8 +19,9 @@ from diffalign.acceleration.calibration import Calibration
 from diffalign.acceleration.checking import faults_of
 from diffalign.acceleration.drawing import Call, draw, psnr
 from diffalign.acceleration.guidance import Guidance
-from diffalign.acceleration.order import fingerprint_of, scheduler_settings
+from diffalign.acceleration.order import fingerprint_of
 from diffalign.acceleration.report import Plan
+from diffalign.acceleration.request import scheduler_settings
 from diffalign.acceleration.rules import settle
 from diffalign.acceleration.schedule import Schedule
 from diffalign.acceleration.situation import situation_of

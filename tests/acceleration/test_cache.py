@@ -15,6 +15,7 @@ from diffalign.acceleration.cache import Cache, Recorder
 from diffalign.acceleration.calibration import calibrate, moments_of
 from diffalign.acceleration.conditions import why_no_cache
 from diffalign.acceleration.drawing import Call, draw, guidance_of, psnr
+from diffalign.acceleration.request import is_same, request_of
 from diffalign.acceleration.schedule import (
     Moments,
     Schedule,
@@ -189,6 +190,45 @@ def test_a_replaced_scheduler_is_computed_with_a_warning(cached, caplog):
     fresh = tiny.sd3_pipeline()
     assert torch.equal(draw(fresh, call), images)
     pipe.scheduler = old
+
+
+CHANGES = {
+    "shift": lambda s: s.set_shift(2 * s.shift),
+    "setting": lambda s: s.register_to_config(shift_terminal=0.02),
+    "levels": lambda s: s.register_to_config(use_exponential_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_scheduler_is_computed_with_a_warning(cached, caplog, change):
+    pipe, call, cache = cached
+    fast = draw(pipe, call)
+    shift, config = pipe.scheduler.shift, dict(pipe.scheduler.config)
+    CHANGES[change](pipe.scheduler)
+    with caplog.at_level(logging.WARNING):
+        images = draw(pipe, call)
+        draw(pipe, call)
+    assert caplog.text.count("not those of the calibration; every step is computed") == 1
+    cache.enabled = False
+    assert torch.equal(draw(pipe, call), images)
+    cache.enabled = True
+    pipe.scheduler.register_to_config(**config)
+    pipe.scheduler.set_shift(shift)
+    assert torch.equal(draw(pipe, call), fast)
+
+
+def test_a_request_is_compared_up_to_the_last_bits_and_one_of_before_by_its_arguments():
+    scheduler = tiny.sd3_pipeline().scheduler
+    scheduler.set_timesteps(5)
+    request = request_of(scheduler, (5,), {})
+    assert is_same(json.loads(json.dumps(request)), request)
+    timesteps, sigmas = request["levels"]
+    for factor, expected in ((1 + 1e-7, True), (1 + 1e-3, False)):
+        levels = [[t * factor for t in timesteps], sigmas]
+        assert is_same({**request, "levels": levels}, request) is expected
+    assert not is_same({**request, "levels": [timesteps, sigmas[1:]]}, request)
+    assert is_same({"num_inference_steps": 5}, request)
+    assert not is_same({"num_inference_steps": 6}, request)
 
 
 def test_our_sampling_uses_the_cache_through_its_own_scheduler(cached, sd3):

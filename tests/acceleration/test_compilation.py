@@ -10,6 +10,7 @@ from marks import slow_except
 
 import diffalign
 from diffalign.acceleration.compilation import compile_parts
+from diffalign.acceleration.declared import Declared
 from diffalign.acceleration.drawing import Call, draw, psnr
 from diffalign.acceleration.state import state_of
 from diffalign.acceleration.undo import Undo
@@ -51,13 +52,17 @@ def test_declared_sizes_compile_once_and_others_never(name, counter, caplog):
             (other, small, large, other), [plain[i] for i in (2, 0, 1, 2)], strict=True
         ):
             assert min(psnr(draw(pipe, call), expected)) > 80
+        pair = Call(2, *sizes[0], ("a cat", "a dog"), small.arguments)
+        pairs = [draw(pipe, pair), draw(pipe, pair)]
     assert counter.frame_count == compilations[1]
     assert caplog.text.count("none of the declared sizes") == 1
+    assert caplog.text.count("2 images at a time are none of the declared numbers (1)") == 1
     assert f"{sizes[1][0]} x {sizes[1][1]} pixels" in str(diffalign.acceleration(pipe))
     diffalign.restore(pipe)
     assert state_of(pipe) == before
     assert "prepare_latents" not in vars(pipe)
     assert torch.equal(draw(pipe, other), plain[2])
+    assert all(torch.equal(images, draw(pipe, pair)) for images in pairs)
 
 
 class Watched(torch.nn.Module):
@@ -88,7 +93,7 @@ def watched():
     holder = Holder()
     undo = Undo.__new__(Undo)
     undo._steps = []
-    compile_parts(holder, ((8, 8),), undo)
+    compile_parts(holder, Declared(((8, 8),), (1,)), undo)
     return holder.transformer, undo
 
 

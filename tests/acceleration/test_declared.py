@@ -9,6 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import diffalign
+from diffalign.acceleration.declared import Declared
 from diffalign.acceleration.drawing import Call, draw
 from diffalign.acceleration.report import Plan
 from diffalign.core.errors import UsageError
@@ -62,7 +63,7 @@ def test_declared_numbers_are_drawn_before_the_first_call_and_others_warn(sd3, r
         assert "batch_sizes" not in caplog.text
         for _ in range(2):
             assert torch.equal(draw(sd3.pipeline, a_call(sd3, 4)), plain)
-    assert caplog.text.count("draws 4 images at a time, and the blocks are compiled for 1, 3") == 1
+    assert caplog.text.count("4 images at a time are none of the declared numbers (1, 3)") == 1
     diffalign.restore(sd3.pipeline)
 
 
@@ -73,7 +74,7 @@ def test_guidance_is_no_second_image(sd3, rows, caplog, guidance):
         draw(sd3.pipeline, a_call(sd3, 2, guidance_scale=4.0))
         assert "batch_sizes" not in caplog.text
         draw(sd3.pipeline, a_call(sd3, 3, guidance_scale=4.0))
-    assert caplog.text.count("draws 3 images at a time") == 1
+    assert caplog.text.count("3 images at a time are none") == 1
 
 
 def test_a_plan_keeps_its_numbers_and_draws_nothing(sd3, rows, tmp_path, caplog):
@@ -89,9 +90,32 @@ def test_a_plan_keeps_its_numbers_and_draws_nothing(sd3, rows, tmp_path, caplog)
         draw(sd3.pipeline, a_call(sd3, 2))
         assert "batch_sizes" not in caplog.text
         draw(sd3.pipeline, a_call(sd3, 1))
-    assert "draws 1 images at a time" in caplog.text
+    assert "1 images at a time are none" in caplog.text
     file.write_text(file.read_text().replace('"batch_sizes"', '"lora_rank"', 1), encoding="utf-8")
     assert Plan.load(file).batch_sizes == (1,)
+
+
+def test_a_number_of_the_check_counts_for_the_size_that_was_checked():
+    declared = Declared(((16, 16), (32, 16)), (1,))
+    declared._read_latents((16, 16), 2)
+    assert declared.holds
+    declared.close()
+    compiled = {((16, 16), 2), ((16, 16), 1), ((32, 16), 1)}
+    for size in ((16, 16), (32, 16), (32, 32)):
+        for images in (1, 2, 3):
+            declared._read_latents(size, images)
+            assert declared.holds == ((size, images) in compiled)
+
+
+def test_a_plan_of_before_a_shift_computes_every_step(sd3, tmp_path, caplog):
+    """The shift that `set_shift` sets is in no configuration."""
+    file = saved(sd3, tmp_path)
+    sd3.pipeline.scheduler.set_shift(9.0)
+    plain = draw(sd3.pipeline, a_call(sd3, 1))
+    diffalign.accelerate(sd3.pipeline, file)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(draw(sd3.pipeline, a_call(sd3, 1)), plain)
+    assert "not those of the calibration" in caplog.text
 
 
 def saved(model, folder, **options):
