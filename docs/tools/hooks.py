@@ -92,5 +92,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         place = site_target(target, page.file.src_uri)
         return f"[{text}]({place}{anchor})" if place else text
 
-    text = re.sub(r"<!-- (?:table: [a-z-]+|end) -->\n", "", markdown)
+    text = re.sub(r"<!-- (?:table: [a-z0-9-]+|end) -->\n", "", markdown)
     return LINK.sub(rewritten, text)

@@ -7,6 +7,7 @@ tables anew from `benchmarks/results`, and `tests/test_docs.py` checks that they
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+CHECKPOINTS = ROOT / "diffalign" / "shapes" / "checkpoints"
+BASES = ("shapes-sd3", "shapes-flux", "shapes-sd")
+STUDENTS = (
+    ("shapes-flux-schnell", "shapes-flux", "3"),
+    ("shapes-sd-lcm", "shapes-sd", "3, two forwards per step"),
+)
+PLACE = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 def result(name: str) -> dict[str, Any]:
@@ -180,6 +187,56 @@ def packed_sizes_table() -> str:
     return table(("denoiser", "weights", "bfloat16", *forms.values()), rows)
 
 
+def parameters(name: str) -> int:
+    """Return the number of weights of a shipped denoiser."""
+    from safetensors import safe_open
+
+    (file,) = (
+        file
+        for part in ("transformer", "unet")
+        for file in (CHECKPOINTS / name / part).glob("*.safetensors")
+    )
+    with safe_open(file, "np") as weights:
+        names = weights.keys()
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+
+
+def bases_table() -> str:
+    """Return what the shipped base models draw right."""
+    rows = []
+    for name in BASES:
+        measured = result(name)
+        scores = measured["held_out"]
+        placed = measured.get("relations")
+        shares = [
+            figure(placed[task]["then as prompted"]["share"]) if placed else "-"
+            for task in ("position", "color_attr")
+        ]
+        cells = [figure(scores[key]["overall"]) for key in ("without guidance", "guidance 3")]
+        rows.append((f"`{name}`", f"{parameters(name) / 1e6:.1f} M", *cells, *shares))
+    header = ("model", "denoiser", "GenEval without guidance", "with guidance 3")
+    return table((*header, "relations as prompted", "colours as prompted"), rows)
+
+
+def students_table() -> str:
+    """Return the students of few steps beside their bases."""
+    rows = []
+    for student, base, costs in STUDENTS:
+        lines = [(student, student, "without guidance", "none", "**")]
+        few = f"{base}-few-steps"
+        lines.append((base, few, "without guidance", "none", ""))
+        lines.append((base, few, "guidance 3", costs, ""))
+        for model, file, setting, guidance, mark in lines:
+            held_out = result(file)["held_out"]
+            scores = [held_out[f"{setting}, {steps} steps"] for steps in (1, 2, 4, 8)]
+            cells = [
+                f"{mark}{s['overall']:.2f}{mark} ({s['overall_low']:.2f} - {s['overall_high']:.2f})"
+                for s in scores
+            ]
+            rows.append((f"`{model}`", guidance, *cells))
+    return table(("model", "guidance", "1 step", "2 steps", "4 steps", "8 steps"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "presets": presets_table,
@@ -187,6 +244,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "bits": bits_table,
     "packed-sizes": packed_sizes_table,
+    "shapes-bases": bases_table,
+    "shapes-students": students_table,
 }
 
 
@@ -196,8 +255,8 @@ def filled(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return README and the pages of docs."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """Return README, the page of the checkpoints, and the pages of docs."""
+    return [ROOT / "README.md", CHECKPOINTS / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> None:
