@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from docs.tools import commands, hooks, settings, tables  # noqa: E402
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = sorted({*ROOT.glob("*.md"), *tables.pages()})
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 GENERATED = {*hooks.ROOT_PAGES.values(), "settings.md", "commands.md"}
 
