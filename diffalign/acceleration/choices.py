@@ -12,6 +12,9 @@ from diffalign.acceleration.rules import Situation, settle
 DEVICES: dict[str, tuple[str, tuple[int, int]]] = {"GPU": ("cuda", (9, 0)), "CPU": ("cpu", (0, 0))}
 """Type and compute capability of the devices that are listed."""
 
+IDENTICAL = 150.0
+"""PSNR in dB that `drawing.psnr` gives to equal images."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,6 +55,22 @@ class Choice:
     family: str
     preset: str
     options: Mapping[str, Mapping[str, Any]]
+
+    def measured(self, record: Mapping[str, Any] | None) -> str:
+        """Return in words what a record of `diffalign bench acceleration` says of the preset.
+
+        It was measured on the family's stand-in, on the device of the record. Return "no" if it was not.
+        """
+        stand_in = LAYOUTS[self.family].stand_in
+        if record is None or stand_in not in record["arms"]:
+            return "no"
+        figures = record["arms"][stand_in].get("presets", {}).get(self.preset)
+        if figures is None:
+            return "no"
+        device = record["machine"].get("device", "CPU")
+        ratio, level = (figures[name]["median"] for name in ("ratio", "psnr"))
+        quality = "the same images" if level >= IDENTICAL else f"{level:.1f} dB"
+        return f"{stand_in}, {device}: {ratio:.2f} times as fast, {quality}"
 
     def text(self, device: str) -> str:
         """Return the options on a device in words."""

@@ -70,9 +70,16 @@ def _rows(what: str) -> Mapping[str, str]:
         return {name: SUMMARIES.get(name, target) for name, target in available().items()}
     if what == "presets":
         from diffalign.acceleration.choices import DEVICES, choices
+        from diffalign.core.checkout import read_result
 
+        record = read_result("acceleration")
         return {
-            f"{choice.family} {choice.preset}": "; ".join(f"{d}: {choice.text(d)}" for d in DEVICES)
+            f"{choice.family} {choice.preset}": "; ".join(
+                (
+                    *(f"{device}: {choice.text(device)}" for device in DEVICES),
+                    f"measured: {choice.measured(record)}",
+                )
+            )
             for choice in choices()
         }
     if what == "benches":

@@ -132,21 +132,14 @@ def results_table() -> str:
 
 def presets_table() -> str:
     """Return what each preset turns on for each family, and where that was measured."""
-    from diffalign.acceleration.choices import LAYOUTS, choices
+    from diffalign.acceleration.choices import choices
+    from diffalign.core.checkout import read_result
 
-    arms = result("acceleration")["arms"] if (RESULTS / "acceleration.json").exists() else {}
+    record = read_result("acceleration")
     rows = []
     for choice in choices():
-        arm = arms.get(LAYOUTS[choice.family].stand_in, {})
-        key = {"lossless": "lossless_ratio", "balanced": "cache_ratio"}.get(choice.preset, "")
-        measured = "no"
-        if key in arm:
-            ratio = arm[key]["median"]
-            measured = f"`{LAYOUTS[choice.family].stand_in}`, CPU: {ratio:.2f} times as fast"
-            if key == "cache_ratio":
-                measured += f" at {arm['cache_psnr']['median']:.1f} dB"
         texts = (choice.text(device) for device in ("GPU", "CPU"))
-        rows.append((choice.family, f"`{choice.preset}`", *texts, measured))
+        rows.append((choice.family, f"`{choice.preset}`", *texts, choice.measured(record)))
     return table(("family", "preset", "on a GPU", "on a CPU", "measured"), rows)
 
 

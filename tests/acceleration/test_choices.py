@@ -1,6 +1,7 @@
 """Choices of the presets: from the rules, for the schedules of the published pipelines."""
 
 import inspect
+import json
 
 import diffusers
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from diffalign.acceleration.choices import DEVICES, LAYOUTS, choices
 from diffalign.acceleration.options import CHOICES, PRESETS
 from diffalign.cli import listing
+from diffalign.core import checkout
 from diffalign.pipelines.registry import available
 
 PIPELINES = {
@@ -42,7 +44,29 @@ def test_the_rules_decide():
     assert "cache for 50 dB" in by_name["SD3.5", "balanced"].text("CPU")
 
 
-def test_the_list_prints_them(capsys):
-    listing.run(listing.Flags(what="presets"))
-    printed = capsys.readouterr().out
-    assert printed.count("GPU: ") == len(LAYOUTS) * len(PRESETS)
+def a_record(psnr, **more):
+    figures = {"ratio": {"median": 2.25}, "psnr": {"median": psnr}}
+    return {"arms": {"shapes-sd3": {"presets": {"fast": figures}}}, "machine": {}, **more}
+
+
+def test_the_list_prints_them_and_what_was_measured(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "benchmarks" / "results" / "acceleration.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    counts = []
+    for record in (None, a_record(41.2, quick=True), a_record(41.2, quick=False)):
+        if record is not None:
+            file.write_text(json.dumps(record), encoding="utf-8")
+        listing.run(listing.Flags(what="presets"))
+        printed = capsys.readouterr().out
+        assert printed.count("GPU: ") == len(LAYOUTS) * len(PRESETS)
+        counts.append(printed.count("measured: no"))
+    assert counts == [24, 24, 23]
+    assert "measured: shapes-sd3, CPU: 2.25 times as fast, 41.2 dB" in printed
+
+
+def test_equal_images_and_the_device_are_told():
+    choice = next(c for c in choices() if (c.family, c.preset) == ("SD3.5", "fast"))
+    machine = {"device": "NVIDIA L4"}
+    words = choice.measured(a_record(150.0, machine=machine))
+    assert words == "shapes-sd3, NVIDIA L4: 2.25 times as fast, the same images"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_moves import deep_autoencoder
 
-from benchmarks import BENCHES, demo, memory
+from benchmarks import BENCHES, acceleration, demo, memory
 from benchmarks.awm import arms as awm_arms
 from benchmarks.common import record
 from benchmarks.common.curves import Curve
@@ -419,3 +419,30 @@ def test_memory_is_forecast_without_weights(tmp_path):
     assert set(arm["fits"]) <= {24, 80}
     assert arm["on_24_gib"] == {"settings": "", "total": arm["total"]}
     assert arm["int4_base"] < arm["total"]
+
+
+def test_acceleration_measures_one_model_a_command_and_no_seed_twice(tmp_path, monkeypatch):
+    measured = []
+
+    def figures(self, per_task):
+        measured.append((self._name, self._seed, per_task))
+        presets = {name: {"ratio": 2.0, "psnr": 40.0} for name in acceleration.PRESETS}
+        numbers = dict.fromkeys(acceleration.FIGURES, 1.0 + self._seed) | {"restored": 1.0}
+        return {**numbers, "presets": presets, "guidance_scale": 7.0, "computed": [0, 1]}
+
+    monkeypatch.setattr(acceleration._Measurement, "figures", figures)
+    options = record.BenchOptions(True, tmp_path, seeds=2, arms=("shapes-sd3",))
+    result = acceleration.run(options)
+    assert acceleration.run(options) == result
+    assert measured == [("shapes-sd3", 0, 4), ("shapes-sd3", 1, 4)]
+    arm = result["arms"]["shapes-sd3"]
+    assert arm["presets"]["fast"]["ratio"]["values"] == [2.0, 2.0]
+    assert result["headline"] == {
+        "lossless_ratio": 1.5,
+        "cache_ratio": 1.5,
+        "cache_psnr": 1.5,
+        "geneval_drop": 1.5,
+        "restored": True,
+    }
+    acceleration.run(replace(options, quick=False, seeds=1))
+    assert measured[2:] == [("shapes-sd3", 0, 128)]
