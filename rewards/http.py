@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import requests
 
+from diffalign.web.admission import LOOPBACK
+
 logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Host names of this machine."""
 
 
 def session_for(url: str) -> requests.Session:

@@ -7,14 +7,13 @@ Start it with this command:
 A recipe then has `rewards: {"remote:http://127.0.0.1:8100/pickscore": 1.0}`. GET /health names the rewards, and POST
 /NAME scores images (`wire.encode_request`). By default the service listens on loopback and answers only requests to a
 loopback host name. It can require a token. Requests are limited in bytes, time and number (`rewards.uploads`,
-`rewards.connections`), and every request gets an answer.
+`web.connections`), and every request gets an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +29,8 @@ from diffalign.core.errors import one_line
 from diffalign.rewards import wire
 from diffalign.rewards.base import Reward
 from diffalign.rewards.function import RewardShapeError, as_output, score_all
-from diffalign.rewards.http import LOOPBACK
-from diffalign.rewards.uploads import Parsing, Question, Refusal, Uploads
+from diffalign.rewards.uploads import Parsing, Question, Uploads
+from diffalign.web.admission import Refusal, admit
 
 logger = logging.getLogger(__name__)
 LONGEST = 200
@@ -126,7 +125,7 @@ class Service:
 
     async def index(self, request: Request) -> JSONResponse:
         """Answer with the rewards and how to use them."""
-        self._admit(request)
+        admit(request.headers, self.token)
         return JSONResponse(
             {
                 "service": "diffalign rewards",
@@ -139,7 +138,7 @@ class Service:
 
     async def health(self, request: Request) -> JSONResponse:
         """Answer with the card, limits and golden image's rewards of each reward."""
-        self._admit(request)
+        admit(request.headers, self.token)
         rewards = {
             name: {**_describe(entry), "timeout": self.limits.seconds(name)}
             for name, entry in self.served.items()
@@ -148,7 +147,7 @@ class Service:
 
     async def score(self, name: str, request: Request) -> JSONResponse:
         """Answer with the scores of images."""
-        self._admit(request)
+        admit(request.headers, self.token)
         if name not in self.served:
             raise Refusal(404, f"no reward {name[:80]!r}; there are {', '.join(self.served)}")
         entry = self.served[name]
@@ -165,19 +164,6 @@ class Service:
                     return JSONResponse(await _answer(entry, question))
             except TimeoutError as error:
                 raise Refusal(504, f"no reward within {self.limits.seconds(name):g} s") from error
-
-    def _admit(self, request: Request) -> None:
-        """Raise Refusal for a request from outside, or without the token."""
-        host = _host_name(request.headers.get("host", ""))
-        if self.token is None and host not in LOOPBACK:
-            raise Refusal(
-                421, f"without a token this service is called {' or '.join(LOOPBACK)} only"
-            )
-        header = request.headers.get("authorization", "")
-        if self.token is not None and not hmac.compare_digest(
-            header.encode(errors="replace"), f"Bearer {self.token}".encode()
-        ):
-            raise Refusal(401, "a token is needed")
 
 
 def _describe(entry: Served) -> dict[str, Any]:
@@ -204,14 +190,6 @@ def _golden(reward: Reward) -> dict[str, Any] | None:
             one_line(error, limit=LONGEST),
         )
         return None
-
-
-def _host_name(header: str) -> str:
-    """Return the name in a Host header, without the port."""
-    # an IPv6 address
-    if header.startswith("["):
-        return header.partition("]")[0].removeprefix("[").lower()
-    return header.partition(":")[0].lower()
 
 
 async def _answer(entry: Served, question: Question) -> dict[str, Any]:

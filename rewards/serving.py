@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from collections.abc import Sequence
 
 from diffalign.core.errors import UsageError
 from diffalign.rewards import registry
-from diffalign.rewards.http import LOOPBACK
 from diffalign.rewards.own import attribute_of
 from diffalign.rewards.remote import TOKEN
+from diffalign.web.listening import address_of, listen, read_token
 
-PORTS = 65_535
 DEFAULT_TIMEOUT = 300.0
 
 
@@ -30,15 +27,11 @@ def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes
         UsageError: the service could be reached from outside without a token, no reward is named, or the port is taken.
     """
     try:
-        from diffalign.rewards.connections import make_server
         from diffalign.rewards.service import Limits, build_app
+        from diffalign.web.connections import make_server
     except ModuleNotFoundError as error:
         raise UsageError(f"serve-rewards needs `pip install diffalign[server]`: {error}") from error
-    token = os.environ.get(TOKEN) or None
-    if host not in LOOPBACK and token is None:
-        raise UsageError(
-            f"host={host}: others can reach the service; set {TOKEN} here and where it is used"
-        )
+    token = read_token(TOKEN, host=host, where=" and where it is used")
     if not names:
         raise UsageError("rewards: names none")
     served_names = {attribute_of(name): name for name in names}
@@ -50,30 +43,14 @@ def serve(names: Sequence[str], *, host: str, port: int, timeout: str, max_bytes
         registry.check_name(name)
     default, timeouts = read_timeout(timeout, list(served_names))
     limits = Limits(max_bytes=max_bytes, timeout=default, timeouts=timeouts)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     rewards = {served: registry.create(name) for served, name in served_names.items()}
     for reward in rewards.values():
         reward.prepare()
     app = build_app(rewards, token=token, limits=limits)
-    shown = f"[{host}]" if ":" in host else host
     for name in rewards:
-        print(f"remote:http://{shown}:{listening.getsockname()[1]}/{name}", flush=True)
+        print(f"remote:{address_of(listening, host)}/{name}", flush=True)
     make_server(app).run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind the port before anything is loaded."""
-    if not 0 <= port <= PORTS:
-        raise UsageError(f"port={port}: a port is a number from 0 (any that is free) to {PORTS}")
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
-        )
-    except OSError as error:
-        raise UsageError(
-            f"host={host}, port={port}: cannot listen there ({error.strerror or error}). Choose another port or stop "
-            "the program that uses it."
-        ) from error
 
 
 def read_timeout(text: str, names: Sequence[str]) -> tuple[float, dict[str, float]]:

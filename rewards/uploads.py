@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from diffalign.rewards import wire
+from diffalign.web.admission import Refusal
 
 BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 LARGE = 4_000_000
@@ -26,14 +27,6 @@ MAX_OTHER = 1_000_000
 Images are base64 and all else is short, so this bounds brackets, commas, escapes and blanks, on which the time and
 memory of parsing depend.
 """
-
-
-class Refusal(Exception):
-    """Answer with another status than 200."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status, self.text = status, text
 
 
 @dataclass

@@ -49,11 +49,19 @@ FORBIDDEN = {
     "diffalign/optimisation": (
         *("training", "methods", "rewards", "algorithms", "schedulers", "shapes", *SURFACE),
     ),
+    "diffalign/web": (
+        *("pipelines", "rewards", "training", "methods", "evaluation", "algorithms", "data"),
+        *("config", "serving", "acceleration", *SURFACE),
+    ),
+    "diffalign/serving": (
+        *("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
+        *("tuning", "schedulers", "shapes", *SURFACE),
+    ),
     "diffalign/tuning": ("training", "methods", "rewards", "algorithms", "shapes", *SURFACE),
     "pipelines": ("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
     "rewards": (
         *("pipelines", "training", "methods", "evaluation", "algorithms", "data", "config"),
-        "lora",
+        *("lora", "serving"),
     ),
 }
 # files at the bottom of the house -> all that they may import of it

@@ -21,21 +21,23 @@ from PIL import Image
 
 from diffalign import cli
 from diffalign.core.errors import UsageError
-from diffalign.rewards import connections, registry, remote, uploads, wire
+from diffalign.rewards import registry, remote, uploads, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
-from diffalign.rewards.connections import make_server
 from diffalign.rewards.function import as_reward
 from diffalign.rewards.http import session_for
 from diffalign.rewards.jpeg import JpegReward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.service import Limits, build_app
 from diffalign.rewards.serving import read_timeout
-from diffalign.rewards.uploads import Refusal, Uploads
+from diffalign.rewards.uploads import Uploads
 from diffalign.rewards.verifier import VerifierReward
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import render, sample_scene
 from diffalign.types import RewardOutput
+from diffalign.web import connections
+from diffalign.web.admission import Refusal
+from diffalign.web.connections import make_server
 
 
 class Moody(Reward):

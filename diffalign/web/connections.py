@@ -1,4 +1,4 @@
-"""HTTP connections of the reward service, bounded in number and idle time."""
+"""HTTP connections of a server, bounded in number and idle time."""
 
 from __future__ import annotations
 
