@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffalign.tuning.smaller import Smaller
 
 ROUNDINGS = ("gptq", "nearest")
+LAYOUTS = ("diffalign", "svdquant-int4", "svdquant-nvfp4")
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,7 @@ class Flags(SampleFlags):
     calibration_memory: float
     tune_steps: int | None
     bits_per_weight: float | None
+    layout: str
 
 
 def add_flags(parser: Parser) -> None:
@@ -63,6 +65,13 @@ def add_flags(parser: Parser) -> None:
     )
     options.add_calibration(parser, 32)
     _add_rounding(parser)
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="svdquant-int4 (of --backend int4) and svdquant-nvfp4 save what diffusers' 4-bit kernels read "
+        "(nunchaku_lite), with --svd_rank 16, 32, ... (default: %(default)s)",
+    )
     options.add_count(
         parser,
         "--latency",
@@ -126,6 +135,7 @@ def run(flags: Flags) -> None:
         calibration_memory=flags.calibration_memory,
         tune_steps=flags.tune_steps,
         bits_per_weight=flags.bits_per_weight,
+        layout=flags.layout,
     )
     settings.check(prompts)
     settle_drawing(flags)
@@ -136,6 +146,10 @@ def run(flags: Flags) -> None:
     if "psnr" in smaller.result:
         print(f"{smaller.result['psnr']:.1f} dB of PSNR to the original's images of the same noise")
     size = f"{smaller.part} of {smaller.result['disk_bytes']:,} bytes"
+    if settings.precision is not None:
+        print(f"{flags.output_dir}: {size}; diffusers reads it where its 4-bit kernels run")
+        emit(smaller.result)
+        return
     print(f"{flags.output_dir}: {size}; diffalign.load reads it")
     suggest("generate", "a photo of a red circle", "--model", flags.output_dir)
     emit(smaller.result)

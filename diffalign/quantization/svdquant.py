@@ -45,6 +45,9 @@ class Export:
     targets: tuple[str, ...]
     dense: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{len(self.targets)} layers in 4 bits, and {len(self.dense)} packed layers back in 16 bits"
+
 
 def export_pipeline(
     pipeline: Any, folder: str | Path, *, precision: str = "int4", rank: int = 32

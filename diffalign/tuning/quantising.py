@@ -14,6 +14,7 @@ from diffalign.data.prompts import Prompt
 from diffalign.evaluation.likeness import psnr
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.registry import load_model
+from diffalign.quantization import svdquant
 from diffalign.quantization.apply import quantization_config, quantize_pipeline
 from diffalign.quantization.backends import BACKENDS, resolve
 from diffalign.quantization.moments import MEMORY
@@ -23,6 +24,8 @@ from diffalign.tuning.calibration import Calibration
 from diffalign.tuning.scales import STEPS, ScaleTuning, Trajectories, tune_scales
 
 GIB = 2**30
+LAYOUTS = {"diffalign": None, "svdquant-int4": "int4", "svdquant-nvfp4": "nvfp4"}
+"""Layouts of a saved denoiser, with SVDQuant's precision (`svdquant.export_pipeline`)."""
 IMAGES = 16
 """Images of the calibration prompts that are compared before and after."""
 
@@ -42,6 +45,7 @@ class SmallerSettings:
             fit.
         tune_steps: updates of the scales of packed weights; None for 60 at 2 bits and none otherwise.
         bits_per_weight: largest mean of the bits of packed weights, for bits by layer; None for one number of bits.
+        layout: name in `LAYOUTS` of the saved denoiser's layout.
     """
 
     backend: str = "auto"
@@ -53,6 +57,7 @@ class SmallerSettings:
     calibration_memory: float = MEMORY / GIB
     tune_steps: int | None = None
     bits_per_weight: float | None = None
+    layout: str = "diffalign"
 
     def check(self, prompts: Sequence[Prompt] | None) -> None:
         """Raise UsageError if the settings do not fit together or to the calibration prompts."""
@@ -64,6 +69,7 @@ class SmallerSettings:
             raise UsageError(
                 f"backend={self.backend}: bits_per_weight belongs to mixed alone. Set both, or neither."
             )
+        self._check_layout(prompts)
         # "auto" is known when the model is loaded
         backend = BACKENDS.get(self.method)
         if not prompts:
@@ -72,6 +78,37 @@ class SmallerSettings:
             check_rounding(backend.bits, calibrated=bool(prompts) and self.gptq(self.method))
         if prompts and backend is not None:
             self.check_calibration(self.method)
+
+    @property
+    def precision(self) -> str | None:
+        """Precision of SVDQuant's layout; None for the own layout."""
+        return LAYOUTS[self.layout]
+
+    def _check_layout(self, prompts: Sequence[Prompt] | None) -> None:
+        """Raise UsageError if SVDQuant's layout cannot be made with the settings."""
+        if self.precision is None:
+            return
+        if self.components:
+            raise UsageError(
+                f"components={' '.join(self.components)}: layout={self.layout} is for denoisers alone, and stock "
+                "diffusers reads no other part of ours. Omit `components`."
+            )
+        if self.svd_rank % svdquant.RANK or self.svd_rank < svdquant.RANK:
+            raise UsageError(
+                f"svd_rank={self.svd_rank}: the kernels of layout={self.layout} take multiples of {svdquant.RANK}. "
+                "Set `svd_rank` to 32."
+            )
+        if self.precision == "nvfp4" and (self.backend != "auto" or prompts):
+            raise UsageError(
+                f"layout={self.layout}: its numbers are made from the original weights, without calibration. Omit "
+                "`backend` and `prompts`."
+            )
+        group_size = svdquant.GROUPS["int4"]
+        if self.precision == "int4" and (self.backend, self.group_size) != ("int4", group_size):
+            raise UsageError(
+                f"layout={self.layout}: its weights are those of int4 in groups of {group_size}. Set `backend` to "
+                f"int4 and `group_size` to {group_size}."
+            )
 
     @property
     def method(self) -> str:

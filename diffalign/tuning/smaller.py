@@ -20,12 +20,13 @@ from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.cards import card_of
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
-from diffalign.pipelines.saving import save_pipeline
+from diffalign.pipelines.saving import agree_on_dtype, save_pipeline
 from diffalign.quantization.accounting import ModuleReport, folder_bytes, report
 from diffalign.quantization.backends import BACKENDS
 from diffalign.quantization.latency import Comparison, forward_seconds
+from diffalign.quantization.svdquant import Export, export_pipeline
 from diffalign.tuning.calibration import Calibration
-from diffalign.tuning.quantising import SmallerSettings, quantise
+from diffalign.tuning.quantising import Quantised, SmallerSettings, quantise
 
 logger = logging.getLogger(__name__)
 REPORT = "quantization.json"
@@ -36,7 +37,7 @@ class Smaller:
     """Quantised model: folder of its denoiser, its size and speed, and the result as JSON."""
 
     part: str
-    weights: ModuleReport
+    weights: ModuleReport | Export
     speed: str | None
     result: dict[str, Any]
 
@@ -67,6 +68,10 @@ def make_smaller(
     Raises:
         UsageError: the backend cannot quantise this model with these settings.
     """
+    if settings.precision is not None:
+        return _exported(
+            model, source, settings, output_dir, calibrate=(prompts, drawing), progress=progress
+        )
     before = report(model.denoiser)
     calibration = Calibration(model, prompts, drawing) if prompts else None
     done = quantise(model, source, settings, dtype=dtype, calibration=calibration)
@@ -90,11 +95,56 @@ def make_smaller(
             **_sizes(before, after, folder, part),
             **({} if times is None else _rounded(times)),
         }
-        text = json.dumps({**result, "versions": versions()}, indent=2)
-        (folder / REPORT).write_text(text, encoding="utf-8")
+        _write_report(folder, result)
     progress()
     speed = None if times is None else _describe(times, settings, set(backends.values()))
     return Smaller(part, after, speed, result)
+
+
+def _exported(
+    model: TextToImageModel,
+    source: str,
+    settings: SmallerSettings,
+    output_dir: Path,
+    *,
+    calibrate: tuple[list[Prompt] | None, Drawing],
+    progress: Callable[[], None],
+) -> Smaller:
+    """Save a model in SVDQuant's layout, without a time: its kernels are not run."""
+    part, (prompts, drawing) = model.denoiser_part, calibrate
+    plain_bytes = report(model.denoiser).bf16_bytes
+    done = Quantised(model, {part: settings.layout})
+    if settings.precision == "int4":
+        calibration = Calibration(model, prompts, drawing) if prompts else None
+        done = quantise(model, source, settings, dtype=torch.bfloat16, calibration=calibration)
+    progress()
+    with folder_aside(output_dir) as folder:
+        export = export_pipeline(
+            model.pipeline, folder, precision=str(settings.precision), rank=settings.svd_rank
+        )
+        agree_on_dtype(folder)
+        if (card := card_of(source)) is not None:
+            card.save(folder)
+        disk_bytes = folder_bytes(folder / part)
+        result = {
+            "model": source,
+            "layout": settings.layout,
+            "svd_rank": settings.svd_rank,
+            "rounding": "gptq" if prompts and settings.gptq("int4") else "nearest",
+            **({} if done.psnr is None else {"psnr": round(done.psnr, 2)}),
+            "layers_in_4_bits": len(export.targets),
+            "disk_bytes": disk_bytes,
+            "disk_ratio_to_bf16": round(plain_bytes / disk_bytes, 4),
+            "pipeline_disk_bytes": folder_bytes(folder),
+        }
+        _write_report(folder, result)
+    progress()
+    return Smaller(part, export, None, result)
+
+
+def _write_report(folder: Path, result: dict[str, Any]) -> None:
+    text = json.dumps({**result, "versions": versions()}, indent=2)
+    (folder / REPORT).write_text(text, encoding="utf-8")
 
 
 def _counts(bits: dict[str, int]) -> dict[str, int]:

@@ -7,14 +7,19 @@ import types
 
 import diffusers
 import pytest
+import tiny
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import nn
 
+from diffalign import cli
+from diffalign.cli import quantize
 from diffalign.core.errors import UsageError
 from diffalign.quantization import svdquant
 from diffalign.quantization.layers import PackedLinear, PackSpec
 from diffalign.quantization.packed import pack_model
+from diffalign.tuning import quantising
 
 N, K, RANK = 256, 384, 32
 
@@ -210,6 +215,76 @@ def test_diffusers_loads_the_folder_strictly(tmp_path, strict, monkeypatch, prec
         assert torch.equal(
             tensor.view(torch.uint8), tensors[name].contiguous().view(torch.uint8)
         ), name
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Folder of a tiny pipeline with layers that the kernels take."""
+    pipeline = tiny.flux_pipeline()
+    config = dict(pipeline.transformer.config) | {
+        "attention_head_dim": 64,
+        "axes_dims_rope": (32, 16, 16),
+    }
+    torch.manual_seed(0)
+    pipeline.register_modules(transformer=FluxTransformer2DModel.from_config(config))
+    pipeline.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        ("int4", ("--backend=int4", "--prompts=shapes:train", "--max_prompts=1")),
+        ("nvfp4", ()),
+    ],
+)
+def test_the_command_line_writes_what_diffusers_accepts(
+    tmp_path, wide, strict, monkeypatch, capsys, layout, flags
+):
+    folder, size = tmp_path / "small", ("--height=16", "--width=16", "--num_inference_steps=2")
+    arguments = (f"--model={wide}", f"--layout=svdquant-{layout}", f"--svd_rank={RANK}", *size)
+    assert cli.main(["quantize", "--json", f"--output_dir={folder}", *arguments, *flags]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert f"{result['layers_in_4_bits']} layers in 4 bits" in printed.err
+    assert json.loads((folder / "quantization.json").read_text())["layout"] == f"svdquant-{layout}"
+    assert result["rounding"] == ("gptq" if flags else "nearest")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    targets = config["quantization_config"]["svdq_w4a4"]["targets"]
+    assert len(targets) == result["layers_in_4_bits"] > 8
+    quantizer = diffusers.quantizers.nunchaku.NunchakuLiteQuantizer
+    monkeypatch.setattr(quantizer, "validate_environment", lambda *args, **kwargs: None)
+    pipeline = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    strict.check_strict_state_dict_match(pipeline.transformer, saved)
+    assert saved[f"{targets[0]}.qweight"].dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ("--layout=svdquant-int4", "--svd_rank=16"),
+            "Set --backend to int4 and --group_size to 64",
+        ),
+        (
+            ("--layout=svdquant-int4", "--backend=int4", "--svd_rank=16", "--group_size=32"),
+            "of int4 in groups of 64",
+        ),
+        (("--layout=svdquant-int4", "--backend=int4"), "--svd_rank=0: the kernels"),
+        (("--layout=svdquant-nvfp4", "--svd_rank=24"), "take multiples of 16"),
+        (("--layout=svdquant-nvfp4", "--svd_rank=16", "--backend=int4"), "original weights"),
+        (
+            ("--layout=svdquant-nvfp4", "--svd_rank=16", "--components", "text_encoder"),
+            "for denoisers alone",
+        ),
+    ],
+)
+def test_the_command_line_refuses_what_the_layout_cannot_hold(tmp_path, capsys, flags, words):
+    output = f"--output_dir={tmp_path / 'small'}"
+    assert cli.main(["quantize", "--model=shapes-flux", output, *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
