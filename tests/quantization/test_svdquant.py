@@ -260,6 +260,10 @@ def test_the_command_line_writes_what_diffusers_accepts(
     assert saved[f"{targets[0]}.qweight"].dtype == torch.int8
 
 
+def test_the_command_line_offers_every_layout():
+    assert tuple(quantising.LAYOUTS) == quantize.LAYOUTS
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
