@@ -6,7 +6,7 @@ The docstrings give shapes; B is the batch size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class PromptEmbeds:
     """Text embeddings of B prompts, in the form of one model family.
 
     Attributes:
-        prompt_embeds: (B, S, D).
+        prompt_embeds: (B, S, D). Shorter prompts are padded with zeros to the longest, and have a mask.
         pooled_prompt_embeds: (B, P), or None for families without it.
         time_ids: (B, 6), SDXL's original height and width, top and left of the crop, target height and width, in
             pixels; None for other families.
@@ -38,6 +38,14 @@ class PromptEmbeds:
 
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each prompt that count, which are the first ones."""
+        if self.prompt_attention_mask is None:
+            return [self.prompt_embeds.shape[1]] * len(self)
+        lengths: list[int] = self.prompt_attention_mask.sum(1).long().tolist()
+        return lengths
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
         changed: dict[str, Any] = {}
@@ -60,11 +68,38 @@ class PromptEmbeds:
 
         return self[torch.zeros(n, dtype=torch.long)]
 
+    def padded(self, length: int) -> PromptEmbeds:
+        """Return the embeddings with zeros, which the mask excludes, up to `length` tokens.
+
+        Raises:
+            ValueError: the embeddings are shorter and have no mask.
+        """
+        import torch.nn.functional as F
+
+        missing = length - self.prompt_embeds.shape[1]
+        if not missing:
+            return self
+        if self.prompt_attention_mask is None:
+            raise ValueError(
+                f"prompt_embeds of {self.prompt_embeds.shape[1]} tokens cannot become {length} tokens long: they have "
+                "no mask. Encode all prompts to one length, or with a mask."
+            )
+        return replace(
+            self,
+            prompt_embeds=F.pad(self.prompt_embeds, (0, 0, 0, missing)),
+            prompt_attention_mask=F.pad(self.prompt_attention_mask, (0, missing)),
+        )
+
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """Concatenate embeddings; a tensor that one of them lacks is None in the result."""
+        """Concatenate embeddings, padded to the longest.
+
+        A tensor that one of them lacks is None in the result.
+        """
         import torch
 
+        length = max(part.prompt_embeds.shape[1] for part in parts)
+        parts = [part.padded(length) for part in parts]
         tensors: dict[str, Any] = {}
         for name in (f.name for f in fields(PromptEmbeds)):
             column = [getattr(p, name) for p in parts]

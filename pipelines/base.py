@@ -144,9 +144,27 @@ class TextToImageModel(ABC):
         return height or self.default_size[0], width or self.default_size[1]
 
     @classmethod
-    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
-        """Return True if the configurations are those of a few-step student without guidance."""
+    def is_student(
+        cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any], index: Mapping[str, Any]
+    ) -> bool:
+        """Return True if the configurations are those of a few-step student without guidance.
+
+        Args:
+            index: content of `model_index.json`.
+        """
         return False
+
+    @property
+    def is_distilled(self) -> bool:
+        """True for a few-step student without guidance, by its configurations."""
+        configs = (self.denoiser.config, self.pipeline.scheduler.config, self.pipeline.config)
+        return self.is_student(*configs)
+
+    @classmethod
+    def default_guidance(cls, parameters: Mapping[str, Any]) -> float | None:
+        """Return the guidance scale that the parameters of the stock pipeline's call default to."""
+        default: float | None = parameters["guidance_scale"].default
+        return default
 
     @classmethod
     def default_sample_size(cls, pipeline: DiffusionPipeline) -> int | None:
@@ -182,6 +200,14 @@ class TextToImageModel(ABC):
         both = PromptEmbeds.cat([negative_embeds, embeds])
         model_pred = self.forward(torch.cat([noisy_latents] * 2), torch.cat([timesteps] * 2), both)
         uncond, cond = model_pred.chunk(2)
+        return self.guided(uncond, cond, guidance_scale)
+
+    def guided(self, uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+        """Return the guided prediction (B, C, H, W) of two predictions.
+
+        It is uncond + scale (cond - uncond) (Ho & Salimans 2022). A family whose stock pipeline has another convention
+        overrides this method; its `guidance_scale` stays the usual one, of which 1 means no guidance.
+        """
         return uncond + guidance_scale * (cond - uncond)
 
     @abstractmethod
@@ -211,9 +237,14 @@ class TextToImageModel(ABC):
         return (size[0] // step) * (size[1] // step)
 
     @property
+    def pixels_per_latent(self) -> int:
+        """Side in pixels of the image area that one position of the latents covers."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
     def pixels_per_token(self) -> int:
         """Side in pixels of the image area that one token covers."""
-        return int(self.patch_size * self.pipeline.vae_scale_factor)
+        return self.patch_size * self.pixels_per_latent
 
     def moved_config(self, codec: LatentCodec, ratio: int) -> dict[str, Any]:
         """Return the changes of the denoiser's configuration for the latents of a codec.
@@ -246,7 +277,7 @@ class TextToImageModel(ABC):
             UsageError: the model cannot generate images of this size.
         """
         height, width = size
-        step, scale = self.granularity, self.pipeline.vae_scale_factor
+        step, scale = self.granularity, self.pixels_per_latent
         if height <= 0 or width <= 0 or height % step or width % step:
             near = tuple(max(step, round(side / step) * step) for side in (height, width))
             raise UsageError(
@@ -260,7 +291,7 @@ class TextToImageModel(ABC):
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         kwargs: dict[str, Any] = self.scheduler_kwargs(num_inference_steps)
         if scheduler.config.get("use_dynamic_shifting"):
-            kwargs["mu"] = dynamic_shift(scheduler.config, self.image_seq_len(size))
+            kwargs["mu"] = self.mu(size, num_inference_steps)
         set_timesteps(scheduler, num_inference_steps, device=self.device, **kwargs)
         return scheduler
 
@@ -268,14 +299,28 @@ class TextToImageModel(ABC):
         """Return further arguments that the stock pipeline passes to `set_timesteps`."""
         return {}
 
-    def shifted(self, sigmas: Tensor, size: Size) -> Tensor:
-        """Return noise levels (N,) of a flow after the scheduler's shift for this image size."""
+    def mu(self, size: Size, num_inference_steps: int) -> float:
+        """Return `mu` of a dynamic schedule, which the stock pipeline gives to its scheduler."""
+        del num_inference_steps
+        return dynamic_shift(self.pipeline.scheduler.config, self.image_seq_len(size))
+
+    def shifted(self, sigmas: Tensor, size: Size, *, num_inference_steps: int = 50) -> Tensor:
+        """Return noise levels (N,) of a flow after the scheduler's shift for this image size.
+
+        The levels of a scheduler with `shift_terminal` end there instead of at 0.
+
+        Args:
+            num_inference_steps: number of steps, on which some schedules depend (FLUX.2).
+        """
         config = self.pipeline.scheduler.config
+        shift = config.get("flow_shift") or config.get("shift") or 1.0
         if config.get("use_dynamic_shifting"):
-            mu = dynamic_shift(config, self.image_seq_len(size))
-            linear = config.get("time_shift_type") == "linear"
-            return shift_sigmas(sigmas, mu if linear else math.exp(mu))
-        return shift_sigmas(sigmas, config.get("flow_shift") or config.get("shift") or 1.0)
+            shift = self.mu(size, num_inference_steps)
+            if config.get("time_shift_type") != "linear":
+                shift = math.exp(shift)
+        sigmas = shift_sigmas(sigmas, shift)
+        terminal = config.get("shift_terminal")
+        return 1 - (1 - sigmas) * (1 - terminal) if terminal else sigmas
 
     @property
     def codec(self) -> LatentCodec:

@@ -179,11 +179,13 @@ def _derived(place: Any, revision: str | None) -> DrawingCard:
     denoiser = folder.component_config(part) or {}
     pixels = _pixels(folder.component_config("vae") or {}, denoiser)
     batch_size = 64 if pixels <= 128 else 16 if pixels <= 512 else 4
-    if scheduler.get("_class_name") in STUDENTS or family.is_student(denoiser, scheduler):
+    if scheduler.get("_class_name") in STUDENTS or family.is_student(
+        denoiser, scheduler, folder.index
+    ):
         return DrawingCard(FEW_STEPS, batch_size=batch_size)
     return DrawingCard(
         parameters["num_inference_steps"].default,
-        parameters["guidance_scale"].default,
+        family.default_guidance(parameters),
         batch_size=batch_size,
     )
 

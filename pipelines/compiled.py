@@ -140,10 +140,13 @@ def batch_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def _fill(name: str, value: Any, rows: int, size: int) -> Any:
     """Pad an argument to `size` rows if it has a batch dimension.
 
-    Position ids have none. Further conditions of U-Nets are in a mapping, which is padded entry by entry.
+    Position ids have none. Further conditions of U-Nets are in a mapping, which is padded entry by entry. Z-Image has
+    lists with one entry per row.
     """
     if isinstance(value, dict):
         return {key: _fill(key, part, rows, size) for key, part in value.items()}
+    if isinstance(value, list) and len(value) == rows:
+        return value + value[:1] * (size - rows)
     if not isinstance(value, Tensor) or value.ndim == 0 or name in POSITIONS:
         return value
     if len(value) != rows:

@@ -60,7 +60,9 @@ class FluxModel(TextToImageModel):
         return super().stock_side if self.deep else int(self.pipeline.vae.config.sample_size)
 
     @classmethod
-    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+    def is_student(
+        cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any], index: Mapping[str, Any]
+    ) -> bool:
         """Return True for FLUX.1-schnell's layout, which has no guidance input."""
         return denoiser.get("guidance_embeds") is False
 

@@ -21,7 +21,9 @@ class SDXLModel(SDModel):
     upcasts_vae = True
 
     @classmethod
-    def is_student(cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any]) -> bool:
+    def is_student(
+        cls, denoiser: Mapping[str, Any], scheduler: Mapping[str, Any], index: Mapping[str, Any]
+    ) -> bool:
         """Return True for the scheduler of SDXL Turbo."""
         name, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
         return (name, spacing) == ("EulerAncestralDiscreteScheduler", "trailing")

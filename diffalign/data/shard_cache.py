@@ -216,8 +216,13 @@ class ShardCache:
             without: names of tensors that are not read.
         """
         parts = [self.row(i, without=without) for i in rows]
+        # shards pad their prompts to different lengths
+        prompts = [
+            PromptEmbeds(**{k: part.pop(k)[None] for k in PROMPT_PARTS if k in part})
+            for part in parts
+        ]
         tensors = {k: torch.stack([part[k] for part in parts]).to(device) for k in parts[0]}
-        return tensors, PromptEmbeds(**{k: tensors.pop(k) for k in PROMPT_PARTS if k in tensors})
+        return tensors, PromptEmbeds.cat(prompts).to(device)
 
     def row(self, number: int, *, without: Sequence[str] = ()) -> dict[str, Tensor]:
         """Return all tensors of a row, including those of its prompt."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from diffalign.core.errors import UserError
 from diffalign.core.fingerprint import fingerprint
 
-AFFINES = ("scale", "shift", "statistics")
+AFFINES = ("scale", "shift", "statistics", "channels", "batch_norm")
 """Ways in which stock pipelines scale latents, by an autoencoder's configuration.
 
 The way "scale" is `scaling_factor` alone (Stable Diffusion, SANA), "shift" also uses `shift_factor` (SD3, FLUX), and
-"statistics" also uses `latents_mean` and `latents_std` per channel if both are set (SDXL).
+"statistics" also uses `latents_mean` and `latents_std` per channel if both are set (SDXL). The way "channels" uses only
+these two (Qwen-Image). The way "batch_norm" folds patches into channels, and uses the mean and variance of the
+autoencoder's batch normalisation for each of them (FLUX.2).
 """
 
 
@@ -39,11 +41,13 @@ def encoded(vae: Any, pixels: Tensor, *, sample: bool = False) -> tuple[Tensor, 
         Latents (B, C, h, w), and the posterior's divergence from a standard normal, a mean over all numbers; 0 without
             a posterior or without sampling.
     """
-    output = vae.encode(pixels)
+    frames = has_frames(vae)
+    output = vae.encode(pixels.unsqueeze(2) if frames else pixels)
     if hasattr(output, "latent"):
         return output.latent, pixels.new_zeros(())
     posterior = output.latent_dist
     latents = posterior.sample() if sample else posterior.mode()
+    latents = latents.squeeze(2) if frames else latents
     penalty = posterior.kl().mean() / latents[0].numel() if sample else pixels.new_zeros(())
     return latents, penalty
 
@@ -52,7 +56,29 @@ def compression(vae: Any) -> int:
     """Return the pixels per side of the image for one latent."""
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
+    if has_frames(vae):
+        return int(2 ** len(vae.config.temperal_downsample))
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def has_frames(vae: Any) -> bool:
+    """Return True for an autoencoder of videos, whose tensors have an axis of frames (Qwen-Image)."""
+    return "temperal_downsample" in vae.config
+
+
+def channels_of(vae: Any) -> int:
+    """Return the number of channels of an autoencoder's latents."""
+    return int(vae.config.z_dim if has_frames(vae) else vae.config.latent_channels)
+
+
+def patchified(latents: Tensor, patch_size: int) -> Tensor:
+    """Fold patches of latents (B, C, h, w) into channels, in the order (channel, row, column)."""
+    return torch.nn.functional.pixel_unshuffle(latents, patch_size)
+
+
+def unpatchified(latents: Tensor, patch_size: int) -> Tensor:
+    """Undo `patchified`."""
+    return torch.nn.functional.pixel_shuffle(latents, patch_size)
 
 
 def filled_up(latents: Tensor, channels: int) -> Tensor:
@@ -132,9 +158,9 @@ class LatentCodec:
     upcast: bool = False
 
     def __post_init__(self) -> None:
-        if self.prefix is not None and not 0 < self.prefix <= self.vae.config.latent_channels:
+        if self.prefix is not None and not 0 < self.prefix <= channels_of(self.vae):
             raise CodecError(
-                f"latents.channels={self.prefix}: the autoencoder has {self.vae.config.latent_channels} channels. "
+                f"latents.channels={self.prefix}: the autoencoder has {channels_of(self.vae)} channels. "
                 "Choose a number from 1 to that."
             )
         if self.affine not in AFFINES:
@@ -142,8 +168,13 @@ class LatentCodec:
 
     @property
     def channels(self) -> int:
-        """Number of channels of the latents."""
-        return int(self.prefix or self.vae.config.latent_channels)
+        """Number of channels of the latents, with folded patches."""
+        return (self.prefix or channels_of(self.vae)) * self.fold**2
+
+    @property
+    def fold(self) -> int:
+        """Side of the autoencoder's patches that are folded into channels; 1 without folding."""
+        return int(self.vae.config.patch_size[0]) if self.affine == "batch_norm" else 1
 
     @property
     def token_channels(self) -> int:
@@ -152,7 +183,8 @@ class LatentCodec:
 
     @property
     def compression(self) -> int:
-        return compression(self.vae)
+        """Pixels per side of the image for one position of the latents."""
+        return compression(self.vae) * self.fold
 
     @property
     def pixels_per_token(self) -> int:
@@ -161,6 +193,9 @@ class LatentCodec:
 
     @property
     def scale(self) -> float:
+        """Scale of the latents, one if the stock pipeline does not use it."""
+        if self.affine in ("channels", "batch_norm"):
+            return 1.0
         return float(self.vae.config.scaling_factor)
 
     @property
@@ -173,7 +208,10 @@ class LatentCodec:
     @property
     def statistics(self) -> dict[str, list[float]]:
         """Statistics `mean` and `std` of each channel, or {} if they are not used."""
-        if self.affine != "statistics":
+        if self.affine == "batch_norm":
+            names = ("mean", "std")
+            return {n: v.tolist() for n, v in zip(names, self._batch_statistics(), strict=True)}
+        if self.affine not in ("statistics", "channels"):
             return {}
         raw = {n: getattr(self.vae.config, f"latents_{n}", None) for n in ("mean", "std")}
         lists = {name: values for name, values in raw.items() if values is not None}
@@ -181,25 +219,44 @@ class LatentCodec:
             return {}
         return {name: [float(v) for v in values] for name, values in lists.items()}
 
+    @property
+    def scaled_by_channel(self) -> bool:
+        """True if each channel has its own mean and standard deviation."""
+        return self.affine == "batch_norm" or bool(self.statistics)
+
     def normalized(self, latents: Tensor) -> Tensor:
-        """Scale latents (B, C, h, w) of the autoencoder for the denoiser."""
-        if self.statistics:
+        """Scale latents (B, C, h, w) of the autoencoder for the denoiser; fold patches."""
+        if self.fold > 1:
+            latents = patchified(latents, self.fold)
+        if self.scaled_by_channel:
             mean, std = self._statistics(latents)
             return (latents - mean) * self.scale / std
         return (latents - self.shift) * self.scale
 
     def denormalized(self, latents: Tensor) -> Tensor:
         """Undo `normalized`, in the stock pipelines' order of operations."""
-        if self.statistics:
+        if self.scaled_by_channel:
             mean, std = self._statistics(latents)
-            return latents * std / self.scale + mean
+            if self.affine == "channels":
+                return latents / (1 / std) + mean
+            latents = latents * std / self.scale + mean
+            return unpatchified(latents, self.fold) if self.fold > 1 else latents
         latents = latents / self.scale
         return latents + self.shift if self.affine == "shift" else latents
 
     def _statistics(self, like: Tensor) -> list[Tensor]:
         """Return mean and std, each (1, C, 1, 1) in the dtype of latents."""
-        values = self.statistics.values()
-        return [torch.tensor(v).view(1, -1, 1, 1).to(like.device, like.dtype) for v in values]
+        if self.affine == "batch_norm":
+            values = list(self._batch_statistics())
+        else:
+            values = [torch.tensor(v) for v in self.statistics.values()]
+        return [v.view(1, -1, 1, 1).to(like.device, like.dtype) for v in values]
+
+    def _batch_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and std (C,) of the autoencoder's batch normalisation."""
+        normalisation = self.vae.bn
+        variance = normalisation.running_var + self.vae.config.batch_norm_eps
+        return normalisation.running_mean, torch.sqrt(variance)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -210,7 +267,7 @@ class LatentCodec:
         dtype = self.vae.dtype
         with _in_float32(self.vae, self.upcast and self.vae.config.force_upcast):
             pixels = (images.to(self.vae.device).float() / 127.5 - 1).to(self.vae.dtype)
-            latents = encoded(self.vae, pixels)[0][:, : self.channels]
+            latents = encoded(self.vae, pixels)[0][:, : self.prefix]
         return self.normalized(latents.to(dtype) if latents.dtype == torch.float32 else latents)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -227,8 +284,11 @@ class LatentCodec:
         with _in_float32(self.vae, self.upcast and half and self.vae.config.force_upcast):
             latents = self.denormalized(latents.to(self.vae.dtype))
             if self.prefix is not None:
-                latents = filled_up(latents, self.vae.config.latent_channels)
+                latents = filled_up(latents, channels_of(self.vae))
+            frames = has_frames(self.vae)
+            latents = latents.unsqueeze(2) if frames else latents
             pixels = self.vae.decode(latents, return_dict=False)[0]
+            pixels = pixels.squeeze(2) if frames else pixels
         finite = pixels.isfinite().flatten(1).all(1)
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1).float()
         return (pixels * 255).round().to(torch.uint8), finite
