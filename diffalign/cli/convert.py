@@ -37,7 +37,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--family",
         default=None,
-        choices=("sd3", "flux"),
+        choices=("flux", "flux2", "qwen_image", "sd3", "z_image"),
         help="family of the model; needed for the transformers of kohya's files",
     )
     parser.add_argument(

@@ -102,11 +102,13 @@ def read(path: Path, config: Mapping[str, Any] | None = None, *, unclear: str = 
         configs = {"": configuration.checked(config, path)}
     grouped = _grouped(tensors, path)
     lora = Lora(source=str(path), dtype=_stored_dtype(tensors))
+    shapes = {m: (own["down"].shape[1], own["up"].shape[0]) for m, own in grouped.items()}
+    released = names.released_by(shapes)
     for module, own in grouped.items():
-        place = names.find_place(module)
+        place = names.find_place(module, released)
         if place is None:
             raise UsageError(
-                f"{path} holds {module}, by which no module of SD1.5, SDXL, SD3, FLUX or SANA is known. "
+                f"{path} holds {module}, by which no module of a family of `diffalign list models` is known. "
                 "Convert it with the program that made it"
             )
         own_config = configs.get(place.part, configs.get("", {}))
@@ -247,7 +249,7 @@ def write(lora: Lora, path: Path, *, to: str, family: str | None = None) -> None
 
     Args:
         to: "diffusers", "comfyui" or "kohya".
-        family: "sd3" or "flux", for kohya's names of a transformer.
+        family: one of `names.TABLES` or `names.FLAT`, for kohya's names of a transformer.
 
     Raises:
         UsageError: the format has no name for a module, or no DoRA; nothing is written.
@@ -328,7 +330,11 @@ def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
 
     for part, layers in lora.parts.items():
         if part == TRANSFORMER:
-            table = names.TABLES[_known_family(family)]
+            table = names.TABLES.get(_known_family(family))
+            if table is None:
+                for module, layer in layers.items():
+                    add(KOHYA + module.replace(".", "_"), layer)
+                continue
             for name, matrices in stacks.join(layers, table, family=str(family)):
                 add(f"{KOHYA}{name}", Layer(*matrices))
             continue
@@ -344,6 +350,7 @@ def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
 
 def _known_family(family: str | None) -> str:
     """Return the family. UsageError if kohya's keys have no table for it."""
-    if family is None or family not in names.TABLES:
-        raise UsageError(f"kohya's keys depend on the family: sd3 or flux, not {family!r}")
+    if family is None or family not in (*names.TABLES, *names.FLAT):
+        known = ", ".join(sorted((*names.TABLES, *names.FLAT)))
+        raise UsageError(f"kohya's keys depend on the family: one of {known}, not {family!r}")
     return family

@@ -9,7 +9,7 @@ several of diffusers'.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TRANSFORMER, UNET = "transformer", "unet"
@@ -110,11 +110,40 @@ XLABS = {
     "single_blocks_{}_processor_qkv_lora": FLUX["single_blocks_{}_linear1"][:3],
     "single_blocks_{}_processor_proj_lora": FLUX["single_blocks_{}_linear2"],
 }
-TABLES = {"flux": FLUX, "sd3": SD3}
-"""Families that have kohya's names of transformers."""
-RELEASED = {**XLABS, **SD3, **FLUX}
+# the names of FLUX.1's blocks, of which some mean other modules
+FLUX2 = {
+    **{name: FLUX[name] for name in FLUX if "attn" in name or name in ("img_in", "txt_in")},
+    "double_blocks_{}_img_mlp_0": ["transformer_blocks.{}.ff.linear_in"],
+    "double_blocks_{}_img_mlp_2": ["transformer_blocks.{}.ff.linear_out"],
+    "double_blocks_{}_txt_mlp_0": ["transformer_blocks.{}.ff_context.linear_in"],
+    "double_blocks_{}_txt_mlp_2": ["transformer_blocks.{}.ff_context.linear_out"],
+    "single_blocks_{}_linear1": ["single_transformer_blocks.{}.attn.to_qkv_mlp_proj"],
+    "single_blocks_{}_linear2": ["single_transformer_blocks.{}.attn.to_out"],
+    "time_in_in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in_out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "guidance_in_in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
+    "guidance_in_out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
+    "double_stream_modulation_img_lin": ["double_stream_modulation_img.linear"],
+    "double_stream_modulation_txt_lin": ["double_stream_modulation_txt.linear"],
+    "single_stream_modulation_lin": ["single_stream_modulation.linear"],
+    "final_layer_linear": ["proj_out"],
+    "final_layer_adaLN_modulation_1": ["norm_out.linear"],
+}
+# ComfyUI's file of Z-Image has queries, keys and values in one matrix; its other names are diffusers'
+Z_IMAGE = {
+    f"{blocks}_{{}}_attention_{name}": [f"{blocks}.{{}}.attention.{n}" for n in modules]
+    for blocks in ("layers", "noise_refiner", "context_refiner")
+    for name, modules in (("qkv", QKV), ("out", ("to_out.0",)))
+}
+TABLES = {"flux": FLUX, "flux2": FLUX2, "sd3": SD3}
+"""Families whose release names its modules in its own way, as kohya does."""
+FLAT = ("qwen_image", "z_image")
+"""Families whose modules kohya names as diffusers does."""
+RELEASED = {**XLABS, **SD3, **FLUX, **Z_IMAGE}
 """Modules of all families by the release's name; {} is the number of the block."""
-_BLOCK = re.compile(r"((?:double|single|joint)_blocks_)(\d+)(_.+)")
+_BLOCK = re.compile(
+    r"((?:(?:double|single|joint)_blocks|layers|noise_refiner|context_refiner)_)(\d+)(_.+)"
+)
 
 # Words between which a kohya name of diffusers' modules has its dots; longer words come first.
 UNET_WORDS = re.compile(
@@ -122,9 +151,12 @@ UNET_WORDS = re.compile(
     r"time_emb_proj|proj_in|proj_out|proj|conv_shortcut|conv_in|conv_out|conv[12]?|(?:time|add)_embedding|linear_[12]|\d+"
 )
 TRANSFORMER_WORDS = re.compile(
-    r"(?:single_)?transformer_blocks|attn[12]?|to_add_out|to_out|to_[qkv]|add_[qkv]_proj|ff_context|ff|net|proj_mlp|"
-    r"proj_out|proj|norm_out|norm1_context|norm[12]?|linear(?:_[12])?|time_text_embed|time_embed|emb|caption_projection|"
-    r"(?:timestep|text|guidance|x|context)_embedder|pos_embed|patch_embed|conv_(?:inverted|depth|point)|\d+"
+    r"(?:single_)?transformer_blocks|attn[12]?|to_add_out|to_out|to_qkv_mlp_proj|to_gate|to_[qkv]|add_[qkv]_proj|"
+    r"ff_context|ff|net|proj_mlp|proj_out|proj|norm_out|norm1_context|norm[12]?|linear(?:_(?:in|out|[12]))?|"
+    r"time_(?:text|guidance)_embed|time_embed|emb|caption_projection|(?:all_x|cap|t)_embedder|"
+    r"(?:timestep|text|guidance|x|context)_embedder|pos_embed|patch_embed|conv_(?:inverted|depth|point)|"
+    r"layers|(?:noise|context)_refiner|attention|feed_forward|w[123]|adaLN_modulation|all_final_layer|mlp|"
+    r"(?:img|txt)_(?:in|mlp|mod)|(?:double|single)_stream_modulation(?:_img|_txt)?|2-1|\d+"
 )
 TEXT_WORDS = re.compile(
     r"text_model|text_projection|encoder|layers|self_attn|[qkv]_proj|out_proj|mlp|fc[12]|block|layer|SelfAttention|"
@@ -135,7 +167,8 @@ UNET_ROOTS = re.compile(
 )
 TRANSFORMER_ROOTS = re.compile(
     r"(transformer_blocks|single_transformer_blocks|x_embedder|context_embedder|time_text_embed|time_embed|pos_embed|"
-    r"patch_embed|caption_projection|norm_out|proj_out)\b"
+    r"patch_embed|caption_projection|norm_out|proj_out|time_guidance_embed|(?:double|single)_stream_modulation\w*|"
+    r"layers|noise_refiner|context_refiner|all_x_embedder|all_final_layer|cap_embedder|t_embedder|img_in|txt_in)\b"
 )
 TEXT_ROOTS = re.compile(r"(text_model|encoder\.layers|text_projection)\b")
 # The release's names of U-Nets to diffusers', both with "_" for dots.
@@ -207,13 +240,47 @@ def split_key(key: str) -> Key | None:
     return Key(module, "alpha" if match["alpha"] else "magnitude", match["vector_adapter"] or "")
 
 
-def find_place(module: str) -> Place | None:
-    """Return the place that a module's name of any spelling means. None: it means nothing here."""
+Released = Mapping[str, Sequence[str]]
+"""Modules by the release's name."""
+
+
+def released_by(shapes: Mapping[str, tuple[int, int]]) -> Released:
+    """Return the table of the release's names that a file's modules mean.
+
+    FLUX.1 and FLUX.2 have the same names for other modules, and Qwen-Image has FLUX's names of its first layers.
+
+    Args:
+        shapes: numbers of inputs and outputs of the file's modules.
+    """
+    for module, (inputs, outputs) in shapes.items():
+        name = _strip(module)[1].replace(".", "_")
+        if re.search(r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_", name):
+            return {n: m for n, m in RELEASED.items() if n not in ("img_in", "txt_in")}
+        ends = {
+            "_linear1": outputs == 9 * inputs,
+            "_linear2": inputs == 4 * outputs,
+            "_mlp_0": outputs == 6 * inputs,
+            "_mlp_2": inputs == 3 * outputs,
+        }
+        blocks = "double_blocks_" in name or "single_blocks_" in name
+        if "_stream_modulation" in name or (
+            blocks and any(name.endswith(e) for e in ends if ends[e])
+        ):
+            return {**RELEASED, **FLUX2}
+    return RELEASED
+
+
+def find_place(module: str, released: Released = RELEASED) -> Place | None:
+    """Return the place that a module's name of any spelling means. None: it means nothing here.
+
+    Args:
+        released: the table of `released_by`.
+    """
     part, name = _strip(module)
     for prefix, component in UNDERSCORED.items():
         if part == DENOISER and name.startswith(prefix):
-            return _underscored(name.removeprefix(prefix), component)
-    return _dotted(name, part)
+            return _underscored(name.removeprefix(prefix), component, released)
+    return _dotted(name, part, released)
 
 
 def _strip(module: str) -> tuple[str, str]:
@@ -229,11 +296,11 @@ def _strip(module: str) -> tuple[str, str]:
     return part, module
 
 
-def _underscored(name: str, part: str) -> Place | None:
+def _underscored(name: str, part: str, released: Released) -> Place | None:
     if part in TEXT_ENCODERS:
         dotted = _split_words(name, TEXT_WORDS)
         return None if dotted is None else Place(part, (dotted,))
-    if place := _released(name, part):
+    if place := _released(name, part, released):
         return place
     for kind, words in ((UNET, UNET_WORDS), (TRANSFORMER, TRANSFORMER_WORDS)):
         if part not in (DENOISER, kind):
@@ -245,14 +312,16 @@ def _underscored(name: str, part: str) -> Place | None:
     return None
 
 
-def _dotted(name: str, part: str) -> Place | None:
+def _dotted(name: str, part: str, released: Released) -> Place | None:
     if part in TEXT_ENCODERS:
         return Place(part, (_full_text_name(name),))
-    if place := _released(name.replace(".", "_"), part):
+    if place := _released(name.replace(".", "_"), part, released):
         return place
     # attention processors of older diffusers
     name = name.replace(".processor.", ".")
-    name = f"{name}.0" if name.endswith(".to_out") else name
+    # the single blocks of FLUX.2 have no list there
+    if name.endswith(".to_out") and not name.startswith("single_transformer_blocks."):
+        name = f"{name}.0"
     if part != DENOISER:
         return Place(part, (name,))
     if UNET_ROOTS.match(name):
@@ -269,13 +338,13 @@ def _full_text_name(name: str) -> str:
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
-def _released(name: str, part: str) -> Place | None:
+def _released(name: str, part: str, released: Released) -> Place | None:
     """Return the place of a name of the original release, with "_" for dots."""
     if part != UNET:
         block = _BLOCK.fullmatch(name)
         pattern, number = (f"{block[1]}{{}}{block[3]}", int(block[2])) if block else (name, 0)
-        if pattern in RELEASED:
-            modules = tuple(module.format(number) for module in RELEASED[pattern])
+        if pattern in released:
+            modules = tuple(module.format(number) for module in released[pattern])
             return Place(TRANSFORMER, modules, released=True)
     if part != TRANSFORMER and (unet := _of_unet_release(name)) != name:
         dotted = _split_words(unet, UNET_WORDS)

@@ -51,7 +51,7 @@ def attach(
         r=rank,
         lora_alpha=alpha,
         init_lora_weights="gaussian",
-        target_modules=_pattern(targets) if any(map(_is_exact, targets)) else list(targets),
+        target_modules=_target_modules(denoiser, targets),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,9 +78,28 @@ def keep_input_dtype(denoiser: nn.Module) -> None:
 
 def unresolved(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return the targets that no linear layer's or convolution's name ends with."""
-    kinds = nn.Linear | nn.Conv2d
-    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    names = _matrices(denoiser)
     return [t for t in targets if not any(re.fullmatch(_pattern([t]), n) for n in names)]
+
+
+def _matrices(denoiser: nn.Module) -> set[str]:
+    """Return the names of the layers that can carry a LoRA."""
+    kinds = nn.Linear | nn.Conv2d
+    return {name for name, module in denoiser.named_modules() if isinstance(module, kinds)}
+
+
+def _target_modules(denoiser: nn.Module, targets: Sequence[str]) -> str | list[str]:
+    """Return the targets in peft's notation.
+
+    They are whole names where an ending is also that of a module without weights, which peft would refuse: FLUX.2's
+    `attn.to_out` is a layer in single blocks, and a list in joint blocks.
+    """
+    if any(map(_is_exact, targets)):
+        return _pattern(targets)
+    pattern = re.compile(_pattern(targets))
+    matched = {name for name, _ in denoiser.named_modules() if pattern.fullmatch(name)}
+    layers = matched & _matrices(denoiser)
+    return list(targets) if layers == matched else sorted(layers)
 
 
 def _is_exact(target: str) -> bool:
