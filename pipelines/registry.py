@@ -27,6 +27,10 @@ FAMILIES = {
     "StableDiffusionPipeline": "diffalign.pipelines.sd:SDModel",
     "StableDiffusionXLPipeline": "diffalign.pipelines.sdxl:SDXLModel",
     "SanaPipeline": "diffalign.pipelines.sana:SanaModel",
+    "Flux2Pipeline": "diffalign.pipelines.flux2:Flux2Model",
+    "Flux2KleinPipeline": "diffalign.pipelines.flux2:Flux2Model",
+    "ZImagePipeline": "diffalign.pipelines.z_image:ZImageModel",
+    "QwenImagePipeline": "diffalign.pipelines.qwen_image:QwenImageModel",
 }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import tiny_llm
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tiny_parts import SIZE, autoencoder, spread
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
 
 from diffalign.core.fingerprint import plain_tensors
@@ -36,24 +37,6 @@ from diffalign.rewards.base import Reward, RewardCard
 from diffalign.shapes import text
 from diffalign.shapes.prompts import prompts
 from diffalign.types import RewardOutput
-
-SIZE = 16
-
-
-def _autoencoder(shift_factor: float | None = 0.1) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.3,
-        shift_factor=shift_factor,
-    ).eval()
 
 
 def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
@@ -73,11 +56,11 @@ def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
-    _spread(transformer)
+    spread(transformer)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_autoencoder(),
+        vae=autoencoder(),
         text_encoder=text.build_clip(clip, projection=True).eval(),
         tokenizer=clip,
         text_encoder_2=text.build_clip(clip, projection=True).eval(),
@@ -104,11 +87,11 @@ def flux_pipeline(seed: int = 0) -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 2, 2),
     )
-    _spread(transformer)
+    spread(transformer)
     pipeline = FluxPipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_autoencoder(),
+        vae=autoencoder(),
         text_encoder=text.build_clip(clip, projection=False).eval(),
         tokenizer=clip,
         text_encoder_2=text.build_t5(t5).eval(),
@@ -162,7 +145,7 @@ def sana_pipeline(seed: int = 0) -> SanaPipeline:
         cross_attention_dim=16,
         caption_channels=16,
     )
-    _spread(transformer)
+    spread(transformer)
     gemma = Gemma2Config(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -189,13 +172,6 @@ def sana_pipeline(seed: int = 0) -> SanaPipeline:
     return pipeline
 
 
-def _spread(module: torch.nn.Module) -> None:
-    """Random biases and modulations, so that no path of a fresh transformer is silent."""
-    for parameter in module.parameters():
-        if parameter.ndim == 1 or float(parameter.detach().abs().max()) == 0:
-            torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.5, 0.2)
-
-
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -210,7 +186,7 @@ def _unet(**kwargs) -> UNet2DConditionModel:
         attention_head_dim=2,
         **kwargs,
     )
-    _spread(unet)
+    spread(unet)
     return unet.eval()
 
 
@@ -220,7 +196,7 @@ def sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline(
         unet=_unet(cross_attention_dim=text.WIDTH),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        vae=_autoencoder(None),
+        vae=autoencoder(None),
         text_encoder=text.build_clip(clip, projection=False).eval(),
         tokenizer=clip,
         safety_checker=None,
@@ -244,7 +220,7 @@ def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     pipeline = StableDiffusionXLPipeline(
         unet=unet,
         scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"),
-        vae=_autoencoder(None),
+        vae=autoencoder(None),
         text_encoder=text.build_clip(clip, projection=False).eval(),
         tokenizer=clip,
         text_encoder_2=text.build_clip(clip, projection=True).eval(),
@@ -275,7 +251,9 @@ def sana_model(seed: int = 0) -> SanaModel:
     return SanaModel(sana_pipeline(seed), max_sequence_length=16)
 
 
-MODELS = {"sd3": sd3_model, "flux": flux_model, "sana": sana_model}
+MOVABLE = {"sd3": sd3_model, "flux": flux_model, "sana": sana_model}
+"""Families that DC-Gen moves into other latents."""
+MODELS = {**MOVABLE, **tiny_llm.MODELS}
 UNETS = {"sd": sd_model, "sdxl": sdxl_model}
 
 

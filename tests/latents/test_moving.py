@@ -21,7 +21,7 @@ from diffalign.pipelines.moving import load_autoencoder, move_model
 from diffalign.pipelines.registry import load_meta_model, load_model
 
 PROMPTS = ["a photo of a red circle", "two blue squares"]
-every_family = pytest.mark.parametrize("family", sorted(tiny.MODELS))
+every_family = pytest.mark.parametrize("family", sorted(tiny.MOVABLE))
 
 
 def draw(pipeline, seed=0, **kwargs):

@@ -21,7 +21,7 @@ def attach(model, **kwargs):
 
 def predict(model, name=lora.CURRENT):
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    noisy = torch.randn(2, *model.latent_shape(model.default_size), generator=generator)
     embeds = model.encode_prompt(["a photo of a circle", "a photo of a ring"])
     with lora.policy(model.denoiser, name):
         return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
@@ -50,7 +50,7 @@ def test_fresh_lora_is_the_base_exactly(model):
 
 def predict_base(model):
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    noisy = torch.randn(2, *model.latent_shape(model.default_size), generator=generator)
     embeds = model.encode_prompt(["a photo of a circle", "a photo of a ring"])
     return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
 
@@ -232,7 +232,7 @@ def test_a_lora_of_ours_is_loaded_and_works(tmp_path, model):
 
 
 def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model):
-    other = {"sd3": "flux", "flux": "sd3", "sana": "flux"}[model.family]
+    other = "sd3" if model.family == "flux" else "flux"
     exported(tmp_path / "other", other)
     with pytest.raises(UsageError, match="LoRA of another model: this .* has no "):
         lora.load_lora(model.pipeline, str(tmp_path / "other"))
@@ -240,7 +240,7 @@ def test_a_lora_of_another_model_is_named_and_nothing_is_loaded(tmp_path, model)
     file = tmp_path / "size" / "pytorch_lora_weights.safetensors"
     state = {k: torch.cat([v, v], 1) if ".lora_A." in k else v for k, v in load_file(file).items()}
     save_file(state, file)
-    with pytest.raises(UsageError, match=r"has 32 features there, 16 here"):
+    with pytest.raises(UsageError, match=r"has (\d+) features there, \d+ here"):
         lora.load_lora(model.pipeline, str(tmp_path / "size"))
     save_file({"something.else": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(UsageError, match="LoRA"):

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+from diffusers.loaders import lora_conversion_utils as conversions
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,10 +18,29 @@ from diffalign.lora import formats as lora_formats
 from diffalign.lora import names as lora_names
 
 RANK, ALPHA = 4, 12.0
+NORMS = ("norm1.linear", "norm1_context.linear")
 ALL = {
     "sd3": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     "flux": ("ff.net.0.proj", "ff.net.2", "proj_mlp", "0.proj_out", "norm.linear"),
+    "z_image": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
+    "qwen_image": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.2", "img_in", "txt_mod.1"),
+    "flux2": (
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "single_stream_modulation.linear",
+    ),
 }
+THEIRS = {
+    ("flux2", "comfyui"): conversions._convert_non_diffusers_flux2_lora_to_diffusers,
+    ("z_image", "comfyui"): conversions._convert_non_diffusers_z_image_lora_to_diffusers,
+    ("z_image", "kohya"): conversions._convert_non_diffusers_z_image_lora_to_diffusers,
+    ("qwen_image", "comfyui"): conversions._convert_non_diffusers_qwen_lora_to_diffusers,
+    ("qwen_image", "kohya"): conversions._convert_non_diffusers_qwen_lora_to_diffusers,
+    ("flux2", "kohya"): conversions._convert_kohya_flux2_lora_to_diffusers,
+}
+ALL["sd3"] += NORMS
+ALL["flux"] += NORMS
 UNET = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv")
 
@@ -31,7 +50,7 @@ def trained(family, *, every=True):
     model = tiny.MODELS[family]()
     targets = [*model.lora_targets]
     if every:
-        targets += [*ALL[family], "norm1.linear", "norm1_context.linear"]
+        targets += ALL[family]
     return perturbed(model, targets)
 
 
@@ -60,7 +79,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], expected[name])
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize("to", ["comfyui", "kohya"])
 def test_there_and_back(tmp_path, family, every, to):
@@ -116,7 +135,7 @@ def test_diffusers_reads_our_kohya_file_of_flux(tmp_path):
         found.add("transformer", name, layer)
     file = tmp_path / "kohya.safetensors"
     lora_formats.write(found, file, to="kohya", family="flux")
-    theirs = _convert_kohya_flux_lora_to_diffusers(load_file(file))
+    theirs = conversions._convert_kohya_flux_lora_to_diffusers(load_file(file))
     for name in names:  # they fold alpha / rank into the matrices
         layer = found.parts["transformer"][name]
         ours = 2.0 * layer.up @ layer.down
@@ -205,7 +224,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     found.add("transformer", "elsewhere", layer)
     with pytest.raises(UsageError, match="no name for elsewhere"):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya", family="sd3")
-    with pytest.raises(UsageError, match="sd3 or flux"):
+    with pytest.raises(UsageError, match="one of flux, flux2, qwen_image, sd3, z_image"):
         lora_formats.write(found, tmp_path / "x.safetensors", to="kohya")
 
 
@@ -344,3 +363,27 @@ def test_from_the_command_line(tmp_path, capsys):
     assert_same(deltas(output), deltas(file))
     assert cli.main(["convert", str(tmp_path / "nowhere"), *flags]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "to"), THEIRS)
+def test_diffusers_reads_our_files_of_newer_families(tmp_path, family, to):
+    """Converters that we did not write. They fold alpha / rank into the matrices."""
+    # diffusers reads ComfyUI's keys of blocks only
+    model = trained(family, every=to == "kohya")
+    original = exported(model, tmp_path)
+    expected = deltas(original)
+    file = tmp_path / "converted.safetensors"
+    lora_formats.write(lora_formats.read(original), file, to=to, family=family)
+    state = load_file(file)
+    if to == "comfyui":
+        state = {f"diffusion_model.{k.removeprefix('transformer.')}": v for k, v in state.items()}
+        # a file of ComfyUI itself has no alpha there
+        if family == "flux2":
+            state = {k: v for k, v in state.items() if not k.endswith(".alpha")}
+    theirs = THEIRS[family, to](state)
+    names = {k.rsplit(".lora_", 1)[0].removeprefix("transformer.") for k in theirs}
+    # kohya's names of modulations are not known to diffusers
+    assert names >= {n for n in expected if "modulation" not in n}
+    for name in names:
+        a, b = (theirs[f"transformer.{name}.lora_{x}.weight"] for x in "AB")
+        torch.testing.assert_close(b @ a, expected[name])

@@ -397,7 +397,7 @@ def test_only_flux_of_the_stock_loaders_takes_tensors_of_alpha(family, tmp_path)
         model.pipeline.load_lora_weights(state)
         torch.testing.assert_close(installed(model.denoiser)[name], ALPHA / RANK * up @ down)
     else:
-        with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        with pytest.raises(ValueError, match="Invalid (LoRA|adapter) checkpoint"):
             model.pipeline.load_lora_weights(state)
 
 

@@ -27,7 +27,7 @@ from diffalign.methods.dcgen.alignment import watched
 from diffalign.methods.dcgen.trainer import LatentTrainer
 from diffalign.training.run_folder import RunFolder
 
-FAMILIES = sorted(tiny.MODELS)
+FAMILIES = sorted(tiny.MOVABLE)
 
 
 @pytest.fixture(scope="module")

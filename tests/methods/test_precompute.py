@@ -90,9 +90,9 @@ class TestContents:
             embeds = model.encode_prompt([prompt] * 2)
             kept = batch.embeds[i : i + 1]
             torch.testing.assert_close(kept.prompt_embeds, embeds[:1].prompt_embeds)
-            assert (kept.prompt_attention_mask is None) == (family != "sana")
-            if family == "sana":
-                mask = embeds[:1].prompt_attention_mask
+            mask = embeds[:1].prompt_attention_mask
+            assert (kept.prompt_attention_mask is None) == (mask is None)
+            if mask is not None:
                 torch.testing.assert_close(kept.prompt_attention_mask, mask)
             pictures = [Image.open(source / f"{i}-{k}.png") for k in range(2)]
             pixels = torch.stack(

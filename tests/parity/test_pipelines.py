@@ -21,8 +21,14 @@ def stock(model, *, generator, **kwargs):
     height, width = model.default_size
     if model.family == "sana":
         kwargs["use_resolution_binning"] = False
+    if model.family == "z_image":
+        kwargs["guidance_scale"] -= 1
+    if model.family == "qwen_image":
+        kwargs["true_cfg_scale"] = kwargs.pop("guidance_scale")
+        kwargs["negative_prompt"] = [""] * len(PROMPTS)
     images = model.pipeline(
-        PROMPTS,
+        # Z-Image's pipeline changes a list of prompts
+        prompt=list(PROMPTS),
         height=height,
         width=width,
         num_inference_steps=4,
@@ -69,6 +75,17 @@ def test_embeddings_equal_stock_pipeline(model):
         expected, _, pooled, _ = model.pipeline.encode_prompt(
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
         )
+    elif model.family == "qwen_image":
+        expected, mask = model.pipeline.encode_prompt(PROMPTS, max_sequence_length=16)
+        # the pipeline leaves out a mask that excludes nothing
+        mask = torch.ones(expected.shape[:2], dtype=torch.long) if mask is None else mask
+    elif model.family == "z_image":
+        rows, _ = model.pipeline.encode_prompt(list(PROMPTS), max_sequence_length=16)
+        expected = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        masks = [torch.ones(len(row)) for row in rows]
+        mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    elif model.family == "flux2":
+        expected, _ = model.pipeline.encode_prompt(PROMPTS, max_sequence_length=16)
     else:
         expected, pooled, _ = model.pipeline.encode_prompt(PROMPTS, None, max_sequence_length=16)
     torch.testing.assert_close(embeds.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
@@ -196,17 +213,47 @@ def test_impossible_resolution_names_the_nearest(model, height, width):
         model.latent_shape((height, width))
 
 
+def stock_encoded(pipeline, pixels):
+    """Return normalised latents as stock pipelines of image conditions make them, or by their formula."""
+    vae = pipeline.vae
+    if hasattr(vae, "bn"):
+        return pipeline._encode_vae_image(pixels, None)
+    if model_has_frames(vae):
+        raw = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
+        return ((raw - by_channel(vae, "mean")) / by_channel(vae, "std")).squeeze(2)
+    encoded = vae.encode(pixels)
+    raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    return (raw - (vae.config.get("shift_factor") or 0)) * 1.3
+
+
+def model_has_frames(vae):
+    return "z_dim" in vae.config
+
+
+def by_channel(vae, name):
+    return torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1)
+
+
+def stock_decoded(pipeline, latents):
+    """Return pixels as the last lines of stock pipelines make them."""
+    vae = pipeline.vae
+    if model_has_frames(vae):
+        raw = latents.unsqueeze(2) / (1 / by_channel(vae, "std")) + by_channel(vae, "mean")
+        return vae.decode(raw).sample[:, :, 0]
+    if hasattr(vae, "bn"):
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        raw = latents * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
+        return vae.decode(pipeline._unpatchify_latents(raw)).sample
+    return vae.decode(latents / 1.3 + (vae.config.get("shift_factor") or 0)).sample
+
+
 def test_decode_and_encode_are_scaled_like_the_pipeline(model):
     images = torch.randint(0, 256, (2, 3, *model.default_size), dtype=torch.uint8)
     latents = model.encode(images)
-    vae = model.pipeline.vae
     pixels = model.pipeline.image_processor.preprocess(images.float() / 255)
-    encoded = vae.encode(pixels)
-    deep = model.family == "sana"
-    raw, shift = (encoded.latent, 0.0) if deep else (encoded.latent_dist.mode(), 0.1)
-    torch.testing.assert_close(latents, (raw - shift) * 1.3)
-    decoded = vae.decode(latents / 1.3 + shift).sample
-    stock_image = model.pipeline.image_processor.postprocess(decoded.detach(), output_type="np")
+    torch.testing.assert_close(latents, stock_encoded(model.pipeline, pixels))
+    decoded = stock_decoded(model.pipeline, latents).detach()
+    stock_image = model.pipeline.image_processor.postprocess(decoded, output_type="np")
     np.testing.assert_array_equal(
         model.decode(latents).permute(0, 2, 3, 1).numpy(),
         (stock_image * 255).round().astype("uint8"),

@@ -26,6 +26,7 @@ EVERYTHING = {
 }
 """Of an autoencoder; statistics as Playground v2.5 has them."""
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
+SHIFTED = ("sd3", "flux", "z_image")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,12 +39,13 @@ class Stock:
 
     def images(self, *, seed: int, output_type: str = "np"):
         height, width = self.model.default_size
+        none = {"z_image": 0.0}.get(self.model.family, 1.0)
         return self.model.pipeline(
-            PROMPTS,
+            prompt=list(PROMPTS),
             height=height,
             width=width,
             num_inference_steps=2,
-            guidance_scale=1.0,
+            guidance_scale=none,
             generator=torch.Generator().manual_seed(seed),
             output_type=output_type,
             **self.options,
@@ -107,20 +109,30 @@ def test_encoding_undoes_the_stock_pipelines_affine(name, dtype):
     images = torch.randint(0, 256, (2, 3, *model.default_size), dtype=torch.uint8)
     upcast = name == "sdxl" and dtype != torch.float32
     vae.to(torch.float32 if upcast else dtype)
+    frames = "z_dim" in vae.config
     with torch.no_grad():
-        encoded = vae.encode((images.float() / 127.5 - 1).to(vae.dtype))
+        pixels = (images.float() / 127.5 - 1).to(vae.dtype)
+        encoded = vae.encode(pixels.unsqueeze(2) if frames else pixels)
     vae.to(dtype)
     raw = (encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()).to(dtype)
     scale = EVERYTHING["scaling_factor"]
     family = name.split()[0]
-    if family == "sdxl":
+    if frames:
+        mean, std = (
+            torch.tensor(EVERYTHING[f"latents_{k}"]).view(1, -1, 1, 1).to(dtype)
+            for k in ("mean", "std")
+        )
+        expected = (raw.squeeze(2) - mean) / std
+    elif family == "sdxl":
         mean, std = (
             torch.tensor(EVERYTHING[f"latents_{k}"]).view(1, -1, 1, 1).to(dtype)
             for k in ("mean", "std")
         )
         expected = (raw - mean) * scale / std
+    elif family == "flux2":
+        expected = model.pipeline._encode_vae_image((images.float() / 127.5 - 1).to(dtype), None)
     else:
-        expected = (raw - (EVERYTHING["shift_factor"] if family in ("sd3", "flux") else 0)) * scale
+        expected = (raw - (EVERYTHING["shift_factor"] if family in SHIFTED else 0)) * scale
     torch.testing.assert_close(model.encode(images), expected, rtol=0, atol=0)
     assert vae.dtype == dtype
 

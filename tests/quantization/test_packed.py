@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import tiny
+import tiny_llm
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -199,7 +200,8 @@ def families():
 
 
 def predict(model):
-    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    shape = model.latent_shape(model.default_size)
+    noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     embeds = model.encode_prompt(["a photo of a circle", "a photo of a ring"])
     return model.predict(noisy, torch.tensor([300.0, 800.0]), embeds)
 
@@ -237,7 +239,8 @@ def test_every_byte_is_read():
 
 @pytest.mark.parametrize(
     ("family", "bits"),
-    [("sd3", 4), ("flux", 4), ("sana", 4), ("sd", 4), ("sdxl", 4), ("flux", 3), ("sd", 2)],
+    [("sd3", 4), ("flux", 4), ("sana", 4), ("sd", 4), ("sdxl", 4), ("flux", 3), ("sd", 2)]
+    + [(family, 4) for family in tiny_llm.MODELS],
 )
 def test_lora_trains_over_packed_weights_as_over_the_unpacked(family, bits):
     gradients, outs = [], []

@@ -98,7 +98,8 @@ def test_adapters_that_share_their_input_keep_less_and_compute_the_same(kind):
     model.pipeline.to(torch.bfloat16)
     lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
     embeds = model.encode_prompt(["a cat"] * 2)
-    latents, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0)
+    shape = model.latent_shape(model.default_size)
+    latents, times = torch.randn(2, *shape), torch.full((2,), 500.0)
     found = []
 
     def forward():
@@ -108,7 +109,7 @@ def test_adapters_that_share_their_input_keep_less_and_compute_the_same(kind):
 
     apart = saved_bytes(model.denoiser, forward)
     lora.keep_input_dtype(model.denoiser)
-    assert saved_bytes(model.denoiser, forward) < 0.95 * apart
+    assert saved_bytes(model.denoiser, forward) < 0.97 * apart
     assert torch.equal(*found)
 
 
