@@ -133,7 +133,10 @@ class Flux2Model(TextToImageModel):
 
 
 def image_ids(rows: int, columns: int) -> Tensor:
-    """Return FLUX.2's position ids (time 0, row, column, token 0) of an image, (rows * columns, 4)."""
+    """Return FLUX.2's position ids of an image, (rows * columns, 4).
+
+    They are (time 0, row, column, token 0).
+    """
     return torch.nn.functional.pad(position_ids(rows, columns), (0, 1))
 
 

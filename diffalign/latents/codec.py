@@ -72,7 +72,10 @@ def channels_of(vae: Any) -> int:
 
 
 def patchified(latents: Tensor, patch_size: int) -> Tensor:
-    """Fold patches of latents (B, C, h, w) into channels, in the order (channel, row, column)."""
+    """Fold patches of latents (B, C, h, w) into channels.
+
+    The channels of a patch are in the order (channel, row, column).
+    """
     return torch.nn.functional.pixel_unshuffle(latents, patch_size)
 
 

@@ -351,6 +351,6 @@ def _kohya(lora: Lora, family: str | None) -> dict[str, Tensor]:
 def _known_family(family: str | None) -> str:
     """Return the family. UsageError if kohya's keys have no table for it."""
     if family is None or family not in (*names.TABLES, *names.FLAT):
-        known = ", ".join(sorted((*names.TABLES, *names.FLAT)))
-        raise UsageError(f"kohya's keys depend on the family: one of {known}, not {family!r}")
+        families = ", ".join(sorted((*names.TABLES, *names.FLAT)))
+        raise UsageError(f"kohya's keys depend on the family: one of {families}, not {family!r}")
     return family

@@ -112,7 +112,9 @@ def test_calibrated_on_every_family_and_close_to_plain(family):
     again = draw(pipe, call)
     tap.remove()
     handle.remove()
-    assert len(forwards) == 2 * 7
+    # the pipeline of [klein] calls the denoiser for each side of guidance
+    sides = 2 if family.family == "flux2" else 1
+    assert len(forwards) == 2 * 7 * sides
     assert torch.equal(fast, again)
     assert min(psnr(fast, plain)) > 20
     # nothing of it is left
