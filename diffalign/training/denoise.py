@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig
+from diffalign.core.fingerprint import UnknownWeights, of_pipeline
 from diffalign.core.precision import compute
 from diffalign.evaluation.score import drawing_of
 from diffalign.pipelines.base import TextToImageModel
@@ -34,6 +35,17 @@ def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageMode
     if c.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     return model
+
+
+def base_digest(model: TextToImageModel) -> dict[str, str]:
+    """Return the fingerprint of a run's base model, by the setting that names it.
+
+    A name may get other weights while a run is interrupted. The result is empty if the weights are not in memory.
+    """
+    try:
+        return {"model.name": of_pipeline(model.pipeline)}
+    except UnknownWeights:
+        return {}
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> Size:

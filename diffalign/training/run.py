@@ -36,7 +36,7 @@ from diffalign.rewards.base import RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.training import trackers
 from diffalign.training.best import BestKeeper
-from diffalign.training.denoise import evaluation_drawing, prepare_model
+from diffalign.training.denoise import base_digest, evaluation_drawing, prepare_model
 from diffalign.training.inputs import Inputs, read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
 from diffalign.training.pace import Pace, budget_of
@@ -95,6 +95,8 @@ class Run:
         for part in (reward, watched):
             part.prepare()
         model = prepare_model(config, accelerator.device)
+        digests = inputs.digests | base_digest(model)
+        folder.check(config, digests)
         kind = trainer_class(config.algorithm.type)
         trainer: Trainer = kind.of_run(config, model, accelerator, folder, inputs)
         if config.model.compile and compile_blocks(trainer.model.denoiser, trainer.full_batches()):
@@ -104,7 +106,7 @@ class Run:
         # every process must have checked the folder before one writes to it
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            folder.claim(config, inputs.digests)
+            folder.claim(config, digests)
         pace = Pace(trainer, accelerator, budget)
         return cls(config, accelerator, model, reward, watched, inputs.held_out, trainer, pace)
 

@@ -23,7 +23,8 @@ from diffalign.training import checkpoint
 from diffalign.training.budget import BUDGET
 
 CONFIG, LOG, SUMMARY, REPORT = "config.yaml", "log.jsonl", "summary.json", "report.html"
-PROMPTS = "prompts.json"
+INPUTS = "prompts.json"
+"""File with the digests of prompts, reward files and the base model's weights."""
 BEFORE = "before.safetensors"
 """File with the base model's evaluation on held-out prompts."""
 ALIGNED, ALIGNMENT_FACTS = "aligned.safetensors", "aligned.json"
@@ -31,7 +32,7 @@ ALIGNED, ALIGNMENT_FACTS = "aligned.safetensors", "aligned.json"
 CHECKPOINTS, SAMPLES, BEST = "checkpoints", "samples", "best"
 BEST_RECORD = "best.json"
 """File in `best/` with the figures of the best evaluation by held-out rewards."""
-PREPARED = (CONFIG, PROMPTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES, BEST)
+PREPARED = (CONFIG, INPUTS, BUDGET, LOG, ALIGNED, ALIGNMENT_FACTS, CHECKPOINTS, SAMPLES, BEST)
 """Files and folders that a run may leave if it ends before its first update.
 
 They are deleted if another configuration takes over the folder. `before.safetensors` stays: its key names what it was
@@ -99,13 +100,13 @@ class RunFolder:
         """True once an update was made. Before, the folder belongs to no configuration."""
         return self.newest_checkpoint is not None or bool(self.read_log())
 
-    def check(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
+    def check(self, config: AnyRunConfig, inputs: Mapping[str, str] | None = None) -> None:
         """Check that the folder is new, or belongs to a run with this configuration.
 
         Nothing is written.
 
         Args:
-            prompts: digests of prompts and reward files, by the setting that names them.
+            inputs: digests of prompts, reward files and base model, by the setting that names them.
 
         Raises:
             RunFolderError: the folder belongs to another run, or to no run. The message lists the differences.
@@ -117,34 +118,34 @@ class RunFolder:
                     + "\n  ".join(lines)
                     + "\nchoose another output_dir, or delete that folder"
                 )
-            if self.begun and (setting := self._changed_prompts(prompts or {})):
+            if self.begun and (setting := self._changed_input(inputs or {})):
                 raise RunFolderError(
-                    f"{self.path} holds a run with other prompts or rewards: what {setting} names has changed since it "
-                    "began; put the old file back, or choose another output_dir"
+                    f"{self.path} holds a run with other prompts, rewards or base weights: what {setting} names has "
+                    "changed since it began; put the old file or model back, or choose another output_dir"
                 )
         elif contents(self.path):
             raise RunFolderError(
                 f"{self.path} is not empty and was not created by diffalign. Choose another output_dir"
             )
 
-    def claim(self, config: AnyRunConfig, prompts: Mapping[str, str] | None = None) -> None:
+    def claim(self, config: AnyRunConfig, inputs: Mapping[str, str] | None = None) -> None:
         """Check and create the folder, and write the configuration and the digests.
 
         A folder in which no update was made can be taken over by another configuration. Files that the earlier one
         prepared are deleted.
         """
-        self.check(config, prompts)
+        self.check(config, inputs)
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / CONFIG).is_file() and not self.begun:
             try:
-                other = self._differences(config) or self._changed_prompts(prompts or {})
+                other = self._differences(config) or self._changed_input(inputs or {})
             except RunFolderError:
                 other = ["unreadable"]
             if other:
                 self._clear()
         self.write(CONFIG, dump(config))
-        if prompts:
-            self.write(PROMPTS, json.dumps(prompts, indent=1))
+        if inputs:
+            self.write(INPUTS, json.dumps(inputs, indent=1))
 
     def _differences(self, config: AnyRunConfig) -> list[str]:
         """Return changed settings that a resumed run may not change, as texts."""
@@ -167,12 +168,12 @@ class RunFolder:
             free -= {"training.num_updates"}
         return [d for d in differences(stored, to_dict(config)) if d.partition(":")[0] not in free]
 
-    def _changed_prompts(self, prompts: Mapping[str, str]) -> str | None:
-        """Return the first setting whose prompts or reward file have changed, or None.
+    def _changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        """Return the first setting whose prompts, reward file or base model have changed, or None.
 
         Run folders of old versions have no digests, and pass.
         """
-        file = self.path / PROMPTS
+        file = self.path / INPUTS
         if not file.is_file():
             return None
         try:
@@ -181,7 +182,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{file} is not readable: {error}. Restore it, or choose another output_dir"
             ) from error
-        return next((s for s, digest in prompts.items() if stored.get(s, digest) != digest), None)
+        return next((s for s, digest in inputs.items() if stored.get(s, digest) != digest), None)
 
     def _clear(self) -> None:
         for name in PREPARED:

@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import shutil
 from functools import partial
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from whole_runs import train
 
 from diffalign import cli
@@ -113,6 +114,27 @@ def test_prompts_that_were_edited_in_between_are_noticed(which, base, prompts, t
     (folder / "prompts.json").unlink()  # a folder of an older version
     other.write_text("a cat\na dog\na fish\n")
     assert train(base, prompts, folder, *more) == 0
+
+
+def test_a_base_with_other_weights_is_noticed(base, prompts, tmp_path, capsys):
+    folder, other = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(base, other)
+    assert train(other, prompts, folder, "--training.num_updates=1") == 0
+    digests = json.loads((folder / "prompts.json").read_text())
+    file = next((other / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    name = min(weights)
+    weights[name][(0,) * weights[name].ndim] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert train(other, prompts, folder, "--training.num_updates=2") == 2
+    error = capsys.readouterr().err
+    assert "what model.name names has changed since it began; put the old file or model" in error
+    assert json.loads((folder / "prompts.json").read_text()) == digests
+    # a folder of an older version has no digest of the base
+    digests.pop("model.name")
+    (folder / "prompts.json").write_text(json.dumps(digests))
+    assert train(other, prompts, folder, "--training.num_updates=2") == 0
 
 
 class FullDisk:
