@@ -119,6 +119,14 @@ class TextToImageModel(ABC):
         """Return True if this guidance needs negative embeddings and a second forward."""
         return not self.guidance_is_embedded and guidance_scale is not None and guidance_scale > 1
 
+    def embedded_guidance(self, guidance_scale: float | None) -> float:
+        """Return the guidance that is an input of the denoiser; None is the family's default.
+
+        Raises:
+            NotImplementedError: the family has no such input.
+        """
+        raise NotImplementedError
+
     def forward_rows(self, images: int, guidance_scale: float | None) -> int:
         """Return the number of rows in the denoiser's forward for so many images."""
         return images * (2 if self.costs_a_forward(guidance_scale) else 1)

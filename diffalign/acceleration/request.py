@@ -59,6 +59,17 @@ def is_same(calibrated: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
     return all(_are_close(own, other) for own, other in pairs)
 
 
+def has_levels_of(calibrated: Mapping[str, Any], scheduler: Any) -> bool:
+    """Return whether a scheduler has the noise levels and settings of a calibration.
+
+    Whoever set the timesteps may have passed other arguments. Calibrations of before hold no noise levels.
+    """
+    if calibrated.get(SETTINGS) != scheduler_settings(scheduler) or LEVELS not in calibrated:
+        return False
+    pairs = zip(calibrated[LEVELS], _levels(scheduler), strict=True)
+    return all(_are_close(own, other) for own, other in pairs)
+
+
 def _are_close(own: Sequence[float], other: Sequence[float]) -> bool:
     """Return whether two rows of noise levels differ in their last bits only."""
     tolerance = TOLERANCE * max(map(abs, own), default=0.0)
