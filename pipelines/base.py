@@ -68,6 +68,10 @@ class TextToImageModel(ABC):
     """True if the stock pipeline honours the autoencoder's `force_upcast`."""
     guidance_is_embedded: bool = False
     """True if guidance is an input of the denoiser (FLUX.1-dev), not a second forward."""
+    embedded_guidance: ClassVar[float] = 1.0
+    """Guidance that is an input of the denoiser, if none is asked for."""
+    prediction_sign: ClassVar[int] = 1
+    """Sign by which `forward` multiplies the denoiser's output."""
 
     def __init__(
         self,
@@ -118,14 +122,6 @@ class TextToImageModel(ABC):
     def costs_a_forward(self, guidance_scale: float | None) -> bool:
         """Return True if this guidance needs negative embeddings and a second forward."""
         return not self.guidance_is_embedded and guidance_scale is not None and guidance_scale > 1
-
-    def embedded_guidance(self, guidance_scale: float | None) -> float:
-        """Return the guidance that is an input of the denoiser; None is the family's default.
-
-        Raises:
-            NotImplementedError: the family has no such input.
-        """
-        raise NotImplementedError
 
     def forward_rows(self, images: int, guidance_scale: float | None) -> int:
         """Return the number of rows in the denoiser's forward for so many images."""

@@ -53,6 +53,7 @@ class FluxModel(TextToImageModel):
     deep_pipeline = "DCGenFluxPipeline"
     max_sequence_length = 512
     long_tokenizer = "tokenizer_2"
+    embedded_guidance = DEFAULT_GUIDANCE
 
     @property
     def stock_side(self) -> int:
@@ -80,10 +81,6 @@ class FluxModel(TextToImageModel):
     def costs_a_forward(self, guidance_scale: float | None) -> bool:
         """Return False: guidance is embedded, or the model (FLUX.1-schnell) has none."""
         return False
-
-    def embedded_guidance(self, guidance_scale: float | None) -> float:
-        """Return the guidance that is an input of the denoiser; None is the stock pipeline's 3.5."""
-        return DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -122,7 +119,7 @@ class FluxModel(TextToImageModel):
         device, dtype = noisy_latents.device, embeds.prompt_embeds.dtype
         guidance = None
         if self.guidance_is_embedded:
-            scale = self.embedded_guidance(None) if guidance_scale is None else guidance_scale
+            scale = self.embedded_guidance if guidance_scale is None else guidance_scale
             guidance = torch.as_tensor(scale, device=device, dtype=torch.float32).expand(b)
         tokens = self.denoiser(
             hidden_states=pack(noisy_latents, self.patch_size),

@@ -34,6 +34,7 @@ class Flux2Model(TextToImageModel):
     lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")
     max_sequence_length = 512
     latents_affine = "batch_norm"
+    embedded_guidance = DEFAULT_GUIDANCE
 
     @classmethod
     def is_student(
@@ -96,7 +97,7 @@ class Flux2Model(TextToImageModel):
         device, text = noisy_latents.device, embeds.prompt_embeds
         guidance = None
         if self.guidance_is_embedded:
-            scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+            scale = self.embedded_guidance if guidance_scale is None else guidance_scale
             guidance = torch.as_tensor(scale, device=device, dtype=torch.float32).expand(b)
         tokens = self.denoiser(
             hidden_states=pack(noisy_latents, 1),

@@ -29,6 +29,7 @@ class ZImageModel(TextToImageModel):
     patch_size = 2
     max_sequence_length = 512
     latents_dtype = torch.float32
+    prediction_sign = -1
 
     @classmethod
     def is_student(

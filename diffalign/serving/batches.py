@@ -87,7 +87,8 @@ class Batches:
         """Return the predictions without a negative half."""
         if not self.model.guidance_is_embedded:
             return self.model.forward(latents, timesteps, embeds)
-        scales = [self.model.embedded_guidance(r.ticket.wanted.guidance_scale) for r in rows]
+        asked = [row.ticket.wanted.guidance_scale for row in rows]
+        scales = [self.model.embedded_guidance if s is None else s for s in asked]
         return self.model.predict(
             latents,
             timesteps,

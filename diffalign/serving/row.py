@@ -121,7 +121,8 @@ class Row:
             return True
         used = points[: len(slots[0].outputs)]
         self.skipped += 1
-        self._take(combine(used, inputs, slots[0])[0])
+        # the cache is calibrated on the denoiser's own output
+        self._take(combine(used, inputs, slots[0])[0] * self.model.prediction_sign)
         return False
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -139,8 +140,9 @@ class Row:
         if self.negative is not None:
             prediction = torch.cat([self._negative(positive, negative), positive])
         if self._schedule is not None:
+            own = prediction * self.model.prediction_sign
             inputs = [t.clone() for t in self._cache_inputs()]
-            point = Point(self.step, inputs, [prediction.clone()], (prediction,))
+            point = Point(self.step, inputs, [own], (own,))
             self._history.add(0, point)
         self._take(prediction)
 
