@@ -12,15 +12,13 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from diffalign.core.nearest import nearest
-from diffalign.core.text import RANK
+from diffalign.core.text import RANK, REMOTE
 from diffalign.rewards import own
 from diffalign.rewards.own import UnknownReward
 
 if TYPE_CHECKING:
     from diffalign.rewards.base import Reward
 
-REMOTE = "remote:"
-"""Prefix of a service's reward: "remote:http://HOST:PORT/NAME"."""
 __all__ = ["UnknownReward", "available", "check_name", "create"]
 ENTRY_POINT_GROUP = "diffalign.rewards"
 BUILT_IN = {

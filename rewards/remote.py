@@ -14,10 +14,10 @@ import numpy as np
 import requests
 from torch import Tensor
 
+from diffalign.core.text import REMOTE
 from diffalign.rewards import wire
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.http import Patience, ask, session_for
-from diffalign.rewards.registry import REMOTE
 from diffalign.types import RewardOutput
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,8 @@ class TextError(UserError, ValueError):
 
 RANK = "rank:"
 """Prefix of a reward that ranks the images of a prompt by another: "rank:pickscore"."""
+REMOTE = "remote:"
+"""Prefix of a service's reward: "remote:http://HOST:PORT/NAME"."""
 
 
 def suffix_of(path: str | Path) -> str:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from diffalign.core.errors import UsageError
 from diffalign.lora import formats
-from diffalign.lora.formats import Layer, Lora
+from diffalign.lora.formats import Lora
+from diffalign.lora.layer import Layer
 from diffalign.lora.names import TRANSFORMER, UNET
 from diffalign.lora.policies import CURRENT, check_mergeable
 from diffalign.lora.source import WEIGHT_NAME, locate

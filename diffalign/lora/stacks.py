@@ -6,16 +6,13 @@ Several LoRAs of rank r become one of rank n r, block-diagonal, with alpha n alp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffalign.core.errors import UsageError
+from diffalign.lora.layer import Layer
 from diffalign.lora.names import Place, block_numbers
-
-if TYPE_CHECKING:
-    from diffalign.lora.formats import Layer
 
 Matrices = tuple[Tensor, Tensor, float]
 """Down (r, in), up (out, r) and alpha."""
