@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import Dinov2Model
 
 from diffalign.core.errors import UserError
 from diffalign.rewards.base import RewardError
 from diffalign.rewards.clip import ClipScorer
 from diffalign.rewards.inception import FIDInception
-from diffalign.rewards.weights import CLIP_L_336, REVISIONS, device, loading
+from diffalign.rewards.preprocessing import Preprocessing
+from diffalign.rewards.weights import CLIP_L_336, REVISIONS, device, loading, revision_of
 from diffalign.shapes import CHECKPOINTS
 
+DINO = "facebook/dinov2-base"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
@@ -122,8 +125,37 @@ class ShapesFeatures(FeatureNetwork):
         return self.scorer.pooled_features(images).cpu()
 
 
+class DinoFeatures(FeatureNetwork):
+    """CLS token of DINOv2, which is common for the diversity of images."""
+
+    name = "dinov2"
+    resize = "224 x 224, bicubic as in Pillow, the central square"
+
+    def __init__(self, place: str = DINO) -> None:
+        """Load the weights.
+
+        Args:
+            place: hub id, or a folder on this machine.
+        """
+        with loading(place):
+            where = {"revision": revision_of(place)} if revision_of(place) else {}
+            self.model = Dinov2Model.from_pretrained(place, **where)
+        self.model = self.model.eval().requires_grad_(False).to(device())
+        commit = revision_of(place) or getattr(self.model.config, "_commit_hash", None)
+        self.weights = f"{place} at {str(commit)[:12]}"
+        self.preprocessing = Preprocessing(
+            size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = self.preprocessing(images.to(device()))
+        features: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0]
+        return features.float().cpu()
+
+
 NETWORKS: dict[str, Callable[..., FeatureNetwork]] = {
-    c.name: c for c in (InceptionFeatures, ClipFeatures, ShapesFeatures)
+    c.name: c for c in (InceptionFeatures, ClipFeatures, ShapesFeatures, DinoFeatures)
 }
 
 

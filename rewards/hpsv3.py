@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
+from diffalign.judges.local import plain
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
 from diffalign.rewards.preprocessing import Preprocessing, resize
 from diffalign.rewards.weights import (
@@ -203,17 +204,6 @@ def picture(images: Tensor, vision: Qwen2VLVisionConfig) -> tuple[Tensor, tuple[
     pixels = Preprocessing().normalize(resize(images, height, width).float() / 255)
     rows = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     return rows, (height // vision.patch_size, width // vision.patch_size)
-
-
-def plain(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
-    """Return a caption with a space inside every special token, such as "<|Reward|>".
-
-    A second reward token would be scored in place of the first, and a second image token ("<|image_pad|>") has no
-    pixels.
-    """
-    for token in tokenizer.get_added_vocab():
-        caption = caption.replace(token, f"{token[0]} {token[1:]}")
-    return caption
 
 
 def resized(height: int, width: int, *, unit: int) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from diffalign.core.text import REMOTE
 from diffalign.rewards import wire
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
-from diffalign.rewards.http import Patience, ask, session_for
 from diffalign.types import RewardOutput
+from diffalign.web.http import Patience, ask, session_for
 
 logger = logging.getLogger(__name__)
 TOKEN = "DIFFALIGN_REWARD_TOKEN"

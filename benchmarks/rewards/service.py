@@ -24,8 +24,8 @@ import requests
 import torch
 
 from benchmarks.common.record import BenchOptions
-from diffalign.rewards.http import Patience, ask, session_for
 from diffalign.rewards.wire import encode_request
+from diffalign.web.http import Patience, ask, session_for
 
 Attack = Callable[[int, Any], None]
 """Function that attacks a port until an event is set."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffalign.cli import evaluate_model, fid, geneval, report, score, wins
+from diffalign.cli import evaluate_model, fid, geneval, report, score, suite, wins
 from diffalign.cli.verb import Verb
 
 VERB = Verb(
@@ -13,7 +13,7 @@ VERB = Verb(
     flags=evaluate_model.Flags,
     verbs=(
         *(evaluate_model.VERB, score.VERB, geneval.VERB),
-        *(fid.VERB, wins.VERB, report.VERB),
+        *(suite.VERB, fid.VERB, wins.VERB, report.VERB),
     ),
     description="Score a model or images. Without a verb below it, `diffalign evaluate` is `diffalign evaluate model`.",
     epilog="""examples:

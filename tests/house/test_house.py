@@ -23,6 +23,10 @@ FORBIDDEN = {
     ),
     "diffalign/data": ("pipelines", "rewards", "training", "methods", "evaluation", *SURFACE),
     "diffalign/evaluation": ("training", "methods", "rewards", *SURFACE),
+    "diffalign/judges": (
+        *("pipelines", "rewards", "training", "methods", "evaluation", "algorithms", "data"),
+        *("config", "lora", *SURFACE),
+    ),
     "diffalign/training": ("shapes", "methods", *SURFACE),
     "diffalign/methods": ("shapes", "tuning", *SURFACE),
     "diffalign/methods/online": ("methods.preference", "methods.distillation", "methods.dcgen"),

@@ -25,7 +25,6 @@ from diffalign.rewards import registry, remote, uploads, wire
 from diffalign.rewards.base import Reward, RewardCard, RewardError
 from diffalign.rewards.composition import CompositeReward
 from diffalign.rewards.function import as_reward
-from diffalign.rewards.http import session_for
 from diffalign.rewards.jpeg import JpegReward
 from diffalign.rewards.remote import RemoteReward
 from diffalign.rewards.service import Limits, build_app
@@ -38,6 +37,7 @@ from diffalign.types import RewardOutput
 from diffalign.web import connections
 from diffalign.web.admission import Refusal
 from diffalign.web.connections import make_server
+from diffalign.web.http import session_for
 
 
 class Moody(Reward):

@@ -1,0 +1,1 @@
+"""Benchmarks that ask a judge: questions, replies, rules, intervals and pages."""
