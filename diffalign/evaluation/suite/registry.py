@@ -17,6 +17,7 @@ BUILT_IN = {
     "unigenbench": "diffalign.evaluation.suite.unigenbench:BENCHMARK",
     "longtext": "diffalign.evaluation.suite.longtext:BENCHMARK",
     "preference": "diffalign.evaluation.suite.preference:BENCHMARK",
+    "wise": "diffalign.evaluation.suite.wise:BENCHMARK",
     "dpg": "diffalign.evaluation.suite.dpg:BENCHMARK",
     "oneig": "diffalign.evaluation.suite.oneig:BENCHMARK",
     "compbench": "diffalign.evaluation.suite.compbench:BENCHMARK",
