@@ -29,6 +29,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from diffalign.pipelines import published_llm
+
 SD15 = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -107,6 +109,7 @@ LAYOUTS: dict[str, tuple[type, dict[str, Any]]] = {
     "flux.1-dev": (FluxTransformer2DModel, {**FLUX, "guidance_embeds": True}),
     "flux.1-schnell": (FluxTransformer2DModel, FLUX),
     "sana-1.6b": (SanaTransformer2DModel, SANA),
+    **published_llm.LAYOUTS,
 }
 SAME = {
     "flux.1-krea": "flux.1-dev",
@@ -168,6 +171,9 @@ def pipeline(name: str) -> Any:
 
     Its tokenizers only know their length.
     """
+    if name in published_llm.LAYOUTS:
+        with torch.device("meta"):
+            return published_llm.pipeline(name, denoiser(name), Tokenizer(512))
     turbo = name == "sdxl-turbo"
     name = SAME.get(name, name)
     with torch.device("meta"):

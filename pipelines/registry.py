@@ -103,6 +103,25 @@ MODELS = {
     "sana-1.6b": ModelSpec(
         "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", "SANA 1.6 B, 1024 px"
     ),
+    "flux.2-klein-base-4b": ModelSpec(
+        "black-forest-labs/FLUX.2-klein-base-4B", "FLUX.2 [klein] 4 B base, for training"
+    ),
+    "flux.2-klein-base-9b": ModelSpec(
+        "black-forest-labs/FLUX.2-klein-base-9B", "FLUX.2 [klein] 9 B base, for training"
+    ),
+    "flux.2-klein-4b": ModelSpec(
+        "black-forest-labs/FLUX.2-klein-4B", "FLUX.2 [klein] 4 B, distilled to 4 steps"
+    ),
+    "flux.2-klein-9b": ModelSpec(
+        "black-forest-labs/FLUX.2-klein-9B", "FLUX.2 [klein] 9 B, distilled to 4 steps"
+    ),
+    "flux.2-dev": ModelSpec("black-forest-labs/FLUX.2-dev", "FLUX.2 [dev], 32 B"),
+    "z-image": ModelSpec("Tongyi-MAI/Z-Image", "Z-Image, 6 B, for training"),
+    "z-image-turbo": ModelSpec(
+        "Tongyi-MAI/Z-Image-Turbo", "Z-Image-Turbo, 6 B, distilled to 8 steps"
+    ),
+    "qwen-image": ModelSpec("Qwen/Qwen-Image", "Qwen-Image, 20 B"),
+    "qwen-image-2512": ModelSpec("Qwen/Qwen-Image-2512", "Qwen-Image of December 2025, 20 B"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.types import PromptEmbeds, Size
 
+logger = logging.getLogger(__name__)
+
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
     """Load a run's frozen base model, with its attention and memory settings."""
@@ -27,6 +30,7 @@ def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageMode
         max_sequence_length=c.max_sequence_length,
         device=device,
     )
+    warn_of_student(model, c.name)
     for part in model.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
@@ -46,6 +50,16 @@ def base_digest(model: TextToImageModel) -> dict[str, str]:
         return {"model.name": of_pipeline(model.pipeline)}
     except UnknownWeights:
         return {}
+
+
+def warn_of_student(model: TextToImageModel, name: str) -> None:
+    """Warn of training a few-step student without guidance, such as FLUX.2 [klein] or Z-Image-Turbo."""
+    if model.is_distilled:
+        logger.warning(
+            "model.name=%s: this is a few-step student. Users of other trainers report that its reward rises and its "
+            "images then blur. Train the base model, and load the LoRA into the student.",
+            name,
+        )
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> Size:
