@@ -259,7 +259,7 @@ UNETS = {"sd": sd_model, "sdxl": sdxl_model}
 
 def rollout(model, prompts, *, generator, guidance_scale):
     """(B, H, W, 3) uint8: what our sampler makes of a model, for comparison with its stock pipeline."""
-    guided = guidance_scale > 1 and not model.guidance_is_embedded
+    guided = model.costs_a_forward(guidance_scale)
     negative = model.encode_prompt([""] * len(prompts)) if guided else None
     batch = Sampling(model, model.encode_prompt(prompts), Drawing(4, guidance_scale), negative)
     latents = batch.draw(generator)

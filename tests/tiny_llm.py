@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -16,6 +17,8 @@ from diffusers import (
 )
 from tiny_parts import SIZE, TEMPLATE, autoencoder, qwen_tokenizer, sizes, spread
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -161,3 +164,36 @@ def qwen_image_model(seed: int = 0) -> QwenImageModel:
 
 
 MODELS = {"flux2": flux2_model, "z_image": z_image_model, "qwen_image": qwen_image_model}
+
+
+class Processor:
+    """Stands for Mistral's processor, which needs torchvision: messages hold lists of parts."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, conversations, **options):
+        joined = [
+            [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
+            for messages in conversations
+        ]
+        return self.tokenizer.apply_chat_template(joined, **options)
+
+
+def flux2_dev_pipeline(seed: int = 0) -> Flux2Pipeline:
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    text = {"model_type": "mistral", **sizes(tokenizer, layers=31)}
+    config = Mistral3Config(text_config=text, vision_config=vision)
+    pipeline = Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC),
+        vae=_flux2_autoencoder(),
+        text_encoder=Mistral3ForConditionalGeneration(config).eval(),
+        tokenizer=Processor(tokenizer),
+    )
+    pipeline.system_message = "a"
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
