@@ -40,7 +40,10 @@ LAYOUTS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen-image": (QwenImageTransformer2DModel, {}),
     "qwen-image-2512": (QwenImageTransformer2DModel, {}),
 }
-"""Layouts by name; where nothing is said, the defaults of diffusers' class are the published ones."""
+"""Denoisers and their configurations by name.
+
+Where nothing is said, the defaults of diffusers' class are the published ones.
+"""
 QWEN3_4B: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -94,7 +97,7 @@ KL_16 = {
 
 
 def pipeline(name: str, denoiser: Any, tokenizer: Any) -> Any:
-    """Return a pipeline with parts on the active device.
+    """Return a model's pipeline on the active device.
 
     Args:
         denoiser: denoiser of the name's layout.
