@@ -109,14 +109,39 @@ def decode(raw: Mapping[str, Any]) -> Any:
         return config
     # draccus wraps the errors of checks, and raises a bare Exception for lists
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-            cause = cause.__cause__ or cause.__context__
-        path = ".".join(getattr(error, "key_path", ()))
-        message = str(getattr(error, "message", error)).strip()
-        raise ConfigError(message, setting=path or None) from error
+        raise _config_error(error) from error
+
+
+def decode_group(kind: type, raw: Mapping[str, Any], path: tuple[str, ...] = ()) -> Any:
+    """Validate a nested mapping, and build any dataclass of settings from it.
+
+    Args:
+        kind: the dataclass; it has no group `algorithm`.
+        raw: settings of a YAML file.
+        path: names of the groups that `raw` lies in, for messages.
+
+    Raises:
+        ConfigError: a setting is unknown or invalid.
+    """
+    import draccus
+
+    check_keys(kind, raw, path)
+    try:
+        return draccus.decode(kind, with_lists(kind, raw))
+    except Exception as error:
+        raise _config_error(error, path) from error
+
+
+def _config_error(error: BaseException, path: tuple[str, ...] = ()) -> ConfigError:
+    """Return draccus' error as one that names the setting."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    setting = ".".join((*path, *getattr(error, "key_path", ())))
+    message = " ".join(str(getattr(error, "message", error)).split())
+    return ConfigError(message, setting=setting or None)
 
 
 def _decode_algorithm(raw: Mapping[str, Any]) -> MethodConfig:

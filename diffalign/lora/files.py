@@ -105,6 +105,17 @@ def merge_lora(pipeline: Any, source: str | Lora) -> None:
                 weight.data = _merged(weight.data, layer)
 
 
+def check_places(pipeline: Any, lora: Lora) -> None:
+    """Check that every layer of a LoRA has a place in a pipeline.
+
+    The pipeline may be on the meta device.
+
+    Raises:
+        UsageError: a layer has no place, or another size.
+    """
+    _places(pipeline, lora)
+
+
 def _merged(weight: Tensor, layer: Layer) -> Tensor:
     """Return the weight with the layer's update, in its own dtype."""
     down, up = (x.to(weight.device) for x in (layer.down, layer.up))
