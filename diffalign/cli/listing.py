@@ -45,6 +45,7 @@ def run(flags: Flags) -> None:
 
 def _recipes() -> Mapping[str, Mapping[str, str]]:
     """Return recipes grouped by method and hardware; groups for a laptop come first."""
+    from diffalign.composition import recipe
     from diffalign.config import describe_recipes, load
     from diffalign.config.methods import available
 
@@ -56,10 +57,13 @@ def _recipes() -> Mapping[str, Mapping[str, str]]:
         groups.setdefault((cuda, method), {})[name] = text.removesuffix(NEEDS_CUDA).strip()
     titles = [method.title for method in methods.values()]
     return {
-        f"{titles[method]}, {'one GPU or more' if cuda else 'a laptop or one GPU'}": groups[
-            cuda, method
-        ]
-        for cuda, method in sorted(groups)
+        **{
+            f"{titles[method]}, {'one GPU or more' if cuda else 'a laptop or one GPU'}": groups[
+                cuda, method
+            ]
+            for cuda, method in sorted(groups)
+        },
+        "All on one model (diffalign compose)": recipe.describe_recipes(),
     }
 
 

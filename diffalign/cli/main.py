@@ -15,6 +15,7 @@ from diffalign import __version__
 from diffalign.cli import (
     autoencoder,
     bench,
+    compose,
     convert,
     demo,
     evaluate,
@@ -61,6 +62,7 @@ VERBS = (
     quantize.VERB,
     qsched.VERB,
     optimise.VERB,
+    compose.VERB,
     bench.VERB,
     serve.VERB,
     listing.VERB,

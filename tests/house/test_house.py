@@ -61,6 +61,7 @@ FORBIDDEN = {
         *("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
         *("tuning", "schedulers", "shapes", *SURFACE),
     ),
+    "diffalign/composition": SURFACE,
     "diffalign/tuning": ("training", "methods", "rewards", "algorithms", "shapes", *SURFACE),
     "pipelines": ("rewards", "training", "methods", "evaluation", "algorithms", "data", "config"),
     "rewards": (

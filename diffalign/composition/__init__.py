@@ -1,0 +1,1 @@
+"""Composition of a model: stages from a base to one folder that is aligned, small and fast."""
