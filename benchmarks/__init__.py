@@ -29,6 +29,10 @@ PROGRAMS = {
         "benchmarks.optimise",
         "the plans that `diffalign optimise` finds in ten minutes, and what they cost",
     ),
+    "compose": (
+        "benchmarks.composition",
+        "all stages of `diffalign compose` alone, in pairs and together: quality, time and bytes",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",
