@@ -10,6 +10,7 @@ from snippets import ROOT, SpellingParser, commands, snippets
 
 from diffalign import config, lora
 from diffalign.cli.main import build_parser, main, spell_out
+from diffalign.composition import recipe as recipes
 from diffalign.pipelines.registry import load_model
 
 COMMANDS = commands()
@@ -51,5 +52,7 @@ def test_commands_are_known(snippet, words):
         recipe = args.recipe
         if not Path(recipe).suffix:
             config.load(recipe, rest)
+    elif words[0] == "compose":
+        recipes.load(args.recipe, rest)
     else:
         assert rest == []
