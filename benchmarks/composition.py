@@ -51,6 +51,7 @@ QUICK: dict[str, Any] = {
     },
     "align": {
         "settings": {
+            "model": {"compile": False},
             "training": {"num_updates": 2, "eval_every": 0},
             "rollout": {"prompts_per_update": 2, "group_size": 4, "num_inference_steps": 4},
         }
