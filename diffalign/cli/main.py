@@ -30,6 +30,7 @@ from diffalign.cli import (
     qsched,
     quantize,
     serve,
+    serve_images,
     train,
 )
 from diffalign.cli.boundary import report_to_launcher
@@ -64,6 +65,7 @@ VERBS = (
     optimise.VERB,
     compose.VERB,
     bench.VERB,
+    serve_images.VERB,
     serve.VERB,
     listing.VERB,
 )

@@ -23,7 +23,7 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_meta_model, load_model
 
 
-def settle_drawing(flags: DrawingFlags) -> DrawingCard:
+def settle_drawing(flags: ModelFlags) -> DrawingCard:
     """Complete the generation settings from the model's card, and print them.
 
     Raises:

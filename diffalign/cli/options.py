@@ -79,13 +79,7 @@ def add_drawing(parser: Parser, *, solver: bool = True) -> None:
         solver: add --solver, which replaces the model's own solver.
     """
     group = parser.add_argument_group("how images are drawn")
-    group.add_argument(
-        "--num_inference_steps",
-        type=types.count(),
-        default=None,
-        metavar="N",
-        help="denoising steps per image (default: that of the model's card)",
-    )
+    add_steps(group)
     if solver:
         group.add_argument(
             "--solver",
@@ -93,13 +87,7 @@ def add_drawing(parser: Parser, *, solver: bool = True) -> None:
             choices=("default", "adams_bashforth"),
             help="solver of the sampling ODE: the model's own scheduler, or second-order Adams-Bashforth (docs/awm.md)",
         )
-    group.add_argument(
-        "--guidance_scale",
-        type=types.number(0),
-        default=None,
-        metavar="W",
-        help="strength of classifier-free guidance; 1 is none (default: that of the model's card)",
-    )
+    add_guidance(group)
     for side in ("height", "width"):
         group.add_argument(
             f"--{side}",
@@ -117,6 +105,34 @@ def add_drawing(parser: Parser, *, solver: bool = True) -> None:
         default=None,
         metavar="N",
         help="images per batch; lower it if memory runs out (default: that of the model's card)",
+    )
+
+
+def add_call(group: argparse._ActionsContainer) -> None:
+    """Add --num_inference_steps and --guidance_scale."""
+    add_steps(group)
+    add_guidance(group)
+
+
+def add_steps(group: argparse._ActionsContainer) -> None:
+    """Add --num_inference_steps."""
+    group.add_argument(
+        "--num_inference_steps",
+        type=types.count(),
+        default=None,
+        metavar="N",
+        help="denoising steps per image (default: that of the model's card)",
+    )
+
+
+def add_guidance(group: argparse._ActionsContainer) -> None:
+    """Add --guidance_scale."""
+    group.add_argument(
+        "--guidance_scale",
+        type=types.number(0),
+        default=None,
+        metavar="W",
+        help="strength of classifier-free guidance; 1 is none (default: that of the model's card)",
     )
 
 

@@ -67,6 +67,17 @@ def seed(text: str) -> int:
     return count(0, SEEDS - 1)(text)
 
 
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Convert sizes such as "1024x1024,768x512", width first, to (height, width)."""
+    pairs = []
+    for part in text.split(","):
+        width, cross, height = part.strip().partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and int(width) * int(height)):
+            raise UsageError(f"must be WIDTHxHEIGHT, such as 1024x1024, got {part!r}")
+        pairs.append((int(height), int(width)))
+    return pairs
+
+
 def path(text: str) -> Path:
     """Convert a path, and expand `~`, which the shell may have left alone."""
     if not text:
