@@ -143,7 +143,6 @@ VERB = Verb(
     add_flags,
     run,
     has_result=False,
-    quiet=False,
     epilog="""example:
   diffalign serve --model shapes-sd3 --preset balanced --port 8000 --ui""",
     flags=Flags,

@@ -23,7 +23,7 @@ AGAIN = ("shutdown",)
 
 
 def picture(image: Tensor, question: Question) -> str:
-    """Return an image (3, H, W) uint8 in base64, in the format that was asked for."""
+    """Return an image (3, H, W) uint8 in base64, in the request's format."""
     buffer = io.BytesIO()
     file = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if question.format == "png":

@@ -37,7 +37,7 @@ NEVER_AGAIN = {"x-should-retry": "false"}
 
 @dataclass
 class Service:
-    """What the application answers with.
+    """Engine of an application, and the settings of its answers.
 
     Attributes:
         token: token that `Authorization: Bearer ...` must carry; None requires no token.
@@ -286,7 +286,8 @@ class _Answers:
         return {
             "b64_json": text,
             "seed": question.images[number].seed,
-            "seconds": round(image.seconds, 4),
+            "seconds": round(image.seconds - image.queue_seconds, 4),
+            "queue_seconds": round(image.queue_seconds, 4),
             "steps": {"computed": image.computed, "skipped": image.skipped},
         }
 

@@ -1,4 +1,4 @@
-"""Forwards that images share, padded to few numbers of rows and halved when memory runs out."""
+"""Forwards that images share, padded to few sizes, and halved without memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Batches:
         self._observer = observer or Observer()
 
     def run(self, rows: Sequence[Row]) -> list[tuple[Row, Exception]]:
-        """Take one step of images with equal keys, and return those that failed with their errors.
+        """Take one step of images with equal keys, and return those that failed.
+
+        Each failed image comes with its error.
 
         After a forward that ran out of memory, the limit is half of its rows, and each half is tried once.
         """
@@ -87,8 +89,8 @@ class Batches:
         """Return the predictions without a negative half."""
         if not self.model.guidance_is_embedded:
             return self.model.forward(latents, timesteps, embeds)
-        asked = [row.ticket.wanted.guidance_scale for row in rows]
-        scales = [self.model.embedded_guidance if s is None else s for s in asked]
+        values = [row.ticket.settings.guidance_scale for row in rows]
+        scales = [self.model.embedded_guidance if s is None else s for s in values]
         return self.model.predict(
             latents,
             timesteps,

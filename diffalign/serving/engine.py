@@ -25,7 +25,7 @@ from diffalign.serving.loras import Loras
 from diffalign.serving.modes import Mode
 from diffalign.serving.observer import Observer
 from diffalign.serving.row import Key, Row, drawing_of
-from diffalign.serving.tickets import Failed, Finished, Partial, Ticket, Wanted
+from diffalign.serving.tickets import Failed, Finished, ImageSettings, Partial, Ticket
 from diffalign.types import Size
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Engine:
             self._changed.notify_all()
 
     def expected_wait(self) -> float:
-        """Return an estimate in seconds of the time until the queue has moved by one batch."""
+        """Return an estimate of the seconds until a place in the queue is free."""
         recent = sorted(self._state.recent)
         middle = recent[len(recent) // 2] if recent else 1.0
         return max(1.0, middle)
@@ -161,7 +161,7 @@ class Engine:
         self._thread.start()
 
     def close(self, *, seconds: float = DRAIN_SECONDS) -> None:
-        """Take no more images, finish those in progress and in the queue, and end the thread.
+        """Take no more images, finish all that were taken, and end the thread.
 
         Images that are not finished in time fail.
         """
@@ -207,7 +207,7 @@ class Engine:
     def round(self) -> None:
         """Take one step of every image in progress, after those that wait have joined."""
         state = self._state
-        state.rows = [row for row in state.rows if self._is_wanted(row.ticket)]
+        state.rows = [row for row in state.rows if self._is_open(row.ticket)]
         self._admit()
         state.round += 1
         groups: dict[Key, list[Row]] = {}
@@ -226,7 +226,7 @@ class Engine:
                 self._show(row)
 
     def _advance(self, rows: list[Row]) -> list[tuple[Row, Exception]]:
-        with self.loras.using(rows[0].ticket.wanted.lora):
+        with self.loras.using(rows[0].ticket.settings.lora):
             return self.batches.run(rows)
 
     def _admit(self) -> None:
@@ -237,7 +237,7 @@ class Engine:
                 if not state.waiting:
                     return
                 ticket = state.waiting.popleft()
-            if not self._is_wanted(ticket):
+            if not self._is_open(ticket):
                 continue
             try:
                 state.rows.append(self._row(ticket))
@@ -246,17 +246,17 @@ class Engine:
 
     def _row(self, ticket: Ticket) -> Row:
         """Return the state of an image before its first step."""
-        wanted = ticket.wanted
-        guided = self.model.costs_a_forward(wanted.guidance_scale)
+        settings = ticket.settings
+        guided = self.model.costs_a_forward(settings.guidance_scale)
         drawing = drawing_of(ticket, self.settings.mixed_precision)
         # the text encoders run in their own precision
-        embeds = self._embed([wanted.prompt])
-        negative = self._embed([wanted.negative_prompt]) if guided else None
+        embeds = self._embed([settings.prompt])
+        negative = self._embed([settings.negative_prompt]) if guided else None
         with compute(self.model.device, self.settings.mixed_precision):
             return Row(
                 self.model,
                 ticket,
-                self.modes[wanted.mode],
+                self.modes[settings.mode],
                 drawing,
                 embeds=embeds,
                 negative=negative,
@@ -289,18 +289,18 @@ class Engine:
         ticket, now = row.ticket, time.monotonic()
         result = Finished(
             image,
-            seconds=now - ticket.asked,
-            queue_seconds=row.started - ticket.asked,
+            seconds=now - ticket.submitted,
+            queue_seconds=row.started - ticket.submitted,
             computed=row.computed,
             skipped=row.skipped,
             rounds=row.round - ticket.round,
         )
         self._state.recent.append(now - row.started)
-        self.observer.finished(ticket.wanted, result)
+        self.observer.finished(ticket.settings, result)
         ticket.listener(result)
 
-    def _is_wanted(self, ticket: Ticket) -> bool:
-        """Return whether an image is still wanted; report it if it is late."""
+    def _is_open(self, ticket: Ticket) -> bool:
+        """Return whether an image shall still be drawn; report it if it is late."""
         if ticket.cause:
             self.observer.cancelled(ticket.cause)
             return False
@@ -334,20 +334,20 @@ class Engine:
         for size in sizes:
             for lora in (None, *self.loras.names):
                 for number in dict.fromkeys(min(n, self.settings.max_batch) for n in numbers):
-                    self._warm(Wanted("", 0, size, 2, guidance_scale, lora=lora), number)
+                    self._warm(ImageSettings("", 0, size, 2, guidance_scale, lora=lora), number)
 
-    def _warm(self, wanted: Wanted, number: int) -> None:
+    def _warm(self, settings: ImageSettings, number: int) -> None:
         problems: list[str] = []
 
         def listen(report: Partial | Finished | Failed) -> None:
             if isinstance(report, Failed):
                 problems.append(report.text)
 
-        self.submit([Ticket(wanted, listen) for _ in range(min(number, self.settings.queue))])
+        self.submit([Ticket(settings, listen) for _ in range(min(number, self.settings.queue))])
         while self._state.waiting or self._state.rows:
             self.round()
         if problems:
-            height, width = wanted.size
+            height, width = settings.size
             raise UsageError(
                 f"sizes: {width}x{height} cannot be drawn: {problems[0]}. Leave the size out."
             )

@@ -13,13 +13,13 @@ from diffalign.core.errors import UsageError
 from diffalign.core.nearest import nearest
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.serving.engine import Engine
-from diffalign.serving.tickets import PLAIN, Wanted
+from diffalign.serving.tickets import PLAIN, ImageSettings
 from diffalign.types import Size
 
 FORMATS = ("png", "jpeg", "webp")
 """Formats of the images in an answer."""
 WITHOUT_EFFECT = ("moderation", "user", "safety_identifier")
-"""Fields of OpenAI's API that are read and have no effect, because this server moderates nothing."""
+"""Fields of OpenAI's API without effect, because this server moderates nothing."""
 QUALITIES: Mapping[str, str | None] = {
     **{"auto": None, "high": None, "standard": None, "hd": None},
     **{"low": "fast", "medium": "balanced", "xhigh": PLAIN, "max": PLAIN},
@@ -82,7 +82,7 @@ class Question:
         echoed: fields of OpenAI's answer that repeat the request.
     """
 
-    images: tuple[Wanted, ...]
+    images: tuple[ImageSettings, ...]
     format: str
     compression: int
     stream: bool
@@ -147,7 +147,7 @@ class Fields:
         guidance = values.get("guidance_scale", defaults.guidance_scale)
         format_ = values.get("output_format", "png")
         images = tuple(
-            Wanted(
+            ImageSettings(
                 values["prompt"],
                 seed + i,
                 size,
@@ -193,10 +193,12 @@ class Fields:
         if mode is None:
             return next(iter(self.engine.modes))
         if mode not in self.engine.modes:
-            kept = ", ".join(q for q, m in QUALITIES.items() if m is None or m in self.engine.modes)
+            qualities = ", ".join(
+                q for q, m in QUALITIES.items() if m is None or m in self.engine.modes
+            )
             raise FieldError(
                 "quality",
-                f"this server has not prepared the preset {mode!r} of the quality {quality!r}; choose from {kept}",
+                f"this server has not prepared the preset {mode!r} of the quality {quality!r}; choose from {qualities}",
             )
         return mode
 

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from diffalign.serving.engine import Engine
 from diffalign.serving.observer import Observer
-from diffalign.serving.tickets import Finished, Wanted
+from diffalign.serving.tickets import Finished, ImageSettings
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 """Upper bounds of the buckets of times."""
@@ -68,11 +68,11 @@ class Metrics(Observer):
         self._steps.labels("computed").inc(computed)
         self._steps.labels("skipped").inc(skipped)
 
-    def finished(self, wanted: Wanted, image: Finished) -> None:
-        height, width = wanted.size
-        size = f"{width}x{height}" if wanted.size in self._sizes else OTHER_SIZE
+    def finished(self, settings: ImageSettings, image: Finished) -> None:
+        height, width = settings.size
+        size = f"{width}x{height}" if settings.size in self._sizes else OTHER_SIZE
         self._images.inc()
-        self._latency.labels(size, wanted.mode).observe(image.seconds)
+        self._latency.labels(size, settings.mode).observe(image.seconds)
         self._queue.observe(image.queue_seconds)
 
     def cancelled(self, cause: str) -> None:

@@ -24,7 +24,7 @@ A pipeline's own hooks count the steps of a whole call, and images of one batch 
 
 @dataclass(frozen=True)
 class Mode:
-    """What images of one preset skip.
+    """Computation that images of one preset skip.
 
     Attributes:
         schedules: schedules of the static cache, one for each row of noise levels.
@@ -49,7 +49,7 @@ class Mode:
 def prepare(
     pipeline: Any, presets: tuple[str, ...], **options: Any
 ) -> tuple[list[Mode], list[Acceleration]]:
-    """Accelerate a pipeline for an engine, and return its modes and the reports of their calibration.
+    """Accelerate a pipeline for an engine, and return its modes and their reports.
 
     Options that change weights or kernels are in force on the pipeline afterwards. The static cache and the options of
     guidance are the modes'. The first mode is that of the first preset; the last computes every step.

@@ -1,8 +1,8 @@
-"""What an engine tells its observer."""
+"""Listener to an engine's work."""
 
 from __future__ import annotations
 
-from diffalign.serving.tickets import Finished, Wanted
+from diffalign.serving.tickets import Finished, ImageSettings
 
 
 class Observer:
@@ -17,7 +17,7 @@ class Observer:
     def steps(self, computed: int, skipped: int) -> None:
         """Take note of steps of images."""
 
-    def finished(self, wanted: Wanted, image: Finished) -> None:
+    def finished(self, settings: ImageSettings, image: Finished) -> None:
         """Take note of a finished image."""
 
     def cancelled(self, cause: str) -> None:

@@ -23,13 +23,13 @@ Key = tuple[Any, ...]
 
 def drawing_of(ticket: Ticket, mixed_precision: str) -> Drawing:
     """Return the settings with which a `Sampler` draws the same image."""
-    wanted = ticket.wanted
+    settings = ticket.settings
     return Drawing(
-        wanted.num_inference_steps,
-        wanted.guidance_scale,
-        wanted.size,
-        negative_prompt=wanted.negative_prompt,
-        seed=wanted.seed,
+        settings.num_inference_steps,
+        settings.guidance_scale,
+        settings.size,
+        negative_prompt=settings.negative_prompt,
+        seed=settings.seed,
         micro_batch_size=1,
         mixed_precision=mixed_precision,
     )
@@ -66,13 +66,13 @@ class Row:
         self.round = round_number
         self.started = time.monotonic()
         self.step = self.computed = self.skipped = 0
-        self._generators = generators_of([ticket.wanted.seed])
+        self._generators = generators_of([ticket.settings.seed])
         self.latents = self.sampling.start(self._generators)
         self._schedule = mode.schedule_for(self.scheduler)
         self._history = History()
         self._difference: Tensor | None = None
         self._inputs = self.latents
-        self.previews = preview_steps(self.steps, ticket.wanted.partial_images)
+        self.previews = preview_steps(self.steps, ticket.settings.partial_images)
         self.clean: Tensor | None = None
         """Clean latents that the last prediction implies, if the image is shown after it."""
 
@@ -97,14 +97,14 @@ class Row:
     @property
     def key(self) -> Key:
         """Key of the images that can share the next forward."""
-        wanted, embeds = self.ticket.wanted, self.embeds
+        settings, embeds = self.ticket.settings, self.embeds
         shapes = tuple(
             None if part is None else tuple(part.shape[1:])
             for part in (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
         )
         negative = self.negative if self.computes_both else None
         length = None if negative is None else tuple(negative.prompt_embeds.shape[1:])
-        return wanted.size, wanted.lora, self.latents.dtype, shapes, length
+        return settings.size, settings.lora, self.latents.dtype, shapes, length
 
     def begin(self) -> bool:
         """Prepare the next step, and return whether it needs a forward.
@@ -162,7 +162,7 @@ class Row:
     def _take(self, prediction: Tensor) -> None:
         """Take the scheduler's step with a prediction, whose rows are negative and positive."""
         if self.negative is not None:
-            scale = self.ticket.wanted.guidance_scale
+            scale = self.ticket.settings.guidance_scale
             assert scale is not None
             prediction = self.model.guided(*prediction.chunk(2), guidance_scale=scale)
         self.clean = None

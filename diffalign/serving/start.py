@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def describe(engine: Any, reports: Sequence[Acceleration]) -> dict[str, Any]:
                 "dropped": [
                     {"option": d.option, "why": d.why, "remedy": d.remedy} for d in r.dropped
                 ],
-                "measured": r.measured,
+                # JSON has no infinite numbers, such as the PSNR of equal images
+                "measured": {k: v if math.isfinite(v) else None for k, v in r.measured.items()},
             }
             for r in reports
         ],

@@ -15,7 +15,7 @@ PLAIN = "plain"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ImageSettings:
     """Settings of one image.
 
     Attributes:
@@ -91,16 +91,16 @@ class Ticket:
 
     Attributes:
         deadline: value of `time.monotonic` after which the image is given up; None for none.
-        cause: why the image is cancelled; empty while it is wanted.
+        cause: why the image is cancelled; empty while it shall be drawn.
         round: number of the engine's round in which the image was asked for.
     """
 
-    wanted: Wanted
+    settings: ImageSettings
     listener: Listener
     deadline: float | None = None
     cause: str = ""
     round: int = 0
-    asked: float = field(default_factory=time.monotonic)
+    submitted: float = field(default_factory=time.monotonic)
 
     def cancel(self, cause: str) -> None:
         """Give the image up before its next step."""

@@ -13,7 +13,7 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.sampler import Sampler
 from diffalign.serving.engine import Closing, Engine, EngineSettings, QueueFull
 from diffalign.serving.observer import Observer
-from diffalign.serving.tickets import Failed, Finished, Partial, Ticket, Wanted
+from diffalign.serving.tickets import Failed, Finished, ImageSettings, Partial, Ticket
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 SMALL = 16
@@ -44,7 +44,7 @@ def wanted(i, *, side=SMALL, **changes):
         "num_inference_steps": 3 + i % 3,
         "guidance_scale": (None, 2.0, 4.5)[i % 3],
     }
-    return Wanted(**{**values, **changes})
+    return ImageSettings(**{**values, **changes})
 
 
 def plain(model, image):

@@ -82,6 +82,7 @@ def test_a_user_draws_compares_and_stops(browser):
             lambda: browser.value("document.querySelectorAll('#preset option').length") == 2
         )
         assert browser.value("document.getElementById('model').textContent") == "models/tiny"
+        assert browser.value("document.getElementById('token').offsetParent === null")
         browser.value("document.getElementById('seed').value = '5'")
         browser.value("document.getElementById('draw').click()")
         state = "document.getElementById('state').textContent"
@@ -107,7 +108,7 @@ def test_a_user_draws_compares_and_stops(browser):
 def test_the_page_asks_for_the_token(browser):
     with running(tiny.sd3_model(), ui=True, token="secret") as (_, url):
         browser.call("Page.navigate", url=url + "/")
-        shown = "!document.getElementById('token-label').hidden"
+        shown = "document.getElementById('token').offsetParent !== null"
         assert until(lambda: browser.value(shown) is True)
         browser.value(
             "document.getElementById('token').value = 'secret'; "
