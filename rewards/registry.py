@@ -38,6 +38,10 @@ BUILT_IN = {
     "vlm_judge": "diffalign.rewards.vlm_judge:VlmJudgeReward",
     "hpsv3": "diffalign.rewards.hpsv3:HPSv3Reward",
     "aesthetic": "diffalign.rewards.aesthetic:AestheticReward",
+    "p_yes": "diffalign.rewards.p_yes:PYesReward",
+    "unified_reward": "diffalign.rewards.unified_reward:UnifiedReward",
+    "unified_reward_pair": "diffalign.rewards.unified_reward:UnifiedPairReward",
+    "rational_rewards": "diffalign.rewards.rational_rewards:RationalReward",
 }
 SUMMARIES = {
     "verifier": "GenEval score of a Shapes image by the exact verifier",
@@ -55,6 +59,10 @@ SUMMARIES = {
     "image_reward": "ImageReward v1.0: choices of experts, by BLIP",
     "vlm_judge": "a vision-language model over HTTP (OpenAI's chat completions)",
     "hpsv3": "Human Preference Score v3, by Qwen2-VL-7B",
+    "p_yes": "does the image show the prompt? probability of a yes, by any judge",
+    "unified_reward": "UnifiedReward 2.0: alignment, coherence and style",
+    "unified_reward_pair": "UnifiedReward 2.0 between a prompt's images, in both orders",
+    "rational_rewards": "RationalRewards: faithfulness, quality and text, with reasons",
     "aesthetic": "LAION aesthetic predictor v2; does not look at the prompt",
 }
 

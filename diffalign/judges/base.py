@@ -29,7 +29,7 @@ class Question:
 
     Attributes:
         key: name of the question within its prompt.
-        text: text that the judge reads.
+        text: text that the judge reads; images stand where it says <image>, else before it.
         kind: kind of reply.
         words: groups of surface forms whose probability as the first word is asked for.
         max_tokens: largest number of tokens of a reply.
@@ -93,6 +93,8 @@ class JudgeCard:
         return {"name": self.name, "revision": self.revision, "how": self.how}
 
 
+IMAGE = "<image>"
+"""Mark in a question where an image stands."""
 Task = tuple[Question, tuple[Image.Image, ...]]
 """Question and its images, RGB."""
 
@@ -120,6 +122,20 @@ class Judge(ABC):
             raise JudgeError(
                 f"judge {self.card.name} answers {', '.join(self.card.kinds)} but not {kind}; choose another `judge`"
             )
+
+
+def parts_of(text: str, images: int) -> list[str | int]:
+    """Return texts and numbers of images in their order.
+
+    Images stand at their marks if there are as many of these, else before the text.
+    """
+    pieces = text.split(IMAGE)
+    if len(pieces) != images + 1:
+        return [*range(images), text]
+    parts: list[str | int] = [pieces[0]]
+    for number, piece in enumerate(pieces[1:]):
+        parts += [number, piece]
+    return [part for part in parts if part != ""]
 
 
 def probability(reply: Reply | None, group: int = 0) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import requests
 from PIL import Image
 
-from diffalign.judges.base import Judge, JudgeCard, JudgeError, Question, Reply, Task
+from diffalign.judges.base import Judge, JudgeCard, JudgeError, Question, Reply, Task, parts_of
 from diffalign.web.http import Patience, ask, session_for
 
 KEY = "DIFFALIGN_JUDGE_KEY"
@@ -113,15 +113,16 @@ class EndpointJudge(Judge):
             return Reply(error=f"an answer of another format ({error!r})")
 
     def _message(self, question: Question, images: Sequence[Image.Image]) -> dict[str, Any]:
-        parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _uri(image)}} for image in images
+        parts = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": _uri(images[part])}}
+            for part in parts_of(question.text, len(images))
         ]
         messages: list[dict[str, Any]] = []
         if question.system:
             messages.append({"role": "system", "content": question.system})
-        messages.append(
-            {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}
-        )
+        messages.append({"role": "user", "content": parts})
         message: dict[str, Any] = {
             "model": self.model,
             "temperature": 0,

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from diffalign.judges.base import Judge, JudgeCard, JudgeError, Question, Reply, Task
+from diffalign.judges.base import Judge, JudgeCard, JudgeError, Question, Reply, Task, parts_of
 
 BATCH = 8
 """Number of questions in one forward."""
@@ -116,8 +116,12 @@ class LocalJudge(Judge):
         self, question: Question, pictures: Sequence[Image.Image], counts: Iterator[int]
     ) -> str:
         """Return the text of a chat with as many image tokens as the images have."""
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in pictures]
-        content.append({"type": "text", "text": plain(self.tokenizer, question.text)})
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": plain(self.tokenizer, part)}
+            if isinstance(part, str)
+            else {"type": "image"}
+            for part in parts_of(question.text, len(pictures))
+        ]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if question.system:
             messages.insert(0, {"role": "system", "content": question.system})
