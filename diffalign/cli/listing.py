@@ -24,13 +24,14 @@ def add_flags(parser: Parser) -> None:
     """Add the argument that selects the list."""
     parser.add_argument(
         "what",
-        choices=("recipes", "rewards", "models", "presets", "benches"),
-        help="recipes of `train`, rewards, models, presets of `accelerate`, or benchmarks of `bench`",
+        choices=("recipes", "rewards", "models", "presets", "benchmarks", "benches"),
+        help="recipes of `train`, rewards, models, presets of `accelerate`, benchmarks of `evaluate suite`, or "
+        "programs of `bench`",
     )
 
 
 def run(flags: Flags) -> None:
-    """Print recipes, rewards, models, presets or benchmarks, one per line."""
+    """Print one of the lists, an entry per line."""
     from diffalign.cli.output import emit
 
     groups = _recipes() if flags.what == "recipes" else {"": _rows(flags.what)}
@@ -72,6 +73,11 @@ def _rows(what: str) -> Mapping[str, str]:
         from diffalign.rewards.registry import SUMMARIES, available
 
         return {name: SUMMARIES.get(name, target) for name, target in available().items()}
+    if what == "benchmarks":
+        from diffalign.evaluation.suite.registry import available as benchmarks
+        from diffalign.evaluation.suite.registry import benchmark
+
+        return {name: benchmark(name).summary for name in benchmarks()}
     if what == "presets":
         from diffalign.acceleration.choices import DEVICES, choices
         from diffalign.core.checkout import read_result

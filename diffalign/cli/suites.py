@@ -17,9 +17,11 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.fill import fill_folder
 from diffalign.evaluation.suite.base import Benchmark
 from diffalign.evaluation.suite.compare import compare
+from diffalign.evaluation.suite.export import LAYOUTS, export
 from diffalign.evaluation.suite.page import figure_rows, write_page
 from diffalign.evaluation.suite.registry import benchmark
 from diffalign.evaluation.suite.run import (
+    IMAGES,
     OpenJudges,
     Plan,
     evaluate,
@@ -60,6 +62,7 @@ def run_suite(flags: suite.Flags) -> None:
         for result, b in zip(results, chosen_benchmarks, strict=True):
             result["difference"] = compare(folder, against, b)
     pairs = list(zip(chosen_benchmarks, prompts, strict=True))
+    _export(flags, pairs)
     _finish(flags, results, pairs, against)
 
 
@@ -170,9 +173,7 @@ def _evaluate(
                 progress=progress,
             )
 
-    own = flags.images / benchmark.folder if flags.images is not None else None
-    if own is not None and not own.is_dir():
-        own = flags.images
+    own = _images(flags, benchmark)
     no_drawing = own is not None or flags.judge == RECORDED
     with console.counting(f"{benchmark.name} questions", unit="question") as progress:
         return evaluate(
@@ -199,6 +200,27 @@ def _against(
     for b in benchmarks:
         _evaluate(b, plan, folder, base_flags, judges)
     return folder
+
+
+def _export(flags: suite.Flags, benchmarks: Sequence[tuple[Benchmark, list[Prompt]]]) -> None:
+    """Write the images of benchmarks with an official layout."""
+    if flags.export is None:
+        return
+    for b, prompts in benchmarks:
+        if b.layout not in LAYOUTS or b.name.startswith("shapes:"):
+            print(f"{b.name} has no official layout")
+            continue
+        images = _images(flags, b) or flags.output_dir / b.folder / IMAGES
+        number = export(b, prompts, images, flags.export)
+        print(f"{b.name}: {number} files in the official layout, {flags.export / b.folder}")
+
+
+def _images(flags: suite.Flags, benchmark: Benchmark) -> Path | None:
+    """Return the user's folder of a benchmark's images, or None."""
+    if flags.images is None:
+        return None
+    own = flags.images / benchmark.folder
+    return own if own.is_dir() else flags.images
 
 
 def _finish(

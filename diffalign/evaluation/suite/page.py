@@ -16,6 +16,7 @@ from diffalign.evaluation.pictures import evenly
 from diffalign.evaluation.report import render_page
 from diffalign.evaluation.suite.answers import AnswerBook, Ask
 from diffalign.evaluation.suite.base import Benchmark
+from diffalign.evaluation.suite.compare import read_result
 from diffalign.evaluation.suite.run import IMAGES, recorded_cards
 
 EXAMPLES, QUESTIONS, LONGEST = 8, 12, 200
@@ -106,11 +107,12 @@ def _examples(
 ) -> list[dict[str, Any]]:
     books = {name: AnswerBook(folder / benchmark.folder) for name, folder in sides.items()}
     cards = {name: recorded_cards(folder / benchmark.folder) for name, folder in sides.items()}
+    pictures = {name: _pictures(folder, benchmark) for name, folder in sides.items()}
     examples = []
     for p in evenly(range(len(prompts)), EXAMPLES):
         cells = []
-        for name, folder in sides.items():
-            path = sample_path(folder / benchmark.folder / IMAGES, p, 0)
+        for name in sides:
+            path = sample_path(pictures[name], p, 0)
             replies = [
                 _line(benchmark, ask, books[name].reply(ask, cards[name][ask.question.kind]))
                 for question in benchmark.questions(prompts[p], variant)[:QUESTIONS]
@@ -119,6 +121,12 @@ def _examples(
             cells.append({"image": thumbnail(path), "replies": [r for r in replies if r]})
         examples.append({"prompt": prompts[p].text, "cells": cells})
     return examples
+
+
+def _pictures(folder: Path, benchmark: Benchmark) -> Path:
+    """Return the folder of a benchmark's images, which may be the user's own."""
+    place = read_result(folder, benchmark)["images"]["folder"]
+    return folder / benchmark.folder / IMAGES if place == IMAGES else Path(place)
 
 
 def _line(benchmark: Benchmark, ask: Ask, reply: Any) -> str:

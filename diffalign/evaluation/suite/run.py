@@ -157,6 +157,7 @@ def evaluate(
             "files": records,
             "images": {
                 **_found(asks, book, cards),
+                "folder": IMAGES if images is None else str(images),
                 "per_prompt": count,
                 "made": read_made(pictures),
             },
