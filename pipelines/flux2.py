@@ -125,7 +125,8 @@ class Flux2Model(TextToImageModel):
 
     def mu(self, size: Size, num_inference_steps: int) -> float:
         """Return `mu` of the schedule, which depends on the tokens and the number of steps."""
-        return compute_empirical_mu(self.image_seq_len(size), num_inference_steps)
+        mu: float = compute_empirical_mu(self.image_seq_len(size), num_inference_steps)
+        return mu
 
     def scheduler_kwargs(self, num_inference_steps: int) -> dict[str, Any]:
         if self.pipeline.scheduler.config.get("use_flow_sigmas"):
