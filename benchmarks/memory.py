@@ -1,9 +1,10 @@
 """Forecast the memory of every recipe for a published model, from its configuration alone.
 
-For a recipe that needs more than a common card has, the result also names settings with which it fits.
+For each of two cards, the result names the cheapest settings with which the recipe fits, as `model.memory=auto` chooses
+them.
 
-The forecast counts the bytes of weights, adapters, optimizer and saved activations on the meta device. No weights are
-loaded and no GPU is needed; tests compare the count with real steps of tiny models.
+The forecast counts the tensors of forwards and backwards on the meta device. No weights are loaded and no GPU is needed;
+tests compare the count with what torch's allocator gives out on a CPU.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from typing import Any
 from benchmarks.common.record import BenchOptions
 from diffalign.config import AnyRunConfig, load, recipes
 from diffalign.training.forecast import forecast_of
-from diffalign.training.memory import GIB
-from diffalign.training.memory_fit import INT4_SHARE, fits
+from diffalign.training.memory import GIB, MemoryForecast
+from diffalign.training.memory_fit import Room, cheapest, usable
+from diffalign.training.memory_settings import spelt
 
 CARDS = (24, 80)
 """Sizes of GPUs in GiB."""
-RESERVE = 2
-"""GiB of the smallest GPU that stay free for the CUDA context and a reward."""
 QUICK = ("inversion-dpo-sd1.5",)
 
 
@@ -28,36 +28,39 @@ def is_published(config: AnyRunConfig) -> bool:
     return bool(config.model.name) and not config.model.name.startswith("shapes-")
 
 
-def forecast_recipe(name: str) -> dict[str, Any] | None:
-    """Return the memory forecast of one process in GiB, in all and by part.
+def one_process(config: AnyRunConfig, most: float | None = None) -> MemoryForecast | None:
+    """Return the forecast of a run with one process."""
+    return forecast_of(config, processes=1, most=most)
 
-    Return None if the recipe names no model.
+
+def parts_of(forecast: MemoryForecast) -> dict[str, float]:
+    """Return a forecast in GiB, in all and by part."""
+    sizes = {"total": forecast.total, **forecast.always, **forecast.phases}
+    return {part: round(size / GIB, 2) for part, size in sizes.items()}
+
+
+def forecast_recipe(name: str) -> dict[str, Any] | None:
+    """Return the memory forecast of one process, as the recipe is and on each card.
+
+    Return None if the recipe names no model, or its configuration is not on this machine.
     """
     config = load(name)
-    forecast = forecast_of(config, processes=1)
+    forecast = one_process(config)
     if forecast is None:
         return None
-    smallest = min(CARDS)
-    free = (smallest - RESERVE) * GIB
-    settings, size = "", forecast.total
-    if forecast.total > free:
-        lighter = fits(config, free, lambda c: forecast_of(c, processes=1))
-        settings, size = lighter[0] if lighter else ("", 0)
-    int4 = forecast.total - round(forecast.denoiser * (1 - INT4_SHARE))
-    parts = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
-    sizes = {part: getattr(forecast, part) for part in (*parts, "activations")}
-    return {
+    arm: dict[str, Any] = {
         "model": config.model.name,
+        "method": config.algorithm.type,
         "micro_batch_size": config.training.micro_batch_size,
         "gradient_checkpointing": config.model.gradient_checkpointing,
-        "total": round(forecast.total / GIB, 2),
-        **{part: round(size / GIB, 2) for part, size in sizes.items()},
-        "fits": [card for card in CARDS if forecast.total <= card * GIB],
-        f"on_{smallest}_gib": {"settings": settings, "total": round(size / GIB, 2)}
-        if size
-        else None,
-        "int4_base": round(int4 / GIB, 2),
+        **parts_of(forecast),
     }
+    for card in CARDS:
+        fit = cheapest(config, usable([Room(f"{card} GiB", card * GIB)]), one_process)
+        arm[f"on_{card}_gib"] = (
+            None if fit is None else {"settings": spelt(fit.changes), **parts_of(fit.forecast)}
+        )
+    return arm
 
 
 def run(options: BenchOptions) -> dict[str, Any]:

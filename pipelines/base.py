@@ -11,6 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,8 @@ from diffalign.core.errors import UsageError, one_line
 from diffalign.diffusion.paths import Path, RectifiedFlow, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
+from diffalign.pipelines.embed_folder import EmbedFolder
+from diffalign.pipelines.offloading import Resting
 from diffalign.types import PromptEmbeds, Size
 
 # The eight attention projections of a joint block, which the releases of AWM and Flow-GRPO train.
@@ -82,6 +85,10 @@ class TextToImageModel(ABC):
     ) -> None:
         self.pipeline = pipeline
         self._default_size = default_size
+        self.resting: Resting | None = None
+        """Parts that leave the device while they do not work; None if all stay."""
+        self.embed_folder: EmbedFolder | None = None
+        """Folder of prompt embeddings that were computed before."""
         self.noise = self.path_of(pipeline.scheduler)
         tokenizer = getattr(pipeline, self.long_tokenizer or "", None)
         if max_sequence_length is not None:
@@ -348,14 +355,20 @@ class TextToImageModel(ABC):
 
     def decode_checked(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Decode latents to images and a mask (B,) of those whose values are all finite."""
-        return self.codec.decode_checked(latents)
+        with self._autoencoder():
+            return self.codec.decode_checked(latents)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) uint8 to normalised latents (B, C, H, W).
 
         A posterior is replaced by its mode.
         """
-        return self.codec.encode(images)
+        with self._autoencoder():
+            return self.codec.encode(images)
+
+    def _autoencoder(self) -> AbstractContextManager[None]:
+        """Return the context in which the autoencoder is on the device."""
+        return nullcontext() if self.resting is None else self.resting.autoencoder()
 
     def to(self, device: torch.device | str) -> TextToImageModel:
         self.pipeline.to(device)

@@ -105,6 +105,9 @@ class Sampler:
         """
         step = step or self.step()
         parts: list[Samples] = []
+        if self.model.resting is not None:
+            # once for all batches, because the denoiser sends the text encoders away
+            self.embed(prompts)
         for part in self.drawing.batches(len(seeds)):
             # the text encoders run in their own precision
             batch = self.batch(prompts[part])

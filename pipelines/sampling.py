@@ -163,8 +163,19 @@ class EmbedCache:
         for text in texts:
             row = self._store.pop(text, None)
             # the most recent prompt is last
-            self._store[text] = self.model.encode_prompt([text]).to("cpu") if row is None else row
+            self._store[text] = self._encoded(text) if row is None else row
             rows.append(self._store[text])
         while len(self._store) > max(self.size, len(set(texts))):
             del self._store[next(iter(self._store))]
         return PromptEmbeds.cat(rows).to(self.model.device)
+
+    def _encoded(self, text: str) -> PromptEmbeds:
+        """Return the embedding of a prompt on the CPU, if possible from the folder."""
+        folder = self.model.embed_folder
+        embeds = None if folder is None else folder.read(text)
+        if embeds is not None:
+            return embeds
+        embeds = self.model.encode_prompt([text]).to("cpu")
+        if folder is not None:
+            folder.write(text, embeds)
+        return embeds

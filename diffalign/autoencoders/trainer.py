@@ -31,7 +31,7 @@ from diffalign.core.errors import UserError
 from diffalign.core.interruption import Interrupted, Interruption
 from diffalign.core.seeds import IMAGES, stream
 from diffalign.latents.codec import encoded
-from diffalign.training import checkpoint
+from diffalign.training import checkpoint, optimizers
 
 Autoencoder = Any
 """AutoencoderDC or AutoencoderKL."""
@@ -285,7 +285,7 @@ class AutoencoderTrainer:
         if self.adversary is not None:
             tensors["adversary"] = dict(self.adversary.state_dict())
         for name, optimizer in self.optimizers.items():
-            tensors[f"{name}_optimizer"] = checkpoint.optimizer_tensors(optimizer)
+            tensors[f"{name}_optimizer"] = optimizers.state_tensors(optimizer)
         state = {"key": self.key, "seconds": self.seconds, "history": self.history}
         checkpoint.save(self.folder, self.update, tensors, state, keep=2)
 
@@ -313,7 +313,7 @@ class AutoencoderTrainer:
         if self.adversary is not None:
             self.adversary.load_state_dict(tensors["adversary"])
         for name, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, tensors[f"{name}_optimizer"])
+            optimizers.restore(optimizer, tensors[f"{name}_optimizer"])
         self.update, self.seconds, self.history = update, state["seconds"], state["history"]
 
 

@@ -59,9 +59,10 @@ def run(flags: Flags) -> None:
         print(configuration.dump(config), end="")
     else:
         from diffalign.training.inputs import read_inputs
+        from diffalign.training.memory_auto import kept_settings
         from diffalign.training.run_folder import RunFolder
 
-        RunFolder(config.output_dir).check(config)
+        RunFolder(config.output_dir).check(kept_settings(config))
         train_config(config, earlier=read_inputs(config))
 
 
@@ -74,9 +75,11 @@ def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
     from diffalign.core.errors import UserError
     from diffalign.training.forecast import forecast_of
     from diffalign.training.inputs import read_inputs
+    from diffalign.training.memory_auto import kept_settings
     from diffalign.training.memory_fit import describe, free_memory
     from diffalign.training.run_folder import RunFolder
 
+    config = kept_settings(config)
     RunFolder(config.output_dir).check(config)
     notices: Sequence[str] = ()
     missing: UserError | None = None
@@ -87,7 +90,9 @@ def dry_run(config: AnyRunConfig, settings: Sequence[str]) -> Iterator[str]:
             raise
         missing = error
     # a forecast is wanted even while the prompts that the recipe names are still to be written
-    yield from describe(config, free_memory(), lambda c: forecast_of(c, processes=1))
+    yield from describe(
+        config, free_memory(), lambda c, most: forecast_of(c, processes=1, most=most)
+    )
     if missing is not None:
         raise missing
     for notice in notices:
@@ -103,6 +108,7 @@ def train_config(config: AnyRunConfig, *, earlier: Inputs | None = None) -> None
     from diffalign.cli.output import emit, print_summary
     from diffalign.core import processes
     from diffalign.training.forecast import forecast_of
+    from diffalign.training.memory_auto import kept_settings, settled
     from diffalign.training.memory_fit import free_memory
     from diffalign.training.memory_fit import summary as memory_line
     from diffalign.training.run import run as train
@@ -113,10 +119,13 @@ def train_config(config: AnyRunConfig, *, earlier: Inputs | None = None) -> None
     count = processes.current().num_processes
     # a folder in use, or of another configuration, is refused before the forecast, which takes time
     with processes.hold(folder.path):
-        folder.check(config)
+        folder.check(kept_settings(config))
+        config = settled(config)
         if main:
             rooms = free_memory(processes=count)
-            line = memory_line(config, rooms, lambda c: forecast_of(c, processes=count))
+            line = memory_line(
+                config, rooms, lambda c, most: forecast_of(c, processes=count, most=most)
+            )
             if line is not None:
                 print(line)
         summary = train(config, earlier=earlier)

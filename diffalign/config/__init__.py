@@ -16,9 +16,6 @@ from diffalign.config.base import (
     AnyRunConfig,
     DrawingConfig,
     EvaluationConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
     PlanConfig,
     PromptsConfig,
 )
@@ -46,6 +43,7 @@ from diffalign.config.loading import (
     to_dict,
 )
 from diffalign.config.methods import METHODS
+from diffalign.config.model import LoraConfig, ModelConfig, OptimizerConfig
 from diffalign.config.online import (
     RolloutConfig,
     RunConfig,

@@ -9,53 +9,12 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from diffalign.config.checks import at_least, check, check_numbers, one_of, positive
+from diffalign.config.checks import at_least, check, check_numbers, one_of
 from diffalign.config.fields import setting
+from diffalign.config.model import LoraConfig, ModelConfig, OptimizerConfig
 from diffalign.core.text import RANK
 
 SOLVERS = ("default", "adams_bashforth")
-LR_SCHEDULERS = ("constant", "linear", "cosine")
-
-
-@dataclass
-class ModelConfig:
-    """Settings of the base model."""
-
-    name: str = setting("shapes-sd3", alias="pretrained_model_name_or_path")
-    """Name of `diffalign list models`, a folder in diffusers' layout, or a hub id."""
-    revision: str | None = setting(None, alias="revision")
-    """Branch, tag or commit of a hub id; null for the newest."""
-    dtype: str = "bfloat16"
-    """Dtype of the frozen base model: bfloat16, float16 or float32. LoRA weights are always float32."""
-    max_sequence_length: int | None = setting(None, alias="max_sequence_length")
-    """Largest number of T5 tokens per prompt; None for the model's default."""
-    attention_backend: str | None = setting(None, free=True)
-    """Attention backend of diffusers, such as "xformers", "flash" or "native"; None keeps the default."""
-    gradient_checkpointing: bool = setting(False, free=True, alias="gradient_checkpointing")
-    """Recompute activations in the backward pass: far less memory, one more forward."""
-    compile: bool = setting(False, free=True)
-    """Compile each block of the denoiser with torch.compile: a slower start, then faster steps."""
-
-    def __post_init__(self) -> None:
-        one_of(self.dtype, ("bfloat16", "float16", "float32"), "model.dtype")
-
-
-@dataclass
-class LoraConfig:
-    """Settings of the LoRA adapter that is trained."""
-
-    rank: int = setting(32, alias="rank")
-    """Rank of the adapter."""
-    alpha: float = setting(64.0, alias="lora_alpha")
-    """Numerator of the adapter's scale, alpha / rank. An override of the rank alone keeps the recipe's ratio."""
-    targets: list[str] | None = setting(None, alias="lora_layers")
-    """Name suffixes of the adapted linear layers and convolutions.
-
-    None selects the attention projections of the model family.
-    """
-
-    def __post_init__(self) -> None:
-        positive(self, ("rank", "alpha"), "lora")
 
 
 @dataclass
@@ -132,45 +91,6 @@ class Stored:
     prompts: int
     states_on_device: int = 0
     states_on_host: int = 0
-
-
-@dataclass
-class OptimizerConfig:
-    """Settings of AdamW on the LoRA weights."""
-
-    learning_rate: float = setting(3e-4, alias="learning_rate")
-    """Learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of AdamW's two moments."""
-    weight_decay: float = setting(1e-4, alias="adam_weight_decay")
-    """Decoupled weight decay of AdamW."""
-    epsilon: float = setting(1e-8, alias="adam_epsilon")
-    """Number that AdamW adds to the root of the second moment."""
-    max_grad_norm: float = setting(1.0, alias="max_grad_norm")
-    """Largest norm of the gradient; a larger gradient is scaled down to it."""
-    warmup_updates: int = setting(0, alias="lr_warmup_steps")
-    """Optimizer steps over which the learning rate rises from zero."""
-    lr_scheduler: str = setting("constant", alias="lr_scheduler")
-    """Schedule after the warm-up: "constant", or "linear" or "cosine" to zero.
-
-    The falling schedules reach zero at the run's last planned step.
-    """
-
-    def __post_init__(self) -> None:
-        positive(self, ("learning_rate", "epsilon", "max_grad_norm"), "optimizer")
-        rate, decay = self.learning_rate, self.weight_decay
-        check(math.isfinite(rate), "optimizer.learning_rate", f"must be finite, got {rate}")
-        check(
-            0 <= decay < math.inf,
-            "optimizer.weight_decay",
-            f"must be finite and not negative, got {decay}",
-        )
-        one_of(self.lr_scheduler, LR_SCHEDULERS, "optimizer.lr_scheduler")
-        check(
-            all(0 <= b < 1 for b in self.betas),
-            "optimizer.betas",
-            f"must lie in 0..1, got {self.betas}",
-        )
 
 
 @dataclass
@@ -314,6 +234,8 @@ class AnyRunConfig:
 
     pairs_per_step: ClassVar[bool] = False
     """True if an optimizer step counts pairs; diffusers' scripts give three factors instead."""
+    changes_base: ClassVar[bool] = False
+    """True if the run changes and saves the base model's weights, which then stay in full precision."""
     trains_on_rewards: ClassVar[bool] = False
     """True if the rewards are trained on; otherwise they only score held-out prompts."""
 
@@ -347,6 +269,20 @@ class AnyRunConfig:
             "needs training.mixed_precision=no and a bfloat16 base: under autocast queries are float32, values not",
         )
 
+        for name in ("quantization", "offload_blocks") if self.changes_base else ():
+            check(
+                not getattr(self.model, name),
+                f"model.{name}",
+                f"{self.algorithm.type} changes the base model's weights. Remove the setting",
+            )
+        if type(self) is not AnyRunConfig and self.drawing.merge_lora:
+            for name in ("quantization", "offload_blocks"):
+                check(
+                    not getattr(self.model, name),
+                    f"model.{name}",
+                    f"adapters cannot be merged into such weights. Set {self.drawing.group}.merge_lora=false",
+                )
+
     @property
     def drawing(self) -> DrawingConfig:
         """Settings of image generation in this run."""
@@ -361,6 +297,11 @@ class AnyRunConfig:
     def training_prompts(self) -> PromptsConfig | None:
         """Settings of the prompts to train on, or None for runs on pairs or images."""
         return None
+
+    @property
+    def encoded_images(self) -> int:
+        """Number of images that the run encodes at a time, 0 if it encodes none."""
+        return 0
 
     @property
     def stored(self) -> Stored | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from diffalign.config.base import (
     AnyRunConfig,
@@ -157,6 +158,8 @@ class LatentRunConfig(AnyRunConfig):
     it.
     """
 
+    changes_base: ClassVar[bool] = True
+
     output_dir: str = setting("runs/dcgen", free=True)
     algorithm: DCGenConfig = field(default_factory=DCGenConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
@@ -171,3 +174,7 @@ class LatentRunConfig(AnyRunConfig):
     @property
     def drawing(self) -> DrawingConfig:
         return self.images
+
+    @property
+    def encoded_images(self) -> int:
+        return self.latents.micro_batch_size

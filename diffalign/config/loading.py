@@ -11,12 +11,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.config.base import AnyRunConfig, LoraConfig, MethodConfig
+from diffalign.config.base import AnyRunConfig, MethodConfig
 from diffalign.config.checks import ConfigError
 from diffalign.config.fields import field_types
 from diffalign.config.files import read_recipe
 from diffalign.config.keys import check_keys, with_lists
 from diffalign.config.methods import algorithm_class, kind_of, run_class
+from diffalign.config.model import LoraConfig
 from diffalign.config.overrides import assign, parse_overrides, split_flags
 from diffalign.core.nearest import nearest
 from diffalign.core.text import read_text, suffix_of

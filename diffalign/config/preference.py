@@ -285,3 +285,7 @@ class PreferenceRunConfig(AnyRunConfig):
     @property
     def drawing(self) -> DrawingConfig:
         return self.images
+
+    @property
+    def encoded_images(self) -> int:
+        return self.pairs.micro_batch_size

@@ -59,7 +59,8 @@ def attach(
             denoiser.add_adapter(config, adapter_name=name)
     for layer in _layers(denoiser):
         for part in (layer.lora_A, layer.lora_B):
-            part.float()
+            # the weights of blocks that are offloaded lie elsewhere than the denoiser computes
+            part.to(denoiser.device, torch.float32)
         layer.set_adapter(CURRENT)
     for name in policies:
         blend(denoiser, name, decay=0.0)

@@ -226,11 +226,22 @@ def missing_for(config: Mapping[str, Any], *, device: torch.device | str) -> str
     return _missing(backends[0] if backends else BACKENDS["torchao-int8wo"], device)
 
 
+def missing_on(backend: str, device: torch.device | str) -> str | None:
+    """Describe what a device lacks for a backend; None if it lacks nothing."""
+    return _missing(BACKENDS[backend], device)
+
+
+def missing_library(library: str, least: str) -> str | None:
+    """Describe how to install a library; None if this version is installed."""
+    if _version(library) >= _numbers(least):
+        return None
+    return f"{library}>={least}: pip install '{library}>={least}'"
+
+
 def _missing(backend: Backend, device: torch.device | str) -> str | None:
     """Describe what a device lacks for a backend; None if nothing is missing."""
-    if backend.library and _version(backend.library) < _numbers(backend.least):
-        needed = f"{backend.library}>={backend.least}"
-        return f"{needed}: pip install '{needed}'"
+    if backend.library and (needed := missing_library(backend.library, backend.least)):
+        return needed
     if backend.capability and _capability(device) < backend.capability:
         needed = ".".join(map(str, backend.capability))
         kind = f"a CUDA device of compute capability {needed}"

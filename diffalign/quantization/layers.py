@@ -190,7 +190,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+        # the meta device has no autocast
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         dtype = input.dtype
         input = self._padded(input)

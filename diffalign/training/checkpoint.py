@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -163,25 +162,6 @@ def keep_only(path: Path) -> None:
     for other in _all(path.parent):
         if other != path:
             shutil.rmtree(other)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state of an optimizer as tensors named "index.name", by the parameter's index."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{name}": torch.as_tensor(v).clone()
-        for i, part in state.items()
-        for name, v in part.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer the state that `optimizer_tensors` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _all(folder: Path, *, until: int | None = None) -> list[Path]:

@@ -9,28 +9,49 @@ import torch
 from torch import Tensor
 
 from diffalign.config import AnyRunConfig, ConfigError, EvaluationConfig
+from diffalign.core.files import check_target
 from diffalign.core.fingerprint import UnknownWeights, of_pipeline
 from diffalign.core.precision import compute
 from diffalign.evaluation.score import drawing_of
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
+from diffalign.pipelines.embed_folder import EmbedFolder
+from diffalign.pipelines.offloading import Resting, offload_blocks
 from diffalign.pipelines.registry import load_model
+from diffalign.training.optimizers import check_optimizer
+from diffalign.training.quantized import check_quantization, loading_options, quantize_loaded
 from diffalign.types import PromptEmbeds, Size
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_model(config: AnyRunConfig, device: torch.device) -> TextToImageModel:
-    """Load a run's frozen base model, with its attention and memory settings."""
+    """Load a run's frozen base model, with its attention and memory settings.
+
+    Raises:
+        UserError: the model cannot be loaded, or a memory setting cannot be met on this device.
+    """
     c = config.model
+    check_quantization(config, device)
+    check_optimizer(config.optimizer, device)
+    if c.embeds_cache is not None:
+        check_target(c.embeds_cache, setting="model.embeds_cache")
+    options = loading_options(config, device)
+    later = c.offload_encoders or c.offload_blocks or (c.quantization is not None and not options)
     model = load_model(
         c.name,
         dtype=getattr(torch, c.dtype),
         revision=c.revision,
         max_sequence_length=c.max_sequence_length,
-        device=device,
+        device="cpu" if later else device,
+        **options,
     )
     warn_of_student(model, c.name)
+    quantize_loaded(config, model.denoiser)
+    if later:
+        _place(model, config, device)
+    if c.embeds_cache is not None:
+        model.embed_folder = EmbedFolder(c.embeds_cache, model)
     for part in model.pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
@@ -60,6 +81,20 @@ def warn_of_student(model: TextToImageModel, name: str) -> None:
             "images then blur. Train the base model, and load the LoRA into the student.",
             name,
         )
+
+
+def _place(model: TextToImageModel, config: AnyRunConfig, device: torch.device) -> None:
+    """Move a model's parts from CPU memory to where they begin."""
+    c, denoiser = config.model, model.denoiser
+    if c.offload_blocks:
+        offload_blocks(denoiser, device)
+    for part in model.pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not c.offload_encoders and part is not denoiser:
+            part.to(device)
+    if not c.offload_blocks:
+        denoiser.to(device)
+    if c.offload_encoders:
+        model.resting = Resting(model.pipeline, denoiser, device)
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> Size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,26 @@ from pathlib import Path
 import psutil
 import torch
 
-from diffalign.config import AnyRunConfig, to_dict
-from diffalign.core.fingerprint import of_json
+from diffalign.config import AnyRunConfig
 from diffalign.training.memory import GIB, MemoryForecast
+from diffalign.training.memory_settings import (
+    SMALLER_BATCHES,
+    Changes,
+    Lever,
+    changed,
+    combinations,
+    micro_batches,
+    spelt,
+)
 
 CGROUP = Path("/sys/fs/cgroup")
-INT4_SHARE = 4.5 / 16
-"""Approximate ratio of a 4-bit denoiser's size, with scales, to its size in bfloat16."""
-Forecast = Callable[[AnyRunConfig], MemoryForecast | None]
+SPARE = 0.1
+"""Share of the free memory that stays free: for the allocator's rounding, kernels' buffers and small rewards."""
+Forecast = Callable[[AnyRunConfig, float | None], MemoryForecast | None]
+"""Function (configuration, most) -> forecast, or None if the model's configuration is not available.
+
+Beyond `most` bytes a forecast may leave out the peaks.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,135 +63,169 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def _memoized(forecast: Forecast) -> Forecast:
-    """Return `forecast`, called once per configuration: a forecast runs the model on the meta device."""
-    results: dict[str, MemoryForecast | None] = {}
+@dataclass(frozen=True)
+class Fit:
+    """Combination of memory settings with which a run fits, and its forecast."""
 
-    def lookup(config: AnyRunConfig) -> MemoryForecast | None:
-        key = of_json(to_dict(config))
-        if key not in results:
-            results[key] = forecast(config)
-        return results[key]
+    changes: Changes
+    forecast: MemoryForecast
 
-    return lookup
+    def __str__(self) -> str:
+        return f"{spelt(self.changes)}: {self.forecast.total / GIB:.2f} GiB"
+
+
+def usable(rooms: Sequence[Room]) -> float:
+    """Return the bytes that a run may take, on the fullest device."""
+    return (1 - SPARE) * min(room.free for room in rooms)
+
+
+def cheapest(config: AnyRunConfig, free: float, forecast: Forecast) -> Fit | None:
+    """Return the cheapest combination of memory settings whose forecast fits, or None.
+
+    Costs are those of `memory_settings`. A combination with smaller micro-batches costs more than the same with those
+    of the run.
+
+    Args:
+        free: bytes that the run may take.
+        forecast: returns the forecast of a run.
+    """
+    whole = [(lever.cost, lever, False) for lever in combinations(config)]
+    smaller = [(cost + SMALLER_BATCHES, lever, True) for cost, lever, _ in whole]
+    for _, lever, reduce in sorted((*whole, *smaller), key=lambda entry: entry[0]):
+        fit = _fit(config, lever, free, forecast, reduce=reduce)
+        if fit is not None:
+            return fit
+    return None
+
+
+def _fit(
+    config: AnyRunConfig, lever: Lever, free: float, forecast: Forecast, *, reduce: bool
+) -> Fit | None:
+    """Return a combination with its forecast, or None if it does not fit.
+
+    Args:
+        reduce: choose smaller micro-batches.
+    """
+    changes = dict(lever.changes)
+    if reduce:
+        sizes = _smaller(changed(config, changes), free, forecast)
+        if not sizes:
+            return None
+        changes |= sizes
+    estimate = forecast(changed(config, changes), free)
+    return Fit(changes, estimate) if estimate is not None and estimate.total <= free else None
+
+
+def _smaller(config: AnyRunConfig, free: float, forecast: Forecast) -> Changes:
+    """Return micro-batches that fit, powers of two, where those of the run do not.
+
+    Peaks grow by as much with each image, so that those of one and of two images give all others.
+    """
+    paths = micro_batches(config)
+    one, two = (forecast(changed(config, dict.fromkeys(paths, n)), free) for n in (1, 2))
+    if one is None or two is None or one.total > free:
+        return {}
+    room = free - sum(one.always.values())
+    sizes: Changes = {}
+    for path, size in paths.items():
+        phase = _phase(config, path)
+        least, each = one.phases[phase], two.phases[phase] - one.phases[phase]
+        images = 1 + max(0, int((room - least) // max(each, 1)))
+        if images < size:
+            sizes[path] = 1 << (images.bit_length() - 1)
+    return sizes
+
+
+def _phase(config: AnyRunConfig, path: str) -> str:
+    """Return the phase of a run that a micro-batch belongs to."""
+    group = path.partition(".")[0]
+    return {"training": "training", config.drawing.group: "drawing"}.get(group, "encoding")
 
 
 def describe(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> list[str]:
     """Return lines that compare the forecast with the free memory.
 
-    If the run does not fit, the lines name settings with which it does.
+    If the run does not fit, a table has the forecasts of combinations of memory settings, up to the cheapest that fits.
 
     Args:
         rooms: free memory, from `free_memory`.
-        forecast: returns the forecast of a run, or None if the model's configuration is not available.
+        forecast: returns the forecast of a run.
     """
-    forecast = _memoized(forecast)
-    estimate = forecast(config)
+    estimate = forecast(config, None)
     if estimate is None:
         return [
             f"no memory forecast: the configuration of {config.model.name} is neither here nor reachable"
         ]
-    smallest = min(room.free for room in rooms)
-    free = ", ".join(f"{room.free / GIB:.2f} on {room.where}" for room in rooms)
-    lines = [str(estimate), f"free memory, GiB: {free}"]
-    if estimate.total <= smallest:
-        return [*lines, "the run fits"]
-    fitting = fits(config, smallest, forecast)
-    if fitting:
-        which = "any of" if len(fitting) > 1 else "this setting"
-        lines.append(f"the run does not fit; it does with {which}:")
-        return lines + [f"  {settings}: {size / GIB:.2f} GiB" for settings, size in fitting]
-    least, size = _least(config, forecast)
-    small = size - estimate.denoiser * (1 - INT4_SHARE)
-    return [
-        *lines,
-        f"the run does not fit with any setting; least is {size / GIB:.2f} GiB with {least}",
-        f"  with an int4 base of `diffalign quantize` as model.name about {small / GIB:.2f} GiB",
+    free = usable(rooms)
+    names = ", ".join(f"{room.free / GIB:.2f} on {room.where}" for room in rooms)
+    lines = [
+        str(estimate),
+        f"free memory, GiB: {names}; a run may take {100 * (1 - SPARE):.0f} % of it",
     ]
+    if estimate.total <= free:
+        return [*lines, "the run fits"]
+    fit = cheapest(config, free, forecast)
+    lines += table([Fit({}, estimate), *_steps(config, fit, forecast)])
+    if fit is None:
+        return [*lines, "the run does not fit with any of these settings"]
+    actor = "model.memory=auto sets" if config.model.memory is None else "the run sets"
+    return [*lines, f"the run does not fit as it is; {actor} {spelt(fit.changes)}"]
+
+
+def _steps(config: AnyRunConfig, fit: Fit | None, forecast: Forecast) -> list[Fit]:
+    """Return the way to a combination, or to the least memory, setting by setting."""
+    changes = fit.changes if fit is not None else _least(config, forecast)
+    steps, sofar = [], {}
+    for name, value in changes.items():
+        sofar[name] = value
+        # blocks are moved only with checkpoints, whose setting is part of the step
+        if name == "model.offload_blocks":
+            sofar["model.gradient_checkpointing"] = True
+        estimate = forecast(changed(config, sofar), None)
+        if estimate is not None:
+            steps.append(Fit(dict(sofar), estimate))
+    return steps
+
+
+def _least(config: AnyRunConfig, forecast: Forecast) -> Changes:
+    """Return the most costly settings that have a forecast."""
+    # a small denoiser has nothing to quantise
+    smallest = dict.fromkeys(micro_batches(config), 1)
+    for lever in reversed(combinations(config)):
+        if forecast(changed(config, lever.changes), 0) is not None:
+            return lever.changes | smallest
+    return {**smallest}
+
+
+def table(fits: Sequence[Fit]) -> list[str]:
+    """Return forecasts by part as lines, in GiB.
+
+    A line's settings are added to those above it.
+    """
+    columns = ("total", "denoiser", "encoders", "trained", "training", "drawing", "encoding")
+    lines = [f"{'GiB':>10}{''.join(f'{name:>10}' for name in columns[1:])}  settings"]
+    before: Changes = {}
+    for fit in fits:
+        f = fit.forecast
+        visitors = 0 if f.encoders_rest else f.text_encoders + f.autoencoder
+        trained = f.adapters + f.optimizer
+        numbers = (f.total, f.denoiser, visitors, trained, *f.phases.values())
+        new = {k: v for k, v in fit.changes.items() if before.get(k) != v}
+        prefix = "+ " if before else ""
+        shown = "".join(f"{n / GIB:>10.2f}" for n in numbers)
+        lines.append(f"{shown}  {prefix}{spelt(new)}")
+        before = fit.changes
+    return lines
 
 
 def summary(config: AnyRunConfig, rooms: Sequence[Room], forecast: Forecast) -> str | None:
     """Return the comparison of `describe` in one line, or None if there is no forecast."""
-    forecast = _memoized(forecast)
-    estimate = forecast(config)
+    estimate = forecast(config, None)
     if estimate is None:
         return None
     room = min(rooms, key=lambda r: r.free)
     total, free = f"{estimate.total / GIB:.2f}", f"{room.free / GIB:.2f}"
     text = f"memory forecast, GiB for a process: {total}; {free} free on {room.where}"
-    if estimate.total <= room.free:
+    if estimate.total <= usable(rooms):
         return text
-    fitting = fits(config, room.free, forecast)
-    advice = fitting[0][0] if fitting else "a smaller or quantised base"
-    return f"{text}: it may not fit; a dry run shows more. What helps: {advice}"
-
-
-def fits(config: AnyRunConfig, free: int, forecast: Forecast) -> list[tuple[str, int]]:
-    """Return settings with which the run fits into `free` bytes, fewest changes first.
-
-    Each entry has the settings as a text, and the bytes that the run then needs.
-    """
-    fitting: list[tuple[str, int]] = []
-    for change in _changes(config):
-        names, changed = dict(change), _with(config, change)
-        count = forecast(changed)
-        if count is None:
-            continue
-        if count.total > free and config.training.micro_batch_size > 1:
-            names["training.micro_batch_size"] = _micro_batch(changed, free, forecast)
-            count = forecast(_with(config, names))
-        if count is not None and count.total <= free:
-            fitting.append((_spelt(names), count.total))
-    return fitting
-
-
-def _changes(config: AnyRunConfig) -> list[dict[str, object]]:
-    """Return sets of settings that need less memory, the fastest first."""
-    group = config.drawing.group
-    single: list[dict[str, object]] = []
-    if config.drawing.merge_lora:
-        single.append({f"{group}.merge_lora": False})
-    if config.model.dtype == "float32":
-        single.append({"model.dtype": "bfloat16"})
-    if not config.model.gradient_checkpointing:
-        single.append({"model.gradient_checkpointing": True})
-    everything = {k: v for change in single for k, v in change.items()}
-    sets: list[dict[str, object]] = [{}, *single]
-    return sets if everything in sets else [*sets, everything]
-
-
-def _micro_batch(config: AnyRunConfig, free: int, forecast: Forecast) -> int:
-    """Return the largest micro-batch that fits, a power of two, or 1 if none fits.
-
-    The memory of one image is extrapolated from the forecasts of one and of two images.
-    """
-    one = forecast(_with(config, {"training.micro_batch_size": 1}))
-    two = forecast(_with(config, {"training.micro_batch_size": 2}))
-    if one is None or two is None or one.total > free:
-        return 1
-    each = max(two.activations - one.activations, 1)
-    room = free - (one.total - max(one.activations, one.merged_weights)) - one.activations
-    images = 1 + max(0, room) // each
-    return min(1 << (int(images).bit_length() - 1), config.training.micro_batch_size)
-
-
-def _least(config: AnyRunConfig, forecast: Forecast) -> tuple[str, int]:
-    """Return the settings that need the least memory, and the bytes that they need."""
-    names = {**_changes(config)[-1], "training.micro_batch_size": 1}
-    estimate = forecast(_with(config, names))
-    assert estimate is not None
-    return _spelt(names), estimate.total
-
-
-def _with(config: AnyRunConfig, names: dict[str, object]) -> AnyRunConfig:
-    """Return a copy of a configuration with some settings changed, named "group.setting"."""
-    changed = copy.deepcopy(config)
-    for name, value in names.items():
-        group, _, field = name.partition(".")
-        setattr(getattr(changed, group), field, value)
-    return changed
-
-
-def _spelt(names: dict[str, object]) -> str:
-    """Return settings as a user types them on the command line."""
-    return " ".join(f"{k}={str(v).lower()}" for k, v in names.items())
+    return f"{text}: it may not fit. A dry run shows settings with which it does, and model.memory=auto sets them"

@@ -39,6 +39,8 @@ from diffalign.training.best import BestKeeper
 from diffalign.training.denoise import base_digest, evaluation_drawing, prepare_model
 from diffalign.training.inputs import Inputs, read_inputs, score_with
 from diffalign.training.memory_advice import memory_advice
+from diffalign.training.memory_auto import settled
+from diffalign.training.optimizers import notice as optimizer_notice
 from diffalign.training.pace import Pace, budget_of
 from diffalign.training.run_folder import BEFORE, SUMMARY, RunFolder, RunFolderError
 from diffalign.training.run_summary import summary_of
@@ -94,6 +96,9 @@ class Run:
         folder.check(config, inputs.digests)
         for part in (reward, watched):
             part.prepare()
+        note = optimizer_notice(config.optimizer, accelerator.device)
+        if note is not None and accelerator.is_main_process:
+            console.say(f"note: {note}")
         model = prepare_model(config, accelerator.device)
         digests = inputs.digests | base_digest(model)
         folder.check(config, digests)
@@ -348,6 +353,7 @@ def run(config: AnyRunConfig, *, earlier: Inputs | None = None) -> dict[str, Any
     folder, prepared = RunFolder(config.output_dir), None
     try:
         with processes.hold(folder.path):
+            config = settled(config)
             prepared = Run.prepare(config, earlier=earlier)
             try:
                 return prepared.execute()

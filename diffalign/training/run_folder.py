@@ -100,6 +100,20 @@ class RunFolder:
         """True once an update was made. Before, the folder belongs to no configuration."""
         return self.newest_checkpoint is not None or bool(self.read_log())
 
+    def chosen_memory(self, config: AnyRunConfig) -> AnyRunConfig | None:
+        """Return the folder's configuration if its run chose memory settings.
+
+        Return None for a run that has made no update, and for a configuration that asks for no choice.
+        """
+        if config.model.memory is None or not (self.path / CONFIG).is_file() or not self.begun:
+            return None
+        try:
+            text = (self.path / CONFIG).read_text(encoding="utf-8")
+            other: AnyRunConfig = decode(yaml.safe_load(text))
+        except (OSError, ValueError, yaml.YAMLError, ConfigError):
+            return None
+        return other if type(other) is type(config) and other.model.memory is not None else None
+
     def check(self, config: AnyRunConfig, inputs: Mapping[str, str] | None = None) -> None:
         """Check that the folder is new, or belongs to a run with this configuration.
 

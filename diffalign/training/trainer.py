@@ -25,7 +25,7 @@ from diffalign.core import console, processes
 from diffalign.core.errors import UserError
 from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.compiled import CompiledSizes
-from diffalign.training import checkpoint
+from diffalign.training import checkpoint, optimizers
 from diffalign.training.budget import TimePlan
 from diffalign.training.cost import ForwardCounter
 from diffalign.training.denoise import image_size
@@ -130,13 +130,7 @@ class Trainer(ABC):
         if c.training.mixed_precision != "no":
             lora.keep_input_dtype(self.model.denoiser)
         self.forwards = ForwardCounter(self.model.denoiser)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=c.optimizer.learning_rate,
-            betas=c.optimizer.betas,
-            weight_decay=c.optimizer.weight_decay,
-            eps=c.optimizer.epsilon,
-        )
+        self.optimizer = optimizers.make_optimizer(c.optimizer, self.parameters)
 
     def prepare(self) -> None:  # noqa: B027
         """Do the long work that precedes the first update, or continue it after an interruption."""
@@ -298,8 +292,7 @@ class Trainer(ABC):
         scheduled = self.time_plan.scheduled(index, per_update=per_update, most=most)
         factor = lr_factor(scheduled, self.config.optimizer, total=self.planned_steps)
         factor *= 0.5**self.progress.rollbacks
-        self.optimizer.param_groups[0]["lr"] = self.config.optimizer.learning_rate * factor
-        self.optimizer.step()
+        optimizers.take_step(self.optimizer, self.config.optimizer.learning_rate * factor)
         self.progress.step += 1
         done = self.progress.step
         decay = min(self.config.training.ema_max, (1 + done) / (10 + done))
@@ -358,7 +351,7 @@ class Trainer(ABC):
         update, tensors, state = checkpoint.load(path)
         for name in (lora.CURRENT, *self.policies):
             lora.load_adapter_state(self.model.denoiser, name, tensors[name])
-        checkpoint.restore_optimizer(self.optimizer, tensors["optimizer"])
+        optimizers.restore(self.optimizer, tensors["optimizer"])
         self.progress = Progress(update, **state)
         if self.accelerator.is_main_process:
             self.folder.rewind_log(update)
@@ -374,7 +367,7 @@ class Trainer(ABC):
                 name: lora.adapter_state(self.model.denoiser, name)
                 for name in (lora.CURRENT, *self.policies)
             }
-            tensors["optimizer"] = checkpoint.optimizer_tensors(self.optimizer)
+            tensors["optimizer"] = optimizers.state_tensors(self.optimizer)
             state = asdict(self.progress)
             checkpoint.save(
                 folder or self.folder.checkpoints,

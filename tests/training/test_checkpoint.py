@@ -11,7 +11,7 @@ from processes import python
 
 from diffalign.config import load
 from diffalign.core import locks
-from diffalign.training import checkpoint
+from diffalign.training import checkpoint, optimizers
 from diffalign.training.checkpoint import CheckpointError
 from diffalign.training.run_folder import RunFolder, RunFolderError
 
@@ -167,7 +167,7 @@ def test_optimizer_state_goes_back_exactly():
     step(first, optimizer, 1)
     second, other = build()
     second.load_state_dict(first.state_dict())
-    checkpoint.restore_optimizer(other, checkpoint.optimizer_tensors(optimizer))
+    optimizers.restore(other, optimizers.state_tensors(optimizer))
     for layer, opt in ((first, optimizer), (second, other)):
         step(layer, opt, 2)
     assert torch.equal(first.weight, second.weight)

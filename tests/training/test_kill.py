@@ -15,14 +15,14 @@ from tiny_runs import trainer
 from diffalign import lora
 from diffalign.core.errors import UsageError, full_disk
 from diffalign.core.files import aside
-from diffalign.training import checkpoint
+from diffalign.training import checkpoint, optimizers
 
 UPDATES = 4
 
 
 def everything(run):
     """All state of a run: adapters and optimizer."""
-    state = {f"optimizer.{k}": v for k, v in checkpoint.optimizer_tensors(run.optimizer).items()}
+    state = {f"optimizer.{k}": v for k, v in optimizers.state_tensors(run.optimizer).items()}
     for name in (lora.CURRENT, lora.LAGGED, lora.AVERAGED):
         adapter = lora.adapter_state(run.model.denoiser, name)
         state |= {f"{name}.{k}": v for k, v in adapter.items()}

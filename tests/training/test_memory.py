@@ -1,4 +1,4 @@
-"""The memory forecast against what a real step keeps."""
+"""The memory forecast against the allocator, by torch's profiler."""
 
 from functools import cache
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from marks import slow_except
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -24,7 +25,8 @@ from diffalign.core.precision import compute
 from diffalign.data.prompts import load_prompts
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.pipelines.registry import load_meta_model
-from diffalign.training.memory import MemoryForecast, adapted, forecast, saved_bytes, size_of
+from diffalign.training.memory import MemoryForecast, MetaRun, adapted, forecast, size_of
+from diffalign.training.peak import LiveBytes, peak_of, saved_bytes
 from diffalign.training.run_folder import RunFolder
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -58,11 +60,19 @@ def configuration(folder, *more, algorithm=("--algorithm.timesteps_per_image=2",
     )
 
 
+def resident(folder, config, **options):
+    """What is there at all times, without the peaks."""
+    model = load_meta_model(str(folder), max_sequence_length=16)
+    return MetaRun(model, config).resident(config, **options)
+
+
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
 def test_forecast_agrees_with_a_real_step(family, mixed_precision):
     kind, folder, _ = family
     config = configuration(folder, f"--training.mixed_precision={mixed_precision}")
     found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+    config.model.gradient_checkpointing = True
+    small = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
 
     model = FAMILIES[kind]()
     model.pipeline.to(torch.bfloat16)
@@ -83,13 +93,77 @@ def test_forecast_agrees_with_a_real_step(family, mixed_precision):
         0 if embeds.pooled_prompt_embeds is None else embeds.pooled_prompt_embeds.shape[1],
     )
     latents, times = torch.randn(16, 4, 8, 8).bfloat16(), torch.full((16,), 500.0)
+    model.denoiser.train()
+    for checkpointed, expected in ((False, found), (True, small)):
+        if checkpointed:
+            model.denoiser.enable_gradient_checkpointing()
 
-    def step():
-        with compute("cpu", mixed_precision), sdpa_kernel(FUSED):
-            return model.predict(latents, times, embeds).float().square().mean()
+        def step():
+            with compute("cpu", mixed_precision), sdpa_kernel(FUSED):
+                model.predict(latents, times, embeds).float().square().mean().backward()
 
-    measured = saved_bytes(model.denoiser, step)
-    assert found.activations == pytest.approx(measured, rel=0.03)
+        step()  # the gradients are there from now on
+        # a CPU's convolutions copy their weights into another layout
+        rel = 0.2 if kind in tiny.UNETS else 0.12
+        assert expected.activations == pytest.approx(profiled(step), rel=rel)
+
+
+def profiled(run):
+    """The largest number of bytes that the allocator had given out in a call, as torch's profiler saw it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_drawing_and_decoding_agree_with_the_allocator(family):
+    kind, folder, _ = family
+    config = configuration(folder, "--rollout.micro_batch_size=16")
+    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+    model = FAMILIES[kind]()
+    model.pipeline.to(torch.bfloat16)
+    lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
+    lora.keep_input_dtype(model.denoiser)
+    side = 32 if kind == "sana" else 16
+    latents, times, embeds = model.random_inputs(16, (side, side))
+
+    def drawn():
+        with torch.no_grad(), compute("cpu", "bf16"), sdpa_kernel(FUSED):
+            model.predict(latents, times, embeds)
+
+    rel = 0.25 if kind in tiny.UNETS else 0.15
+    assert found.sampling == pytest.approx(profiled(drawn), rel=rel)
+
+    def decoded():
+        with compute("cpu", "bf16"), sdpa_kernel(FUSED):
+            model.decode_checked(latents)
+
+    # a CPU's convolutions make copies in other layouts
+    assert profiled(decoded) >= 0.85 * found.decoding
+    assert found.encoding == 0
+
+
+def test_live_bytes_of_a_closed_form():
+    layer = torch.nn.Linear(1000, 1000, bias=False)
+
+    def run():
+        a = layer(torch.ones(10, 1000))  # 40 kB in, 40 kB out
+        del a
+        return torch.ones(5, 1000)
+
+    assert peak_of(layer.requires_grad_(False), run) == 80_000
+    with LiveBytes() as mode:
+        kept = torch.zeros(1000)
+        view = kept[:10]
+        assert (mode.live, mode.peak) == (4000, 4000)
+        del kept
+        assert mode.live == 4000
+        del view
+        assert (mode.live, mode.peak) == (0, 4000)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -115,14 +189,16 @@ def test_adapters_that_share_their_input_keep_less_and_compute_the_same(kind):
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(family):
     _, folder, _ = family
+    peaks = MetaRun(
+        load_meta_model(str(folder), max_sequence_length=16), configuration(folder)
+    ).peaks
     sizes = {}
     for name, more in {
         "one": ["--training.micro_batch_size=4"],
         "two": ["--training.micro_batch_size=8"],
         "checkpointed": ["--model.gradient_checkpointing=true"],
     }.items():
-        model = load_meta_model(str(folder), max_sequence_length=16)
-        sizes[name] = forecast(model, configuration(folder, *more)).activations
+        sizes[name] = peaks.training(configuration(folder, *more))
     assert sizes["two"] == pytest.approx(2 * sizes["one"], rel=0.1)
     assert sizes["checkpointed"] < sizes["two"]
 
@@ -152,7 +228,7 @@ def test_forecast_of_a_rollout_agrees_with_what_an_update_keeps(kind, how, tmp_p
         *("--training.drop_uninformative=false", "--training.num_updates=2"),
     ]
     config = configuration(folder, *more, algorithm=KEPT[how])
-    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+    found = resident(folder, config)
 
     trainer = OnlineTrainer(
         config,
@@ -184,12 +260,7 @@ def stored(tensors):
 def test_processes_share_images_and_not_prompts(tmp_path):
     tiny.sd3_pipeline().save_pretrained(tmp_path)
     config = configuration(tmp_path, "--rollout.prompts_per_update=3", "--rollout.group_size=4")
-    one, five = (
-        forecast(
-            load_meta_model(str(tmp_path), max_sequence_length=16), config, processes=n
-        ).rollout
-        for n in (1, 5)
-    )
+    one, five = (resident(tmp_path, config, processes=n).rollout for n in (1, 5))
     image = 4 * 8 * 8 * 2
     assert one - five == 2 * (12 - 3) * image  # the largest share of 12 images
 
@@ -197,7 +268,7 @@ def test_processes_share_images_and_not_prompts(tmp_path):
 def test_merged_weights_are_those_that_merging_makes(family):
     kind, folder, _ = family
     config = configuration(folder, "--rollout.merge_lora=true")
-    found = forecast(load_meta_model(str(folder), max_sequence_length=16), config)
+    found = resident(folder, config)
     model = FAMILIES[kind]()
     model.pipeline.to(torch.bfloat16)
     lora.attach(model.denoiser, rank=4, alpha=8, targets=model.lora_targets)
@@ -206,7 +277,7 @@ def test_merged_weights_are_those_that_merging_makes(family):
         copies = [p for p in model.denoiser.parameters() if p.data_ptr() not in before]
         made = sum(p.numel() * p.element_size() for p in copies)
     assert found.merged_weights == adapted(model.denoiser) == made > 0
-    plain = forecast(load_meta_model(str(folder), max_sequence_length=16), configuration(folder))
+    plain = resident(folder, configuration(folder))
     assert plain.merged_weights == 0
 
 
@@ -253,7 +324,7 @@ def text_encoders(family):
 @pytest.mark.parametrize(
     "recipe",
     slow_except(
-        ["awm-sd3.5-medium", "awm-flux.1-dev"],
+        ["awm-sd3.5-medium"],
         [r for r in recipes() if r.startswith(("awm-sd3.5-medium", "awm-flux.1-dev"))],
     ),
 )
@@ -281,10 +352,10 @@ def test_recipes_at_published_sizes(recipe):
     assert found.rollout == prompts * (2 * 24 * image + prompt)
     assert found.host == 4096 * prompt
     assert 1 < gib["activations"] < 20
-    parts = [size for name, size in vars(found).items() if name not in ("host", "merged_weights")]
+    always = sum(found.always.values())
+    assert found.total == always + max(found.activations, found.phases["drawing"])
     # a rollout on merged weights and a training step do not meet: FLUX.1's second copy is the larger of the two
     assert (found.merged_weights > found.activations) == flux
-    assert found.total == sum(parts) + max(0, found.merged_weights - found.activations)
 
 
 def test_printed_parts():
@@ -293,11 +364,12 @@ def test_printed_parts():
     text = "denoiser 1.00, text encoders 2.00, autoencoder 3.00, adapters 4.00, optimizer 5.00"
     online = MemoryForecast(**sizes, activations=7 * 2**30, merged_weights=9 * 2**30, host=2**29)
     assert str(online) == (
-        f"memory forecast, GiB for a process: 30.00 ({text}, rollout 6.00, activations 7.00 or merged weights 9.00), "
-        "and up to 0.50 on the CPU"
+        f"memory forecast, GiB for a process: 30.00 ({text}, rollout 6.00, and the largest of training 7.00, drawing "
+        "9.00), and up to 0.50 on the CPU"
     )
-    pairs = MemoryForecast(**{**sizes, "rollout": 0}, activations=2**30, merged_weights=0, host=0)
-    assert str(pairs) == f"memory forecast, GiB for a process: 16.00 ({text}, activations 1.00)"
+    resting = MemoryForecast(**sizes, activations=2**30, decoding=2**29, encoders_rest=True)
+    assert resting.phases == {"training": 2**30, "drawing": 3.5 * 2**30, "encoding": 2 * 2**30}
+    assert resting.total == (1 + 4 + 5 + 6 + 3.5) * 2**30
 
 
 def test_printed(family):
@@ -306,4 +378,4 @@ def test_printed(family):
         forecast(load_meta_model(str(folder), max_sequence_length=16), configuration(folder))
     )
     assert text.startswith("memory forecast, GiB for a process: 0.0")
-    assert "activations" in text
+    assert "training" in text
