@@ -3,8 +3,8 @@
 For each of two cards, the result names the cheapest settings with which the recipe fits, as `model.memory=auto` chooses
 them.
 
-The forecast counts the tensors of forwards and backwards on the meta device. No weights are loaded and no GPU is needed;
-tests compare the count with what torch's allocator gives out on a CPU.
+The forecast counts the tensors of forwards and backwards on the meta device. No weights are loaded and no GPU is
+needed. Tests compare the count with what torch's allocator gives out on a CPU.
 """
 
 from __future__ import annotations

@@ -35,11 +35,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def settings_text(settings: str) -> str:
-    """Return settings as code, or a dash if there are none."""
-    return f"`{settings}`" if settings else "as it is"
-
-
 def on_card(fit: dict[str, Any] | None) -> str:
     """Return a recipe's forecast on a card, with the settings that the recipe is changed by."""
     if fit is None:
