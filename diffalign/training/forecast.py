@@ -46,7 +46,11 @@ def _meta_run(config: AnyRunConfig) -> MetaRun | None:
     Return None if the model's configuration cannot be read or quantised.
     """
     shared = plain(config)
-    key = of_json(to_dict(shared))
+    settings = to_dict(shared)
+    drawing = settings[config.drawing.group]
+    parts = {name: settings.get(name) for name in ("model", "lora", "latents")}
+    sizes = [drawing["height"], drawing["width"], settings["training"]["mixed_precision"]]
+    key = of_json([config.algorithm.type, parts, sizes])
     if key in _RUNS:
         return _RUNS[key]
     while len(_RUNS) >= MOST_RUNS:

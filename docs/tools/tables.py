@@ -35,41 +35,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def on_card(fit: dict[str, Any] | None) -> str:
-    """Return a recipe's forecast on a card, with the settings that the recipe is changed by."""
-    if fit is None:
-        return "does not fit"
-    names = fit["settings"]
-    return f"{fit['total']:.1f}" if names == "as it is" else f"{fit['total']:.1f} with `{names}`"
+def settings_text(settings: str) -> str:
+    """Return settings as code, or a dash if there are none."""
+    return f"`{settings}`" if settings else "as it is"
 
 
 def memory_table() -> str:
-    """Return what every recipe needs as it is and on each card."""
-    rows = [
-        (
-            f"`{name}`",
-            arm["model"],
-            arm["method"],
-            f"{arm['total']:.1f}",
-            on_card(arm["on_24_gib"]),
-            on_card(arm["on_80_gib"]),
-        )
-        for name, arm in result("memory")["arms"].items()
-    ]
-    header = ("recipe", "model", "method", "as it is", "on 24 GiB", "on 80 GiB")
-    return table(header, rows)
-
-
-def memory_parts_table() -> str:
-    """Return the forecast of every recipe by part, on a card of 24 GiB."""
-    names = ("denoiser", "text_encoders", "autoencoder", "adapters", "optimizer", "rollout")
-    phases = ("training", "drawing", "encoding")
+    """Return what every recipe needs, and how it fits on a card of 24 GiB."""
     rows = []
     for name, arm in result("memory")["arms"].items():
-        fit = arm["on_24_gib"] or arm
-        sizes = [f"{fit[p]:.1f}" if p in fit else "-" for p in (*names, *phases)]
-        rows.append((f"`{name}`", *sizes, f"{fit['total']:.1f}"))
-    return table(("recipe", *(n.replace("_", " ") for n in (*names, *phases)), "GiB"), rows)
+        small = arm["on_24_gib"]
+        if small:
+            fit = f"{settings_text(small['settings'])}: {small['total']:.1f}"
+        else:
+            fit = f"an int4 base: about {arm['int4_base']:.1f}"
+        checkpointing = "yes" if arm["gradient_checkpointing"] else "no"
+        size = str(arm["micro_batch_size"])
+        rows.append((f"`{name}`", size, checkpointing, f"{arm['total']:.1f}", fit))
+    header = ("recipe", "micro-batch", "gradient checkpointing", "GiB", "on 24 GiB")
+    return table(header, rows)
 
 
 def quick_start_table() -> str:
@@ -80,11 +64,16 @@ def quick_start_table() -> str:
         "SD3.5-medium": "awm-sd3.5-medium-pickscore",
         "FLUX.1-dev": "awm-flux.1-dev-pickscore",
     }
-    rows = [
-        (model, f"`{name}`", on_card(arms[name]["on_80_gib"]), on_card(arms[name]["on_24_gib"]))
-        for model, name in names.items()
-    ]
-    return table(("model", "recipe", "80 GB card, GiB", "24 GB card, GiB"), rows)
+    rows = []
+    for model, name in names.items():
+        arm = arms[name]
+        small = arm["on_24_gib"]
+        if small:
+            fit = f"{small['total']:.1f} GiB, {settings_text(small['settings'])}"
+        else:
+            fit = f"about {arm['int4_base']:.1f} GiB, on an int4 base"
+        rows.append((model, f"`{name}`", f"{arm['total']:.1f} GiB, as it is", fit))
+    return table(("model", "recipe", "80 GB card", "24 GB card"), rows)
 
 
 def figure(value: float) -> str:
@@ -243,7 +232,6 @@ def students_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
-    "memory-parts": memory_parts_table,
     "presets": presets_table,
     "quick-start": quick_start_table,
     "results": results_table,

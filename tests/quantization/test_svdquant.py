@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffalign import cli
+from diffalign.cli import quantize
 from diffalign.core.errors import UsageError
 from diffalign.quantization import svdquant
 from diffalign.quantization.layers import PackedLinear, PackSpec
 from diffalign.quantization.packed import pack_model
+from diffalign.tuning import quantising
 
 N, K, RANK = 256, 384, 32
 
