@@ -235,7 +235,7 @@ class AnyRunConfig:
     pairs_per_step: ClassVar[bool] = False
     """True if an optimizer step counts pairs; diffusers' scripts give three factors instead."""
     changes_base: ClassVar[bool] = False
-    """True if the run changes and saves the base model's weights, which then stay in full precision."""
+    """True if the run changes and saves the base model's weights."""
     trains_on_rewards: ClassVar[bool] = False
     """True if the rewards are trained on; otherwise they only score held-out prompts."""
 

@@ -27,7 +27,12 @@ def memory_advice(config: AnyRunConfig) -> str:
         parts.append("model.dtype=bfloat16")
     if drawing.merge_lora:
         parts.append(f"{drawing.group}.merge_lora=false")
-    parts.append("a quantised base (`diffalign quantize`, then model.name)")
+    if not model.offload_encoders:
+        parts.append("model.offload_encoders=true")
+    if model.quantization is None:
+        parts.append("model.quantization=int8 or int4")
+    if model.memory is None:
+        parts.append("model.memory=auto, which chooses among these")
     return "What helps: " + ", ".join(parts)
 
 
