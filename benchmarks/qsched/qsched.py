@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.common.record import BenchOptions, spread
+from benchmarks.qsched import folding
 from benchmarks.qsched.forms import BITS, BRANCHED, COARSE, FORMS
 from benchmarks.qsched.published_grid import summary
 from benchmarks.qsched.rounding import compare, gain_over_nearest
@@ -28,10 +29,13 @@ SCORES = ("geneval", "verifier")
 def run(options: BenchOptions) -> dict[str, Any]:
     """Run all students, weight formats and steps over all seeds.
 
-    The option `arms` selects among the students, "rounding", "bits", "larger", "sizes" and "speeds". The arm "rounding"
-    draws both students in more formats, without searches; "bits" is its part at 4 steps, and runs only if named.
+    The option `arms` selects among the students, "rounding", "bits", "folding", "larger", "sizes" and "speeds". The arm
+    "rounding" draws both students in more formats, without searches; "bits" is its part at 4 steps, and runs only if
+    named. The arm "folding" folds scales of channels into the modulation (RepQuant).
     """
-    selected = options.select((*STUDENTS, "rounding", "bits", "larger", "sizes", "speeds"))
+    selected = options.select(
+        (*STUDENTS, "rounding", "bits", "folding", "larger", "sizes", "speeds")
+    )
     result: dict[str, Any] = {"size": asdict(QUICK if options.quick else FULL)}
     headline: dict[str, Any] = {}
     students = {n: Student(n, options) for n in STUDENTS if n in selected}
@@ -61,6 +65,9 @@ def run(options: BenchOptions) -> dict[str, Any]:
             form: gain_over_nearest(result["rounding"], form) for form in ("int4", "int3")
         }
         headline |= rounding_headline(result["rounding"])
+    if "folding" in selected:
+        result["folding"] = folding.compare(options)
+        headline["folding_gain_db"] = folding.headline(result["folding"])
     if "larger" in selected and not options.quick:
         result["larger"] = {name: larger(options, size) for name, size in LARGER.items()}
     if "sizes" in selected:

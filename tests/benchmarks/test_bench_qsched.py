@@ -5,12 +5,13 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from benchmarks.common.record import BenchOptions
-from benchmarks.qsched import qsched, weights
+from benchmarks.qsched import folding, qsched, weights
 from benchmarks.qsched import student as students
 from benchmarks.qsched.forms import COARSE, FORMS, PLAIN, Form
 from benchmarks.qsched.rounding import RoundedStudent, compare, gain_over_nearest, headline
@@ -313,3 +314,16 @@ def test_the_speed_is_the_fastest_form_of_integers(monkeypatch, flux):
     assert list(found["forms"]) == list(ratios)
     assert set(found["forms"]["int8"]) == {"bytes_ratio", "eager"}
     assert set(found["forms"]["torchao-int8"]) == {"bytes_ratio", "eager", "compiled"}
+
+
+def test_folded_channels_leave_the_prediction_as_it_is():
+    model = tiny.flux_model().denoiser.float()
+    inputs = weights.flux_inputs(model, tokens=4, text=3)
+    inputs["guidance"] = torch.ones(1)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        all_places = list(folding.places(model))
+        assert len(all_places) == 5
+        for place in all_places:
+            folding.fold(place, torch.rand(place.modulation.in_features) + 0.5)
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
