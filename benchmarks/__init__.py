@@ -33,6 +33,10 @@ PROGRAMS = {
         "benchmarks.composition",
         "all stages of `diffalign compose` alone, in pairs and together: quality, time and bytes",
     ),
+    "serving": (
+        "benchmarks.serving.serving",
+        "`diffalign serve` under load, beside a plain server: right images, latency, refusals",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",

@@ -289,6 +289,7 @@ class _Answers:
             "seconds": round(image.seconds - image.queue_seconds, 4),
             "queue_seconds": round(image.queue_seconds, 4),
             "steps": {"computed": image.computed, "skipped": image.skipped},
+            "waited_steps": image.rounds,
         }
 
     async def _unless_gone(self, request: Request, work: Any) -> Any:
