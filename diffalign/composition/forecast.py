@@ -137,7 +137,7 @@ def describe(rows: list[StageForecast], rate: float) -> tuple[list[str], list[tu
         rows: forecast of each stage.
         rate: operations per second of plain matrix products.
     """
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         work = 0.0 if row.is_made else row.flops + row.measuring
         cells.append(
