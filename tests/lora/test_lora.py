@@ -33,6 +33,16 @@ def last_bit(model):
     return {"rtol": 1e-4, "atol": 1e-5} if model.family == "sana" else {"rtol": 0, "atol": 0}
 
 
+def read(model, parameters):
+    """Leave out the parameters that the prediction does not depend on: Qwen-Image drops its last text tokens."""
+    if model.family != "qwen_image":
+        return parameters
+    last = f"transformer_blocks.{len(model.denoiser.transformer_blocks) - 1}.attn."
+    unread = (f"{last}to_add_out.", f"{last}add_q_proj.")
+    named = lora.policies.adapter_parameters(model.denoiser, lora.CURRENT)
+    return [p for name, p in named if not name.startswith(unread)]
+
+
 def perturb(parameters, scale=0.3):
     torch.manual_seed(5)
     with torch.no_grad():
@@ -69,7 +79,7 @@ def test_merged_weights_draw_the_same_and_leave_no_trace(model, name):
     after = model.denoiser.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     predict(model).square().mean().backward()
-    assert all(p.grad is not None for p in parameters)
+    assert all(p.grad is not None for p in read(model, parameters))
 
 
 def test_policies_differ_after_training_and_the_reference_does_not_move(model):
@@ -132,8 +142,9 @@ def test_policies_can_be_nested(model, outer, inner):
 
 
 def test_a_policy_inside_training_does_not_disturb_the_gradient(model):
-    parameters = attach(model)
-    perturb(parameters)
+    every = attach(model)
+    perturb(every)
+    parameters = read(model, every)
     predict(model).square().mean().backward()
     expected = [p.grad.clone() for p in parameters]
     for p in parameters:

@@ -222,7 +222,7 @@ def test_one_layer_without_a_place_is_named_and_nothing_is_loaded(family, tmp_pa
     model = MODELS[family]()
     name, root = module_of(model), f"{PART.get(family, 'transformer')}."
     down, up = matrices(model, name)
-    strange = name.replace("blocks.", "blocks.9", 1)
+    strange = name.replace(".0.", ".90.", 1)
     for missing in (f"{root}{strange}", "text_encoder_3.encoder.layers.99.mlp.fc1"):
         state = {
             f"{place}.lora_{x}.weight": w.clone()
@@ -397,7 +397,9 @@ def test_only_flux_of_the_stock_loaders_takes_tensors_of_alpha(family, tmp_path)
         model.pipeline.load_lora_weights(state)
         torch.testing.assert_close(installed(model.denoiser)[name], ALPHA / RANK * up @ down)
     else:
-        with pytest.raises(ValueError, match="Invalid (LoRA|adapter) checkpoint"):
+        with pytest.raises(
+            ValueError, match="Invalid (LoRA|adapter) checkpoint|Target modules .* not found"
+        ):
             model.pipeline.load_lora_weights(state)
 
 
