@@ -56,6 +56,7 @@ def test_names_and_seeds_are_checked(capsys):
         "memory",
         "optimise",
         "compose",
+        "serving",
     }
     assert cli.main(["bench", "demo", "--arms=dema"]) == 2
     assert "arms=dema: no such arm; did you mean 'demo'" in capsys.readouterr().err
