@@ -37,6 +37,10 @@ PROGRAMS = {
         "benchmarks.serving.serving",
         "`diffalign serve` under load, beside a plain server: right images, latency, refusals",
     ),
+    "suite": (
+        "benchmarks.suite",
+        "the suite of benchmarks on Shapes: drawing and judging, calls, and intervals by prompts",
+    ),
     "solvers": ("benchmarks.solvers", "GenEval by rollout solver and number of steps"),
     "awm": (
         "benchmarks.awm.awm",

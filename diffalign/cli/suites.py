@@ -16,7 +16,7 @@ from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.fill import fill_folder
 from diffalign.evaluation.suite.base import Benchmark
-from diffalign.evaluation.suite.compare import compare
+from diffalign.evaluation.suite.compare import compare, read_result
 from diffalign.evaluation.suite.export import LAYOUTS, export
 from diffalign.evaluation.suite.page import figure_rows, write_page
 from diffalign.evaluation.suite.registry import benchmark
@@ -48,7 +48,10 @@ def run_suite(flags: suite.Flags) -> None:
     chosen_benchmarks = [benchmark(name) for name in names]
     _check(flags)
     plan = _plan(flags)
-    # a file that is missing is an error before anything is drawn
+    # what is missing is an error before anything is drawn
+    if flags.against not in (None, BASE):
+        for b in chosen_benchmarks:
+            read_result(Path(str(flags.against)), b)
     prompts = [prompts_of(b, plan)[0] for b in chosen_benchmarks]
     if flags.images is None and flags.judge != RECORDED:
         settle_drawing(flags)
