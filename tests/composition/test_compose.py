@@ -1,6 +1,7 @@
 """Compositions of tiny pipelines: stages made once, measured, kept or refused, and the composed folder."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -205,6 +206,15 @@ def test_a_failed_stage_leaves_what_was_made(composed, monkeypatch):
     make_stage(step)
     assert not (step.place / "model" / "half").exists()
     assert (step.place / "model" / "model_index.json").is_file()
+
+
+def test_a_search_that_goes_on_leaves_the_same_bytes(composed):
+    _, _, done = composed
+    step = done.plan.steps[2]
+    before = digests(step.place / "model")
+    shutil.rmtree(step.place / "model")
+    make_stage(step)
+    assert digests(step.place / "model") == before
 
 
 def test_another_folder_of_this_name_is_not_replaced(composed):

@@ -125,8 +125,9 @@ class QSchedStage(Stage):
             file=place / "work" / "scores.jsonl",
         )
         result.apply(model.pipeline)
-        # the seconds of a search differ from time to time, and the folder's bytes do not
-        timeless = replace(result, seconds=0.0)
+        # seconds and rows are those of this sitting, and the folder's bytes do not depend on sittings
+        history = [{**row, "rows": 0} for row in result.history]
+        timeless = replace(result, seconds=0.0, network_rows=0, history=history)
         save(model.pipeline, timeless, target, whole=True, card=after.card)
         names = ("accepted", "gain", "interval", "evaluations", "seconds", "coefficients")
         record = result.to_dict()
