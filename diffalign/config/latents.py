@@ -11,10 +11,10 @@ from diffalign.config.base import (
     DrawingConfig,
     LoopConfig,
     MethodConfig,
-    OptimizerConfig,
 )
 from diffalign.config.checks import at_least, check, one_of
 from diffalign.config.fields import setting
+from diffalign.config.model import OptimizerConfig
 
 OBJECTIVES = ("downsample", "upsample", "average")
 MODES = ("nearest", "bilinear", "bicubic")

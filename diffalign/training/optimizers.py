@@ -41,7 +41,7 @@ def make_optimizer(
     config: OptimizerConfig, parameters: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """Return the configured optimizer of some parameters."""
-    options = {
+    options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.betas,
         "weight_decay": config.weight_decay,
@@ -108,13 +108,13 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> Non
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for (index, name), values in parts.items():
-        parameter = parameters[index]
+    for (number, moment_name), values in parts.items():
+        parameter = parameters[number]
         # torchao's own empty moment knows the class and the signs
-        moment = optimizer._new_buffer(parameter, name == "exp_avg")  # type: ignore[operator]
-        for part, tensor in _parts(moment):
-            tensor.copy_(values[part.removeprefix(".")])
-        optimizer.state[parameter][name] = moment
+        moment = optimizer._new_buffer(parameter, moment_name == "exp_avg")  # type: ignore[attr-defined]
+        for ending, tensor in _parts(moment):
+            tensor.copy_(values[ending.removeprefix(".")])
+        optimizer.state[parameter][moment_name] = moment
 
 
 def _parts(tensor: Any) -> Iterator[tuple[str, Tensor]]:

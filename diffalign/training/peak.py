@@ -32,8 +32,9 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._known = storages(held)
 
     def __torch_dispatch__(
@@ -82,7 +83,8 @@ def peak_of(module: nn.Module, run: Callable[[], object]) -> int:
         run()
     for parameter in parameters:
         parameter.grad = None
-    return mode.peak
+    peak: int = mode.peak
+    return peak
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
