@@ -261,14 +261,19 @@ def test_a_scale_for_each_step_errs_less_than_one_for_all():
             largest = {n: s.max()[None] for n, s in found.scales.items()}
             found = ActivationScales((0.0,), largest)
         embeds = model.encode_prompt([PROMPTS[0].text] * 4)
-        noisy = torch.randn(4, *model.latent_shape((64, 64)))
-        total = 0.0
-        times = model.scheduler_at(4, (64, 64)).timesteps
-        plain = [model.predict(noisy, t.expand(4), embeds).detach() for t in times]
-        quantize_model(model.denoiser, "int8-static", activations=found)
+        scheduler = model.scheduler_at(4, (64, 64))
+        shape = (4, *model.latent_shape((64, 64)))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        trajectory = []
         with torch.no_grad():
-            for t, expected in zip(times, plain, strict=True):
-                total += (model.predict(noisy, t.expand(4), embeds) - expected).norm().item()
+            for t in scheduler.timesteps:
+                trajectory.append((latents, t, model.predict(latents, t.expand(4), embeds)))
+                latents = scheduler.step(trajectory[-1][2], t, latents).prev_sample
+            quantize_model(model.denoiser, "int8-static", activations=found)
+            total = sum(
+                (model.predict(latents, t.expand(4), embeds) - expected).norm().item()
+                for latents, t, expected in trajectory
+            )
         errors[shared] = total
     assert errors[False] < errors[True]
 

@@ -210,7 +210,13 @@ def own(tmp_path):
 
 
 def qsched(model, tmp_path, *flags):
-    settings = ("--budget=3", "--max_prompts=4", "--num_inference_steps=2", "--objective=verifier")
+    settings = (
+        "--budget=3",
+        "--max_prompts=4",
+        "--num_inference_steps=2",
+        "--objective=verifier",
+        "--guidance_scale=1",
+    )
     work = f"--work={tmp_path / 'work'}"
     return cli.main(["qsched", "--json", f"--model={model}", work, *settings, *flags])
 
