@@ -91,7 +91,7 @@ def write_page(
     for result, (benchmark, prompts) in zip(results, benchmarks, strict=True):
         sections.append(
             {
-                "result": {"chance": None, "difference": None, **result},
+                "result": dict(result) | {n: result.get(n) for n in ("chance", "difference")},
                 "rows": figure_rows(result),
                 "chance": _scaled((result.get("chance") or {}).get("value"), result["scale"]),
                 "examples": _examples(benchmark, prompts, sides, variant),
