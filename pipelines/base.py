@@ -192,7 +192,7 @@ class TextToImageModel(ABC):
         timesteps: Tensor,
         embeds: PromptEmbeds,
         *,
-        guidance_scale: float | None = None,
+        guidance_scale: Any = None,
         negative_embeds: PromptEmbeds | None = None,
     ) -> Tensor:
         """Return the model prediction (B, C, H, W), with classifier-free guidance above 1.
@@ -200,6 +200,7 @@ class TextToImageModel(ABC):
         Args:
             noisy_latents: (B, C, H, W).
             timesteps: (B,), in the scheduler's scale.
+            guidance_scale: a number, or None; (B,) too for families whose denoiser has it as an input.
             negative_embeds: B rows, needed for guidance above 1.
         """
         if guidance_scale is None or guidance_scale <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -133,6 +134,9 @@ class _Answers:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._fields = Fields(service.engine, service.defaults, service.bounds)
+        # a tokenizer of its own: a call changes its padding, while the engine's thread encodes prompts
+        pipeline = service.engine.model.pipeline
+        self._tokenizer = copy.deepcopy(getattr(pipeline, "tokenizer", None))
 
     def routes(self) -> dict[str, Callable[..., Any]]:
         """Return the answers to GET by path."""
@@ -312,7 +316,7 @@ class _Answers:
     def _usage(self, question: Question) -> dict[str, Any]:
         """Return the tokens of the prompt, and of all images of the answer."""
         model, first = self._service.engine.model, question.images[0]
-        tokenizer = getattr(model.pipeline, "tokenizer", None)
+        tokenizer = self._tokenizer
         # a long prompt has a warning of its own in transformers, about a length that does not matter here
         text = tokenizer.tokenize(first.prompt) if tokenizer is not None else first.prompt.split()
         return answers.usage(len(text), model.image_seq_len(first.size) * len(question.images))

@@ -164,7 +164,8 @@ class Row:
         if self.negative is not None:
             scale = self.ticket.settings.guidance_scale
             assert scale is not None
-            prediction = self.model.guided(*prediction.chunk(2), guidance_scale=scale)
+            uncond, cond = prediction.chunk(2)
+            prediction = self.model.guided(uncond, cond, scale)
         self.clean = None
         if self.step in self.previews:
             timestep = self.scheduler.timesteps[self.step].reshape(1)

@@ -22,6 +22,8 @@ pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 pytest.importorskip("prometheus_client", reason="the extra `server` is not installed")
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 
+from diffalign.serving.app import _Answers  # noqa: E402
+
 PATH = "/v1/images/generations"
 ORDINARY = {
     "prompt": "a red circle",
@@ -81,6 +83,16 @@ def test_openais_client_streams_partial_images(served, client):
     once = client.images.generate(prompt="a red circle", extra_body={"seed": 7})
     assert events[-1].b64_json == once.data[0].b64_json
     assert events[-1].usage.output_tokens > 0
+
+
+def test_the_engine_alone_uses_the_pipelines_tokenizer(served):
+    service, _ = served
+    # calls of a tokenizer change its padding, so that two threads must not share one
+    own = _Answers(service)._tokenizer
+    assert own is not service.engine.model.pipeline.tokenizer
+    assert own.tokenize("a red circle") == service.engine.model.pipeline.tokenizer.tokenize(
+        "a red circle"
+    )
 
 
 def test_formats_and_listings(served, client):
