@@ -17,7 +17,7 @@ from diffalign.acceleration.undo import Undo
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
 # the cheapest of each kind is enough for every change; dynamo traces a block for a second
-FAMILIES = slow_except(["flux"], ["flux", "sana", "sd", "sdxl", "sd3"])
+NAMES = slow_except(["flux"], ["flux", "sana", "sd", "sdxl", "sd3"])
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def a_call(name, model, *, scale=(1, 1)):
     return Call(2, height * scale[0], width * scale[1], ("a cat",), length)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_declared_sizes_compile_once_and_others_never(name, counter, caplog):
     model = FAMILIES[name]()
     pipe = model.pipeline
