@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from skimage import data as photographs
-from tiny import _autoencoder
 from tiny_moves import deep_autoencoder
+from tiny_parts import autoencoder
 
 from diffalign import cli
 from diffalign.autoencoders.trainer import (
@@ -32,7 +32,7 @@ from diffalign.training.checkpoint import CheckpointError
 
 def kl_autoencoder():
     torch.manual_seed(0)
-    return _autoencoder()
+    return autoencoder()
 
 
 def noise(update, count):
