@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffalign.core.errors import UsageError, one_line
-from diffalign.diffusion.paths import Path, RectifiedFlow, shift_sigmas
+from diffalign.diffusion.paths import Path, flow_of, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
 from diffalign.pipelines.embed_folder import EmbedFolder
@@ -103,18 +103,7 @@ class TextToImageModel(ABC):
         Raises:
             UsageError: the scheduler does not belong to this family's kind of path.
         """
-        config = scheduler.config
-        flow = (
-            type(scheduler).__name__.startswith("FlowMatch")
-            or config.get("use_flow_sigmas")
-            or config.get("prediction_type") in ("flow_prediction", "trigflow")
-        )
-        if not flow or "num_train_timesteps" not in config:
-            raise UsageError(
-                f"scheduler {type(scheduler).__name__}: {cls.family} models are rectified flows, and this is no "
-                "scheduler of flows; put FlowMatchEulerDiscreteScheduler into the pipeline"
-            )
-        return RectifiedFlow(config.num_train_timesteps)
+        return flow_of(scheduler, family=cls.family)
 
     @property
     def denoiser(self) -> ModelMixin:

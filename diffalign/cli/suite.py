@@ -38,6 +38,44 @@ class Flags(SampleFlags):
 
 def add_flags(parser: Parser) -> None:
     """Add the flags of `evaluate suite`."""
+    _add_judging(parser)
+    parser.add_argument(
+        "--quick",
+        type=types.count(),
+        nargs="?",
+        const=0,
+        default=None,
+        metavar="N",
+        help="use N prompts of each benchmark, spread evenly (without a number: an eighth)",
+    )
+    parser.add_argument(
+        "--against",
+        type=types.place,
+        default=None,
+        metavar="base|DIR",
+        help="compare with the model without its LoRA, or with another suite's folder",
+    )
+    options.add_images(
+        parser, text="score these images, one folder in GenEval's layout for each benchmark"
+    )
+    parser.add_argument(
+        "--export",
+        type=types.output_folder,
+        default=None,
+        metavar="DIR",
+        help="write the images in the layouts that the official scripts read",
+    )
+    options.add_count(
+        parser, "--images_per_prompt", None, "images of each prompt (default: the benchmark's own)"
+    )
+    options.add_output_dir(parser, "runs/suite", "folder of the suite; the same command resumes it")
+    options.add_output(parser)
+    options.add_model(parser)
+    options.add_drawing(parser)
+
+
+def _add_judging(parser: Parser) -> None:
+    """Add the flags that say what is asked, of whom, and by which rule."""
     parser.add_argument(
         "--benchmarks",
         type=types.names,
@@ -77,45 +115,12 @@ def add_flags(parser: Parser) -> None:
         choices=("official", "corrected"),
         help="rule: as released, or without the release's errors (default: %(default)s)",
     )
-    parser.add_argument(
-        "--quick",
-        type=types.count(),
-        nargs="?",
-        const=0,
-        default=None,
-        metavar="N",
-        help="use N prompts of each benchmark, spread evenly (without a number: an eighth)",
-    )
-    parser.add_argument(
-        "--against",
-        type=types.place,
-        default=None,
-        metavar="base|DIR",
-        help="compare with the model without its LoRA, or with another suite's folder",
-    )
-    options.add_images(
-        parser, text="score these images, one folder in GenEval's layout for each benchmark"
-    )
-    parser.add_argument(
-        "--export",
-        type=types.output_folder,
-        default=None,
-        metavar="DIR",
-        help="write the images in the layouts that the official scripts read",
-    )
     parser.add_argument("--no_chance", action="store_true", help="leave out the chance line")
     parser.add_argument(
         "--trust_judge",
         action="store_true",
         help="go on with a judge that fails the questions with known answers",
     )
-    options.add_count(
-        parser, "--images_per_prompt", None, "images of each prompt (default: the benchmark's own)"
-    )
-    options.add_output_dir(parser, "runs/suite", "folder of the suite; the same command resumes it")
-    options.add_output(parser)
-    options.add_model(parser)
-    options.add_drawing(parser)
 
 
 def run(flags: Flags) -> None:

@@ -72,7 +72,7 @@ class TrainedStage(Stage):
                 f"{' or '.join(self.methods)}. Name another recipe",
                 setting=f"stages.{self.name}.recipe",
             )
-        flags += [*self.overrides(state), f"--model.name={state.source}"]
+        flags += [*self.overrides(state), *flags_of({"model": {"name": str(state.source)}})]
         config: AnyRunConfig = load(self.settings.recipe, flags)
         return config
 

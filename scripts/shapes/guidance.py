@@ -75,5 +75,5 @@ class GuidanceDistillation(Pretraining):
             )
             cond, uncond = both.float().chunk(2)
             target = uncond + expand(guidance, cond) * (cond - uncond)
-        pred = self.model.predict(noisy, timesteps, embeds[: len(noisy)], guidance_scale=guidance)  # type: ignore[arg-type]
+        pred = self.model.predict(noisy, timesteps, embeds[: len(noisy)], guidance_scale=guidance)
         return (pred.float() - target).square().mean()

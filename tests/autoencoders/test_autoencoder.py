@@ -220,7 +220,7 @@ def test_photographs_in_three_phases_from_the_command_line(folder, tmp_path, cap
 
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
-    _autoencoder().save_pretrained(tmp_path / "kl")
+    autoencoder().save_pretrained(tmp_path / "kl")
     assert AutoencoderKL.from_pretrained(tmp_path / "kl") is not None
     base = ["autoencoder", f"--autoencoder={tmp_path / 'kl'}", f"--output_dir={tmp_path / 'out'}"]
     (tmp_path / "empty").mkdir()

@@ -11,6 +11,8 @@ from diffalign.data.prompts import Prompt
 from diffalign.judges.base import Question, Reply
 
 OFFICIAL, CORRECTED = "official", "corrected"
+QUICK = 8
+"""Divisor of the number of prompts of a quick run, and of the chance line."""
 Replies = Mapping[str, Reply]
 """Replies about one image, by the key of the question."""
 

@@ -18,8 +18,9 @@ from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt, spread
 from diffalign.evaluation.fill import read_made
 from diffalign.evaluation.geneval import sample_path
+from diffalign.evaluation.suite import chance
 from diffalign.evaluation.suite.answers import AnswerBook, Ask, ask_missing
-from diffalign.evaluation.suite.base import OFFICIAL, Benchmark, Measure, SuiteError
+from diffalign.evaluation.suite.base import OFFICIAL, QUICK, Benchmark, Measure, SuiteError
 from diffalign.evaluation.suite.known import check_judge
 from diffalign.evaluation.suite.sources import check_language, locate
 from diffalign.evaluation.suite.summarize import LEAST_ANSWERED, Row, answered, summarize
@@ -29,8 +30,6 @@ IMAGES, RESULT, ROWS, CARDS, CHECK = (
     *("images", "result.json", "rows.jsonl"),
     *("judges.json", "check.json"),
 )
-QUICK = 8
-"""Divisor of the number of prompts of a quick run, and of the chance line."""
 Draw = Callable[[Path, Sequence[Prompt], int], None]
 """Function of folder, prompts and images per prompt that draws the missing images."""
 OpenJudges = Callable[[Benchmark, Path], dict[str, Judge]]
@@ -126,48 +125,43 @@ def evaluate(
     checks = _checks(judges, place, trust=plan.trust_judge)
     if draw is not None:
         draw(pictures, prompts, count)
-    state = processes.current()
-    shuffled = _shuffled(benchmark, prompts, plan.variant) if plan.chance else {}
-    chance_asks = [
-        Ask(sample_path(pictures, i, k), j, k, question)
-        for i, j in shuffled.items()
-        for k in range(count)
-        for question in benchmark.questions(prompts[j], plan.variant)
-    ]
+    others = chance.shuffled(benchmark, prompts, plan.variant) if plan.chance else {}
+    chance_asks = chance.chance_asks(benchmark, prompts, others, pictures, count, plan.variant)
     with processes.hold(place):
-        if state.is_main_process:
-            write_text(
-                place / CARDS, json.dumps({kind: asdict(j.card) for kind, j in judges.items()})
-            )
-        book = AnswerBook(place, process=state.process_index)
-        mine = [*asks, *chance_asks][state.process_index :: state.num_processes]
-        number = ask_missing(mine, judges, book, store=not _recorded(judges), progress=progress)
-        # also waits for everyone
-        number = sum(gather_object([number]))
-        if not state.is_main_process:
+        book, number = _ask_all([*asks, *chance_asks], judges, place, progress)
+        if not processes.current().is_main_process:
             return {}
         book.read()
         cards = {kind: judge.card for kind, judge in judges.items()}
         rows = _rows(benchmark, prompts, asks, book, cards, variant=plan.variant)
         write_rows(place / ROWS, rows)
         result = _result(benchmark, plan, rows, asks, book, cards)
-        if shuffled:
-            result["chance"] = _chance(benchmark, prompts, shuffled, chance_asks, book, cards, plan)
-        result |= {
-            "files": records,
-            "images": {
-                **_found(asks, book, cards),
-                "folder": IMAGES if images is None else str(images),
-                "per_prompt": count,
-                "made": read_made(pictures),
-            },
-            "judge_check": checks,
-            "prompts_digest": of_json([[p.text, p.metadata] for p in prompts])[:16],
-            "trained_on": _trained_on(benchmark, plan, cards),
-            "versions": versions(),
-        }
+        if others:
+            rows = _rows(benchmark, prompts, chance_asks, book, cards, variant=plan.variant)
+            figure = summarize(rows, benchmark.combine).get(benchmark.headline, {})
+            result["chance"] = {"value": figure.get("value"), "prompts": len(others)}
+        drawn = {"per_prompt": count, "made": read_made(pictures)}
+        drawn["folder"] = IMAGES if images is None else str(images)
+        result["images"] = _found(asks, book, cards) | drawn
+        result |= {"files": records, "judge_check": checks}
+        result |= _facts(benchmark, plan, prompts, cards)
         write_text(place / RESULT, json.dumps(result, indent=1))
     return result | {"asked": number}
+
+
+def _ask_all(
+    asks: Sequence[Ask], judges: Mapping[str, Judge], place: Path, progress: Progress | None
+) -> tuple[AnswerBook, int]:
+    """Ask this process's share of what has no answer; return the answers and the number asked."""
+    state = processes.current()
+    if state.is_main_process:
+        cards = {kind: asdict(judge.card) for kind, judge in judges.items()}
+        write_text(place / CARDS, json.dumps(cards))
+    book = AnswerBook(place, process=state.process_index)
+    mine = asks[state.process_index :: state.num_processes]
+    number = ask_missing(mine, judges, book, store=not _recorded(judges), progress=progress)
+    # also waits for everyone
+    return book, sum(gather_object([number]))
 
 
 def _judges(
@@ -232,29 +226,6 @@ def _asks(
         for k in range(count)
         for question in benchmark.questions(prompt, variant)
     ]
-
-
-def _shuffled(benchmark: Benchmark, prompts: Sequence[Prompt], variant: str) -> dict[int, int]:
-    """Return another prompt for an eighth of all, with the same number of questions.
-
-    Rewards and features have no chance line.
-    """
-    groups: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        questions = benchmark.questions(prompt, variant)
-        if questions and questions[0].kind in ("words", "text"):
-            groups.setdefault(len(questions), []).append(i)
-    partner: dict[int, int] = {}
-    for members in groups.values():
-        shift = max(1, len(members) // 2)
-        for n, i in enumerate(members):
-            other = members[(n + shift) % len(members)]
-            if prompts[other].text != prompts[i].text:
-                partner[i] = other
-    chosen_rows = sorted(partner)
-    few = -(-len(prompts) // QUICK)
-    picks = [chosen_rows[n * len(chosen_rows) // few] for n in range(min(few, len(chosen_rows)))]
-    return {i: partner[i] for i in picks}
 
 
 def _rows(
@@ -342,21 +313,6 @@ def _result(
     }
 
 
-def _chance(
-    benchmark: Benchmark,
-    prompts: Sequence[Prompt],
-    shuffled: Mapping[int, int],
-    asks: Sequence[Ask],
-    book: AnswerBook,
-    cards: Mapping[str, JudgeCard],
-    plan: Plan,
-) -> dict[str, Any]:
-    """Return the headline of images under the questions of other prompts."""
-    rows = _rows(benchmark, prompts, asks, book, cards, variant=plan.variant)
-    figure = summarize(rows, benchmark.combine).get(benchmark.headline, {})
-    return {"value": figure.get("value"), "prompts": len(shuffled)}
-
-
 def _found(asks: Sequence[Ask], book: AnswerBook, cards: Mapping[str, JudgeCard]) -> dict[str, int]:
     paths = {ask.path: book.digest(ask, cards[ask.question.kind]) is not None for ask in asks}
     present = sum(path.exists() for path in paths)
@@ -365,6 +321,17 @@ def _found(asks: Sequence[Ask], book: AnswerBook, cards: Mapping[str, JudgeCard]
         "found": readable,
         "unreadable": present - readable,
         "missing": len(paths) - present,
+    }
+
+
+def _facts(
+    benchmark: Benchmark, plan: Plan, prompts: Sequence[Prompt], cards: Mapping[str, JudgeCard]
+) -> dict[str, Any]:
+    """Return what a comparison with another result needs to know."""
+    return {
+        "prompts_digest": of_json([[p.text, p.metadata] for p in prompts])[:16],
+        "trained_on": _trained_on(benchmark, plan, cards),
+        "versions": versions(),
     }
 
 
