@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffalign.core.errors import UsageError
+from diffalign.scripts.shapes.build import forget_places
 from diffalign.shapes import CHECKPOINTS
 
 PYTHON = (sys.executable, "-m")
@@ -96,6 +97,8 @@ def make(stage: Stage) -> None:
             raise UsageError(
                 f"{stage.name}: {' '.join(command)} ended with {code}. Read its output above; the same command resumes."
             )
+    if stage.folder.is_dir():
+        forget_places(stage.folder)
 
 
 def make_all(plan: list[Stage], *, jobs: int) -> None:
