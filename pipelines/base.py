@@ -19,10 +19,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from diffalign.core.errors import UsageError, one_line
-from diffalign.diffusion.paths import Path, flow_of, shift_sigmas
+from diffalign.diffusion.paths import Path, shift_sigmas
 from diffalign.latents.codec import LatentCodec
 from diffalign.latents.move import Ends
 from diffalign.pipelines.embed_folder import EmbedFolder
+from diffalign.pipelines.flows import flow_of
 from diffalign.pipelines.offloading import Resting
 from diffalign.types import PromptEmbeds, Size
 

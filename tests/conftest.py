@@ -9,13 +9,14 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import pytest
 import tiny
 import torch
+from marks import slow_except
 
 from diffalign.core import interruption
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-@pytest.fixture(params=sorted(tiny.MODELS))
+@pytest.fixture(params=slow_except(["flux", "flux2", "sana", "sd3"], sorted(tiny.MODELS)))
 def model(request):
     """A tiny random model of every family, float32."""
     torch.manual_seed(0)

@@ -8,12 +8,9 @@ B.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from diffalign.core.errors import UsageError
 
 MIN_NOISE = 0.05
 """Share of noise below which latents count as clean."""
@@ -101,26 +98,6 @@ class RectifiedFlow:
     def predict_noise(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """Return the noise that a prediction implies: eps = x_t + (1 - t) v."""
         return noisy_latents + (1 - expand(self.sigmas(timesteps), noisy_latents)) * model_pred
-
-
-def flow_of(scheduler: Any, *, family: str) -> RectifiedFlow:
-    """Return the path of a scheduler of flows.
-
-    Raises:
-        UsageError: the scheduler is one of another path.
-    """
-    config = scheduler.config
-    flow = (
-        type(scheduler).__name__.startswith("FlowMatch")
-        or config.get("use_flow_sigmas")
-        or config.get("prediction_type") in ("flow_prediction", "trigflow")
-    )
-    if not flow or "num_train_timesteps" not in config:
-        raise UsageError(
-            f"scheduler {type(scheduler).__name__}: {family} models are rectified flows, and this is no scheduler of "
-            "flows; put FlowMatchEulerDiscreteScheduler into the pipeline"
-        )
-    return RectifiedFlow(config.num_train_timesteps)
 
 
 @dataclass(frozen=True)

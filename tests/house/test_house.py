@@ -88,7 +88,9 @@ ALLOWED = {
     ),
     "diffalign/config/preference.py": ("config.checks", "config.fields", "config.base"),
     "diffalign/config/distillation.py": ("config.checks", "config.fields", "config.base"),
-    "diffalign/config/latents.py": ("config.checks", "config.fields", "config.base"),
+    "diffalign/config/latents.py": (
+        *("config.checks", "config.fields", "config.base", "config.model"),
+    ),
     "pipelines/dcgen.py": (),
     "diffalign/config/files.py": ("config.checks", "core"),
     "diffalign/config/loading.py": ("scripts", "config", "core"),

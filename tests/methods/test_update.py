@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
 from diffalign import lora
@@ -17,6 +18,15 @@ from diffalign.pipelines.sampling import Sampling
 from diffalign.types import Trajectory
 
 N = 6
+FAMILIES = ("flux", "sana", "sd3", "z_image")
+"""Families whose latents have four channels, and all of whose adapted matrices are reached."""
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    """A tiny random model of each of FAMILIES, float32."""
+    torch.manual_seed(0)
+    return tiny.MODELS[request.param]()
 
 
 def make_batch(model, n=N):

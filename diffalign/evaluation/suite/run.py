@@ -140,9 +140,9 @@ def evaluate(
             rows = _rows(benchmark, prompts, chance_asks, book, cards, variant=plan.variant)
             figure = summarize(rows, benchmark.combine).get(benchmark.headline, {})
             result["chance"] = {"value": figure.get("value"), "prompts": len(others)}
-        drawn = {"per_prompt": count, "made": read_made(pictures)}
-        drawn["folder"] = IMAGES if images is None else str(images)
-        result["images"] = _found(asks, book, cards) | drawn
+        facts = {"per_prompt": count, "made": read_made(pictures)}
+        facts["folder"] = IMAGES if images is None else str(images)
+        result["images"] = _found(asks, book, cards) | facts
         result |= {"files": records, "judge_check": checks}
         result |= _facts(benchmark, plan, prompts, cards)
         write_text(place / RESULT, json.dumps(result, indent=1))
@@ -152,7 +152,10 @@ def evaluate(
 def _ask_all(
     asks: Sequence[Ask], judges: Mapping[str, Judge], place: Path, progress: Progress | None
 ) -> tuple[AnswerBook, int]:
-    """Ask this process's share of what has no answer; return the answers and the number asked."""
+    """Ask this process's share of what has no answer.
+
+    Return the answers and the number that all processes asked.
+    """
     state = processes.current()
     if state.is_main_process:
         cards = {kind: asdict(judge.card) for kind, judge in judges.items()}
