@@ -9,6 +9,7 @@ import tiny
 import tiny_llm
 import torch
 from diffusers.optimization import get_scheduler
+from marks import slow_except
 from processes import results_of
 from tiny_runs import ONLINE, TWO, redness, settings, trainer, weights
 
@@ -24,7 +25,9 @@ from diffalign.training.trainer import TrainingError
 from diffalign.types import RewardOutput
 
 
-@pytest.mark.parametrize("family", sorted(tiny.MODELS))
+@pytest.mark.parametrize(
+    "family", slow_except(["flux", "flux2", "sana", "sd3"], sorted(tiny.MODELS))
+)
 def test_the_reward_rises(tmp_path, family):
     run = trainer(
         tmp_path,

@@ -123,9 +123,9 @@ def test_parameter_counts_match_the_published_ones(family, parameters, billions)
     ("family", "matrices"),
     [
         ("sd", 16 * 8),
-        ("sdxl", 70 * 8),
+        pytest.param("sdxl", 70 * 8, marks=pytest.mark.slow),
         ("sd3", 24 * 8 - 1),
-        ("flux", 19 * 8 + 38 * 3),
+        pytest.param("flux", 19 * 8 + 38 * 3, marks=pytest.mark.slow),
         ("sana", 20 * 8),
     ],
 )
@@ -244,7 +244,7 @@ def test_dc_ae_has_the_channels_that_sana_expects():
 @pytest.mark.parametrize(
     ("family", "recipe", "channels", "tokens", "parameters"),
     [
-        ("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560),
+        pytest.param("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560, marks=pytest.mark.slow),
         pytest.param("sd3", "dcgen-sd3.5-medium", 32, 1024, None, marks=pytest.mark.slow),
         ("sana", "dcgen-sana", 128, 256, None),
     ],

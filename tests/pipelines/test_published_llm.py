@@ -41,9 +41,9 @@ def test_parameter_counts_are_the_published_ones(models, name, denoiser, encoder
     [
         ("flux.2-klein-base-4b", 5 * 8 + 20 * 2),
         ("flux.2-klein-base-9b", 8 * 8 + 24 * 2),
-        ("flux.2-dev", 8 * 8 + 48 * 2),
+        pytest.param("flux.2-dev", 8 * 8 + 48 * 2, marks=pytest.mark.slow),
         ("z-image", 34 * 4),
-        ("qwen-image", 60 * 8),
+        pytest.param("qwen-image", 60 * 8, marks=pytest.mark.slow),
     ],
 )
 def test_every_lora_target_resolves(name, matrices):

@@ -133,7 +133,7 @@ def test_free_memory_is_shared_by_processes():
     ("recipe", "denoiser", "encoders"),
     [
         ("awm-sd3.5-medium", 2.47e9, 5.6e9),
-        ("awm-flux.1-dev", 11.9e9, 4.9e9),
+        pytest.param("awm-flux.1-dev", 11.9e9, 4.9e9, marks=pytest.mark.slow),
         pytest.param("inversion-dpo-sdxl", 2.6e9, 0.8e9, marks=pytest.mark.slow),
         ("inversion-dpo-sd1.5", 0.86e9, 0.12e9),
         ("awm-sana", 1.6e9, 2.6e9),
