@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from compilation import counted
-from marks import slow_except
+from marks import slow, slow_except
 
 from benchmarks.awm import awm
 from benchmarks.awm import phases as awm_phases
@@ -42,7 +42,7 @@ def base_weights(denoiser):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("sd3", "sd3.5-medium"), pytest.param("flux", "flux.1-dev", marks=pytest.mark.slow)],
+    [("sd3", "sd3.5-medium"), slow("flux", "flux.1-dev")],
 )
 def test_every_phase_is_measured_with_and_without_compilation(family, name, counter):
     model = tiny.MODELS[family]()

@@ -3,16 +3,14 @@
 from pathlib import Path
 
 import pytest
+from marks import slow_except
 from snippets import commands
 
 from diffalign.cli.main import main
 
 LONG = ("docs/tutorials/qsched.md", "docs/tutorials/dcgen.md")
 """Tutorials that take more seconds than the fast tests have."""
-PAGES = [
-    pytest.param(page, marks=pytest.mark.slow if page in LONG else (), id=Path(page).stem)
-    for page in sorted({s.page for s, _ in commands() if s.page.startswith("docs/tutorials/")})
-]
+PAGES = sorted({s.page for s, _ in commands() if s.page.startswith("docs/tutorials/")})
 TRAIN = ["--training.num_updates=1", "--training.eval_every=0", "--evaluation.images_per_task=1"]
 ROLLOUT = ["--rollout.prompts_per_update=2", "--rollout.group_size=2", "--model.compile=false"]
 MOVE = ["--latents.limit=48", "--latents.alignment_images=32", "--training.images_per_update=4"]
@@ -37,7 +35,9 @@ def shortened(words):
     return [*words, *VERBS.get(words[0], [])]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", slow_except(set(PAGES) - set(LONG), PAGES), ids=lambda page: Path(page).stem
+)
 def test_commands_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for snippet, words in commands():

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from marks import slow
 
 from diffalign import lora
 from diffalign.config import load
@@ -123,9 +124,9 @@ def test_parameter_counts_match_the_published_ones(family, parameters, billions)
     ("family", "matrices"),
     [
         ("sd", 16 * 8),
-        pytest.param("sdxl", 70 * 8, marks=pytest.mark.slow),
+        slow("sdxl", 70 * 8),
         ("sd3", 24 * 8 - 1),
-        pytest.param("flux", 19 * 8 + 38 * 3, marks=pytest.mark.slow),
+        slow("flux", 19 * 8 + 38 * 3),
         ("sana", 20 * 8),
     ],
 )
@@ -244,8 +245,8 @@ def test_dc_ae_has_the_channels_that_sana_expects():
 @pytest.mark.parametrize(
     ("family", "recipe", "channels", "tokens", "parameters"),
     [
-        pytest.param("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560, marks=pytest.mark.slow),
-        pytest.param("sd3", "dcgen-sd3.5-medium", 32, 1024, None, marks=pytest.mark.slow),
+        slow("flux", "dcgen-flux.1-dev", 32, 1024, 1_045_954_560),
+        slow("sd3", "dcgen-sd3.5-medium", 32, 1024, None),
         ("sana", "dcgen-sana", 128, 256, None),
     ],
 )

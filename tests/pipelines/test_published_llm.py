@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import slow
 
 from diffalign import lora
 from diffalign.pipelines.registry import load_meta_model
@@ -41,9 +42,9 @@ def test_parameter_counts_are_the_published_ones(models, name, denoiser, encoder
     [
         ("flux.2-klein-base-4b", 5 * 8 + 20 * 2),
         ("flux.2-klein-base-9b", 8 * 8 + 24 * 2),
-        pytest.param("flux.2-dev", 8 * 8 + 48 * 2, marks=pytest.mark.slow),
+        slow("flux.2-dev", 8 * 8 + 48 * 2),
         ("z-image", 34 * 4),
-        pytest.param("qwen-image", 60 * 8, marks=pytest.mark.slow),
+        slow("qwen-image", 60 * 8),
     ],
 )
 def test_every_lora_target_resolves(name, matrices):

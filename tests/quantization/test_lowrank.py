@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from marks import slow
 from torch import nn
 
 from diffalign import lora
@@ -200,7 +201,7 @@ def test_switching_adapters_leaves_the_branch_on():
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [pytest.param("shapes-flux", 0.85, marks=pytest.mark.slow), ("shapes-sd", 0.6)],
+    [slow("shapes-flux", 0.85), ("shapes-sd", 0.6)],
 )
 @pytest.mark.slow
 def test_a_calibrated_branch_makes_trained_models_better(name, share):

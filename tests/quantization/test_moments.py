@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from marks import slow
 from torch import nn
 
 from diffalign.core.errors import UsageError
@@ -249,9 +250,9 @@ def test_backends_that_round_to_nearest_take_no_moments():
     ("name", "svd_rank"),
     [
         ("shapes-flux-schnell", 0),
-        pytest.param("shapes-sd-lcm", 0, marks=pytest.mark.slow),
-        pytest.param("shapes-flux-schnell", 4, marks=pytest.mark.slow),
-        pytest.param("shapes-sd-lcm", 4, marks=pytest.mark.slow),
+        slow("shapes-sd-lcm", 0),
+        slow("shapes-flux-schnell", 4),
+        slow("shapes-sd-lcm", 4),
     ],
 )
 def test_trained_students_err_less_at_the_same_size(name, svd_rank, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from marks import slow
 
 from diffalign.config import decode, load, to_dict
 from diffalign.training.forecast import forecast_of
@@ -133,8 +134,8 @@ def test_free_memory_is_shared_by_processes():
     ("recipe", "denoiser", "encoders"),
     [
         ("awm-sd3.5-medium", 2.47e9, 5.6e9),
-        pytest.param("awm-flux.1-dev", 11.9e9, 4.9e9, marks=pytest.mark.slow),
-        pytest.param("inversion-dpo-sdxl", 2.6e9, 0.8e9, marks=pytest.mark.slow),
+        slow("awm-flux.1-dev", 11.9e9, 4.9e9),
+        slow("inversion-dpo-sdxl", 2.6e9, 0.8e9),
         ("inversion-dpo-sd1.5", 0.86e9, 0.12e9),
         ("awm-sana", 1.6e9, 2.6e9),
     ],

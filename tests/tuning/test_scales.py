@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from marks import slow
 from torch import nn
 
 from diffalign.core.errors import UsageError
@@ -98,7 +99,7 @@ def calibration_of(model, guidance_scale=None):
 
 @pytest.mark.parametrize(
     ("family", "guidance"),
-    [("flux", None), pytest.param("sd", 3.0, marks=pytest.mark.slow)],
+    [("flux", None), slow("sd", 3.0)],
 )
 def test_predictions_of_held_out_prompts_err_less(family, guidance):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from marks import slow
 
 import diffalign
 import diffalign.tuning.smaller as quantizing
@@ -34,11 +35,6 @@ def image(pipeline, steps=2):
 def quantize(folder, *flags):
     flags = (MODEL, "--latency=0", f"--output_dir={folder}", *flags)
     return cli.main(["quantize", "--json", *flags])
-
-
-def slow(*values):
-    """A case that takes seconds more than the others."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
