@@ -207,6 +207,7 @@ def _batch(batch: Any, file: Path, number: int) -> list[Row]:
     try:
         return [Row(columns, file, number + i) for i, columns in enumerate(batch.to_pylist())]
     except UnicodeDecodeError:
+        # which row is damaged shows when they are read one by one
         pass
     rows = []
     for i in range(batch.num_rows):

@@ -195,6 +195,7 @@ def _groups(
     try:
         run()
     except _Stop:
+        # the inputs of all layers are counted: the rest of the run is not needed
         pass
     finally:
         for handle in handles:

@@ -293,8 +293,9 @@ def train_text_encoder(
         ).input_ids
         targets = torch.tensor([caption_targets(e) for e in entries])
         features = encode(ids)
+        # T5 has one embedding of the whole caption, CLIP two
         parts = zip(heads, features.captions, strict=False)
-        losses = [naming_loss(head(part), targets, TARGETS) for head, part in parts]
+        losses = [_naming_loss(head(part), targets, TARGETS) for head, part in parts]
         exact = losses[0][1]
         loss = torch.stack([part for part, _ in losses]).sum()
         if features.tokens is not None:
@@ -319,19 +320,13 @@ def _objects_loss(logits: Tensor, ids: Tensor, kinds: Tensor, entries: list[Any]
             own = (numbers[row] == number).nonzero()[:, 0]
             rows.append(logits[row, own])
             labels += [target] * len(own)
-    return naming_loss(torch.cat(rows), torch.tensor(labels), OBJECT_TARGETS)[0]
+    return _naming_loss(torch.cat(rows), torch.tensor(labels), OBJECT_TARGETS)[0]
 
 
-def naming_loss(
+def _naming_loss(
     logits: Tensor, targets: Tensor, classes: Mapping[str, int]
 ) -> tuple[Tensor, float]:
-    """Return the sum of cross-entropies, and the share of rows without an error.
-
-    Args:
-        logits: (B, sum of classes).
-        targets: (B, T) class indices.
-        classes: number of classes of each target.
-    """
+    """Return the sum of cross-entropies, and the share of rows without an error."""
     parts = logits.split(list(classes.values()), dim=-1)
     losses = [nn.functional.cross_entropy(p, targets[:, i]) for i, p in enumerate(parts)]
     exact = torch.stack([p.argmax(-1) == targets[:, i] for i, p in enumerate(parts)]).all(0)

@@ -2,7 +2,7 @@
 
 The loss is a mean over the images of the whole update. Each process sums the gradients of its own images in
 micro-batches of any size, and the sums are reduced over processes. Neither the micro-batch size nor the number of
-processes changes the gradient.
+processes changes the gradient, up to rounding.
 """
 
 from __future__ import annotations
