@@ -226,8 +226,8 @@ class Engine:
                 self._show(row)
 
     def _advance(self, rows: list[Row]) -> list[tuple[Row, Exception]]:
-        with self.loras.using(rows[0].ticket.settings.lora):
-            return self.batches.run(rows)
+        self.loras.use(rows[0].ticket.settings.lora)
+        return self.batches.run(rows)
 
     def _admit(self) -> None:
         """Let waiting images join while there is room."""

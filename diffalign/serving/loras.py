@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from diffalign.acceleration.adapters import names_of, why_silent
 from diffalign.core.errors import UsageError
 from diffalign.core.nearest import nearest
 from diffalign.lora.files import load_lora, read_lora
-from diffalign.lora.policies import REFERENCE, policy
+from diffalign.lora.policies import policy
 from diffalign.lora.source import SUFFIX
 from diffalign.pipelines.base import TextToImageModel
 
@@ -36,6 +34,8 @@ class Loras:
         """
         self.model = model
         self._adapters: dict[str, str] = {}
+        self._used: str | None = None
+        self._policy = ExitStack()
         if folder is None:
             return
         denoiser = model.denoiser
@@ -59,7 +59,7 @@ class Loras:
                     f"loras={folder}: {path.name} has no effect: {reason}. Remove it from the folder."
                 )
             self._adapters[name] = adapter
-        _switch_off(denoiser)
+        denoiser.disable_adapters()
 
     @property
     def names(self) -> list[str]:
@@ -72,14 +72,16 @@ class Loras:
             hint = nearest(name[:80], self.names) if self.names else "; this server has none"
             raise UsageError(f"lora={name[:80]!r}: there is no such LoRA{hint}")
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Use one LoRA in this block, or none."""
-        if not self._adapters:
-            yield
+    def use(self, name: str | None) -> None:
+        """Use one LoRA, or none, until the next call."""
+        # a switch visits every layer, which takes too long to do in each step
+        if name == self._used:
             return
-        with policy(self.model.denoiser, REFERENCE if name is None else self._adapters[name]):
-            yield
+        self._policy.close()
+        self._used = None
+        if name is not None:
+            self._policy.enter_context(policy(self.model.denoiser, self._adapters[name]))
+            self._used = name
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -101,8 +103,3 @@ def _files(folder: Path) -> dict[str, Path]:
         if names.count(name) > 1:
             raise UsageError(f"loras={folder}: two LoRAs have the name {name}. Rename one.")
     return dict(zip(names, paths, strict=True))
-
-
-def _switch_off(denoiser: Any) -> None:
-    """Leave the base model in force."""
-    denoiser.disable_adapters()
