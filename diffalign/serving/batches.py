@@ -1,4 +1,4 @@
-"""Forwards that images share, padded to few sizes, and halved without memory."""
+"""Forwards that images share, padded to few sizes, and halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -40,29 +40,39 @@ class Batches:
 
         Each failed image comes with its error.
 
-        After a forward that ran out of memory, the limit is half of its rows, and each half is tried once.
+        After a forward that ran out of memory, the limit is half of its rows, and its halves are tried in turn.
         """
         failed: list[tuple[Row, Exception]] = []
         waiting = [list(rows[i : i + self.limit]) for i in range(0, len(rows), self.limit)]
         while waiting:
             part = waiting.pop(0)
             try:
-                self._forward(part)
+                predictions = self._forward(part)
             except Exception as error:
                 exhausted = out_of_memory(error)
                 if exhausted:
+                    # the frames of the traceback hold what the forward computed
+                    error.with_traceback(None)
                     self._observer.out_of_memory()
-                    self._free()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
                 if not exhausted or len(part) == 1:
                     failed += [(row, error) for row in part]
                     continue
                 half = len(part) // 2
                 self.limit = max(1, half)
                 waiting[:0] = [part[:half], part[half:]]
+                continue
+            for row, (positive, negative) in zip(part, predictions, strict=True):
+                # no other row is tried again for it, which would take a step twice
+                try:
+                    row.finish(positive, negative)
+                except Exception as error:
+                    failed.append((row, error))
         return failed
 
-    def _forward(self, rows: list[Row]) -> None:
-        """Compute the predictions of all rows, then take their steps one by one."""
+    def _forward(self, rows: list[Row]) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the positive and the negative prediction (1, C, H, W) of each row."""
         size = self.padded(len(rows))
         filled = rows + [rows[0]] * (size - len(rows))
         latents, timesteps = (torch.cat(column) for column in _columns(filled))
@@ -79,9 +89,9 @@ class Batches:
         else:
             positive = self._positive(filled, latents, timesteps, embeds)
         self._observer.forward(len(rows))
-        # after the forward, so that an error of one leaves no row half a step ahead
-        for i, row in enumerate(rows):
-            row.finish(positive[i : i + 1], negative[i : i + 1] if both else None)
+        return [
+            (positive[i : i + 1], negative[i : i + 1] if both else None) for i in range(len(rows))
+        ]
 
     def _positive(
         self, rows: list[Row], latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds
@@ -101,10 +111,6 @@ class Batches:
     def padded(self, rows: int) -> int:
         """Return the number of rows that a forward of so many images has."""
         return next((b for b in self.buckets if b >= rows), rows)
-
-    def _free(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _columns(rows: list[Row]) -> tuple[list[Tensor], list[Tensor]]:

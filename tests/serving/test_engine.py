@@ -13,6 +13,7 @@ from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.sampler import Sampler
 from diffalign.serving.engine import Closing, Engine, EngineSettings, QueueFull
 from diffalign.serving.observer import Observer
+from diffalign.serving.row import Row
 from diffalign.serving.tickets import Failed, Finished, ImageSettings, Partial, Ticket
 
 FAMILIES = {**tiny.MODELS, **tiny.UNETS}
@@ -197,6 +198,24 @@ def test_a_forward_without_memory_is_halved_once(monkeypatch):
     assert engine.batches.limit == 2
     for client, image in zip(clients, expected, strict=True):
         assert psnr(client.result.image, image) >= LEAST
+
+
+def test_a_step_without_memory_fails_its_image_and_no_other_takes_a_step_twice(monkeypatch):
+    model = tiny.sd3_model()
+    images = [wanted(1, seed=i, size=(SMALL, SMALL)) for i in range(4)]
+    expected = [plain(model, w) for w in images]
+    finish = Row.finish
+
+    def scarce(row, *predictions):
+        if row.ticket.settings == images[2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finish(row, *predictions)
+
+    monkeypatch.setattr(Row, "finish", scarce)
+    clients = serve(Engine(model), images)
+    assert clients[2].result.cause == "memory"
+    for i in (0, 1, 3):
+        assert psnr(clients[i].result.image, expected[i]) >= LEAST
 
 
 def test_an_error_of_one_image_fails_that_image_only(monkeypatch):
