@@ -325,15 +325,18 @@ class Engine:
     def warm_up(self, sizes: Iterable[Size], *, guidance_scale: float | None = None) -> None:
         """Draw two steps of each size and number of images, before the thread starts.
 
-        Blocks are compiled by it, and a size that cannot be drawn is found out.
+        Blocks are compiled by it, for each LoRA, and a size that cannot be drawn is found out.
 
         Raises:
             UsageError: the model cannot draw a size, or memory does not suffice for one image of it.
         """
-        numbers = self.settings.buckets or (1, self.settings.max_batch)
+        # only compiled blocks have buckets, and only they need a call with each LoRA
+        buckets, largest = self.settings.buckets, self.batches.limit
+        loras = (None, *self.loras.names) if buckets else (None,)
+        numbers = dict.fromkeys(min(n, largest) for n in buckets or (1, largest))
         for size in sizes:
-            for lora in (None, *self.loras.names):
-                for number in dict.fromkeys(min(n, self.settings.max_batch) for n in numbers):
+            for lora in loras:
+                for number in numbers:
                     self._warm(ImageSettings("", 0, size, 2, guidance_scale, lora=lora), number)
 
     def _warm(self, settings: ImageSettings, number: int) -> None:
@@ -343,7 +346,7 @@ class Engine:
             if isinstance(report, Failed):
                 problems.append(report.text)
 
-        self.submit([Ticket(settings, listen) for _ in range(min(number, self.settings.queue))])
+        self.submit([Ticket(settings, listen) for _ in range(number)])
         while self._state.waiting or self._state.rows:
             self.round()
         if problems:

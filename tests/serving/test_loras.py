@@ -10,6 +10,7 @@ from diffalign.lora.files import export_lora, load_lora
 from diffalign.lora.policies import attach
 from diffalign.serving.engine import Engine, EngineSettings
 from diffalign.serving.loras import Loras
+from diffalign.serving.observer import Observer
 
 
 def save_lora(folder, *, rank, seed, strength=0.5):
@@ -51,6 +52,22 @@ def test_each_image_has_its_own_lora(folder):
         assert torch.equal(client.result.image, image)
     for client, image in zip(serve(Engine(model, loras=loras), images), expected, strict=True):
         assert psnr(client.result.image, image) >= 50
+
+
+@pytest.mark.parametrize(("buckets", "drawn"), [((), [None]), ((1,), [None, "large", "small"])])
+def test_the_warm_up_draws_each_lora_where_blocks_are_compiled(folder, buckets, drawn):
+    class Seen(Observer):
+        def __init__(self):
+            self.loras = []
+
+        def finished(self, settings, image):
+            self.loras.append(settings.lora)
+
+    model = tiny.sd3_model()
+    settings = EngineSettings(max_batch=1, buckets=buckets)
+    engine = Engine(model, settings, loras=Loras(model, folder), observer=(observer := Seen()))
+    engine.warm_up([(SMALL, SMALL)])
+    assert observer.loras == drawn
 
 
 def test_only_names_of_the_folder_are_known(folder):
