@@ -18,9 +18,9 @@ import requests
 from torch import Tensor
 
 from diffalign.rewards.base import Metadata, Reward, RewardCard, RewardError
-from diffalign.rewards.wire import encode_image
 from diffalign.types import RewardOutput
 from diffalign.web.http import Patience, ask, session_for
+from diffalign.web.images import encode_image
 
 logger = logging.getLogger(__name__)
 URL, MODEL, KEY = "DIFFALIGN_JUDGE_URL", "DIFFALIGN_JUDGE_MODEL", "DIFFALIGN_JUDGE_KEY"

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffalign.types import RewardOutput
+from diffalign.web.images import encode_image
 
 MAX_PIXELS = 4096 * 4096
 MAX_TOTAL = 2**29
@@ -77,15 +78,6 @@ def decode_request(message: Any) -> tuple[Tensor, list[str], list[dict[str, Any]
     if len({p.shape for p in pixels}) > 1:
         raise WireError("images of one request must have one size")
     return torch.stack(pixels), prompts, metadata
-
-
-def encode_image(image: Tensor) -> str:
-    """Convert an image (3, H, W) uint8 to PNG in base64."""
-    buffer = io.BytesIO()
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    # time matters more than bytes
-    picture.save(buffer, format="PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _content(text: Any) -> bytes:

@@ -81,7 +81,8 @@ def send(url: str, body: Body, outcome: Outcome, lock: threading.Lock) -> None:
     """Send one request, and add its answer to the outcome."""
     begin = time.monotonic()
     try:
-        answer = requests.post(url + PATH, json=body, timeout=300)
+        with session_for(url) as session:
+            answer = session.post(url + PATH, json=body, timeout=300)
     except requests.RequestException:
         with lock:
             outcome.lost += 1
@@ -157,5 +158,6 @@ class Pulse:
 
 def metric(url: str, name: str) -> float:
     """Return a metric of a server."""
-    lines = requests.get(url + "/metrics", timeout=30).text.splitlines()
+    with session_for(url) as session:
+        lines = session.get(url + "/metrics", timeout=30).text.splitlines()
     return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))

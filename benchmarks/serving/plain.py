@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import sys
 from typing import Any
 
 import torch
 import uvicorn
 from fastapi import FastAPI
-from PIL import Image
+from torch import Tensor
 
+from diffalign.pipelines.base import TextToImageModel
 from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
 from diffalign.pipelines.sampler import Sampler
+from diffalign.web.images import encode_image
 from diffalign.web.listening import address_of, listen
 
 HOST = "127.0.0.1"
+
+
+def draw(model: TextToImageModel, body: dict[str, Any]) -> Tensor:
+    """Return the image (3, H, W) uint8 of a request, drawn alone."""
+    width, height = (int(side) for side in body["size"].split("x"))
+    drawing = Drawing(
+        body["num_inference_steps"],
+        body.get("guidance_scale"),
+        (height, width),
+        mixed_precision="no",
+    )
+    return Sampler(model, drawing).images([body["prompt"]], [body["seed"]]).images[0]
 
 
 def build(name: str) -> FastAPI:
@@ -26,23 +38,11 @@ def build(name: str) -> FastAPI:
     model = load_model(name, dtype=torch.float32)
     app, turn = FastAPI(), asyncio.Lock()
 
-    def draw(body: dict[str, Any]) -> str:
-        width, height = (int(side) for side in body["size"].split("x"))
-        drawing = Drawing(
-            body["num_inference_steps"],
-            body.get("guidance_scale"),
-            (height, width),
-            mixed_precision="no",
-        )
-        image = Sampler(model, drawing).images([body["prompt"]], [body["seed"]]).images[0]
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
-        return base64.b64encode(buffer.getvalue()).decode()
-
     @app.post("/v1/images/generations")
     async def generate(body: dict[str, Any]) -> dict[str, Any]:
         async with turn:
-            return {"data": [{"b64_json": await asyncio.to_thread(draw, body)}]}
+            image = await asyncio.to_thread(draw, model, body)
+            return {"data": [{"b64_json": await asyncio.to_thread(encode_image, image)}]}
 
     @app.get("/ready")
     async def ready() -> dict[str, bool]:

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import requests
 import torch
 from PIL import Image
 
@@ -35,10 +34,9 @@ from benchmarks.serving.clients import (
     open_loop,
     server,
 )
-from diffalign.pipelines.drawing import Drawing
 from diffalign.pipelines.registry import load_model
-from diffalign.pipelines.sampler import Sampler
 from diffalign.shapes.prompts import prompts
+from diffalign.web.http import session_for
 
 MODEL, STEPS, SIZE, CLIENTS = "shapes-sd3", 28, "64x64", 8
 LOADS = (1, 2, 5)
@@ -165,7 +163,8 @@ def _mixed(
             body = bodies[order[number]]
             if leaves[number]:
                 return abort(url, body, after=0.01 + 0.2 * random.Random(number).random())
-            answer = requests.post(url + PATH, json=body, timeout=300)
+            with session_for(url) as session:
+                answer = session.post(url + PATH, json=body, timeout=300)
             with lock:
                 if answer.status_code != 200:
                     lost += 1
@@ -198,7 +197,7 @@ def fuzz(quick: bool) -> Figures:
     statuses: dict[str, int] = {}
     dice = random.Random(0)
     with server((*OWN, "--max_steps=2")) as url:
-        session = requests.Session()
+        session = session_for(url)
         for _ in range(count):
             headers = {"content-type": "application/json"}
             answer = session.post(url + PATH, data=fuzzed(dice), headers=headers, timeout=60)
@@ -258,19 +257,11 @@ def _mixed_body(dice: random.Random, number: int) -> Body:
 
 def _plain_images(bodies: list[Body]) -> list[np.ndarray]:
     """Return the images that the plain pipeline draws, one at a time."""
+    # the module needs the extra `server`, without which benchmarks can be listed
+    from benchmarks.serving.plain import draw
+
     model = load_model(MODEL, dtype=torch.float32)
-    images = []
-    for body in bodies:
-        width, height = (int(side) for side in body["size"].split("x"))
-        drawing = Drawing(
-            body["num_inference_steps"],
-            body["guidance_scale"],
-            (height, width),
-            mixed_precision="no",
-        )
-        image = Sampler(model, drawing).images([body["prompt"]], [body["seed"]]).images[0]
-        images.append(image.permute(1, 2, 0).numpy())
-    return images
+    return [draw(model, body).permute(1, 2, 0).numpy() for body in bodies]
 
 
 @cache

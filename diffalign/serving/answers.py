@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.serving.fields import Question
+from diffalign.web.images import encode_image
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
@@ -24,13 +25,11 @@ AGAIN = ("shutdown",)
 
 def picture(image: Tensor, question: Question) -> str:
     """Return an image (3, H, W) uint8 in base64, in the request's format."""
+    if question.format == "png":
+        return encode_image(image)
     buffer = io.BytesIO()
     file = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    if question.format == "png":
-        # time matters more than bytes
-        file.save(buffer, format="PNG", compress_level=1)
-    else:
-        file.save(buffer, format=question.format.upper(), quality=max(1, question.compression))
+    file.save(buffer, format=question.format.upper(), quality=max(1, question.compression))
     return base64.b64encode(buffer.getvalue()).decode()
 
 
