@@ -155,6 +155,7 @@ def is_open(connection: socket.socket) -> bool:
     except BlockingIOError:
         return True
     except OSError:
+        # the service has reset the connection, which is closed here as one that it has answered is
         pass
     connection.close()
     return False
