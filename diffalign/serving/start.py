@@ -228,7 +228,6 @@ def _modes(
         settings.presets,
         sizes=sizes,
         steps=call.num_inference_steps,
-        batch_sizes=buckets_of(settings),
         arguments=arguments,
     )
 
