@@ -261,6 +261,7 @@ class _Answers:
         """Yield the events of a request."""
         left = len(tickets)
         try:
+            tokens = self._usage(question)
             while left:
                 number, report = await reports.get()
                 if isinstance(report, Failed):
@@ -279,7 +280,7 @@ class _Answers:
                     continue
                 left -= 1
                 content = await self._content(question, number, report)
-                content |= {"image_index": number, "usage": self._usage(question)}
+                content |= {"image_index": number, "usage": tokens}
                 yield answers.event("completed", question, content)
         finally:
             # a client that is gone ends the generator

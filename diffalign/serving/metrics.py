@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import psutil
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -106,6 +107,4 @@ class _Gauges:
 
 def gpu_peak() -> int:
     """Return the peak of allocated GPU memory in bytes; 0 without a GPU."""
-    import torch
-
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
