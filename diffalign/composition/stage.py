@@ -118,6 +118,11 @@ class Stage(ABC):
         dtype: torch.dtype = getattr(torch, self.recipe.dtype)
         return dtype
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Settings that determine the result: all but the floors."""
+        return {**vars(self.settings), "floors": None}
+
     def drawing(self, card: DrawingCard, **others: Any) -> Drawing:
         """Return the settings of drawing with a card, in the recipe's precision."""
         return drawing_of(card, self.recipe.dtype, **others)

@@ -40,7 +40,7 @@ class AccelerateStage(Stage):
 
     def key(self) -> Any:
         # a plan depends on the device that it is made on
-        return [vars(self.settings) | {"floors": None}, device()]
+        return [self.choices, device()]
 
     def forecast(self, state: State) -> Forecast:
         model = state.build()

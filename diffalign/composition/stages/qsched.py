@@ -90,9 +90,9 @@ class QSchedStage(Stage):
 
     def key(self) -> Any:
         place = self._reference
-        settings = vars(self.settings) | {"floors": None}
         files = [own.digest(name) for name in self.search.objective]
-        return [settings, digest(self.prompts), files, None if place is None else place.digest]
+        before = None if place is None else place.digest
+        return [self.choices, digest(self.prompts), files, before]
 
     def forecast(self, state: State) -> Forecast:
         model = state.build()

@@ -96,7 +96,7 @@ class QuantizeStage(Stage):
         return state.after(is_quantised=True, weights_ratio=ratio)
 
     def key(self) -> Any:
-        return [vars(self.settings) | {"floors": None}, self.backend, digest(self.prompts)]
+        return [self.choices, self.backend, digest(self.prompts)]
 
     def forecast(self, state: State) -> Forecast:
         model = state.build()
