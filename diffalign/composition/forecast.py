@@ -55,7 +55,7 @@ def forecasts(plan: Plan) -> list[StageForecast]:
     images = _images(plan)
     base, operations = plan.base, Operations()
     measuring = operations.drawing(base, images)
-    rows = [StageForecast("base", held_bytes(base.build()), 0.0, measuring, 0.0)]
+    rows = [StageForecast("base", held_bytes(base.model), 0.0, measuring, 0.0)]
     disk = 0.0
     for step in plan.steps:
         forecast = step.stage.forecast(step.before)
@@ -84,7 +84,7 @@ def _images(plan: Plan) -> int:
 
 def _disk(state: State) -> float:
     """Return the bytes of a state's folder."""
-    model = state.build()
+    model = state.model
     denoiser = size_of(model.denoiser)
     return held_bytes(model) - denoiser * (1 - state.weights_ratio)
 
@@ -97,7 +97,7 @@ class Operations:
 
     def of_row(self, state: State) -> float:
         """Return the operations of the denoiser for one image."""
-        model = state.build()
+        model = state.model
         size = model.image_size((state.card.height, state.card.width))
         key = of_json([dict(model.denoiser.config), size], default=str)
         if key not in self._counts:
@@ -110,7 +110,7 @@ class Operations:
 
     def drawing(self, state: State, images: int) -> float:
         """Return the operations of drawing images, without encoders and decoder."""
-        rows = state.build().forward_rows(images, state.card.guidance_scale)
+        rows = state.model.forward_rows(images, state.card.guidance_scale)
         return rows * state.card.num_inference_steps * self.of_row(state)
 
 

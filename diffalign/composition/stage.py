@@ -26,7 +26,7 @@ class State:
 
     Attributes:
         source: name or folder of the model; the folder need not exist yet.
-        build: function that returns the model on the meta device.
+        build: function that returns a new model on the meta device, which the caller may change.
         card: settings with which the model draws.
         digest: digest of all that the model was made from.
         is_moved: True after a move into other latents.
@@ -41,6 +41,11 @@ class State:
     is_moved: bool = False
     is_quantised: bool = False
     weights_ratio: float = 1.0
+
+    @cached_property
+    def model(self) -> TextToImageModel:
+        """Model on the meta device, which is built once and only read."""
+        return self.build()
 
     def after(self, **changes: Any) -> State:
         """Return a copy with changes."""

@@ -43,7 +43,7 @@ class AccelerateStage(Stage):
         return [self.choices, device()]
 
     def forecast(self, state: State) -> Forecast:
-        model = state.build()
+        model = state.model
         memory = held_bytes(model)
         rows = model.forward_rows(2 * self.settings.images, state.card.guidance_scale)
         return Forecast(memory, rows * state.card.num_inference_steps)

@@ -72,7 +72,7 @@ class AlignStage(TrainedStage):
 
     def _check_places(self, lora: str, state: State) -> None:
         """Raise UsageError with the reason if a layer of the LoRA has no place."""
-        model = state.build()
+        model = state.model
         try:
             check_places(model.pipeline, read_lora(lora))
         except UsageError as error:
@@ -95,7 +95,7 @@ class AlignStage(TrainedStage):
     def forecast(self, state: State) -> Forecast:
         if self.settings.lora is None:
             return super().forecast(state)
-        return Forecast(held_bytes(state.build()), 0.0)
+        return Forecast(held_bytes(state.model), 0.0)
 
     def make(self, state: State, after: State, target: Path, place: Path) -> dict[str, Any]:
         if self.settings.lora is not None:

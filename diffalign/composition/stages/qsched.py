@@ -72,7 +72,7 @@ class QSchedStage(Stage):
             self.search.objective, setting="stages.qsched.objective"
         )
         self.reward.check_metadata([p.metadata for p in self.prompts])
-        scheduler = copy.deepcopy(state.build().pipeline.scheduler)
+        scheduler = copy.deepcopy(state.model.pipeline.scheduler)
         try:
             QSched.wrap(scheduler)
         except UsageError as error:
@@ -95,7 +95,7 @@ class QSchedStage(Stage):
         return [self.choices, digest(self.prompts), files, before]
 
     def forecast(self, state: State) -> Forecast:
-        model = state.build()
+        model = state.model
         memory = held_bytes(model)
         images = len(self.prompts) * self.settings.images_per_prompt
         rows = model.forward_rows(images, state.card.guidance_scale)

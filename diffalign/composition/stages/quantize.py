@@ -73,7 +73,7 @@ class QuantizeStage(Stage):
             bits_per_weight=s.bits_per_weight,
         )
         self.smaller.check(self.prompts)
-        model = state.build()
+        model = state.model
         # raises for a backend whose library or device is missing
         self.backend = resolve(self.smaller.method, device=device(), model=model.denoiser)
         if BACKENDS[self.backend].is_packed:
@@ -99,7 +99,7 @@ class QuantizeStage(Stage):
         return [self.choices, self.backend, digest(self.prompts)]
 
     def forecast(self, state: State) -> Forecast:
-        model = state.build()
+        model = state.model
         memory = held_bytes(model)
         rows = model.forward_rows(len(self.prompts), state.card.guidance_scale)
         # the images are drawn for statistics, and before and after for the PSNR
