@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffalign.config import ConfigError, nearest
+from diffalign.config import ConfigError, loading, nearest
 from diffalign.config.checks import at_least, check, check_numbers, one_of
 from diffalign.config.files import parse_yaml, read_recipe
 from diffalign.config.loading import decode_group
 from diffalign.config.overrides import split_flags
-from diffalign.core.text import read_text
 
+FOLDER = "compose"
+"""Folder of the recipes that ship."""
 FILES = ("recipe", "lora", "prompts")
 """Settings of a group whose value may be a file beside the recipe."""
 PSNR, FID, GENEVAL = "psnr", "fid", "geneval"
@@ -142,15 +143,12 @@ def check_floors(floors: Mapping[str, float], setting: str, measure: MeasureSett
 
 def recipes() -> dict[str, Path]:
     """Return name and file of every recipe of a composition that ships with the suite."""
-    import diffalign.scripts
-
-    folder = Path(next(iter(diffalign.scripts.__path__))) / "recipes" / "compose"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return loading.recipes(FOLDER)
 
 
 def describe_recipes() -> dict[str, str]:
     """Return name and first comment line of every recipe of a composition."""
-    return {n: read_text(p).partition("\n")[0].lstrip("# ") for n, p in recipes().items()}
+    return loading.describe_recipes(FOLDER)
 
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -25,18 +25,22 @@ from diffalign.core.text import read_text, suffix_of
 logger = logging.getLogger(__name__)
 
 
-def recipes() -> dict[str, Path]:
-    """Return name and file of every recipe that ships with the suite."""
+def recipes(folder: str = "") -> dict[str, Path]:
+    """Return name and file of every recipe that ships with the suite.
+
+    Args:
+        folder: folder among the recipes; without one they are those of `diffalign train`.
+    """
     import diffalign.scripts
 
-    folder = Path(next(iter(diffalign.scripts.__path__))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    place = Path(next(iter(diffalign.scripts.__path__))) / "recipes" / folder
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
 
 
-def describe_recipes() -> dict[str, str]:
-    """Return name and first comment line of every recipe that ships with the suite."""
+def describe_recipes(folder: str = "") -> dict[str, str]:
+    """Return name and first comment line of the recipes that `recipes` returns."""
     descriptions = {}
-    for name, path in recipes().items():
+    for name, path in recipes(folder).items():
         first = read_text(path).partition("\n")[0]
         descriptions[name] = first.lstrip("# ")
     return descriptions
