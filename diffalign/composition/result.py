@@ -38,14 +38,13 @@ def write(result: Composed) -> dict[str, Any]:
     record = result.to_dict()
     with locks.hold(folder):
         write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-        grid = grid_of(result)
-        if len(result.rows) > 1:
+        names, cells = table(result)
+        if result.is_made:
             _copy_model(result)
             with aside(result.folder / GRID) as file:
-                grid.save(file)
-            names, cells = table(result)
+                grid_of(result).save(file)
             write_text(result.folder / README, card_text(result, names, cells))
-        _write_page(result)
+        _write_page(result, names, cells)
     return record
 
 
@@ -177,9 +176,8 @@ def lead(result: Composed) -> str:
     return text
 
 
-def _write_page(result: Composed) -> None:
+def _write_page(result: Composed, names: list[str], cells: list[list[str]]) -> None:
     rows = models(result)
-    names, cells = table(result)
     places = evenly(range(len(rows[0].measured.evaluation.images)), COLUMNS)
     on_page = [
         Model(
@@ -194,7 +192,6 @@ def _write_page(result: Composed) -> None:
         )
         for row, texts in zip(rows, cells, strict=True)
     ]
-    is_made = len(result.rows) > 1
     recipe = result.plan.recipe
     write_path(
         result.plan.folder / PAGE,
@@ -205,9 +202,11 @@ def _write_page(result: Composed) -> None:
         charts=_charts(rows),
         captions=_captions(rows[0], places),
         more={
-            "usage": usage(result.folder, result.last) if is_made else ["# no stage was kept"],
+            "usage": usage(result.folder, result.last)
+            if result.is_made
+            else ["# no stage was kept"],
             "facts": [
-                *(loading(result.folder) if is_made else []),
+                *(loading(result.folder) if result.is_made else []),
                 "A time is the median over single images, drawn in turns with the base's where both fit into memory.",
             ],
         },
@@ -239,7 +238,7 @@ def headline(result: Composed) -> dict[str, Any]:
     for name, value in (("base", base), ("composed", last)):
         figures[f"geneval_{name}"] = value.geneval
         figures[f"fid_{name}"] = value.figures.get("fid")
-    return {**figures, "model": str(result.folder) if len(result.rows) > 1 else None}
+    return {**figures, "model": str(result.folder) if result.is_made else None}
 
 
 def page(result: Composed) -> Path:

@@ -98,11 +98,16 @@ class Composed:
         """Folder of the composed model."""
         return self.plan.folder / MODEL
 
+    @property
+    def is_made(self) -> bool:
+        """True if a stage keeps its floors, so that there is a composed model."""
+        return len(self.rows) > 1
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
         return {
             "recipe": self.plan.recipe.to_dict(),
-            "model": str(self.folder) if len(self.rows) > 1 else None,
+            "model": str(self.folder) if self.is_made else None,
             "stages": [row.to_dict() for row in self.rows],
             "stopped": None if self.stopped is None else self.stopped.to_dict(),
             "versions": versions(),
@@ -216,7 +221,7 @@ def below_floor(result: Composed) -> BelowFloor:
     """Return the error for a stage that does not keep a floor."""
     row = result.stopped
     assert row is not None
-    good = str(result.folder) if len(result.rows) > 1 else f"the base, {result.base.state.source}"
+    good = str(result.folder) if result.is_made else f"the base, {result.base.state.source}"
     return BelowFloor(
         f"stages.{row.name}: {'; '.join(row.failures)}. The last good model is {good}. Change the settings of the "
         "stage, or its floors"
