@@ -59,7 +59,7 @@ def _check_scheduler(scheduler: Any, plan: Plan) -> None:
             "accelerate with a preset."
         )
     settings = scheduler_settings(scheduler)
-    # plans of before know the class only
+    # plans of earlier versions know the class only
     if plan.scheduler_settings not in ("", settings) and "cache" in plan.options:
         raise UsageError(
             f"preset: the plan's cache was calibrated with other settings of {name}, such as its shift. Put the "

@@ -89,7 +89,7 @@ class Plan:
             schedules = tuple(Schedule.from_json(s) for s in record.pop("schedules"))
             sizes = tuple((int(h), int(w)) for h, w in record.pop("sizes"))
             denoiser = tuple(record.pop("denoiser"))
-            # plans of before have none
+            # plans of earlier versions have none
             batches = tuple(int(n) for n in record.pop("batch_sizes", (1,)))
             return cls(
                 denoiser=denoiser, sizes=sizes, schedules=schedules, batch_sizes=batches, **record

@@ -49,7 +49,7 @@ def asks_same(calibrated: Mapping[str, Any], request: Mapping[str, Any]) -> bool
 def is_same(calibrated: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
     """Return whether a request has the arguments, noise levels and settings of a calibration.
 
-    Calibrations of before hold the arguments only.
+    Calibrations of earlier versions hold the arguments only.
     """
     if not asks_same(calibrated, request):
         return False
@@ -62,7 +62,7 @@ def is_same(calibrated: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
 def has_levels_of(calibrated: Mapping[str, Any], scheduler: Any) -> bool:
     """Return whether a scheduler has the noise levels and settings of a calibration.
 
-    Whoever set the timesteps may have passed other arguments. Calibrations of before hold no noise levels.
+    Whoever set the timesteps may have passed other arguments. Calibrations of earlier versions hold no noise levels.
     """
     if calibrated.get(SETTINGS) != scheduler_settings(scheduler) or LEVELS not in calibrated:
         return False

@@ -112,7 +112,8 @@ def base_state(recipe: Recipe) -> State:
     model = build()
     if model.pipeline.scheduler.config.get(KEY):
         raise UsageError(
-            "its scheduler has factors of Q-Sched, which belong to its present weights. Start from the model before",
+            "its scheduler has factors of Q-Sched, which belong to its present weights. Start from a model without "
+            "factors",
             setting="model",
             value=recipe.model,
         )

@@ -79,7 +79,7 @@ class AlignStage(TrainedStage):
             reason = str(error)
             if state.is_moved and model.ends is not None:
                 reason = (
-                    f"a LoRA of before the move is carried over in the blocks, and the move replaced "
+                    f"a LoRA from before the move keeps its place in the blocks alone, and the move replaced "
                     f"{model.ends.embedder} and {model.ends.head}. {reason}"
                 )
             raise UsageError(reason, setting="stages.align.lora", value=lora) from error

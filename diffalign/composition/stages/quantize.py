@@ -55,7 +55,8 @@ class QuantizeStage(Stage):
         s = self.settings
         if state.is_quantised:
             raise UsageError(
-                f"{state.source} is quantised already. Leave the stage out, or start from the model before",
+                f"{state.source} is quantised already. Leave the stage out, or start from the model before it was "
+                "quantised",
                 setting="stages.quantize",
             )
         check_name(s.backend)
