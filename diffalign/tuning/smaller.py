@@ -123,8 +123,7 @@ def _exported(
             model.pipeline, folder, precision=str(settings.precision), rank=settings.svd_rank
         )
         agree_on_dtype(folder)
-        if (card := card_of(source)) is not None:
-            card.save(folder)
+        card_of(source).save(folder)
         disk_bytes = folder_bytes(folder / part)
         result = {
             "model": source,
