@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from diffalign.judges.base import Question, Reply
+from diffalign.judges.base import NO, YES, Question, Reply
 from diffalign.rewards.base import RewardCard
-from diffalign.rewards.judged import JudgedReward
+from diffalign.rewards.judged import JudgedReward, fill
 
-YES = ("Yes", "yes", " Yes", " yes")
-NO = ("No", "no", " No", " no")
 QUESTION = 'Does this image show "{prompt}"?\nAnswer with yes or no.'
 WIDEST = 0.2
 """Largest width of the bounds of an endpoint with which a reward has a value."""
@@ -27,7 +25,7 @@ class PYesReward(JudgedReward):
 
     def question(self, prompt: str) -> Question:
         """Return a yes/no question that holds the prompt."""
-        return Question("yes", QUESTION.replace("{prompt}", prompt), words=(YES, NO))
+        return Question("yes", fill(QUESTION, prompt), words=(YES, NO))
 
     def read(self, reply: Reply) -> float:
         """Return the share of yes in the middle of its bounds."""

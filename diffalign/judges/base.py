@@ -93,6 +93,9 @@ class JudgeCard:
         return {"name": self.name, "revision": self.revision, "how": self.how}
 
 
+YES = ("Yes", "yes", " Yes", " yes")
+NO = ("No", "no", " No", " no")
+"""Surface forms of a first word."""
 IMAGE = "<image>"
 """Mark in a question where an image stands."""
 Task = tuple[Question, tuple[Image.Image, ...]]

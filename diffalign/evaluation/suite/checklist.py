@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from diffalign.core.errors import UserError
+from diffalign.judges.base import NO, YES, Question, Reply, probability
 
 NONE, RAW, PROPAGATED, IN_FILE_ORDER = "none", "raw", "propagated", "in_file_order"
-YES = ("Yes", "yes", " Yes", " yes")
-NO = ("No", "no", " No", " no")
+ONE_WORD = "Answer with yes or no."
 Span = tuple[float, float]
 """Smallest and largest value that the replies allow."""
 
@@ -98,13 +98,18 @@ def mean_span(values: Sequence[Span]) -> Span:
     return sum(lows) / len(lows), sum(highs) / len(highs)
 
 
-def hard(yes: Span, *, other: Span | None = None) -> Span:
-    """Return 1 for a yes and 0 for any other answer, as bounds.
+def yes_no(key: str, text: str) -> Question:
+    """Return a question whose answer is yes or no."""
+    return Question(key, f"{text}\n{ONE_WORD}", words=(YES, NO))
 
-    Args:
-        yes: probability of a yes.
-        other: probability of a no, to compare with; None compares with one half.
+
+def answers_of(replies: Mapping[str, Reply], keys: Iterable[str]) -> dict[str, Span]:
+    """Return the answers to questions of `yes_no`, by their keys.
+
+    An answer is 1 where a yes is more probable than a no, else 0, as bounds.
     """
-    low, high = (yes[0], yes[1])
-    limit_low, limit_high = (0.5, 0.5) if other is None else other
-    return float(low > limit_high), float(high > limit_low)
+    answers = {}
+    for key in keys:
+        yes, no = (probability(replies.get(key), group) for group in range(2))
+        answers[key] = (float(yes[0] > no[1]), float(yes[1] > no[0]))
+    return answers

@@ -22,8 +22,8 @@ from diffalign.evaluation.suite.base import (
     Weights,
     mean_of,
 )
-from diffalign.evaluation.suite.checklist import YES
-from diffalign.judges.base import Question, probability
+from diffalign.evaluation.suite.checklist import ONE_WORD
+from diffalign.judges.base import YES, Question, probability
 
 SETS = {
     "color": "1634259756dbc77d13093d907d414480080ec9790a8c97ad09efaea7b2534f2d",
@@ -62,7 +62,7 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
 def questions(prompt: Prompt, variant: str) -> list[Question]:
     """Return one yes/no question for each noun phrase."""
     return [
-        Question(str(n), f"{phrase}?\nAnswer with yes or no.", words=(YES,))
+        Question(str(n), f"{phrase}?\n{ONE_WORD}", words=(YES,))
         for n, phrase in enumerate(phrases(prompt.text))
     ]
 

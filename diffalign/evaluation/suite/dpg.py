@@ -23,19 +23,16 @@ from diffalign.evaluation.suite.base import (
 )
 from diffalign.evaluation.suite.checklist import (
     IN_FILE_ORDER,
-    NO,
     PROPAGATED,
-    YES,
-    Span,
+    answers_of,
     check_parents,
     checklist,
-    hard,
     mean_span,
+    yes_no,
 )
-from diffalign.judges.base import Question, probability
+from diffalign.judges.base import Question
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
-ONE_WORD = "Answer with yes or no."
 
 
 def load(paths: Sequence[Path]) -> list[Prompt]:
@@ -80,7 +77,7 @@ def parents(prompt: Prompt) -> dict[str, list[str]]:
 def questions(prompt: Prompt, variant: str) -> list[Question]:
     """Return one yes/no question for each row."""
     rows = zip(prompt.metadata["keys"], prompt.metadata["asked"], strict=True)
-    return [Question(key, f"{text}\n{ONE_WORD}", words=(YES, NO)) for key, text in rows]
+    return [yes_no(key, text) for key, text in rows]
 
 
 def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Measure]:
@@ -91,10 +88,7 @@ def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Me
     rows = []
     above = parents(prompt)
     for number, replies in enumerate(images):
-        plain: dict[str, Span] = {
-            key: hard(probability(replies.get(key)), other=probability(replies.get(key), 1))
-            for key in above
-        }
+        plain = answers_of(replies, above)
         zeroing = IN_FILE_ORDER if variant == OFFICIAL else PROPAGATED
         score = mean_span(list(checklist(plain, above, zeroing=zeroing).values()))
         if variant == OFFICIAL and prompt.metadata["first"]:

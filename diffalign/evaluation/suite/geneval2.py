@@ -20,8 +20,8 @@ from diffalign.evaluation.suite.base import (
     Replies,
     SuiteError,
 )
-from diffalign.evaluation.suite.checklist import YES, soft_tifa
-from diffalign.judges.base import Question, probability
+from diffalign.evaluation.suite.checklist import soft_tifa
+from diffalign.judges.base import YES, Question, probability
 
 NUMBERS = {
     word: number

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diffalign.evaluation.suite.checklist import NO, YES
 from diffalign.evaluation.suite.geneval2 import ONE_WORD, forms
 from diffalign.evaluation.suite.shapes import WORDS, clause_questions
 from diffalign.evaluation.suite.words import WORD, bag
 from diffalign.geneval.rules import plural
-from diffalign.judges.base import Judge, JudgeError, Question, Reply, Task, probability
+from diffalign.judges.base import NO, YES, Judge, JudgeError, Question, Reply, Task, probability
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import COLORS, IMAGE_SIZE, KINDS, render, sample_scene
 

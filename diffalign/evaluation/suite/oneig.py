@@ -22,17 +22,15 @@ from diffalign.evaluation.suite.base import (
     SuiteError,
 )
 from diffalign.evaluation.suite.checklist import (
-    NO,
     PROPAGATED,
     RAW,
-    YES,
+    answers_of,
     check_parents,
     checklist,
-    hard,
     mean_span,
+    yes_no,
 )
-from diffalign.evaluation.suite.dpg import ONE_WORD
-from diffalign.judges.base import Question, probability
+from diffalign.judges.base import Question
 
 REPOSITORY, COMMIT = "OneIG-Bench/OneIG-Benchmark", "41b49831e79e6dde5323618c164da1c4cf0f699d"
 SETS = {"anime": "Anime_Stylization", "human": "Portrait", "object": "General_Object"}
@@ -74,10 +72,7 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
 
 def questions(prompt: Prompt, variant: str) -> list[Question]:
     """Return one yes/no question for each entry."""
-    return [
-        Question(key, f"{text}\n{ONE_WORD}", words=(YES, NO))
-        for key, text in prompt.metadata["asked"].items()
-    ]
+    return [yes_no(key, text) for key, text in prompt.metadata["asked"].items()]
 
 
 def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Measure]:
@@ -85,10 +80,7 @@ def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Me
     rows = []
     tree = prompt.metadata["above"]
     for number, replies in enumerate(images):
-        plain = {
-            key: hard(probability(replies.get(key)), other=probability(replies.get(key), 1))
-            for key in tree
-        }
+        plain = answers_of(replies, tree)
         zeroed = checklist(plain, tree, zeroing=RAW if variant == OFFICIAL else PROPAGATED)
         score = mean_span(list(zeroed.values()))
         rows.append(Measure("alignment", *score, image=number))
