@@ -146,3 +146,8 @@ def probability(reply: Reply | None, group: int = 0) -> tuple[float, float]:
     if reply is None or reply.error is not None or group >= len(reply.low):
         return 0.0, 1.0
     return reply.low[group], reply.high[group]
+
+
+def said(reply: Reply | None) -> str:
+    """Return the text of a reply; empty without a reply and for one with an error."""
+    return "" if reply is None or reply.error is not None else reply.text or ""

@@ -15,7 +15,17 @@ from diffalign.evaluation.suite.geneval2 import ONE_WORD, forms
 from diffalign.evaluation.suite.shapes import WORDS, clause_questions
 from diffalign.evaluation.suite.words import WORD, bag
 from diffalign.geneval.rules import plural
-from diffalign.judges.base import NO, YES, Judge, JudgeError, Question, Reply, Task, probability
+from diffalign.judges.base import (
+    NO,
+    YES,
+    Judge,
+    JudgeError,
+    Question,
+    Reply,
+    Task,
+    probability,
+    said,
+)
 from diffalign.shapes.prompts import prompts
 from diffalign.shapes.world import COLORS, IMAGE_SIZE, KINDS, render, sample_scene
 
@@ -139,8 +149,8 @@ def _read_texts(judge: Judge) -> float:
         tasks.append((Question(f"text{number}", READ, kind="text", max_tokens=64), (image,)))
     hits = total = 0
     for reply, line in zip(judge.answer(tasks), LINES, strict=True):
-        seen = bag(reply.text or "", WORD).counts if reply.error is None else {}
+        seen = bag(said(reply), WORD).counts
         target = bag(line, WORD).counts
-        hits += sum(min(count, seen.get(word, 0)) for word, count in target.items())
+        hits += sum((seen & target).values())
         total += sum(target.values())
     return hits / total

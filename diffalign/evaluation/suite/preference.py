@@ -15,7 +15,7 @@ from diffalign.core.text import read_lines
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.suite.base import Benchmark, DataFile, Measure, Replies, SuiteError
 from diffalign.evaluation.suite.diversity import pairwise_distance, vendi
-from diffalign.judges.base import Question
+from diffalign.judges.base import Question, said
 from diffalign.judges.packing import unpack
 
 REWARD, FEATURES = "reward", "features"
@@ -60,11 +60,7 @@ def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Me
                 rows.append(Measure(f"{name} of {category}", low, high, image=number))
         if not names:
             rows.append(Measure("reward/unknown", -np.inf, np.inf, image=number))
-    vectors = [
-        unpack(reply.text)
-        for replies in images
-        if (reply := replies.get(FEATURES)) is not None and reply.text and reply.error is None
-    ]
+    vectors = [unpack(text) for replies in images if (text := said(replies.get(FEATURES)))]
     if len(images) > 1:
         whole = len(vectors) == len(images)
         n = len(images)

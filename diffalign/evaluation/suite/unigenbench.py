@@ -22,7 +22,7 @@ from diffalign.evaluation.suite.base import (
     mean_of,
 )
 from diffalign.evaluation.suite.rubric import tagged_list
-from diffalign.judges.base import Question
+from diffalign.judges.base import Question, said
 
 PRIMARY, SUB = "primary/", "sub/"
 TASK = (
@@ -85,11 +85,8 @@ def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Me
     rows = []
     points = prompt.metadata["testpoints"]
     for number, replies in enumerate(images):
-        reply = replies.get("testpoints")
-        scores = None
         # only the scores are read: an apostrophe in the analysis kills nothing
-        if reply is not None and reply.error is None and reply.text:
-            scores = tagged_list(reply.text, len(points))
+        scores = tagged_list(said(replies.get("testpoints")), len(points))
         for i, point in enumerate(points):
             low, high = (0.0, 1.0) if scores is None else (float(scores[i]), float(scores[i]))
             primary = point.partition("-")[0].strip()

@@ -16,7 +16,7 @@ from diffalign.evaluation.suite.base import (
     Weights,
 )
 from diffalign.evaluation.suite.rubric import named_number
-from diffalign.judges.base import Question
+from diffalign.judges.base import Question, said
 
 RANGES = ((400, "culture"), (520, "time"), (640, "space"), (760, "biology"), (880, "physics"))
 LAST = "chemistry"
@@ -70,10 +70,7 @@ def measures(prompt: Prompt, images: Sequence[Replies], variant: str) -> list[Me
     rows = []
     name = f"category/{category(prompt.metadata['prompt_id'])}"
     for number, replies in enumerate(images):
-        reply = replies.get("score")
-        value = None
-        if reply is not None and reply.error is None and reply.text:
-            value = named_number(reply.text, "score", 0, 1)
+        value = named_number(said(replies.get("score")), "score", 0, 1)
         low, high = (value, value) if value in (0.0, 1.0) else (0.0, 1.0)
         rows.append(Measure(name, low, high, image=number))
     return rows
