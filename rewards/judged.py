@@ -57,18 +57,24 @@ def named_judge(default: str | None) -> str:
     return default
 
 
-class Asking:
-    """Part of a reward that opens its judge once, and asks it.
+class Asking(Reward):
+    """Base class of rewards that open their judge once, and ask it.
 
     Args:
         judge: judge to ask; None opens that of the environment.
     """
 
+    needs_prompt = True
     default: str | None = None
     """Judge of a reward that has its own model."""
 
     def __init__(self, judge: Judge | None = None) -> None:
         self._judge = judge
+
+    def prepare(self) -> None:
+        """Open the judge."""
+        card = self.opened().card
+        self.declare(model_id=card.name, revision=card.revision)
 
     def opened(self) -> Judge:
         """Return the judge.
@@ -97,18 +103,11 @@ class Asking:
         return replies
 
 
-class JudgedReward(Asking, Reward):
+class JudgedReward(Asking):
     """Reward that asks a judge one question about each image.
 
     Subclasses say which question, and read the reply.
     """
-
-    needs_prompt = True
-
-    def prepare(self) -> None:
-        """Open the judge."""
-        card = self.opened().card
-        self.declare(model_id=card.name, revision=card.revision)
 
     @abstractmethod
     def question(self, prompt: str) -> Question:

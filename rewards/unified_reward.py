@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from diffalign.judges.base import Judge, Question, Reply
+from diffalign.judges.base import Question, Reply
 from diffalign.rewards.base import Metadata, RewardCard
 from diffalign.rewards.groups import PairwiseReward
 from diffalign.rewards.judged import Asking, JudgedReward, fill, pictures, template
@@ -61,21 +61,12 @@ class UnifiedPairReward(Asking, PairwiseReward):
 
     default = MODEL_ID
     both_orders = True
-    needs_prompt = True
     card = RewardCard(
         name="unified_reward_pair",
         description="mean preference of UnifiedReward 2.0 over a prompt's other images, in both orders",
         model_id=MODEL_ID,
         license="MIT",
     )
-
-    def __init__(self, judge: Judge | None = None) -> None:
-        Asking.__init__(self, judge)
-
-    def prepare(self) -> None:
-        """Open the judge."""
-        card = self.opened().card
-        self.declare(model_id=card.name, revision=card.revision)
 
     def prefer(
         self, first: Tensor, second: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
