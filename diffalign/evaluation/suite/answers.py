@@ -7,6 +7,7 @@ twice, whatever happens to the process.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,12 +71,16 @@ class AnswerBook:
 
     def digest(self, ask: Ask, card: JudgeCard) -> str | None:
         """Return the digest of a question, or None if the image cannot be read."""
-        if ask.path not in self._hashes:
-            self._hashes[ask.path] = _hash(ask.path)
-        content = self._hashes[ask.path]
+        content = self.content(ask.path)
         if content is None:
             return None
         return of_json([card.name, card.revision, card.how, ask.question.digest(), content])
+
+    def content(self, path: Path) -> str | None:
+        """Return the digest of an image, or None if it cannot be read."""
+        if path not in self._hashes:
+            self._hashes[path] = _hash(path)
+        return self._hashes[path]
 
     def reply(self, ask: Ask, card: JudgeCard) -> Reply:
         """Return the reply to a question, or one with an error."""
@@ -122,7 +127,7 @@ def _hash(path: Path) -> str | None:
     """Return the sha256 of an image that can be opened, or None."""
     try:
         content = path.read_bytes()
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image.verify()
     # Pillow's parsers raise whatever a damaged file leads them to
     except Exception:

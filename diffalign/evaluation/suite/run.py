@@ -142,7 +142,7 @@ def evaluate(
             result["chance"] = {"value": figure.get("value"), "prompts": len(others)}
         facts = {"per_prompt": count, "made": read_made(pictures)}
         facts["folder"] = IMAGES if images is None else str(images)
-        result["images"] = _found(asks, book, cards) | facts
+        result["images"] = _found(asks, book) | facts
         result |= {"files": records, "judge_check": checks}
         result |= _facts(benchmark, plan, prompts, cards)
         write_text(place / RESULT, json.dumps(result, indent=1))
@@ -316,10 +316,10 @@ def _result(
     }
 
 
-def _found(asks: Sequence[Ask], book: AnswerBook, cards: Mapping[str, JudgeCard]) -> dict[str, int]:
-    paths = {ask.path: book.digest(ask, cards[ask.question.kind]) is not None for ask in asks}
+def _found(asks: Sequence[Ask], book: AnswerBook) -> dict[str, int]:
+    paths = {ask.path for ask in asks}
     present = sum(path.exists() for path in paths)
-    readable = sum(paths.values())
+    readable = sum(book.content(path) is not None for path in paths)
     return {
         "found": readable,
         "unreadable": present - readable,
