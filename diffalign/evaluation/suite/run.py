@@ -15,7 +15,7 @@ from diffalign.core.files import write_json_lines, write_text
 from diffalign.core.fingerprint import of_json
 from diffalign.core.text import read_json, read_json_lines
 from diffalign.core.versions import versions
-from diffalign.data.prompts import Prompt, spread
+from diffalign.data.prompts import Prompt, spread, told
 from diffalign.evaluation.fill import read_made
 from diffalign.evaluation.geneval import sample_path
 from diffalign.evaluation.suite import chance
@@ -25,11 +25,10 @@ from diffalign.evaluation.suite.known import check_judge
 from diffalign.evaluation.suite.sources import check_language, locate
 from diffalign.evaluation.suite.summarize import LEAST_ANSWERED, Row, answered, summarize
 from diffalign.judges.base import Judge, JudgeCard, JudgeError
+from diffalign.judges.recorded import RecordedJudge
 
-IMAGES, RESULT, ROWS, CARDS, CHECK = (
-    *("images", "result.json", "rows.jsonl"),
-    *("judges.json", "check.json"),
-)
+IMAGES, RESULT, ROWS = "images", "result.json", "rows.jsonl"
+CARDS, CHECK = "judges.json", "check.json"
 Draw = Callable[[Path, Sequence[Prompt], int], None]
 """Function of folder, prompts and images per prompt that draws the missing images."""
 OpenJudges = Callable[[Benchmark, Path], dict[str, Judge]]
@@ -182,7 +181,7 @@ def _judges(
 
 
 def _recorded(judges: Mapping[str, Judge]) -> bool:
-    return any(type(judge).__name__ == "RecordedJudge" for judge in judges.values())
+    return any(isinstance(judge, RecordedJudge) for judge in judges.values())
 
 
 def _checks(judges: Mapping[str, Judge], place: Path, *, trust: bool) -> dict[str, Any]:
@@ -332,7 +331,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return what a comparison with another result needs to know."""
     return {
-        "prompts_digest": of_json([[p.text, p.metadata] for p in prompts])[:16],
+        "prompts_digest": of_json(told(prompts))[:16],
         "trained_on": _trained_on(benchmark, plan, cards),
         "versions": versions(),
     }
