@@ -1,4 +1,4 @@
-"""Chance line of a benchmark: images under the questions of other prompts."""
+"""Questions about the images of a benchmark: their own, and those of other prompts for the chance line."""
 
 from __future__ import annotations
 
@@ -34,18 +34,23 @@ def shuffled(benchmark: Benchmark, prompts: Sequence[Prompt], variant: str) -> d
     return {i: partner[i] for i in picks}
 
 
-def chance_asks(
+def asks_of(
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
-    shuffled: Mapping[int, int],
+    asked: Mapping[int, int],
     pictures: Path,
     count: int,
     variant: str,
 ) -> list[Ask]:
-    """Return the questions of other prompts about each prompt's images."""
-    return [
-        Ask(sample_path(pictures, i, k), j, k, question)
-        for i, j in shuffled.items()
-        for k in range(count)
-        for question in benchmark.questions(prompts[j], variant)
-    ]
+    """Return the questions about the images of prompts.
+
+    Args:
+        asked: number of the prompt whose questions are asked, by the number of the prompt of the images.
+        pictures: folder of the images.
+        count: images of each prompt.
+    """
+    asks = []
+    for i, j in asked.items():
+        questions = benchmark.questions(prompts[j], variant)
+        asks += [Ask(sample_path(pictures, i, k), j, k, q) for k in range(count) for q in questions]
+    return asks

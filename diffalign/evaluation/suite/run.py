@@ -17,7 +17,6 @@ from diffalign.core.text import read_json, read_json_lines
 from diffalign.core.versions import versions
 from diffalign.data.prompts import Prompt, spread, told
 from diffalign.evaluation.fill import read_made
-from diffalign.evaluation.geneval import sample_path
 from diffalign.evaluation.suite import chance
 from diffalign.evaluation.suite.answers import AnswerBook, Ask, ask_missing
 from diffalign.evaluation.suite.base import OFFICIAL, QUICK, Benchmark, Measure, SuiteError
@@ -118,14 +117,15 @@ def evaluate(
     count = plan.images_per_prompt or benchmark.images_per_prompt
     place = folder / benchmark.folder
     pictures = images or place / IMAGES
-    asks = _asks(benchmark, prompts, pictures, count, plan.variant)
+    own = {number: number for number in range(len(prompts))}
+    asks = chance.asks_of(benchmark, prompts, own, pictures, count, plan.variant)
     judges = _judges(benchmark, open_judges(benchmark, place), asks)
     # before the first image is drawn
     checks = _checks(judges, place, trust=plan.trust_judge)
     if draw is not None:
         draw(pictures, prompts, count)
     others = chance.shuffled(benchmark, prompts, plan.variant) if plan.chance else {}
-    chance_asks = chance.chance_asks(benchmark, prompts, others, pictures, count, plan.variant)
+    chance_asks = chance.asks_of(benchmark, prompts, others, pictures, count, plan.variant)
     with processes.hold(place):
         book, number = _ask_all([*asks, *chance_asks], judges, place, progress)
         if not processes.current().is_main_process:
@@ -217,17 +217,6 @@ def recorded_cards(place: Path) -> dict[str, JudgeCard]:
         kind: JudgeCard(c["name"], c["revision"], tuple(c["kinds"]), c["how"])
         for kind, c in cards.items()
     }
-
-
-def _asks(
-    benchmark: Benchmark, prompts: Sequence[Prompt], pictures: Path, count: int, variant: str
-) -> list[Ask]:
-    return [
-        Ask(sample_path(pictures, p, k), p, k, question)
-        for p, prompt in enumerate(prompts)
-        for k in range(count)
-        for question in benchmark.questions(prompt, variant)
-    ]
 
 
 def _rows(
