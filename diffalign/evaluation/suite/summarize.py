@@ -87,13 +87,12 @@ def summarize(rows: Sequence[Row], combine: Callable[[Sequence[str]], Weights]) 
     names = names_of(rows)
     table = _table(rows, names)
     weights = combine(names)
-    values = _figures(table.total.sum(0)[None], table.weight.sum(0)[None], names, weights)[0]
-    least = _figures(table.low.sum(0)[None], table.full_weight.sum(0)[None], names, weights)[0]
-    most = _figures(table.high.sum(0)[None], table.full_weight.sum(0)[None], names, weights)[0]
+    values = _of_all(table.total, table.weight, names, weights)
+    least = _of_all(table.low, table.full_weight, names, weights)
+    most = _of_all(table.high, table.full_weight, names, weights)
     low, high = _interval(_resampled([table], weights)[0])
     figures: dict[str, Any] = {}
-    for i, name in enumerate([*names, *weights]):
-        parts = [i] if i < len(names) else [names.index(p) for p in weights[name]]
+    for i, (name, parts) in enumerate(_parts(names, weights)):
         prompts = int((table.weight[:, parts] > 0).any(1).sum())
         bounds = (low[i], high[i])
         if prompts and math.isfinite(values[i]) and len(parts) == 1:
@@ -139,6 +138,20 @@ def _figures(
     return np.column_stack([means, *combined]) if combined else means
 
 
+def _of_all(
+    total: np.ndarray, weight: np.ndarray, names: Sequence[str], weights: Weights
+) -> np.ndarray:
+    """Return the figures (N + combined) of all prompts together, from sums (P, N)."""
+    return _figures(total.sum(0)[None], weight.sum(0)[None], names, weights)[0]
+
+
+def _parts(names: Sequence[str], weights: Weights) -> list[tuple[str, list[int]]]:
+    """Return name and columns of each figure, in the order of `_figures`."""
+    place = {name: i for i, name in enumerate(names)}
+    plain = [(name, [i]) for name, i in place.items()]
+    return plain + [(name, [place[part] for part in parts]) for name, parts in weights.items()]
+
+
 def _resampled(tables: Sequence[_Table], weights: Weights) -> list[np.ndarray]:
     """Return the figures (R, N) of the same resamples of prompts, for each table."""
     prompts = len(tables[0].total)
@@ -174,7 +187,8 @@ def differences(
     A difference has `value`, `low`, `high`, `prompts`, `within_noise`, and the numbers of prompts that are better
     (`won`), equal (`tied`) and worse (`lost`). Rewards have a `win_rate` of images besides.
     """
-    names = [name for name in names_of(rows) if name in names_of(base)]
+    there = set(names_of(base))
+    names = [name for name in names_of(rows) if name in there]
     weights = combine(names)
     mine, other = _table(rows, names), _table(base, names)
     # a prompt counts where both sides are known
@@ -182,17 +196,13 @@ def differences(
     for table in (mine, other):
         table.total[~both] = 0
         table.weight[~both] = 0
-    a, b = (
-        _figures(t.total.sum(0)[None], t.weight.sum(0)[None], names, weights)[0]
-        for t in (mine, other)
-    )
+    a, b = (_of_all(t.total, t.weight, names, weights) for t in (mine, other))
     samples = _resampled([mine, other], weights)
     low, high = _interval(samples[0] - samples[1])
     result: dict[str, Any] = {}
-    for i, name in enumerate([*names, *weights]):
+    for i, (name, parts) in enumerate(_parts(names, weights)):
         if not math.isfinite(a[i] - b[i]):
             continue
-        parts = [i] if i < len(names) else [names.index(p) for p in weights[name]]
         prompts = int(both[:, parts].any(1).sum())
         bounds = (_number(low[i]), _number(high[i]))
         entry: dict[str, Any] = {
