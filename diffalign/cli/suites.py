@@ -148,8 +148,7 @@ def _scorers(
         composite = CompositeReward.from_config(dict.fromkeys(names, 1.0), setting="rewards")
         composite.prepare()
         opened[key] = RewardJudge(composite)
-    shapes = benchmark.name.startswith("shapes:")
-    network = flags.features or ("shapes_clip" if shapes else "dinov2")
+    network = flags.features or benchmark.features
     if network not in opened:
         opened[network] = FeatureJudge(load_network(network))
     return {"reward": opened[key], "features": opened[network]}
@@ -210,7 +209,7 @@ def _export(flags: suite.Flags, benchmarks: Sequence[tuple[Benchmark, list[Promp
     if flags.export is None:
         return
     for b, prompts in benchmarks:
-        if b.layout not in LAYOUTS or b.name.startswith("shapes:"):
+        if b.layout not in LAYOUTS:
             print(f"{b.name} has no official layout")
             continue
         images = _images(flags, b) or flags.output_dir / b.folder / IMAGES

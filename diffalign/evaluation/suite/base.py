@@ -89,9 +89,10 @@ class Benchmark:
         combine: returns the figures that are weighted sums of others.
         scale: factor with which figures are printed, 100 or 1.
         published: published headline of models, with the source.
-        layout: name of the layout of `export`.
+        layout: name of the layout of `export`; empty for none.
         language: script of the prompts, "latin" or "cjk" or "any".
         rewards: rewards that are asked for by default, for benchmarks without a judge.
+        features: network of the diversity by default.
         note: sentence that stands below the benchmark's figures.
     """
 
@@ -111,6 +112,7 @@ class Benchmark:
     layout: str = ""
     language: str = "latin"
     rewards: tuple[str, ...] = ()
+    features: str = "dinov2"
     note: str = ""
 
     @property

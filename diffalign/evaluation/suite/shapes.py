@@ -59,6 +59,7 @@ CHECKLIST = replace(
     licence="Apache-2.0",
     judge="exact",
     published={},
+    layout="",
     note="A stand-in for GenEval 2 on Shapes; its figures compare with no other benchmark's.",
 )
 
@@ -107,6 +108,7 @@ RUBRIC = replace(
     judge="exact",
     images_per_prompt=1,
     published={},
+    layout="",
     note="A stand-in for UniGenBench on Shapes; its figures compare with no other benchmark's.",
 )
 
@@ -124,4 +126,5 @@ PREFERENCE = replace(
     files=(),
     licence="Apache-2.0",
     rewards=("verifier", "shapes_clip", "flatness"),
+    features="shapes_clip",
 )
