@@ -111,17 +111,23 @@ def made_with(flags: SampleFlags) -> dict[str, Any]:
 
 
 def fill(
-    flags: SampleFlags, folder: Path, prompts: Sequence[Prompt], *, states: int | None = None
+    flags: SampleFlags,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    states: int | None = None,
+    bar: str = "images",
 ) -> None:
     """Generate the samples that a folder lacks, with a progress bar.
 
     Args:
         states: number of sampler states to record per image.
+        bar: label of the progress bar.
     """
     from diffalign.core import console
     from diffalign.evaluation.fill import fill_folder
 
-    with console.counting("images") as progress:
+    with console.counting(bar) as progress:
         fill_folder(
             folder,
             prompts,

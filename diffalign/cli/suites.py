@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.cli import suite
-from diffalign.cli.models import drawing as drawing_of
-from diffalign.cli.models import load, settle_drawing
+from diffalign.cli.models import fill, settle_drawing
 from diffalign.cli.output import print_table, suggest, write_result
 from diffalign.core import console, processes
 from diffalign.core.errors import UsageError
 from diffalign.data.prompts import Prompt, load_prompts
-from diffalign.evaluation.fill import fill_folder
 from diffalign.evaluation.suite.base import Benchmark
 from diffalign.evaluation.suite.compare import compare, read_result
 from diffalign.evaluation.suite.export import LAYOUTS, export
@@ -163,17 +161,7 @@ def _evaluate(
         mine = replace(
             flags, images_per_prompt=count, prompts=benchmark.name, max_prompts=len(prompts)
         )
-        from diffalign.cli.models import made_with
-
-        with console.counting(f"{benchmark.name} images") as progress:
-            fill_folder(
-                place,
-                prompts,
-                lambda: load(mine),
-                drawing_of(mine),
-                made=made_with(mine),
-                progress=progress,
-            )
+        fill(mine, place, prompts, bar=f"{benchmark.name} images")
 
     own = _images(flags, benchmark)
     no_drawing = own is not None or flags.judge == RECORDED
