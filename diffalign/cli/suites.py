@@ -16,7 +16,7 @@ from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.suite.base import Benchmark
 from diffalign.evaluation.suite.compare import compare, read_result
 from diffalign.evaluation.suite.export import LAYOUTS, export
-from diffalign.evaluation.suite.page import figure_rows, write_page
+from diffalign.evaluation.suite.page import figure_rows, scaled, write_page
 from diffalign.evaluation.suite.registry import benchmark
 from diffalign.evaluation.suite.run import (
     IMAGES,
@@ -222,7 +222,8 @@ def _finish(
     """Print and write the results.
 
     Raises:
-        UsageError: less than 98 % of a benchmark could be judged."""
+        UsageError: less than 98 % of a benchmark could be judged.
+    """
     folder = flags.output_dir
     for result in results:
         _print(result)
@@ -265,10 +266,5 @@ def _print(result: dict[str, Any]) -> None:
         [rows],
     )
     if result.get("chance"):
-        print(f"chance (questions of other prompts): {_value(result['chance']['value'], result)}")
-
-
-def _value(value: float | None, result: dict[str, Any]) -> str:
-    from diffalign.evaluation.figures import number
-
-    return "unknown" if value is None else number(value * result["scale"])
+        figure = scaled(result["chance"]["value"], result["scale"])
+        print(f"chance (questions of other prompts): {figure}")

@@ -20,5 +20,6 @@ class RecordedJudge(Judge):
     def answer(self, tasks: Sequence[Task]) -> list[Reply]:
         """Return an error for every question.
 
-        Recorded replies are found before a judge is asked."""
+        Recorded replies are found before a judge is asked.
+        """
         return [Reply(error="no reply is recorded") for _ in tasks]

@@ -30,7 +30,7 @@ def figure_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, figure in result["figures"].items():
         row = {
             "name": name,
-            "value": _scaled(figure["value"], scale),
+            "value": scaled(figure["value"], scale),
             "interval": too_few(figure["prompts"], figure["prompts"])
             or _span(figure["low"], figure["high"], scale),
             "bounds": "",
@@ -62,7 +62,8 @@ def _difference(entry: Mapping[str, Any], scale: float) -> dict[str, str]:
     }
 
 
-def _scaled(value: float | None, scale: float) -> str:
+def scaled(value: float | None, scale: float) -> str:
+    """Return a figure as text."""
     return "unknown" if value is None else number(value * scale)
 
 
@@ -93,7 +94,7 @@ def write_page(
             {
                 "result": dict(result) | {n: result.get(n) for n in ("chance", "difference")},
                 "rows": figure_rows(result),
-                "chance": _scaled((result.get("chance") or {}).get("value"), result["scale"]),
+                "chance": scaled((result.get("chance") or {}).get("value"), result["scale"]),
                 "examples": _examples(benchmark, prompts, sides, variant),
                 "summary": benchmark.summary,
             }
