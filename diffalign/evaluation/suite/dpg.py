@@ -6,8 +6,6 @@ corrected rule has none of that.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from diffalign.evaluation.suite.checklist import (
     mean_span,
     yes_no,
 )
+from diffalign.evaluation.suite.tables import open_table
 from diffalign.judges.base import Question
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -41,12 +40,8 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
     Raises:
         SuiteError: a column is missing, or a question's parents do not exist or form a circle.
     """
-    reader = csv.DictReader(io.StringIO(read_text(paths[0], error=SuiteError)))
-    missing = set(COLUMNS) - set(reader.fieldnames or ())
-    if missing:
-        raise SuiteError(
-            f"{paths[0]} is not DPG-Bench's: it has no column {', '.join(sorted(missing))}"
-        )
+    text = read_text(paths[0], error=SuiteError)
+    reader = open_table(text, COLUMNS, str(paths[0]), "DPG-Bench's")
     items: dict[str, dict[str, list[str]]] = {}
     texts: dict[str, str] = {}
     for row in reader:

@@ -5,8 +5,6 @@ The release sets a question to 0 if a parent's own answer is no; the corrected r
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from diffalign.evaluation.suite.checklist import (
     mean_span,
     yes_no,
 )
+from diffalign.evaluation.suite.tables import open_table
 from diffalign.judges.base import Question
 
 REPOSITORY, COMMIT = "OneIG-Bench/OneIG-Benchmark", "41b49831e79e6dde5323618c164da1c4cf0f699d"
@@ -43,9 +42,8 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
     Raises:
         SuiteError: a file does not have the format, or a question's parents do not exist or form a circle.
     """
-    reader = csv.DictReader(io.StringIO(read_text(paths[0], error=SuiteError)))
-    if not {"category", "id", "prompt_en"} <= set(reader.fieldnames or ()):
-        raise SuiteError(f"{paths[0]} is not OneIG-Bench's: it lacks category, id or prompt_en")
+    table = read_text(paths[0], error=SuiteError)
+    reader = open_table(table, ("category", "id", "prompt_en"), str(paths[0]), "OneIG-Bench's")
     texts = {(row["category"], row["id"].strip().zfill(3)): row["prompt_en"] for row in reader}
     items = []
     for path, (name, category) in zip(paths[1:], SETS.items(), strict=True):

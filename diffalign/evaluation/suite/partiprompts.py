@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from diffalign.core.text import read_text
 from diffalign.data.prompts import Prompt
 from diffalign.evaluation.suite import preference
 from diffalign.evaluation.suite.base import DataFile, SuiteError
+from diffalign.evaluation.suite.tables import open_table
 
 
 def load(paths: Sequence[Path]) -> list[Prompt]:
@@ -21,9 +21,14 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
         SuiteError: a column is missing.
     """
     text = read_text(paths[0], error=SuiteError)
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if not {"Prompt", "Category"} <= set(reader.fieldnames or ()):
-        raise SuiteError(f"{paths[0]} is not PartiPrompts': it lacks Prompt or Category")
+    reader = open_table(
+        text,
+        ("Prompt", "Category"),
+        str(paths[0]),
+        "PartiPrompts'",
+        delimiter="\t",
+        quoting=csv.QUOTE_NONE,
+    )
     return [
         Prompt(row["Prompt"], {"prompt": row["Prompt"], "category": row["Category"]})
         for row in reader

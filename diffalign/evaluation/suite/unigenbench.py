@@ -5,8 +5,6 @@ A judge reads all test points of a prompt at once and gives each 0 or 1. The ove
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from diffalign.evaluation.suite.base import (
     mean_of,
 )
 from diffalign.evaluation.suite.rubric import tagged_list
+from diffalign.evaluation.suite.tables import open_table
 from diffalign.judges.base import Question, said
 
 PRIMARY, SUB = "primary/", "sub/"
@@ -45,12 +44,7 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
 def read_table(text: str, place: str) -> list[Prompt]:
     """Return the prompts of a table in UniGenBench's format."""
     items = []
-    reader = csv.DictReader(io.StringIO(text))
-    missing = {"index", "prompt_en", "sub_dims_en"} - set(reader.fieldnames or ())
-    if missing:
-        raise SuiteError(
-            f"{place} is not UniGenBench's: it has no column {', '.join(sorted(missing))}"
-        )
+    reader = open_table(text, ("index", "prompt_en", "sub_dims_en"), place, "UniGenBench's")
     for row in reader:
         where = f"{place}:{reader.line_num} (index {row['index']})"
         details = parse_json(row["sub_dims_en"], where, error=SuiteError)
