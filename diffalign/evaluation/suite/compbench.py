@@ -11,14 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffalign.core.text import read_lines
-from diffalign.data.prompts import Prompt
+from diffalign.data.prompts import Prompt, load_prompts
 from diffalign.evaluation.suite.base import (
     Benchmark,
     DataFile,
     Measure,
     Replies,
-    SuiteError,
     Weights,
     mean_of,
 )
@@ -47,16 +45,13 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
     """Read one prompt a line from the file of each set.
 
     Raises:
-        SuiteError: a file holds no prompt.
+        PromptError: a file holds no prompt.
     """
-    items = []
-    for path, name in zip(paths, SETS, strict=True):
-        lines = [line.strip() for _, line in read_lines(path, error=SuiteError)]
-        texts = [line for line in lines if line]
-        if not texts:
-            raise SuiteError(f"{path} holds no prompt")
-        items += [Prompt(text, {"prompt": text, "set": name}) for text in texts]
-    return items
+    return [
+        Prompt(prompt.text, {**prompt.metadata, "set": name})
+        for path, name in zip(paths, SETS, strict=True)
+        for prompt in load_prompts(str(path))
+    ]
 
 
 def questions(prompt: Prompt, variant: str) -> list[Question]:

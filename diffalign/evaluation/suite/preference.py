@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffalign.core.text import read_lines
-from diffalign.data.prompts import Prompt
-from diffalign.evaluation.suite.base import Benchmark, DataFile, Measure, Replies, SuiteError
+from diffalign.data.prompts import Prompt, load_prompts
+from diffalign.evaluation.suite.base import Benchmark, DataFile, Measure, Replies
 from diffalign.evaluation.suite.diversity import pairwise_distance, vendi
 from diffalign.judges.base import Question, said
 from diffalign.judges.packing import unpack
@@ -28,13 +27,9 @@ def load(paths: Sequence[Path]) -> list[Prompt]:
     DrawBench's copy in DiffusionNFT holds its 200 prompts five times.
 
     Raises:
-        SuiteError: the file holds no prompt.
+        PromptError: the file holds no prompt.
     """
-    lines = [line.strip() for _, line in read_lines(paths[0], error=SuiteError)]
-    texts = list(dict.fromkeys(line for line in lines if line))
-    if not texts:
-        raise SuiteError(f"{paths[0]} holds no prompt. Write one in each line")
-    return [Prompt(text, {"prompt": text}) for text in texts]
+    return list({prompt.text: prompt for prompt in load_prompts(str(paths[0]))}.values())
 
 
 def questions(prompt: Prompt, variant: str) -> list[Question]:
