@@ -149,5 +149,5 @@ def probability(reply: Reply | None, group: int = 0) -> tuple[float, float]:
 
 
 def said(reply: Reply | None) -> str:
-    """Return the text of a reply; empty without a reply and for one with an error."""
+    """Return the text of a reply, or an empty text for an error."""
     return "" if reply is None or reply.error is not None else reply.text or ""

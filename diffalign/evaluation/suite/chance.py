@@ -37,7 +37,7 @@ def shuffled(benchmark: Benchmark, prompts: Sequence[Prompt], variant: str) -> d
 def asks_of(
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
-    asked: Mapping[int, int],
+    partner: Mapping[int, int],
     pictures: Path,
     count: int,
     variant: str,
@@ -45,12 +45,12 @@ def asks_of(
     """Return the questions about the images of prompts.
 
     Args:
-        asked: number of the prompt whose questions are asked, by the number of the prompt of the images.
+        partner: number of the prompt whose questions are asked, by the number of the prompt of the images.
         pictures: folder of the images.
         count: images of each prompt.
     """
     asks = []
-    for i, j in asked.items():
+    for i, j in partner.items():
         questions = benchmark.questions(prompts[j], variant)
         asks += [Ask(sample_path(pictures, i, k), j, k, q) for k in range(count) for q in questions]
     return asks

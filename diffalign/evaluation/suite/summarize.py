@@ -187,8 +187,8 @@ def differences(
     A difference has `value`, `low`, `high`, `prompts`, `within_noise`, and the numbers of prompts that are better
     (`won`), equal (`tied`) and worse (`lost`). Rewards have a `win_rate` of images besides.
     """
-    there = set(names_of(base))
-    names = [name for name in names_of(rows) if name in there]
+    other_names = set(names_of(base))
+    names = [name for name in names_of(rows) if name in other_names]
     weights = combine(names)
     mine, other = _table(rows, names), _table(base, names)
     # a prompt counts where both sides are known

@@ -25,8 +25,8 @@ def open_table(
         SuiteError: a column is missing; the message names it.
     """
     reader = csv.DictReader(io.StringIO(text), **options)
-    there = reader.fieldnames or ()
-    missing = [column for column in columns if column not in there]
+    present = reader.fieldnames or ()
+    missing = [column for column in columns if column not in present]
     if missing:
         raise SuiteError(f"{place} is not {of}: it has no column {', '.join(sorted(missing))}")
     return reader
