@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
+from tiny_qwen import tiny_config, tiny_tokenizer
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from diffalign.judges import endpoint
 from diffalign.judges.base import JudgeError, Question, parts_of, probability
@@ -25,10 +20,6 @@ from diffalign.judges.local import LocalJudge
 from diffalign.judges.opening import open_judge
 from diffalign.shapes.world import SceneObject, detections, render
 
-SPECIAL = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>"),
-]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,39 +31,10 @@ WORDS = (("Yes", "yes"), ("No",))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Qwen2-VL as a folder: bytes as tokens, two layers."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
-    ids = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 16,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-        },
-        image_token_id=ids("<|image_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-    )
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer, len(tokenizer)))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))

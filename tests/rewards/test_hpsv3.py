@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLImageProcessorPil
+from tiny_qwen import SPECIAL, tiny_config, tiny_tokenizer
+from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from diffalign.rewards import hpsv3
@@ -19,53 +19,15 @@ from diffalign.rewards.hpsv3 import (
     with_reward_token,
 )
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """Bytes, and Qwen's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    found = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>")
-    found.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return with_reward_token(found)
+    return with_reward_token(tiny_tokenizer())
 
 
 def config(tokenizer, vocabulary=200):
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return Qwen2VLConfig(
-        text_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": vocabulary,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 16,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-        },
-        image_token_id=image,
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-    )
+    return tiny_config(tokenizer, vocabulary)
 
 
 @pytest.fixture(scope="module")
