@@ -57,10 +57,11 @@ def attach(
         torch.manual_seed(seed)
         for name in (CURRENT, *policies):
             denoiser.add_adapter(config, adapter_name=name)
+    # the weights of blocks that are offloaded lie elsewhere than the denoiser computes
+    device = denoiser.device
     for layer in _layers(denoiser):
         for part in (layer.lora_A, layer.lora_B):
-            # the weights of blocks that are offloaded lie elsewhere than the denoiser computes
-            part.to(denoiser.device, torch.float32)
+            part.to(device, torch.float32)
         layer.set_adapter(CURRENT)
     for name in policies:
         blend(denoiser, name, decay=0.0)
