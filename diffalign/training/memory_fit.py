@@ -178,9 +178,6 @@ def _steps(config: AnyRunConfig, fit: Fit | None, forecast: Forecast) -> list[Fi
     steps, sofar = [], {}
     for name, value in changes.items():
         sofar[name] = value
-        # blocks are moved only with checkpoints, whose setting is part of the step
-        if name == "model.offload_blocks":
-            sofar["model.gradient_checkpointing"] = True
         estimate = forecast(changed(config, sofar), None)
         if estimate is not None:
             steps.append(Fit(dict(sofar), estimate))

@@ -34,7 +34,8 @@ HALF = Lever({"model.dtype": "bfloat16"}, 2.5)
 INT8 = Lever({"model.quantization": "int8"}, 4.0)
 INT4 = Lever({"model.quantization": "int4"}, 5.0)
 EIGHT_BIT_MOMENTS = Lever({"optimizer.type": "adamw8bit"}, 3.5)
-BLOCKS = Lever({"model.offload_blocks": True, "model.gradient_checkpointing": True}, 8.0)
+BLOCKS = Lever({"model.gradient_checkpointing": True, "model.offload_blocks": True}, 10.0)
+"""Offloaded blocks, which need checkpoints. The cost has that of the checkpoints."""
 SMALLER_BATCHES = 1.5
 """Cost of smaller micro-batches."""
 SETTINGS = (
@@ -69,16 +70,15 @@ def combinations(config: AnyRunConfig) -> list[Lever]:
         axes.append([none, EIGHT_BIT_MOMENTS])
     if not (m.offload_blocks or m.compile or config.changes_base):
         axes.append([none, BLOCKS])
-    joined = [_joined(levers) for levers in product(*axes)]
+    # blocks bring their checkpoints along
+    chosen = [c for c in product(*axes) if not (BLOCKS in c and CHECKPOINTS in c)]
+    joined = [_joined(levers) for levers in chosen]
     return sorted((j for j in joined if _is_whole(config, j)), key=lambda lever: lever.cost)
 
 
 def _joined(levers: tuple[Lever, ...]) -> Lever:
     changes: Changes = {k: v for lever in levers for k, v in lever.changes.items()}
-    cost = sum(lever.cost for lever in levers)
-    if BLOCKS in levers and CHECKPOINTS not in levers:
-        cost += CHECKPOINTS.cost
-    return Lever(changes, cost)
+    return Lever(changes, sum(lever.cost for lever in levers))
 
 
 def _is_whole(config: AnyRunConfig, lever: Lever) -> bool:
