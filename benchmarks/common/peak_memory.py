@@ -6,7 +6,6 @@ without those that existed before the call. Real peaks are higher: allocators ro
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from diffalign.training.peak import LiveBytes
 
 
 def peak_bytes(
@@ -33,47 +32,10 @@ def peak_bytes(
     for item in allocated:
         tensors += [*item.parameters(), *item.buffers()] if isinstance(item, nn.Module) else [item]
     fused = nullcontext() if backward else _Fused()
-    with torch.set_grad_enabled(backward), fused, _Storages(tensors) as storages:
+    with torch.set_grad_enabled(backward), fused, LiveBytes(tensors) as mode:
         call()
-    return storages.peak
-
-
-class _Storages(TorchDispatchMode):
-    """Tracker of the bytes of all storages that operations allocate."""
-
-    def __init__(self, allocated: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self.seen: dict[int, weakref.ref[Any]] = {}
-        for tensor in allocated:
-            self._note(tensor, size=0)
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf, size=leaf.untyped_storage().nbytes())
-        return result
-
-    def _note(self, tensor: Tensor, *, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-        def gone(_: Any) -> None:
-            del self.seen[key]
-            self.alive -= size
-
-        self.seen[key] = weakref.ref(storage, gone)
+    peak: int = mode.peak
+    return peak
 
 
 class _Fused(TorchFunctionMode):
