@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from diffalign.config import AnyRunConfig, to_dict
-
-MICRO_BATCH = ".micro_batch_size"
+from diffalign.config import AnyRunConfig
+from diffalign.training.memory_settings import micro_batches
 
 
 def memory_advice(config: AnyRunConfig) -> str:
@@ -17,8 +13,8 @@ def memory_advice(config: AnyRunConfig) -> str:
     except for the last, a quantised base model.
     """
     drawing, training, model = config.drawing, config.training, config.model
-    sizes = {path: size for path, size in _leaves(to_dict(config)) if path.endswith(MICRO_BATCH)}
-    parts = [f"a smaller {name} (now {size})" for name, size in sizes.items() if size > 1]
+    sizes = micro_batches(config).items()
+    parts = [f"a smaller {name} (now {size})" for name, size in sizes if size > 1]
     if not model.gradient_checkpointing:
         parts.append("model.gradient_checkpointing=true")
     if training.mixed_precision == "no":
@@ -34,12 +30,3 @@ def memory_advice(config: AnyRunConfig) -> str:
     if model.memory is None:
         parts.append("model.memory=auto, which chooses among these")
     return "What helps: " + ", ".join(parts)
-
-
-def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield path and value of every setting."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 from diffalign.config import AnyRunConfig
 
 Changes = dict[str, object]
 """Settings by path, "group.setting"."""
-MICRO_BATCHES = ("training", "rollout", "images", "teacher", "pairs", "latents")
-"""Groups that may have a `micro_batch_size`."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,11 @@ def _is_whole(config: AnyRunConfig, lever: Lever) -> bool:
 
 def micro_batches(config: AnyRunConfig) -> dict[str, int]:
     """Return the sizes of a run's micro-batches by path."""
-    groups = {name: getattr(config, name, None) for name in MICRO_BATCHES}
+    groups = {f.name: getattr(config, f.name) for f in fields(config)}
     return {
         f"{name}.micro_batch_size": group.micro_batch_size
         for name, group in groups.items()
-        if group is not None and hasattr(group, "micro_batch_size")
+        if hasattr(group, "micro_batch_size")
     }
 
 
