@@ -34,9 +34,9 @@ def settled(config: AnyRunConfig) -> AnyRunConfig:
     """
     if config.model.memory is None:
         return config
-    earlier = kept_settings(config)
-    if to_dict(earlier) != to_dict(config):
-        return earlier
+    earlier = RunFolder(config.output_dir).chosen_memory(config)
+    if earlier is not None:
+        return adopted(config, earlier)
     # one process chooses, because each would see other free memory
     changes = processes.on_main(lambda: _choice(config))
     result: AnyRunConfig = decode(to_dict(changed(config, changes)))
