@@ -69,8 +69,8 @@ def combinations(config: AnyRunConfig) -> list[Lever]:
     if not (m.offload_blocks or m.compile or config.changes_base):
         axes.append([none, BLOCKS])
     # blocks bring their checkpoints along
-    chosen = [c for c in product(*axes) if not (BLOCKS in c and CHECKPOINTS in c)]
-    joined = [_joined(levers) for levers in chosen]
+    choices = [c for c in product(*axes) if not (BLOCKS in c and CHECKPOINTS in c)]
+    joined = [_joined(levers) for levers in choices]
     return sorted((j for j in joined if _is_whole(config, j)), key=lambda lever: lever.cost)
 
 
