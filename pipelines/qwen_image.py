@@ -54,7 +54,8 @@ class QwenImageModel(TextToImageModel):
         b, _, h, w = noisy_latents.shape
         text, mask = embeds.prompt_embeds, embeds.prompt_attention_mask
         if mask is not None:
-            longest, shortest = max(embeds.lengths), min(embeds.lengths)
+            lengths = embeds.lengths
+            longest, shortest = max(lengths), min(lengths)
             text = text[:, :longest]
             mask = mask[:, :longest] if shortest < longest else None
         tokens = self.denoiser(
