@@ -128,7 +128,7 @@ def train_config(config: AnyRunConfig, *, earlier: Inputs | None = None) -> None
             )
             if line is not None:
                 print(line)
-        summary = train(config, earlier=earlier)
+        summary = train(config, earlier=earlier, choose_memory=False)
     if main:
         print_summary(summary)
         for line in results_of(config, summary):

@@ -340,11 +340,14 @@ class Run:
         self.trainer.say(text)
 
 
-def run(config: AnyRunConfig, *, earlier: Inputs | None = None) -> dict[str, Any]:
+def run(
+    config: AnyRunConfig, *, earlier: Inputs | None = None, choose_memory: bool = True
+) -> dict[str, Any]:
     """Prepare and execute a run, with its folder locked.
 
     Args:
         earlier: inputs of the run, if they were read before.
+        choose_memory: choose memory settings if the run asks for them; False if the caller did.
 
     Raises:
         RunFolderError: another process runs in the folder, the disk is full, or the memory is full.
@@ -353,7 +356,8 @@ def run(config: AnyRunConfig, *, earlier: Inputs | None = None) -> dict[str, Any
     folder, prepared = RunFolder(config.output_dir), None
     try:
         with processes.hold(folder.path):
-            config = settled(config)
+            if choose_memory:
+                config = settled(config)
             prepared = Run.prepare(config, earlier=earlier)
             try:
                 return prepared.execute()
