@@ -269,19 +269,19 @@ class AnyRunConfig:
             "needs training.mixed_precision=no and a bfloat16 base: under autocast queries are float32, values not",
         )
 
-        for name in ("quantization", "offload_blocks") if self.changes_base else ():
+        for name in ("quantization", "offload_blocks"):
+            if not getattr(self.model, name):
+                continue
             check(
-                not getattr(self.model, name),
+                not self.changes_base,
                 f"model.{name}",
                 f"{self.algorithm.type} changes the base model's weights. Remove the setting",
             )
-        if type(self) is not AnyRunConfig and self.drawing.merge_lora:
-            for name in ("quantization", "offload_blocks"):
-                check(
-                    not getattr(self.model, name),
-                    f"model.{name}",
-                    f"adapters cannot be merged into such weights. Set {self.drawing.group}.merge_lora=false",
-                )
+            check(
+                not self.drawing.merge_lora,
+                f"model.{name}",
+                f"adapters cannot be merged into such weights. Set {self.drawing.group}.merge_lora=false",
+            )
 
     @property
     def drawing(self) -> DrawingConfig:
