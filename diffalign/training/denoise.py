@@ -88,13 +88,14 @@ def _place(model: TextToImageModel, config: AnyRunConfig, device: torch.device) 
     c, denoiser = config.model, model.denoiser
     if c.offload_blocks:
         offload_blocks(denoiser, device)
-    for part in model.pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and not c.offload_encoders and part is not denoiser:
-            part.to(device)
-    if not c.offload_blocks:
+    else:
         denoiser.to(device)
     if c.offload_encoders:
         model.resting = Resting(model.pipeline, denoiser, device)
+        return
+    for part in model.pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part is not denoiser:
+            part.to(device)
 
 
 def image_size(config: AnyRunConfig, model: TextToImageModel) -> Size:
