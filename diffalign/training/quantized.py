@@ -9,9 +9,9 @@ from diffusers import PipelineQuantizationConfig
 from torch import nn
 
 from diffalign.config import AnyRunConfig, ConfigError
-from diffalign.pipelines.loading import QUANTISED, open_folder
-from diffalign.pipelines.places import look
-from diffalign.pipelines.registry import resolve, source_of
+from diffalign.pipelines.loading import open_folder
+from diffalign.pipelines.places import Place, look
+from diffalign.pipelines.registry import ModelSpec, resolve, source_of
 from diffalign.quantization.apply import quantization_config, quantize_model
 from diffalign.quantization.backends import BACKENDS, missing_on
 from diffalign.quantization.layers import PackSpec
@@ -44,8 +44,7 @@ def check_quantization(config: AnyRunConfig, device: torch.device | str) -> None
         raise ConfigError(
             f"needs {missing}. Set {others} instead", setting="model.quantization", value=kind
         )
-    spec = resolve(name)
-    place = look(source_of(spec))
+    spec, place = _source(name)
     if place is None or place.kind == "file":
         return
     folder = open_folder(place, {"revision": config.model.revision or spec.revision})
@@ -64,10 +63,13 @@ def loading_options(config: AnyRunConfig, device: torch.device | str) -> dict[st
     Return none for a model that must be loaded first: a single file, or a base with a LoRA in its weights.
     """
     kind = config.model.quantization
-    if kind is None or not _quantises_while_loading(config.model.name):
+    if kind is None:
+        return {}
+    spec, place = _source(config.model.name)
+    if spec.lora is not None or place is None or place.kind == "file":
         return {}
     options = quantization_config(FORMATS[kind], device=device, training=True)
-    mapping = dict.fromkeys((part for part in DENOISERS if part in QUANTISED), options)
+    mapping = dict.fromkeys(DENOISERS, options)
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
@@ -90,10 +92,10 @@ def quantize_loaded(config: AnyRunConfig, denoiser: nn.Module) -> None:
     quantize_model(denoiser, FORMATS[kind], training=True)
 
 
-def _quantises_while_loading(name: str) -> bool:
+def _source(name: str) -> tuple[ModelSpec, Place | None]:
+    """Return what is known of a model's name, and the place of its files; None if it is nowhere."""
     spec = resolve(name)
-    place = look(source_of(spec))
-    return spec.lora is None and place is not None and place.kind != "file"
+    return spec, look(source_of(spec))
 
 
 def pack_on_meta(denoiser: nn.Module, kind: str | None) -> int:
