@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from diffalign.core.files import aside
 from diffalign.core.fingerprint import fingerprint, of_json
+from diffalign.pipelines.offloading import text_encoders
 from diffalign.types import PromptEmbeds
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ class EmbedFolder:
     """
 
     def __init__(self, folder: str | Path, model: TextToImageModel) -> None:
-        parts = model.pipeline.components.items()
-        encoders = {
-            n: p for n, p in parts if n.startswith("text_encoder") and isinstance(p, nn.Module)
-        }
+        encoders = text_encoders(model.pipeline)
         key = {
             "family": model.family,
             "encoders": fingerprint(encoders),

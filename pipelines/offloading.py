@@ -19,6 +19,12 @@ from diffalign.pipelines.compiled import blocks
 CPU = torch.device("cpu")
 
 
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the text encoders of a pipeline by name."""
+    parts = pipeline.components.items()
+    return {n: p for n, p in parts if n.startswith("text_encoder") and isinstance(p, nn.Module)}
+
+
 class Resting:
     """Text encoders and autoencoder of a pipeline, on the device only while they work.
 
@@ -34,11 +40,7 @@ class Resting:
     def __init__(self, pipeline: Any, denoiser: nn.Module, device: torch.device) -> None:
         self._device = device
         self._vae = pipeline.vae
-        self._encoders = [
-            part
-            for name, part in pipeline.components.items()
-            if name.startswith("text_encoder") and isinstance(part, nn.Module)
-        ]
+        self._encoders = list(text_encoders(pipeline).values())
         self._present: list[nn.Module] = []
         for part in (*self._encoders, self._vae):
             part.to(CPU)
