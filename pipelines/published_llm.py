@@ -20,8 +20,13 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-KLEIN = {"num_single_layers": 20, "num_layers": 5, "num_attention_heads": 24}
-KLEIN_4B = {**KLEIN, "joint_attention_dim": 7680, "guidance_embeds": False}
+KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
 KLEIN_9B = {
     "num_layers": 8,
     "num_single_layers": 24,
@@ -80,9 +85,21 @@ MISTRAL_SMALL: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-PIXTRAL = {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24}
-PIXTRAL |= {"intermediate_size": 4096, "num_attention_heads": 16, "image_size": 1540}
-PIXTRAL |= {"patch_size": 14}
+PIXTRAL = {
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 1540,
+    "patch_size": 14,
+}
+QWEN_SCHEDULE = {
+    "use_dynamic_shifting": True,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+}
 KL_16 = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -104,42 +121,35 @@ def pipeline(name: str, denoiser: Any, tokenizer: Any) -> Any:
         tokenizer: substitute for the tokenizer, which sizes do not depend on.
     """
     parts = {"transformer": denoiser, "tokenizer": tokenizer}
-    kind: Any = ZImagePipeline
+    kind: Any
     vae: Any
-    # schedules are numbers, and need a real device
-    with torch.device("cpu"):
-        if name.startswith("z-image"):
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        elif name.startswith("qwen"):
-            scheduler = FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                max_shift=0.9,
-                max_image_seq_len=8192,
-                shift_terminal=0.02,
-            )
-        else:
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    schedule: dict[str, Any]
     if name.startswith("z-image"):
+        kind, schedule = ZImagePipeline, {"shift": 3.0}
         encoder = transformers.Qwen3Model(transformers.Qwen3Config(**QWEN3_4B))
         vae = AutoencoderKL(**KL_16)
     elif name.startswith("qwen"):
-        kind = QwenImagePipeline
+        kind, schedule = QwenImagePipeline, QWEN_SCHEDULE
         config = transformers.Qwen2_5_VLConfig(text_config=QWEN25_7B, vision_config=QWEN25_VISION)
         encoder = transformers.Qwen2_5_VLForConditionalGeneration(config)
         vae = AutoencoderKLQwenImage()
-    elif name == "flux.2-dev":
-        kind = Flux2Pipeline
-        mistral = transformers.Mistral3Config(
-            text_config=MISTRAL_SMALL, vision_config=PIXTRAL, tie_word_embeddings=False
-        )
-        encoder = transformers.Mistral3ForConditionalGeneration(mistral)
-        vae = AutoencoderKLFlux2()
     else:
-        kind = Flux2KleinPipeline
-        parts["is_distilled"] = "base" not in name
-        qwen = QWEN3_4B if name.endswith("4b") else QWEN3_8B
-        encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen))
+        schedule = {"shift": 3.0, "use_dynamic_shifting": True}
         vae = AutoencoderKLFlux2()
+        if name == "flux.2-dev":
+            kind = Flux2Pipeline
+            mistral = transformers.Mistral3Config(
+                text_config=MISTRAL_SMALL, vision_config=PIXTRAL, tie_word_embeddings=False
+            )
+            encoder = transformers.Mistral3ForConditionalGeneration(mistral)
+        else:
+            kind = Flux2KleinPipeline
+            parts["is_distilled"] = "base" not in name
+            qwen = QWEN3_4B if name.endswith("4b") else QWEN3_8B
+            encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen))
+    # schedules are numbers, and need a real device
+    with torch.device("cpu"):
+        scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
     for part in (encoder, vae):
         torch.nn.Module.to(part, torch.bfloat16)
     built = kind(**parts, text_encoder=encoder, vae=vae, scheduler=scheduler)
