@@ -36,6 +36,7 @@ from diffalign.pipelines.sdxl import SDXLModel
 from diffalign.rewards.base import Reward, RewardCard
 from diffalign.shapes import text
 from diffalign.shapes.prompts import prompts
+from diffalign.training.peak import storages
 from diffalign.types import RewardOutput
 
 
@@ -269,6 +270,23 @@ def rollout(model, prompts, *, generator, guidance_scale):
 def tensor_bytes(tensor):
     """Return the bytes of a tensor's data, inner tensors of a subclass included."""
     return sum(t.nbytes for t in plain_tensors(tensor))
+
+
+def saved_bytes(module, forward):
+    """Return the bytes of all tensors that autograd saves in a forward, without parameters."""
+    held = storages(module.parameters())
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        # the dictionary holds a reference to the tensor, so that its address is not reused
+        if storage._cdata not in held:
+            saved[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for size, _ in saved.values())
 
 
 def make_embeddings_depend_on_their_batch(monkeypatch) -> None:

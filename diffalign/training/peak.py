@@ -87,23 +87,6 @@ def peak_of(module: nn.Module, run: Callable[[], object]) -> int:
     return peak
 
 
-def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes of all tensors that autograd saves in a forward, without parameters."""
-    held = storages(module.parameters())
-    saved: dict[int, tuple[int, Tensor]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        # the dictionary holds a reference to the tensor, so that its address is not reused
-        if storage._cdata not in held:
-            saved[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(size for size, _ in saved.values())
-
-
 class AsOnDevice(TorchFunctionMode):
     """Mode in which the meta device makes the tensors that a GPU makes.
 

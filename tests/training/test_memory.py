@@ -26,7 +26,7 @@ from diffalign.data.prompts import load_prompts
 from diffalign.methods.online.trainer import OnlineTrainer
 from diffalign.pipelines.registry import load_meta_model
 from diffalign.training.memory import MemoryForecast, MetaRun, adapted, forecast, size_of
-from diffalign.training.peak import LiveBytes, peak_of, saved_bytes
+from diffalign.training.peak import LiveBytes, peak_of
 from diffalign.training.run_folder import RunFolder
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -181,9 +181,9 @@ def test_adapters_that_share_their_input_keep_less_and_compute_the_same(kind):
             found.append(model.predict(latents, times, embeds))
         return found[-1]
 
-    apart = saved_bytes(model.denoiser, forward)
+    apart = tiny.saved_bytes(model.denoiser, forward)
     lora.keep_input_dtype(model.denoiser)
-    assert saved_bytes(model.denoiser, forward) < 0.97 * apart
+    assert tiny.saved_bytes(model.denoiser, forward) < 0.97 * apart
     assert torch.equal(*found)
 
 
