@@ -142,7 +142,8 @@ def _of_all(
     total: np.ndarray, weight: np.ndarray, names: Sequence[str], weights: Weights
 ) -> np.ndarray:
     """Return the figures (N + combined) of all prompts together, from sums (P, N)."""
-    return _figures(total.sum(0)[None], weight.sum(0)[None], names, weights)[0]
+    figures: np.ndarray = _figures(total.sum(0)[None], weight.sum(0)[None], names, weights)[0]
+    return figures
 
 
 def _parts(names: Sequence[str], weights: Weights) -> list[tuple[str, list[int]]]:
