@@ -93,7 +93,7 @@ def quantize_loaded(config: AnyRunConfig, denoiser: nn.Module) -> None:
 
 
 def _source(name: str) -> tuple[ModelSpec, Place | None]:
-    """Return what is known of a model's name, and the place of its files; None if it is nowhere."""
+    """Return a model's specification and the place of its files, if they are there."""
     spec = resolve(name)
     return spec, look(source_of(spec))
 
