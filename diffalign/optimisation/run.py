@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.acceleration.choices import IDENTICAL
 from diffalign.acceleration.drawing import Call
 from diffalign.acceleration.report import Plan
 from diffalign.acceleration.state import weights_of
@@ -42,8 +43,6 @@ CERTAIN = 0.999
 """Confidence with which a point is left before all of its images are drawn."""
 LARGEST = 1 << 31
 """Bound of the seeds of images."""
-SAME = 150.0
-"""PSNR in dB of an image to itself (`acceleration.drawing.psnr`)."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class _Run:
         timing = self.meter.timing(Candidate(self.steps))
         # both halves of each pair are the plain pipeline
         self.plain_seconds = float(np.median([*timing.plain, *timing.own]))
-        point = Point(Candidate(self.steps), 1.0, self.plain_seconds, timing.memory, SAME)
+        point = Point(Candidate(self.steps), 1.0, self.plain_seconds, timing.memory, IDENTICAL)
         self.say(f"plain: {self.plain_seconds:.3g} s")
         return point
 

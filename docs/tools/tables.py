@@ -1,7 +1,7 @@
 """Write the tables of README and docs that show committed results.
 
 A table stands between the comments `<!-- table: NAME -->` and `<!-- end -->`. `python docs/tools/tables.py` writes all
-tables anew from `benchmarks/results`, and `tests/test_docs.py` checks that they are up to date.
+tables anew from `benchmarks/results`, and `tests/house/test_docs.py` checks that they are up to date.
 """
 
 from __future__ import annotations
